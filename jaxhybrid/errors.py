@@ -1,0 +1,29 @@
+"""Errors a user can act on. Each message names the offending value and the way out; the command line prints it and exits with 2."""
+
+
+class JaxHybridError(Exception):
+    """Base of every error that is the input's fault, not the program's."""
+
+
+class ConfigError(JaxHybridError):
+    """A setting is unknown, of the wrong type, or contradicts another."""
+
+
+class WeightsError(JaxHybridError):
+    """A weights folder is missing, truncated, or does not match its config."""
+
+
+class DataError(JaxHybridError):
+    """A text source is empty, lacks a column, or does not fit the model."""
+
+
+class TopologyError(JaxHybridError):
+    """Arrays do not divide over the mesh, or the mesh is of a kind not built yet."""
+
+
+class RunError(JaxHybridError):
+    """A run folder belongs to another config, cannot be written, or lacks a stage's result."""
+
+
+class DivergenceError(JaxHybridError):
+    """Training produced a value that is not finite."""
