@@ -1,0 +1,84 @@
+"""Rotary position embedding (arXiv 2104.09864) with the length-extension rules that Hugging Face configs name."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhybrid.model.config import ModelConfig, RopeConfig
+
+
+def rotary_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B,T,K/2], for the given token positions.
+
+    The `dynamic` rule takes its length from the largest position present, as transformers does.
+    """
+    rope, width = config.rope, config.head_dim
+    scale = 1.0
+    if rope.kind == "dynamic":
+        frequencies = _dynamic_frequencies(rope, width, config.max_position_embeddings, positions_BT)
+    elif rope.kind == "llama3":
+        frequencies = _llama3_frequencies(rope, width)
+    elif rope.kind == "yarn":
+        frequencies, scale = _yarn_frequencies(rope, width)
+    else:
+        frequencies = _frequencies(rope.theta, width) / (rope.factor if rope.kind == "linear" else 1.0)
+    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + K/2) of every head; cos and sin are [B,T,K/2]."""
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def _frequencies(theta: float, width: int) -> np.ndarray:
+    return 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+
+
+def _dynamic_frequencies(rope: RopeConfig, width: int, max_positions: int, positions: jax.Array) -> jax.Array:
+    original = rope.original_max_position_embeddings or max_positions
+    length = jnp.maximum(jnp.max(positions) + 1, original).astype(jnp.float32)
+    theta = rope.theta * (rope.factor * length / original - (rope.factor - 1)) ** (width / (width - 2))
+    return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def _llama3_frequencies(rope: RopeConfig, width: int) -> np.ndarray:
+    """Long wavelengths are stretched by `factor`, short ones kept, the band between interpolated."""
+    assert rope.original_max_position_embeddings is not None
+    frequencies = _frequencies(rope.theta, width)
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)  # rotations over the original length
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = np.clip(smooth, 0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / rope.factor
+
+
+def _yarn_frequencies(rope: RopeConfig, width: int) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071, section 3): dimensions below the `beta` range interpolated, above it kept."""
+    assert rope.original_max_position_embeddings is not None
+    length = rope.original_max_position_embeddings
+
+    def dimension_of(turns: float) -> float:
+        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    high = high + 0.001 if low == high else high  # a zero-width ramp would divide by zero
+    interpolated = np.clip((np.arange(width // 2) - low) / (high - low), 0.0, 1.0)
+    frequencies = _frequencies(rope.theta, width)
+
+    def magnitude(mscale: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        scale = rope.attention_factor
+    elif rope.mscale and rope.mscale_all_dim:
+        scale = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    else:
+        scale = magnitude(1.0)
+    return interpolated * frequencies / rope.factor + (1 - interpolated) * frequencies, scale
