@@ -23,11 +23,11 @@ Objective = Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array]]
 
 
 def alignment_loss(target_BTD: jax.Array, output_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Mean over tokens of ||target - output||_2 / sqrt(D) (RADLADS stage 1; the norm, not its square)."""
+    """Sum over unmasked tokens of ||target - output||_2 / sqrt(D) (RADLADS stage 1; the norm, not its square)."""
     difference = target_BTD.astype(jnp.float32) - output_BTD.astype(jnp.float32)
     # The tiny constant gives an exact match a gradient of zero instead of 0/0.
     distance_BT = jnp.sqrt(jnp.mean(difference * difference, axis=-1) + 1e-12)
-    return jnp.sum(distance_BT * mask_BT) / jnp.maximum(jnp.sum(mask_BT), 1.0)
+    return jnp.sum(distance_BT * mask_BT)
 
 
 def linear_kl(

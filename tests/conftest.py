@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for the sharded tests, and no word to the network."""
+"""Eight fake CPU devices for the sharded tests, no word to the network, and a tiny teacher for everyone."""
 
 import os
 
@@ -6,3 +6,51 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+import numpy as np
+import pytest
+
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.params import initialize
+from jaxhybrid.model.transformer import Model, declare
+
+
+def make_teacher(**changes):
+    """A random four-layer model whose width divides over eight devices."""
+    settings = {
+        "family": "llama",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+    }
+    config = ModelConfig(**(settings | changes))
+    params = jax.jit(lambda key: initialize(declare(config), key))(jax.random.key(0))
+    # Larger weights than an untrained model's, so that attention and the loss are not flat.
+    return Model(jax.tree.map(lambda x: x * 6 if x.ndim > 2 else x, params), config)
+
+
+def make_batch(vocab_size, batch=8, length=24, seed=0):
+    """Packed rows: two documents, then padding in every second row."""
+    rng = np.random.default_rng(seed)
+    segments = np.ones((batch, length), np.int32)
+    segments[:, length // 3 :] = 2
+    segments[::2, length - 3 :] = 0
+    tokens = rng.integers(0, vocab_size, (batch, length)).astype(np.int32)
+    return {"tokens": np.where(segments == 0, 0, tokens), "segment_ids": segments}
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    return make_teacher()
+
+
+@pytest.fixture
+def batch(teacher):
+    return make_batch(teacher.config.vocab_size)

@@ -1,0 +1,50 @@
+"""Stage 3: the hybrid on its own, by cross entropy, usually at a longer context."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhybrid.losses import CHUNK_TOKENS, linear_cross_entropy, next_token_targets
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.params import Params
+from jaxhybrid.model.partition import gather
+from jaxhybrid.model.transformer import head_matrix, hidden_states
+from jaxhybrid.stages.batch import Batch, Metrics, accumulate
+from jaxhybrid.train.optimizer import TrainState, update
+
+
+def finetune_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    student_config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    dtype: Any = jnp.bfloat16,
+    remat: bool = True,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[TrainState, Metrics]:
+    """One update of all student parameters on next-token cross entropy.
+
+    Metrics: `loss`, nats per predicted token; `gradient_norm`; `tokens`, those with a successor in their document.
+    """
+    followed = batch["segment_ids"][..., 1:]
+    predicted = (batch["segment_ids"][..., :-1] == followed) & (followed != 0)
+    tokens = jnp.maximum(jnp.sum(predicted.astype(jnp.float32)), 1.0)
+
+    def gradients(micro: Batch) -> tuple[jax.Array, Params]:
+        targets, mask = next_token_targets(micro["tokens"], micro["segment_ids"])
+
+        def loss(params: Params) -> jax.Array:
+            hidden = hidden_states(
+                params, student_config, micro["tokens"], micro["segment_ids"], dtype=dtype, remat=remat
+            )
+            head = gather(head_matrix(params, student_config).astype(dtype))
+            return linear_cross_entropy(hidden, head, targets, mask, chunk_tokens=chunk_tokens) / tokens
+
+        return jax.value_and_grad(loss)(state.params)
+
+    loss, total = accumulate(gradients, batch)
+    state, norm = update(state, total, optimizer)
+    return state, {"loss": loss, "gradient_norm": norm, "tokens": tokens}

@@ -1,0 +1,84 @@
+"""Layer importance, the KL-guided way (arXiv 2512.20569, GA-S2): how well does the student do with one softmax layer?
+
+A *candidate* is the aligned all-linear student with one layer's softmax attention put back. It is trained on KL to the
+teacher for a while; the lower the KL, the more that layer is worth keeping. Which layer it is, is a traced number, so one
+compiled program trains all candidates, and the teacher's hidden states are computed once per batch and shared by them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhybrid.losses import CHUNK_TOKENS, linear_kl
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.params import Params
+from jaxhybrid.model.partition import gather
+from jaxhybrid.model.transformer import candidate_hidden_states, head_matrix
+from jaxhybrid.stages.batch import Batch, Metrics, count_tokens, token_mask
+from jaxhybrid.train.optimizer import TrainState, update
+
+
+def candidate_params(student_params: Params, teacher_params: Params, layer: jax.Array) -> Params:
+    """The all-linear student's parameters, plus the teacher's attention of `layer` (a traced scalar) as a stack of one."""
+    attention = teacher_params["mixers"][FULL_ATTENTION]
+    row = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, layer, 1), attention)
+    return {**student_params, "mixers": {**student_params["mixers"], FULL_ATTENTION: row}}
+
+
+def score_step(
+    state: TrainState,
+    layer: jax.Array,
+    batch: Batch,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    *,
+    student_config: ModelConfig,
+    linear_kind: str,
+    optimizer: optax.GradientTransformation,
+    dtype: Any = jnp.bfloat16,
+    remat: bool = True,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[TrainState, Metrics]:
+    """One update of a candidate. `loss` is the KL in nats per token before the update."""
+    tokens = count_tokens(batch)
+
+    def loss(params: Params) -> jax.Array:
+        total = candidate_kl(
+            params, layer, batch, teacher_hidden, teacher_head, student_config=student_config, linear_kind=linear_kind,
+            dtype=dtype, remat=remat, chunk_tokens=chunk_tokens,
+        )  # fmt: skip
+        return total / tokens
+
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    state, norm = update(state, gradients, optimizer)
+    return state, {"loss": value, "gradient_norm": norm, "tokens": tokens}
+
+
+def candidate_kl(
+    params: Params,
+    layer: jax.Array,
+    batch: Batch,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    *,
+    student_config: ModelConfig,
+    linear_kind: str,
+    dtype: Any = jnp.bfloat16,
+    remat: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> jax.Array:
+    """KL(teacher || candidate) summed over the batch's tokens."""
+    hidden = candidate_hidden_states(
+        params, student_config, linear_kind, layer, batch["tokens"], batch["segment_ids"], dtype=dtype, remat=remat
+    )
+    head = gather(head_matrix(params, student_config).astype(dtype))
+    return linear_kl(
+        hidden,
+        head,
+        teacher_hidden.astype(dtype),
+        teacher_head.astype(dtype),
+        token_mask(batch["segment_ids"]),
+        chunk_tokens=chunk_tokens,
+    )

@@ -1,0 +1,102 @@
+"""AdamW with two parameter groups, the field's schedules, and the state a stage trains."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.model.params import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What changes from step to step. A pytree: checkpoint it whole and training resumes exactly."""
+
+    step: jax.Array  # scalar int32: optimizer updates done
+    params: Params  # float32 masters of what this stage trains
+    optimizer: Any
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam's settings and the two learning-rate curves. Defaults are the papers' stage 2."""
+
+    total_steps: int
+    learning_rate: float = 7e-6  # embeddings, norms, MLPs, head
+    mixer_learning_rate: float = 1e-4  # mixers, kept softmax layers and the norm before them
+    final_learning_rate: float | None = None  # of the main group at the last step; the mixers' curve scales with it
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+def make_optimizer(config: OptimizerConfig, params: Params) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW per group. `params` gives the tree to label (values are not read)."""
+    if config.total_steps < 1:
+        raise ConfigError(f"total_steps={config.total_steps}: the token budget is smaller than one batch.")
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            schedule(config, peak),
+            b1=config.betas[0],
+            b2=config.betas[1],
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+
+    groups = {"mixer": adamw(config.mixer_learning_rate), "rest": adamw(config.learning_rate)}
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, parameter_groups(params)))
+
+
+def parameter_groups(params: Params) -> Params:
+    """'mixer' for mixers and the norm that feeds them, 'rest' for everything else."""
+
+    def group(path: tuple[Any, ...], _: Any) -> str:
+        names = {str(getattr(key, "key", key)) for key in path}
+        return "mixer" if names & {"mixers", "input_norm"} else "rest"
+
+    return jax.tree_util.tree_map_with_path(group, params)
+
+
+def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then constant, cosine or linear to the final rate."""
+    final = 0.0 if config.final_learning_rate is None else config.final_learning_rate
+    ratio = final / config.learning_rate if config.learning_rate else 0.0
+    warmup, total = config.warmup_steps, config.total_steps
+
+    def rate(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        if config.schedule == "cosine":
+            remaining = 0.5 * (1 + jnp.cos(math.pi * done))
+        elif config.schedule == "linear":
+            remaining = 1.0 - done
+        else:
+            remaining = jnp.ones(())
+        curve = ratio + (1 - ratio) * remaining if config.schedule != "constant" else remaining
+        warm = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
+        return peak * curve * warm
+
+    return rate
+
+
+def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state for `params`. Jit it with donated or sharded params: moments take the params' sharding."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def update(
+    state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array]:
+    """One optimizer update; returns the new state and the gradient's global norm before clipping."""
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, optimizer_state), optax.global_norm(gradients)

@@ -1,0 +1,247 @@
+"""Each stage's step: its gradients against plain autodiff, one program for all candidates, one device against eight."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxhybrid.model import attention
+from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig
+from jaxhybrid.model.layers import rms_norm
+from jaxhybrid.model.mixers import MIXERS
+from jaxhybrid.model.params import initialize
+from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
+from jaxhybrid.model.transformer import (
+    add_mlp,
+    candidate_hidden_states,
+    declare,
+    embed,
+    forward,
+    hidden_states,
+    take_layer,
+    token_context,
+)
+from jaxhybrid.stages.align import align_loss, align_step, alignment_gradients, linear_mixers
+from jaxhybrid.stages.distill import distill_step, teacher_outputs
+from jaxhybrid.stages.finetune import finetune_step
+from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
+from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.weights.convert import convert
+
+F, G = FULL_ATTENTION, GATED_DELTANET
+MIXER = GatedDeltaNetConfig()
+# A large eps keeps the first Adam update proportional to the gradient: with none it is the sign of rounding noise.
+RATES = OptimizerConfig(total_steps=10, learning_rate=1e-3, mixer_learning_rate=1e-2, eps=1e-2)
+
+
+@pytest.fixture(scope="module")
+def linear(teacher):
+    return convert(teacher, (G,) * 4, MIXER, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def hybrid(teacher):
+    return convert(teacher, (G, F, G, G), MIXER, jax.random.key(1))
+
+
+def close(actual, expected, tolerance=1e-4):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        scale = max(np.abs(b).max(), 1e-6)
+        assert np.abs(a - b).max() <= tolerance * scale, (jax.tree_util.keystr(path), np.abs(a - b).max(), scale)
+
+
+def plain_alignment(mixers, teacher, student_config, batch):
+    """Loss of every linear layer, teacher's walk written as a Python loop, no scan."""
+    config, params = teacher.config, teacher.params
+    context = token_context(config, batch["tokens"], batch["segment_ids"], None)
+    mask, x, losses, row = batch["segment_ids"] != 0, embed(params, batch["tokens"]), [], 0
+    for layer, kind in enumerate(student_config.layer_types):
+        block = take_layer(params["blocks"], layer)
+        normed = rms_norm(x, block["input_norm"], config.norm_eps)
+        target, _ = attention.apply(take_layer(params["mixers"][F], layer), config, normed, context)
+        if kind == G:
+            mixed, _ = MIXERS[G].apply(take_layer(mixers[G], row), student_config, normed, context)
+            row += 1
+            distance = jnp.sqrt(jnp.sum((target - mixed) ** 2, -1) + 1e-12) / np.sqrt(config.hidden_size)
+            losses.append(jnp.sum(distance * mask) / mask.sum())
+        x = add_mlp(block, config, x + target)
+    return jnp.stack(losses)
+
+
+@pytest.mark.parametrize("which", ["linear", "hybrid"])
+def test_alignment_gradients_equal_autodiff(which, request, teacher, batch):
+    student = request.getfixturevalue(which)
+    mixers = linear_mixers(student.params)
+    losses, gradients = jax.jit(
+        partial(alignment_gradients, teacher_config=teacher.config, student_config=student.config, dtype=jnp.float32)
+    )(mixers, teacher.params, batch)
+    expected = jax.jit(
+        jax.value_and_grad(lambda m: jnp.mean(plain_alignment(m, teacher, student.config, batch)))
+    )(mixers)
+    np.testing.assert_allclose(jnp.mean(losses), expected[0], rtol=1e-5)
+    close(gradients, expected[1])
+
+
+def test_alignment_memory_does_not_grow_with_depth(teacher):
+    """Doubling the depth adds parameters and their gradients, and no activations."""
+    tokens, memory = 8 * 512, {}
+    for depth in (4, 8):
+        config = replace(teacher.config, num_layers=depth, layer_types=(F,) * depth)
+        student = replace(config, layer_types=(G,) * depth, gated_deltanet=replace(MIXER, qkv_bias=False, qk_norm=False))
+        shapes = jax.eval_shape(lambda c=config: initialize(declare(c), jax.random.key(0)))
+        mixers = jax.eval_shape(lambda c=student: linear_mixers(initialize(declare(c), jax.random.key(0))))
+        batch = {name: jax.ShapeDtypeStruct((8, 512), jnp.int32) for name in ("tokens", "segment_ids")}
+        step = jax.jit(
+            partial(alignment_gradients, teacher_config=config, student_config=student, dtype=jnp.float32)
+        )
+        compiled = step.lower(mixers, shapes, batch).compile()
+        parameters = sum(x.size * 4 for x in jax.tree.leaves((shapes, mixers)))
+        memory[depth] = compiled.memory_analysis().temp_size_in_bytes, parameters
+    grown = memory[8][0] - memory[4][0]
+    assert grown < 3 * (memory[8][1] - memory[4][1])
+    assert grown < 4 * tokens * teacher.config.hidden_size * 4  # less than one [B,T,D] array per added layer
+
+
+def test_microbatches_add_up(teacher, linear, batch):
+    optimizer = make_optimizer(RATES, linear.params)
+    static = {
+        "teacher_config": teacher.config, "student_config": linear.config, "optimizer": optimizer, "dtype": jnp.float32,
+    }  # fmt: skip
+    split = jax.tree.map(lambda x: x.reshape(4, 2, -1), batch)
+    state = start(linear.params, optimizer)
+    whole, metrics = jax.jit(partial(distill_step, **static))(state, teacher.params, batch)
+    parts, metrics_parts = jax.jit(partial(distill_step, **static))(state, teacher.params, split)
+    np.testing.assert_allclose(metrics["loss"], metrics_parts["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], metrics_parts["gradient_norm"], rtol=1e-4)
+    assert int(parts.step) == int(whole.step) == 1
+
+
+def test_distill_loss_and_gradient_norm_equal_dense_kl(teacher, hybrid, batch):
+    optimizer = make_optimizer(RATES, hybrid.params)
+    step = jax.jit(
+        partial(
+            distill_step, teacher_config=teacher.config, student_config=hybrid.config, optimizer=optimizer,
+            dtype=jnp.float32, chunk_tokens=50,
+        )
+    )  # fmt: skip
+    _, metrics = step(start(hybrid.params, optimizer), teacher.params, batch)
+
+    def dense(params):
+        mask = batch["segment_ids"] != 0
+        log_p = jax.nn.log_softmax(forward(teacher.params, teacher.config, batch["tokens"], batch["segment_ids"]))
+        log_q = jax.nn.log_softmax(forward(params, hybrid.config, batch["tokens"], batch["segment_ids"]))
+        return jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1) * mask) / mask.sum()
+
+    loss, gradients = jax.jit(jax.value_and_grad(dense))(hybrid.params)
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradients)))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-4)
+
+
+def test_candidate_equals_the_hybrid_it_stands_for_in_one_program(teacher, linear, batch):
+    run = jax.jit(
+        lambda params, layer: candidate_hidden_states(
+            params, linear.config, G, layer, batch["tokens"], batch["segment_ids"]
+        )
+    )
+    make = jax.jit(candidate_params)
+    for layer in range(4):
+        types = tuple(F if i == layer else G for i in range(4))
+        config = linear.config.with_layers(types)
+        rows = np.array([i for i in range(4) if i != layer])
+        mixers = {
+            F: jax.tree.map(lambda w, layer=layer: w[layer : layer + 1], teacher.params["mixers"][F]),
+            G: jax.tree.map(lambda w, rows=rows: w[rows], linear.params["mixers"][G]),
+        }
+        expected = hidden_states({**linear.params, "mixers": mixers}, config, batch["tokens"], batch["segment_ids"])
+        actual = run(make(linear.params, teacher.params, jnp.int32(layer)), jnp.int32(layer))
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+    assert run._cache_size() == 1
+    assert make._cache_size() == 1
+
+
+def test_score_step_is_one_executable_and_learns(teacher, linear, batch):
+    hidden, head = teacher_outputs(teacher.params, teacher.config, batch, jnp.float32)
+    first = candidate_params(linear.params, teacher.params, jnp.int32(0))
+    optimizer = make_optimizer(RATES, first)
+    static = {"student_config": linear.config, "linear_kind": G, "dtype": jnp.float32}
+    step = jax.jit(partial(score_step, optimizer=optimizer, **static))
+    measure = jax.jit(partial(candidate_kl, **static))
+    for layer in (0, 3):
+        state = start(candidate_params(linear.params, teacher.params, jnp.int32(layer)), optimizer)
+        before = measure(state.params, jnp.int32(layer), batch, hidden, head)
+        for _ in range(3):
+            state, metrics = step(state, jnp.int32(layer), batch, hidden, head)
+        after = measure(state.params, jnp.int32(layer), batch, hidden, head)
+        assert after < before
+        assert np.isfinite(metrics["loss"])
+    assert step._cache_size() == measure._cache_size() == 1
+
+
+def stage_steps(teacher, linear, hybrid, batch):
+    """name -> (initial trainable params, what else is sharded like parameters, step(state, other, batch))."""
+    align = linear_mixers(linear.params)
+    candidate = candidate_params(linear.params, teacher.params, jnp.int32(2))
+    configs = {"dtype": jnp.float32}
+
+    def score(state, teacher_params, batch, optimizer):
+        hidden, head = teacher_outputs(teacher_params, teacher.config, batch, jnp.float32)
+        return score_step(
+            state, jnp.int32(2), batch, hidden, head,
+            student_config=linear.config, linear_kind=G, optimizer=optimizer, **configs,
+        )  # fmt: skip
+
+    def finetune(state, _, batch, optimizer):
+        return finetune_step(state, batch, student_config=hybrid.config, optimizer=optimizer, **configs)
+
+    return {
+        "align": (align, partial(align_step, teacher_config=teacher.config, student_config=linear.config, **configs)),
+        "score": (candidate, score),
+        "distill": (
+            hybrid.params,
+            partial(distill_step, teacher_config=teacher.config, student_config=hybrid.config, **configs),
+        ),
+        "finetune": (hybrid.params, finetune),
+    }
+
+
+def shardings_like(params, specs_by_name, mesh):
+    """Shardings for a (sub)tree of parameters, found by the declared tree's leaves."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: specs_by_name[jax.tree_util.keystr(path[-1:])], params)
+
+
+@pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune"])
+@pytest.mark.parametrize("shape", [(2, 4), (1, 8)])
+def test_eight_devices_equal_one(stage, shape, teacher, linear, hybrid, batch):
+    params, step = stage_steps(teacher, linear, hybrid, batch)[stage]
+    optimizer = make_optimizer(RATES, params)
+    step = partial(step, optimizer=optimizer)
+    expected, metrics = jax.jit(step)(start(params, optimizer), teacher.params, batch)
+
+    mesh = make_mesh(*shape)
+    by_name = {
+        jax.tree_util.keystr(path[-1:]): sharding
+        for config in (teacher.config, hybrid.config)
+        for path, sharding in jax.tree_util.tree_leaves_with_path(param_shardings(declare(config), mesh))
+    }
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings_like(params, by_name, mesh))
+        placed_teacher = jax.device_put(teacher.params, shardings_like(teacher.params, by_name, mesh))
+        placed_batch = jax.device_put(batch, batch_sharding(mesh))
+        state = jax.jit(lambda p: start(p, optimizer))(placed)
+        actual, sharded_metrics = jax.jit(step)(state, placed_teacher, placed_batch)
+    np.testing.assert_allclose(sharded_metrics["loss"], metrics["loss"], rtol=1e-5)
+    close(actual.params, expected.params)
+    for moments in jax.tree.leaves(actual.optimizer):
+        assert moments.ndim < 3 or shape[1] == 1 or not moments.sharding.is_fully_replicated
+
+
+def test_alignment_loss_matches_the_training_loss(teacher, linear, batch):
+    static = {"teacher_config": teacher.config, "student_config": linear.config, "dtype": jnp.float32}
+    mixers = linear_mixers(linear.params)
+    losses, _ = alignment_gradients(mixers, teacher.params, batch, **static)
+    np.testing.assert_allclose(align_loss(mixers, teacher.params, batch, **static), losses, rtol=1e-5)
