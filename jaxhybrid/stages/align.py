@@ -36,7 +36,7 @@ def align_step(
     """One update of the linear mixers. `state.params` is the student's `mixers` tree without its softmax part.
 
     Metrics: `loss`, mean over layers and tokens of ||teacher - student||_2 / sqrt(D); `layer_loss` [linear layers] in
-    order; `gradient_norm`; `tokens`.
+    order; `gradient_norm`; `batch_tokens`.
     """
     losses, gradients = alignment_gradients(
         state.params, teacher_params, batch, teacher_config=teacher_config, student_config=student_config, dtype=dtype
@@ -46,7 +46,7 @@ def align_step(
         "loss": jnp.mean(losses),
         "layer_loss": losses,
         "gradient_norm": norm,
-        "tokens": count_tokens(batch),
+        "batch_tokens": count_tokens(batch),
     }
 
 

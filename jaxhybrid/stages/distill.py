@@ -29,7 +29,7 @@ def distill_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of all student parameters on KL(teacher || student).
 
-    Metrics: `loss`, the mean KL in nats per token; `gradient_norm`; `tokens`.
+    Metrics: `loss`, the mean KL in nats per token; `gradient_norm`; `batch_tokens`.
     """
     tokens = count_tokens(batch)
 
@@ -48,7 +48,7 @@ def distill_step(
 
     loss, total = accumulate(gradients, batch)
     state, norm = update(state, total, optimizer)
-    return state, {"loss": loss, "gradient_norm": norm, "tokens": tokens}
+    return state, {"loss": loss, "gradient_norm": norm, "batch_tokens": tokens}
 
 
 def teacher_outputs(

@@ -27,7 +27,7 @@ def finetune_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of all student parameters on next-token cross entropy.
 
-    Metrics: `loss`, nats per predicted token; `gradient_norm`; `tokens`, those with a successor in their document.
+    Metrics: `loss`, nats per predicted token; `gradient_norm`; `batch_tokens`, those with a successor in their document.
     """
     followed = batch["segment_ids"][..., 1:]
     predicted = (batch["segment_ids"][..., :-1] == followed) & (followed != 0)
@@ -47,4 +47,4 @@ def finetune_step(
 
     loss, total = accumulate(gradients, batch)
     state, norm = update(state, total, optimizer)
-    return state, {"loss": loss, "gradient_norm": norm, "tokens": tokens}
+    return state, {"loss": loss, "gradient_norm": norm, "batch_tokens": tokens}

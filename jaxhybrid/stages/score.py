@@ -16,7 +16,7 @@ from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.params import Params
 from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import candidate_hidden_states, head_matrix
-from jaxhybrid.stages.batch import Batch, Metrics, count_tokens, token_mask
+from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
 from jaxhybrid.train.optimizer import TrainState, update
 
 
@@ -31,7 +31,6 @@ def score_step(
     state: TrainState,
     layer: jax.Array,
     batch: Batch,
-    teacher_hidden: jax.Array,
     teacher_head: jax.Array,
     *,
     student_config: ModelConfig,
@@ -41,26 +40,31 @@ def score_step(
     remat: bool = True,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[TrainState, Metrics]:
-    """One update of a candidate. `loss` is the KL in nats per token before the update."""
+    """One update of a candidate. `batch` also holds `teacher_hidden`, the teacher's final hidden states.
+
+    Metrics: `loss`, the mean KL in nats per token before the update; `gradient_norm`; `batch_tokens`.
+    """
     tokens = count_tokens(batch)
 
-    def loss(params: Params) -> jax.Array:
-        total = candidate_kl(
-            params, layer, batch, teacher_hidden, teacher_head, student_config=student_config, linear_kind=linear_kind,
-            dtype=dtype, remat=remat, chunk_tokens=chunk_tokens,
-        )  # fmt: skip
-        return total / tokens
+    def gradients(micro: Batch) -> tuple[jax.Array, Params]:
+        def loss(params: Params) -> jax.Array:
+            total = candidate_kl(
+                params, layer, micro, teacher_head, student_config=student_config, linear_kind=linear_kind,
+                dtype=dtype, remat=remat, chunk_tokens=chunk_tokens,
+            )  # fmt: skip
+            return total / tokens
 
-    value, gradients = jax.value_and_grad(loss)(state.params)
-    state, norm = update(state, gradients, optimizer)
-    return state, {"loss": value, "gradient_norm": norm, "tokens": tokens}
+        return jax.value_and_grad(loss)(state.params)
+
+    value, total = accumulate(gradients, batch)
+    state, norm = update(state, total, optimizer)
+    return state, {"loss": value, "gradient_norm": norm, "batch_tokens": tokens}
 
 
 def candidate_kl(
     params: Params,
     layer: jax.Array,
     batch: Batch,
-    teacher_hidden: jax.Array,
     teacher_head: jax.Array,
     *,
     student_config: ModelConfig,
@@ -69,15 +73,14 @@ def candidate_kl(
     remat: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
-    """KL(teacher || candidate) summed over the batch's tokens."""
+    """KL(teacher || candidate) summed over the tokens of a batch that holds `teacher_hidden`."""
     hidden = candidate_hidden_states(
         params, student_config, linear_kind, layer, batch["tokens"], batch["segment_ids"], dtype=dtype, remat=remat
     )
-    head = gather(head_matrix(params, student_config).astype(dtype))
     return linear_kl(
         hidden,
-        head,
-        teacher_hidden.astype(dtype),
+        gather(head_matrix(params, student_config).astype(dtype)),
+        batch["teacher_hidden"].astype(dtype),
         teacher_head.astype(dtype),
         token_mask(batch["segment_ids"]),
         chunk_tokens=chunk_tokens,

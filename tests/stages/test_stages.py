@@ -166,6 +166,7 @@ def test_candidate_equals_the_hybrid_it_stands_for_in_one_program(teacher, linea
 
 def test_score_step_is_one_executable_and_learns(teacher, linear, batch):
     hidden, head = teacher_outputs(teacher.params, teacher.config, batch, jnp.float32)
+    batch = {**batch, "teacher_hidden": hidden}
     first = candidate_params(linear.params, teacher.params, jnp.int32(0))
     optimizer = make_optimizer(RATES, first)
     static = {"student_config": linear.config, "linear_kind": G, "dtype": jnp.float32}
@@ -173,10 +174,10 @@ def test_score_step_is_one_executable_and_learns(teacher, linear, batch):
     measure = jax.jit(partial(candidate_kl, **static))
     for layer in (0, 3):
         state = start(candidate_params(linear.params, teacher.params, jnp.int32(layer)), optimizer)
-        before = measure(state.params, jnp.int32(layer), batch, hidden, head)
+        before = measure(state.params, jnp.int32(layer), batch, head)
         for _ in range(3):
-            state, metrics = step(state, jnp.int32(layer), batch, hidden, head)
-        after = measure(state.params, jnp.int32(layer), batch, hidden, head)
+            state, metrics = step(state, jnp.int32(layer), batch, head)
+        after = measure(state.params, jnp.int32(layer), batch, head)
         assert after < before
         assert np.isfinite(metrics["loss"])
     assert step._cache_size() == measure._cache_size() == 1
@@ -191,7 +192,7 @@ def stage_steps(teacher, linear, hybrid, batch):
     def score(state, teacher_params, batch, optimizer):
         hidden, head = teacher_outputs(teacher_params, teacher.config, batch, jnp.float32)
         return score_step(
-            state, jnp.int32(2), batch, hidden, head,
+            state, jnp.int32(2), {**batch, "teacher_hidden": hidden}, head,
             student_config=linear.config, linear_kind=G, optimizer=optimizer, **configs,
         )  # fmt: skip
 

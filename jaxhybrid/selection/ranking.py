@@ -1,0 +1,112 @@
+"""Scores of the layers, the ranking they give, and how soon that ranking stopped moving."""
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxhybrid.errors import ConfigError, RunError
+from jaxhybrid.files import read_json
+
+Curve = list[tuple[int, float]]  # (tokens trained on, KL in nats per token)
+RankBy = Literal["heldout", "train"]
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """What training one candidate gave. Its score is minus the KL at the end of a curve."""
+
+    layer: int
+    train: Curve  # means over the steps up to each point
+    heldout: Curve  # starts at 0 tokens, before any training
+
+    def kl(self, by: RankBy) -> float:
+        return getattr(self, by)[-1][1]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "CandidateScore":
+        curves = {name: [(int(t), float(kl)) for t, kl in value[name]] for name in ("train", "heldout")}
+        return CandidateScore(int(value["layer"]), **curves)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every candidate's score, by layer index."""
+
+    candidates: tuple[CandidateScore, ...]
+
+    def ranking(self, by: RankBy = "heldout") -> list[int]:
+        """Layers from the most to the least worth keeping; ties go to the lower index."""
+        return [c.layer for c in sorted(self.candidates, key=lambda c: (c.kl(by), c.layer))]
+
+    def importance(self, by: RankBy = "heldout") -> dict[int, float]:
+        """Minus the final KL of each layer's candidate."""
+        return {c.layer: -c.kl(by) for c in self.candidates}
+
+    def top_sets(self, k: int, by: RankBy = "heldout") -> list[tuple[int, frozenset[int]]]:
+        """(tokens, top-k set) at every token count that all candidates have measured."""
+        curves = {c.layer: dict(getattr(c, by)) for c in self.candidates}
+        shared = sorted(set.intersection(*(set(curve) for curve in curves.values())))
+        return [
+            (tokens, frozenset(sorted(curves, key=lambda layer: (curves[layer][tokens], layer))[:k]))
+            for tokens in shared
+            if tokens > 0
+        ]
+
+    def stability(self, k: int, by: RankBy = "heldout") -> list[dict[str, float]]:
+        """At each token count: Jaccard of the top-k set with the one before it, and with the last one."""
+        sets = self.top_sets(k, by)
+        if not sets:
+            return []
+        rows = [{"tokens": sets[0][0], "with_final": jaccard(sets[0][1], sets[-1][1])}]
+        rows += [
+            {"tokens": now[0], "with_previous": jaccard(now[1], before[1]), "with_final": jaccard(now[1], sets[-1][1])}
+            for before, now in pairwise(sets)
+        ]
+        return rows
+
+    def is_stable(self, k: int, window: int, threshold: float, by: RankBy = "heldout") -> bool:
+        """Whether the last `window` successive top-k sets each overlap the one before by at least `threshold`."""
+        steps = [row["with_previous"] for row in self.stability(k, by) if "with_previous" in row]
+        return len(steps) >= window and min(steps[-window:]) >= threshold
+
+
+def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
+    """|a and b| / |a or b|; 1 for two empty sets."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def read_scores(folder: Path, depth: int) -> Scores:
+    """The scores in `folder`, one file per candidate, whichever processes wrote them.
+
+    Raises:
+        RunError: some layers have not been scored; names them and the command that scores them.
+    """
+    files = {layer: folder / f"{layer:03d}.json" for layer in range(depth)}
+    missing = [layer for layer, file in files.items() if not file.exists()]
+    if missing:
+        first, last = missing[0], missing[-1] + 1
+        raise RunError(
+            f"{len(missing)} of {depth} layers have no score in {folder}: {missing}. Score them with "
+            f"`jaxhybrid score CONFIG --candidates {first}:{last}`, or bring in another run's with `--merge RUN_FOLDER`."
+        )
+    return Scores(tuple(CandidateScore.from_json(read_json(file)) for file in files.values()))
+
+
+def layers_in_budget(budget: int | float, depth: int) -> int:
+    """How many layers a budget keeps softmax: a count, or a fraction of the depth rounded half up (as the papers do)."""
+    if isinstance(budget, float) and not 0 < budget < 1:
+        raise ConfigError(f"select.budget={budget}: a fraction lies between 0 and 1; write a whole number for a count.")
+    count = math.floor(budget * depth + 0.5) if isinstance(budget, float) else budget
+    if count > depth:
+        raise ConfigError(f"select.budget={budget} keeps {count} layers, but the model has {depth}. Choose at most {depth}.")
+    if count < 1:
+        raise ConfigError(
+            f"select.budget={budget} keeps no softmax layer of {depth}. Keep at least 1: without one, recall collapses "
+            "and transformers cannot generate from the export."
+        )
+    return count

@@ -1,0 +1,85 @@
+"""Checkpoints of a stage: the training state and the place in the data, written together in the background (orbax)."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxhybrid.errors import RunError
+from jaxhybrid.files import make_folder, storage_errors
+
+DataState = dict[str, Any]  # JSON: what the batch iterator needs to go on from here
+
+
+class Checkpoints:
+    """The checkpoints in one folder, newest two kept. A checkpoint appears under its name only when it is whole."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = make_folder(folder)
+        self._checkpointer = ocp.training.Checkpointer(
+            folder.absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: Any, data_state: DataState, *, wait: bool = False) -> None:
+        """Starts writing; returns once the arrays are copied, or with `wait` once the checkpoint is on disk."""
+        if step == self.latest:
+            return
+        with self._errors():
+            self._checkpointer.save_async(step, state, custom_metadata={"data": data_state})
+            if wait:
+                self._checkpointer.wait()
+
+    def restore(self, like: Any) -> tuple[Any, DataState]:
+        """The newest state, placed as the arrays (or ShapeDtypeStructs with shardings) of `like` are."""
+        step = self.latest
+        if step is None:
+            raise RunError(f"{self.folder} has no checkpoint.")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        try:
+            state = self._checkpointer.load(step, abstract)
+        except (ValueError, KeyError) as error:
+            raise RunError(
+                f"{self.folder / str(step)} does not fit this run ({error}). Delete the stage's folder to start it again."
+            ) from error
+        metadata = self._checkpointer.metadata(step).custom_metadata
+        if not isinstance(metadata, dict):
+            raise RunError(f"{self.folder / str(step)} lacks its data position. Delete it to go on from an older one.")
+        return state, metadata["data"]
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        with self._errors():
+            self._checkpointer.close()
+
+    def _errors(self) -> Any:
+        return _CheckpointErrors(self.folder)
+
+
+class _CheckpointErrors:
+    """orbax reports storage trouble under several types; the errno or its text tells which it was."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is None or isinstance(error, RunError):
+            return
+        text = str(error)
+        for code in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+            if f"[Errno {code}]" in text or "No space left" in text and code == errno.ENOSPC:
+                with storage_errors(self.folder):
+                    raise OSError(code, text) from error

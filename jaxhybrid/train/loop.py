@@ -1,0 +1,139 @@
+"""The loop every stage runs in: batches in, updates, records, checkpoints, and an exact way back after a stop."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxhybrid.errors import DivergenceError
+from jaxhybrid.files import make_folder, storage_errors
+from jaxhybrid.train.checkpoint import Checkpoints
+from jaxhybrid.train.interrupt import Interrupted, StopSignals
+from jaxhybrid.train.metrics import Recorder
+
+HostBatch = dict[str, np.ndarray]
+
+
+class Batches(Protocol):
+    """An endless, deterministic stream of batches that can say where it is and go back there."""
+
+    def __next__(self) -> HostBatch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    total_steps: int
+    tokens_per_step: int  # slots in one update, padding included
+    checkpoint_every: int = 200
+    log_every: int = 10
+    label: str = "train"
+
+
+def train(
+    state: Any,
+    step: Callable[[Any, HostBatch], tuple[Any, dict[str, jax.Array]]],
+    batches: Batches,
+    folder: Path,
+    config: LoopConfig,
+    *,
+    measure: Callable[[Any, int], dict[str, Any] | None] | None = None,
+) -> Any:
+    """Trains to `config.total_steps` and returns the state, from the newest checkpoint in `folder` if there is one.
+
+    Args:
+        state: a pytree with a scalar `step`; overwritten (its buffers are donated by `step`).
+        step: one update on a host batch; its metrics hold at least `loss` and `gradient_norm`.
+        measure: called after an update with (state, updates done); what it returns is recorded (held-out losses, say).
+
+    Raises:
+        DivergenceError: a loss or gradient is not finite; the message names the step, the batch and the last checkpoint.
+        Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if checkpoints.latest is not None:
+        state, data_state = checkpoints.restore(state)
+        batches.set_state(data_state)
+    done = int(state.step)
+    if done >= config.total_steps:
+        checkpoints.close()
+        return state
+    recorder = Recorder(
+        folder,
+        resume_step=done,
+        total_tokens=config.total_steps * config.tokens_per_step,
+        done_tokens=done * config.tokens_per_step,
+        label=config.label,
+    )
+    pending: deque[_Pending] = deque()
+    clock = time.perf_counter()
+    try:
+        with StopSignals() as stop:
+            while done < config.total_steps:
+                batch = next(batches)
+                state, metrics = step(state, batch)
+                done += 1
+                pending.append(_Pending(done, batch, metrics))
+                measured = measure(state, done) if measure else None
+                last = done == config.total_steps
+                save = last or stop.received is not None or done % config.checkpoint_every == 0
+                if measured or save or done % config.log_every == 0:
+                    # Steps run ahead of the host; reading their metrics waits for them, so it is done in groups.
+                    count = len(pending)
+                    values = _read(pending, folder, checkpoints.latest)
+                    elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+                    speed = count * config.tokens_per_step / elapsed
+                    recorder.write(
+                        {"step": done, "tokens": done * config.tokens_per_step, **values, "tokens_per_second": speed}
+                    )
+                    recorder.advance(count * config.tokens_per_step, loss=values["loss"])
+                if measured:
+                    recorder.write({"step": done, "tokens": done * config.tokens_per_step, **measured})
+                    clock = time.perf_counter()  # measuring is not training
+                if save:
+                    checkpoints.save(done, state, batches.get_state(), wait=stop.received is not None)
+                if stop.received is not None and not last:
+                    raise Interrupted(
+                        f"{config.label} stopped by signal {stop.received} after step {done} of {config.total_steps}; "
+                        f"checkpoint {checkpoints.folder / str(done)} is written. Run the same command again to go on.",
+                        stop.received,
+                    )
+    finally:
+        recorder.close()
+        checkpoints.close()
+    return state
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An update whose metrics have not been read yet, with the batch to blame if they turn out not finite."""
+
+    step: int
+    batch: HostBatch
+    metrics: dict[str, jax.Array]
+
+
+def _read(pending: deque[_Pending], folder: Path, checkpoint: int | None) -> dict[str, Any]:
+    """Mean of each metric over the pending updates, which are dropped. Stops at the first that is not finite."""
+    read: list[dict[str, np.ndarray]] = []
+    while pending:
+        item = pending.popleft()
+        values = {name: np.asarray(jax.device_get(value), np.float64) for name, value in item.metrics.items()}
+        bad = [name for name in ("loss", "gradient_norm") if not np.isfinite(values[name])]
+        if bad:
+            path = make_folder(folder) / f"bad-batch-{item.step}.npz"
+            with storage_errors(path):
+                np.savez(path, **item.batch)
+            saved = "there is no checkpoint yet" if checkpoint is None else f"the last good checkpoint is step {checkpoint}"
+            raise DivergenceError(
+                f"{bad[0]} is {values[bad[0]]} at step {item.step}; its batch is saved as {path}; {saved}. "
+                "Lower the learning rate or clip_norm, or look at the batch; then run the same command again."
+            )
+        read.append(values)
+    return {name: np.mean([values[name] for values in read], axis=0).tolist() for name in read[0]}
