@@ -1,0 +1,82 @@
+"""Config of a hybrid of softmax attention and Gated DeltaNet layers. Part of the exported folder: needs only transformers."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+LINEAR_SETTINGS = ("expand_kv", "output_gate", "conv_size", "rope", "qkv_bias", "qk_norm")
+
+
+class JaxHybridConfig(PreTrainedConfig):
+    """The base model's own keys, plus which layers are linear and what a linear layer is made of.
+
+    `layer_types` holds "full_attention" or "linear_attention" per layer, the names transformers builds its caches from.
+    `gated_deltanet` describes the linear layers: `expand_kv` (one state per query head; else one per key/value head),
+    `output_gate`, `conv_size` (taps, 0 for none), `rope`, `qkv_bias`, `qk_norm`.
+    `base_model_type` names the softmax layers' architecture: llama, qwen2 (biases on q, k, v) or qwen3 (query/key norms).
+    """
+
+    model_type = "jaxhybrid"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    base_model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    layer_types: list[str] | None = None
+    gated_deltanet: dict[str, Any] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.base_model_type not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(f"base_model_type {self.base_model_type!r} is not one of llama, qwen2, qwen3.")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act {self.hidden_act!r}: this model's MLP is SwiGLU, whose activation is silu.")
+        unknown = set(self.layer_types) - {"full_attention", "linear_attention"}
+        if unknown:
+            raise ValueError(f"layer_types has {sorted(unknown)}; known: full_attention, linear_attention.")
+        if "linear_attention" in self.layer_types:
+            missing = [name for name in LINEAR_SETTINGS if (self.gated_deltanet or {}).get(name) is None]
+            if missing:
+                raise ValueError(f"gated_deltanet lacks {', '.join(missing)}, which the linear layers need.")
+        super().__post_init__(**kwargs)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether softmax layers have biases on q, k and v."""
+        return self.attention_bias or self.base_model_type == "qwen2"
+
+    @property
+    def o_bias(self) -> bool:
+        """Whether mixers, softmax or linear, have a bias on their output projection."""
+        return self.attention_bias and self.base_model_type != "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether softmax layers normalise queries and keys per head."""
+        return self.base_model_type == "qwen3"
+
+
+__all__ = ["JaxHybridConfig"]
