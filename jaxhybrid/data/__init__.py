@@ -1,0 +1,26 @@
+"""Text in, batches of token rows out: sources -> tokens -> packed rows -> resumable per-host batches."""
+
+from jaxhybrid.data.packing import target_mask, targets_and_mask
+from jaxhybrid.data.pipeline import Batch, BatchIterator, batches, heldout_batches
+from jaxhybrid.data.sources import Source, open_source
+from jaxhybrid.data.split import take_heldout
+from jaxhybrid.data.streaming import TokenStream
+from jaxhybrid.data.tokens import TokenDataset, open_tokens
+from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
+
+__all__ = [
+    "Batch",
+    "BatchIterator",
+    "Source",
+    "TokenDataset",
+    "TokenStream",
+    "Vocabulary",
+    "batches",
+    "heldout_batches",
+    "load_vocabulary",
+    "open_source",
+    "open_tokens",
+    "take_heldout",
+    "target_mask",
+    "targets_and_mask",
+]

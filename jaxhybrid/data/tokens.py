@@ -1,0 +1,198 @@
+"""Documents as one flat file of token ids, made once and mapped into memory afterwards.
+
+A cache folder holds `tokens.bin` (all documents end to end, uint16 or uint32), `lengths.npy` and `hashes.npy` (one
+entry per document) and `meta.json`. Its name is a hash of source, tokenizer and settings, so another setting is another
+folder. Any document can be read at random, which is what makes shuffling and exact resumption cheap.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxhybrid.data.sources import Source
+from jaxhybrid.data.vocabulary import Vocabulary
+from jaxhybrid.errors import DataError
+
+FORMAT = 1  # of the cache folder; raised when old folders must not be read
+GROUP_CHARACTERS = 4_000_000  # text given to the tokenizer in one call: enough to keep every core busy, small in memory
+
+LongDocuments = Literal["split", "cut"]
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Documents as token ids. Document i is tokens[starts[i] : starts[i] + lengths[i]]; a view shares `tokens`."""
+
+    tokens: np.ndarray  # flat ids, memory-mapped
+    starts: np.ndarray  # [documents] int64
+    lengths: np.ndarray  # [documents] int64
+    hashes: np.ndarray  # [documents] uint64 of the text; pieces of one document share it
+    encoding: str  # fingerprint of the tokenizer
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, index: int) -> np.ndarray:
+        """Token ids of one document, [n]."""
+        return self.tokens[self.starts[index] : self.starts[index] + self.lengths[index]]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content: equal on every machine that tokenised the same text the same way, wherever the files lie."""
+        digest = hashlib.blake2b(self.encoding.encode(), digest_size=12)
+        digest.update(np.ascontiguousarray(self.hashes).tobytes())
+        digest.update(np.ascontiguousarray(self.lengths).tobytes())
+        return digest.hexdigest()
+
+    def select(self, documents: np.ndarray, name: str) -> "TokenDataset":
+        """The view of the documents with these indices."""
+        return replace(
+            self,
+            starts=self.starts[documents],
+            lengths=self.lengths[documents],
+            hashes=self.hashes[documents],
+            name=name,
+        )
+
+
+def open_tokens(
+    source: Source,
+    vocabulary: Vocabulary,
+    cache_dir: str | os.PathLike[str],
+    max_document_tokens: int | None = None,
+    long_documents: LongDocuments = "split",
+    progress: bool = True,
+) -> TokenDataset:
+    """Tokens of `source`, from the cache folder or tokenised now (a progress bar on a terminal).
+
+    A document over `max_document_tokens` is split into pieces that count as documents of their own, or cut and the rest
+    left out. On a pod every host that has its own disk tokenises for itself; hosts that share `cache_dir` may all do
+    the work, the first to finish is kept.
+
+    Raises DataError when the source holds no text, a file is unreadable, or the cache folder is damaged or not
+    writable.
+    """
+    settings = [FORMAT, source.fingerprint, vocabulary.fingerprint, max_document_tokens, long_documents]
+    key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12).hexdigest()
+    folder = Path(os.path.expanduser(cache_dir)) / key
+    if not folder.is_dir():
+        unfinished = folder.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
+        try:
+            unfinished.mkdir(parents=True)
+            _write(unfinished, source, vocabulary, max_document_tokens, long_documents, progress)
+            if not _rename(unfinished, folder):
+                shutil.rmtree(unfinished)
+        except OSError as error:
+            raise DataError(f"Cannot write the token cache {folder}: {error}. Set data.cache_dir.") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return _read(folder, source.name)
+
+
+def _rename(unfinished: Path, folder: Path) -> bool:
+    """False when another process has put the same cache there first."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    vocabulary: Vocabulary,
+    max_tokens: int | None,
+    long_documents: LongDocuments,
+    progress: bool,
+) -> None:
+    lengths, hashes = array("q"), array("Q")
+    total = 0
+    bar = tqdm(desc=f"tokenising {source.name}", unit="tok", unit_scale=True, disable=None if progress else True)
+    with bar, open(folder / "tokens.bin", "wb") as file:
+        for group in grouped(source.documents()):
+            for text, ids in zip(group, vocabulary.encode(group)):
+                text_hash = hash_text(text)
+                for piece in pieces(ids, max_tokens, long_documents):
+                    file.write(piece.tobytes())
+                    lengths.append(len(piece))
+                    hashes.append(text_hash)
+                    total += len(piece)
+            bar.update(total - bar.n)
+        file.flush()
+        os.fsync(file.fileno())
+    if not lengths:
+        raise DataError(f"Source {source.name!r} holds no text: every document is empty or there is none.")
+    np.save(folder / "lengths.npy", np.frombuffer(lengths, np.int64))
+    np.save(folder / "hashes.npy", np.frombuffer(hashes, np.uint64))
+    meta = {
+        "format": FORMAT,
+        "dtype": vocabulary.dtype.name,
+        "tokens": total,
+        "documents": len(lengths),
+        "source": source.name,
+        "tokenizer": vocabulary.name,
+        "encoding": vocabulary.fingerprint,
+        "max_document_tokens": max_tokens,
+        "long_documents": long_documents,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+
+
+def _read(folder: Path, name: str) -> TokenDataset:
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        lengths, hashes = np.load(folder / "lengths.npy"), np.load(folder / "hashes.npy")
+        tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+        whole = len(tokens) == meta["tokens"] == lengths.sum() and len(lengths) == len(hashes) == meta["documents"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"The token cache {folder} is damaged ({error}); delete the folder to make it anew.") from error
+    if not whole:
+        raise DataError(f"The token cache {folder} is damaged (its sizes disagree); delete the folder to make it anew.")
+    starts = np.cumsum(lengths) - lengths
+    return TokenDataset(tokens, starts, lengths, hashes, meta["encoding"], name)
+
+
+def grouped(documents: Iterator[str], characters: int = GROUP_CHARACTERS) -> Iterator[list[str]]:
+    """Consecutive documents in lists of about `characters`."""
+    group: list[str] = []
+    size = 0
+    for text in documents:
+        group.append(text)
+        size += len(text)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def pieces(ids: np.ndarray, max_tokens: int | None, long_documents: LongDocuments) -> list[np.ndarray]:
+    """One document as the pieces that are kept; all of it when it is short enough."""
+    if max_tokens is None or len(ids) <= max_tokens:
+        return [ids]
+    if long_documents == "cut":
+        return [ids[:max_tokens]]
+    return [ids[start : start + max_tokens] for start in range(0, len(ids), max_tokens)]
+
+
+def hash_text(text: str) -> int:
+    """64 bits of the text, the same in every process. Lone surrogates, which JSON can spell, are hashed as they are."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
