@@ -1,0 +1,117 @@
+"""Text from a model: prefill, then one compiled step per token on the hybrid state."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhybrid.errors import ConfigError, DataError
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.decode import DecodeState, decode, initial_decode_state
+from jaxhybrid.model.params import Params
+from jaxhybrid.model.transformer import Model
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    eos_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: Any = jnp.float32,
+) -> list[list[int]]:
+    """New tokens for each prompt, up to and including an end token.
+
+    Prompts of different lengths are padded on the left; the result is that of each prompt alone. Temperature 0 is greedy.
+
+    Raises:
+        DataError: a prompt is empty, or holds a token outside the vocabulary.
+        ConfigError: max_new_tokens or temperature is out of range.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: ask for at least 1.")
+    if temperature < 0:
+        raise ConfigError(f"temperature={temperature}: use 0 for greedy or a positive value.")
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise DataError(f"Prompt {number} is empty; give it at least one token (the model's start or end token, say).")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise DataError(f"Prompt {number} has token {max(prompt)}; the vocabulary has {model.config.vocab_size}.")
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    mask = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    state = initial_decode_state(model.config, len(prompts), longest + max_new_tokens, dtype)
+    produced = _generate(
+        model.params,
+        jnp.asarray(tokens),
+        jnp.asarray(mask),
+        state,
+        jax.random.key(seed),
+        config=model.config,
+        steps=max_new_tokens,
+        temperature=float(temperature),
+        eos_ids=tuple(eos_ids),
+        dtype=dtype,
+    )
+    return [_until_end(row, eos_ids) for row in np.asarray(produced).tolist()]
+
+
+@partial(jax.jit, static_argnames=("config", "steps", "temperature", "eos_ids", "dtype"))
+def _generate(
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array,
+    state: DecodeState,
+    key: jax.Array,
+    *,
+    config: ModelConfig,
+    steps: int,
+    temperature: float,
+    eos_ids: tuple[int, ...],
+    dtype: Any,
+) -> jax.Array:
+    """[B,steps] new tokens. Ends as soon as every row has produced an end token; the rest stays -1."""
+
+    def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
+        if temperature == 0.0:
+            return jnp.argmax(logits, -1).astype(jnp.int32)
+        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+    def ended(token: jax.Array) -> jax.Array:
+        return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(token.shape, bool)
+
+    keys = jax.random.split(key, steps)
+    logits, state = decode(params, config, tokens_BT, state, mask_BT, dtype=dtype)
+    token = choose(logits, keys[0])
+    produced = jnp.full((tokens_BT.shape[0], steps), -1, jnp.int32).at[:, 0].set(token)
+
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
+        step, _, finished, *_ = carry
+        return (step < steps) & ~jnp.all(finished)
+
+    def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, finished, produced, state = carry
+        logits, state = decode(params, config, token[:, None], state, dtype=dtype)
+        token = choose(logits, keys[step])
+        return step + 1, token, finished | ended(token), produced.at[:, step].set(token), state
+
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), token, ended(token), produced, state))[3]
+
+
+def _until_end(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
+    kept = []
+    for token in tokens:
+        if token < 0:
+            break
+        kept.append(token)
+        if token in eos_ids:
+            break
+    return kept

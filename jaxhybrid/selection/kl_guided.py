@@ -1,0 +1,240 @@
+"""Scoring the layers: every candidate trained on the same batches by the same compiled program, resumable at any step."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.files import read_json, write_json
+from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.partition import gather
+from jaxhybrid.model.transformer import Model, head_matrix
+from jaxhybrid.selection.ranking import CandidateScore, Curve, read_scores
+from jaxhybrid.selection.teacher_cache import TeacherCache
+from jaxhybrid.stages.batch import token_mask
+from jaxhybrid.stages.distill import teacher_outputs
+from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
+from jaxhybrid.train.loop import Batches, HostBatch, LoopConfig, train
+from jaxhybrid.train.metrics import read_metrics
+from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.placement import local_rows, place_batch
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """How long and how candidates are trained. Sizes are per update; held-out KL is measured every `evaluate_every`."""
+
+    optimizer: OptimizerConfig
+    batch_size: int
+    sequence_length: int
+    evaluate_every: int
+    checkpoint_every: int
+    log_every: int = 10
+    microbatches: int = 1
+    dtype: Any = jnp.bfloat16
+    remat: bool = True
+    chunk_tokens: int = 2048
+    stop_budget: int | None = None  # stop early once the top-`stop_budget` set is stable, in rounds of `evaluate_every`
+    stop_window: int = 3
+    stop_jaccard: float = 1.0
+
+
+def score_candidates(
+    teacher: Model,
+    student: Model,
+    config: ScoringConfig,
+    batches: Callable[[], Batches],
+    heldout: Sequence[HostBatch],
+    folder: Path,
+    mesh: Mesh,
+    candidates: Sequence[int],
+) -> dict[str, int]:
+    """Trains every candidate in `candidates` and writes `folder/scores/LLL.json` for each.
+
+    Args:
+        teacher: parameters placed on `mesh`.
+        student: the aligned all-linear student, placed on `mesh`.
+        batches: opens the training stream from its start; every candidate sees the same one.
+
+    Returns:
+        How many programs were compiled for each function: 1 each, whatever the number of candidates.
+    """
+    depth = student.config.num_layers
+    outside = [layer for layer in candidates if not 0 <= layer < depth]
+    if outside:
+        raise ConfigError(f"Candidates {outside} do not exist; the model's layers are 0 to {depth - 1}.")
+    if config.stop_budget is not None and len(candidates) < depth:
+        raise ConfigError("Stopping when the ranking is stable needs all candidates in one process; drop --candidates.")
+    job = f"{candidates[0]:03d}-{candidates[-1]:03d}-{jax.process_index()}"  # jobs may share the run folder
+    programs = _Programs(teacher, student, config, mesh, folder, job)
+    heldout_batches = [programs.with_teacher("heldout", i, batch, len(heldout)) for i, batch in enumerate(heldout)]
+    total = config.optimizer.total_steps
+    rounds = [total] if config.stop_budget is None else [*range(config.evaluate_every, total, config.evaluate_every), total]
+
+    for position, steps in enumerate(rounds):
+        for count, layer in enumerate(candidates):
+            label = f"score layer {layer} ({count + 1} of {len(candidates)})"
+            if _finished(folder, layer, steps, config):
+                continue
+            _train_candidate(programs, layer, steps, batches, heldout_batches, label)
+        if config.stop_budget is not None and position + 1 < len(rounds):
+            scores = read_scores(folder / "scores", depth)
+            if scores.is_stable(config.stop_budget, config.stop_window, config.stop_jaccard):
+                print(f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping there.")
+                break
+    for layer in candidates:
+        shutil.rmtree(programs.candidate_folder(layer), ignore_errors=True)
+    for name, batches_kept in (("train", total), ("heldout", len(heldout))):
+        programs.cache(name, batches_kept).delete()
+    return programs.compiled()
+
+
+def _finished(folder: Path, layer: int, steps: int, config: ScoringConfig) -> bool:
+    file = folder / "scores" / f"{layer:03d}.json"
+    if not file.exists():
+        return False
+    done = CandidateScore.from_json(read_json(file)).heldout[-1][0]
+    return done >= steps * config.batch_size * config.sequence_length
+
+
+def _train_candidate(
+    programs: "_Programs",
+    layer: int,
+    steps: int,
+    batches: Callable[[], Batches],
+    heldout: list[dict[str, np.ndarray]],
+    label: str,
+) -> None:
+    config = programs.config
+    folder = programs.candidate_folder(layer)
+    index = jnp.int32(layer)
+
+    def step(state: Any, batch: HostBatch) -> tuple[Any, dict[str, jax.Array]]:
+        number = int(batch["number"])
+        own = {name: x for name, x in batch.items() if name != "number"}
+        own = programs.with_teacher("train", number, own, config.optimizer.total_steps)
+        return programs.step(state, index, place_batch(own, programs.mesh, config.microbatches), programs.teacher_head)
+
+    def measure(state: Any, done: int) -> dict[str, Any] | None:
+        if done % config.evaluate_every and done != config.optimizer.total_steps:
+            return None
+        return {"heldout_kl": programs.heldout_kl(state.params, index, heldout)}
+
+    state = programs.begin(programs.student.params, programs.teacher.params, index)
+    untrained = programs.heldout_kl(state.params, index, heldout)
+    tokens_per_step = config.batch_size * config.sequence_length
+    train(
+        state,
+        step,
+        _Numbered(batches()),
+        folder,
+        LoopConfig(
+            steps,
+            tokens_per_step,
+            config.checkpoint_every,
+            config.log_every,
+            label,
+            # The score is all that is kept of a candidate; only rounds go on from its last state.
+            keep_last=config.stop_budget is not None,
+        ),
+        measure=measure,
+    )
+    records = read_metrics(folder)
+    heldout_curve: Curve = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
+    score = CandidateScore(
+        layer,
+        train=[(r["tokens"], r["loss"]) for r in records if "loss" in r],
+        heldout=[(0, untrained), *heldout_curve],
+    )
+    write_json(programs.folder / "scores" / f"{layer:03d}.json", score.to_json())
+
+
+class _Numbered:
+    """A batch stream that also numbers its batches, so that the teacher's states can be found again."""
+
+    def __init__(self, batches: Batches):
+        self.batches, self.number = batches, 0
+
+    def __next__(self) -> HostBatch:
+        batch = {**next(self.batches), "number": np.int64(self.number)}
+        self.number += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"number": self.number, "batches": self.batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+        self.batches.set_state(state["batches"])
+
+
+class _Programs:
+    """The compiled functions that all candidates share."""
+
+    def __init__(self, teacher: Model, student: Model, config: ScoringConfig, mesh: Mesh, folder: Path, job: str):
+        self.teacher, self.student, self.config, self.mesh = teacher, student, config, mesh
+        self.folder, self.job = folder, job
+        (kind,) = set(student.config.layer_types)
+        assert kind != FULL_ATTENTION
+        abstract = jax.eval_shape(candidate_params, student.params, teacher.params, jnp.int32(0))
+        optimizer = make_optimizer(config.optimizer, abstract)
+        static = {
+            "student_config": student.config,
+            "linear_kind": kind,
+            "dtype": config.dtype,
+            "chunk_tokens": config.chunk_tokens,
+        }
+        self.begin = jax.jit(lambda own, teacher, layer: start(candidate_params(own, teacher, layer), optimizer))
+        self.step = jax.jit(partial(score_step, optimizer=optimizer, remat=config.remat, **static), donate_argnums=0)
+        self._heldout = jax.jit(partial(candidate_kl, **static))
+        self._teacher = jax.jit(lambda params, batch: teacher_outputs(params, teacher.config, batch, config.dtype))
+        self._caches: dict[str, TeacherCache] = {}
+        self.teacher_head = jax.jit(lambda params: gather(head_matrix(params, teacher.config).astype(config.dtype)))(
+            teacher.params
+        )
+
+    def candidate_folder(self, layer: int) -> Path:
+        return self.folder / "candidates" / f"{layer:03d}"
+
+    def cache(self, name: str, batches: int) -> TeacherCache:
+        if name not in self._caches:
+            config = self.config
+            self._caches[name] = TeacherCache(
+                self.folder / f"teacher-{name}-{self.job}.bin",
+                batches,
+                config.batch_size // jax.process_count(),
+                config.sequence_length,
+                self.teacher.config.hidden_size,
+            )
+        return self._caches[name]
+
+    def with_teacher(self, name: str, index: int, batch: HostBatch, batches: int) -> HostBatch:
+        """The batch with `teacher_hidden` added, computed the first time this batch is seen by any candidate."""
+
+        def compute() -> np.ndarray:
+            hidden, _ = self._teacher(self.teacher.params, place_batch(batch, self.mesh))
+            return local_rows(hidden)
+
+        return {**batch, "teacher_hidden": self.cache(name, batches).get(index, compute)}
+
+    def heldout_kl(self, params: Any, layer: jax.Array, heldout: Sequence[HostBatch]) -> float:
+        """Mean KL in nats per token over the held-out batches."""
+        total = sum(
+            float(self._heldout(params, layer, place_batch(batch, self.mesh), self.teacher_head)) for batch in heldout
+        )
+        return total / sum(float(token_mask(batch["segment_ids"]).sum()) for batch in heldout)
+
+    def compiled(self) -> dict[str, int]:
+        return {
+            "train_step": self.step._cache_size(),
+            "heldout_kl": self._heldout._cache_size(),
+            "teacher_forward": self._teacher._cache_size(),
+        }

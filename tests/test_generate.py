@@ -1,0 +1,80 @@
+"""Cached generation on the hybrid state against full recomputation, batched against single."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxhybrid.errors import DataError
+from jaxhybrid.generate import generate
+from jaxhybrid.model.config import FULL_ATTENTION as F
+from jaxhybrid.model.config import GATED_DELTANET as G
+from jaxhybrid.model.config import GatedDeltaNetConfig
+from jaxhybrid.model.decode import decode, initial_decode_state
+from jaxhybrid.model.transformer import forward
+from jaxhybrid.weights.convert import convert
+
+PROMPTS = [[3, 9, 4, 17, 2], [8], [5, 6, 7, 11, 30, 31, 32, 40]]
+PATTERNS = {"softmax": (F,) * 4, "linear": (G,) * 4, "hybrid": (G, F, G, G)}
+
+
+@pytest.fixture(scope="module", params=["softmax", "linear", "hybrid", "conv", "grouped"])
+def model(request, teacher):
+    mixer = GatedDeltaNetConfig()
+    if request.param == "conv":
+        mixer = replace(mixer, conv_size=4, rope=True)
+    if request.param == "grouped":
+        mixer = replace(mixer, expand_kv=False)
+    student = convert(teacher, PATTERNS.get(request.param, PATTERNS["hybrid"]), mixer, jax.random.key(2))
+    if request.param == "conv":  # an identity convolution would hide a wrong state
+        taps = {name: w + 0.3 for name, w in student.params["mixers"][G].items() if name.endswith("_conv")}
+        student.params["mixers"][G].update(taps)
+    return student
+
+
+def recomputed(model, prompt, steps):
+    """Greedy decoding with a whole forward pass per token, always over the same padded length."""
+    run = jax.jit(lambda tokens, segments: forward(model.params, model.config, tokens, segments))
+    tokens = list(prompt)
+    for _ in range(steps):
+        row = np.zeros((1, 16), np.int32)
+        row[0, : len(tokens)] = tokens
+        logits = run(row, (np.arange(16) < len(tokens))[None].astype(np.int32))
+        tokens.append(int(jnp.argmax(logits[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_equals_full_recomputation_and_batched_equals_single(model):
+    batched = generate(model, PROMPTS, 6)
+    for prompt, produced in zip(PROMPTS, batched):
+        assert produced == recomputed(model, prompt, 6)
+        assert produced == generate(model, [prompt], 6)[0]
+
+
+def test_prefill_then_tokens_equals_prefill_of_all(model):
+    tokens = jnp.array([[3, 9, 4, 17, 2, 8, 1]], jnp.int32)
+    whole, _ = decode(model.params, model.config, tokens, initial_decode_state(model.config, 1, 8))
+    logits, state = decode(model.params, model.config, tokens[:, :3], initial_decode_state(model.config, 1, 8))
+    logits, state = decode(model.params, model.config, tokens[:, 3:5], state)
+    for i in (5, 6):
+        logits, state = decode(model.params, model.config, tokens[:, i : i + 1], state)
+    np.testing.assert_allclose(logits, whole, atol=1e-4)
+
+
+def test_stops_at_an_end_token(model):
+    free = generate(model, PROMPTS[:1], 6)[0]
+    assert generate(model, PROMPTS[:1], 6, eos_ids=[free[2]])[0] == free[: free.index(free[2]) + 1]
+
+
+def test_sampling_is_seeded(model):
+    draws = [generate(model, PROMPTS[:1], 6, temperature=5.0, seed=seed)[0] for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_empty_prompt_and_foreign_token_are_refused(model):
+    with pytest.raises(DataError, match="Prompt 1 is empty"):
+        generate(model, [[1], []], 2)
+    with pytest.raises(DataError, match="token 99; the vocabulary has 61"):
+        generate(model, [[99]], 2)
