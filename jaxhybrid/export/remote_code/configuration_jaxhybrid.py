@@ -1,5 +1,6 @@
-"""Config of a hybrid of softmax attention and Gated DeltaNet layers. Part of the exported folder: needs only transformers."""
+"""Config of a hybrid of softmax attention and Gated DeltaNet layers. Part of an exported folder: only transformers."""
 
+from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -13,7 +14,7 @@ class JaxHybridConfig(PreTrainedConfig):
     `layer_types` holds "full_attention" or "linear_attention" per layer, the names transformers builds its caches from.
     `gated_deltanet` describes the linear layers: `expand_kv` (one state per query head; else one per key/value head),
     `output_gate`, `conv_size` (taps, 0 for none), `rope`, `qkv_bias`, `qk_norm`.
-    `base_model_type` names the softmax layers' architecture: llama, qwen2 (biases on q, k, v) or qwen3 (query/key norms).
+    `base_model_type` names the softmax layers' kind: llama, qwen2 (biases on q, k, v) or qwen3 (query/key norms).
     """
 
     model_type = "jaxhybrid"
@@ -25,30 +26,30 @@ class JaxHybridConfig(PreTrainedConfig):
     intermediate_size: int = 5632
     num_hidden_layers: int = 16
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0  # 0: as many as query heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
-    layer_types: list[str] | None = None
-    gated_deltanet: dict[str, Any] | None = None
+    layer_types: list[str] = field(default_factory=list)
+    gated_deltanet: dict[str, Any] = field(default_factory=dict)
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
+        if not self.num_key_value_heads:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if not self.head_dim:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.layer_types is None:
+        if not self.layer_types:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.base_model_type not in ("llama", "qwen2", "qwen3"):
             raise ValueError(f"base_model_type {self.base_model_type!r} is not one of llama, qwen2, qwen3.")
@@ -58,7 +59,7 @@ class JaxHybridConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"layer_types has {sorted(unknown)}; known: full_attention, linear_attention.")
         if "linear_attention" in self.layer_types:
-            missing = [name for name in LINEAR_SETTINGS if (self.gated_deltanet or {}).get(name) is None]
+            missing = [name for name in LINEAR_SETTINGS if self.gated_deltanet.get(name) is None]
             if missing:
                 raise ValueError(f"gated_deltanet lacks {', '.join(missing)}, which the linear layers need.")
         super().__post_init__(**kwargs)

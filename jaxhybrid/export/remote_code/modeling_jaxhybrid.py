@@ -125,22 +125,21 @@ class JaxHybridRMSNorm(nn.Module):
 class JaxHybridRotaryEmbedding(nn.Module):
     """cos and sin of the rotary angles, with the length-extension rules of transformers."""
 
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
     def __init__(self, config: JaxHybridConfig) -> None:
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        rule = (
-            self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-        )
+        rule = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq, self.attention_scaling = rule(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(
-        config: JaxHybridConfig, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config: JaxHybridConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
@@ -159,7 +158,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "JaxHybridAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -168,7 +167,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by plain matrix products; query [B,H,T,K], key and value [B,G,M,K]. Returns [B,T,H,K] and the weights."""
+    """Attention by matrix products; query [B,H,T,K], key and value [B,G,M,K]. Returns [B,T,H,K] and the weights."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.mT * scaling
     if attention_mask is not None:
@@ -209,24 +208,26 @@ class JaxHybridAttention(nn.Module):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q, k, v = (
-            proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        x, K = hidden_states, self.head_dim
+        q, k, v = (proj(x).unflatten(-1, (-1, K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, *position_embeddings), rotate(k, *position_embeddings), v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        backend = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.flatten(2)), weights
 
 
 class JaxHybridGatedDeltaNet(nn.Module):
-    """Linear attention with a fixed-size state per head: the gated delta rule behind optional norms, rotation, convolution."""
+    """Linear attention by the gated delta rule, behind optional norms, rotation and convolution."""
+
+    q_conv: nn.Conv1d
+    k_conv: nn.Conv1d
+    v_conv: nn.Conv1d
 
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -273,12 +274,13 @@ class JaxHybridGatedDeltaNet(nn.Module):
         a, b = (proj(x.to(proj.weight.dtype)).float() for proj in (self.a_proj, self.b_proj))
 
         with torch.autocast(x.device.type, enabled=False):
-            conv_state, state = self._read(past_key_values)
+            past_inputs, state = self._read(past_key_values)
             q, k, v = q.float(), k.float(), v.float()
+            last_inputs = None
             if self.conv_size:
                 taps = torch.cat([self.q_conv.weight, self.k_conv.weight, self.v_conv.weight])
                 joined = torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1)
-                joined, conv_state = causal_convolution(joined, taps, conv_state, real)
+                joined, last_inputs = causal_convolution(joined, taps, past_inputs, real)
                 q, k, v = (y.unflatten(-1, (-1, K)) for y in joined.split([x.shape[2] * K for x in (q, k, v)], dim=-1))
             q, k, v = l2_normalize(F.silu(q)), l2_normalize(F.silu(k)), F.silu(v)
             log_decay = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
@@ -292,7 +294,7 @@ class JaxHybridGatedDeltaNet(nn.Module):
             q = q.unflatten(2, (N, -1)).permute(0, 2, 3, 1, 4) * K**-0.5
             k, v, log_decay, beta = (x.transpose(1, 2) for x in (k, v, log_decay, beta))
             out, state = rule(q, k, v, log_decay, beta, state)
-            self._write(past_key_values, conv_state, state)
+            self._write(past_key_values, last_inputs, state)
             out = self.o_norm(out.permute(0, 3, 1, 2, 4).flatten(2, 3))  # [B,T,H,K]
 
         if self.g_proj is not None:
@@ -302,7 +304,7 @@ class JaxHybridGatedDeltaNet(nn.Module):
     def _read(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if cache is None or not cache.has_previous_state(self.layer_idx):
             return None, None
-        layer = cache.layers[self.layer_idx]
+        layer: Any = cache.layers[self.layer_idx]
         conv_state, state = layer.conv_states, layer.recurrent_states
         # A tensor each until transformers 5.8 at least, later one per state index.
         return (conv_state[0], state[0]) if isinstance(conv_state, dict) else (conv_state, state)
@@ -312,7 +314,7 @@ class JaxHybridGatedDeltaNet(nn.Module):
             return
         # The cache learns from its convolution state that it has a past, its device and, in older versions, its dtype:
         # so a layer without convolution stores one zero, and both states are float32.
-        if not self.conv_size:
+        if conv_state is None:
             conv_state = state.new_zeros(state.shape[0], 1, 1)
         cache.update_conv_state(conv_state, self.layer_idx)
         cache.update_recurrent_state(state, self.layer_idx)
@@ -417,7 +419,7 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """`attention_mask` is 2-D over past and present tokens, 0 on padding; or a mask per layer type, as `generate` makes."""
+        """`attention_mask`: 2-D over past and present tokens, 0 on padding; or one per layer type (`generate` may)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -425,36 +427,37 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         # transformers measures a cache by a softmax layer, so a model without one goes without.
         if use_cache and past_key_values is None and "full_attention" in self.config.layer_types:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-            else:
-                past = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = torch.arange(past, past + T, device=x.device)[None]
-        elif attention_mask is None:
-            self._refuse_packing(position_ids)
+        positions: torch.Tensor
+        if position_ids is not None:
+            positions = position_ids
+            if attention_mask is None:
+                self._refuse_packing(positions)
+        elif isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        else:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(past, past + T, device=x.device)[None]
 
-        masks = (
-            attention_mask
-            if isinstance(attention_mask, dict)
-            else self._masks(x, attention_mask, past_key_values, position_ids)
-        )
-        tables = self.rotary_emb(x, position_ids)
+        if isinstance(attention_mask, dict):
+            masks: dict[str, Any] = attention_mask
+        else:
+            masks = self._masks(x, attention_mask, past_key_values, positions)
+        tables = self.rotary_emb(x, positions)
         for layer, kind in zip(self.layers, self.config.layer_types):
             x = layer(
                 x,
                 position_embeddings=tables,
                 attention_mask=masks[kind],
                 past_key_values=past_key_values,
-                position_ids=position_ids,
+                position_ids=positions,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _masks(
         self, x: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, position_ids: torch.Tensor
-    ) -> dict[str, torch.Tensor | None]:
-        masks: dict[str, torch.Tensor | None] = {"linear_attention": None}
+    ) -> dict[str, Any]:
+        masks: dict[str, Any] = {"linear_attention": None}
         if "linear_attention" in self.config.layer_types and attention_mask is not None:
             if attention_mask.ndim != 2:
                 raise ValueError(
