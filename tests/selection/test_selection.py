@@ -1,0 +1,98 @@
+"""Ranking, stability and the selection methods, on made-up scores with known answers."""
+
+import json
+
+import pytest
+
+from jaxhybrid.errors import ConfigError, RunError
+from jaxhybrid.selection.methods import layer_types, select_layers
+from jaxhybrid.selection.ranking import CandidateScore, Scores, jaccard, layers_in_budget, read_scores
+
+# Layer 2 is best all along; 0 overtakes 3 at 200 tokens.
+KLS = {0: [5, 3.0, 1.0, 0.9], 1: [5, 4.0, 3.0, 2.9], 2: [5, 1.0, 0.5, 0.4], 3: [5, 2.0, 1.5, 1.4]}
+SCORES = Scores(
+    tuple(
+        CandidateScore(
+            layer,
+            train=[(100, kls[1] + layer), (200, kls[2] + layer), (300, kls[3] + layer)],
+            heldout=[(t, kl) for t, kl in zip((0, 100, 200, 300), kls)],
+        )
+        for layer, kls in KLS.items()
+    )
+)
+
+
+def test_lower_kl_ranks_first():
+    assert SCORES.ranking("heldout") == [2, 0, 3, 1]
+    assert SCORES.ranking("train") == [0, 2, 1, 3]
+    assert SCORES.importance()[2] == -0.4
+
+
+def test_stability_follows_the_top_set():
+    rows = SCORES.stability(2)
+    assert [row["tokens"] for row in rows] == [100, 200, 300]
+    assert rows[0]["with_final"] == pytest.approx(1 / 3)  # {2,3} against {2,0}
+    assert rows[1]["with_previous"] == pytest.approx(1 / 3)
+    assert rows[2]["with_previous"] == 1.0
+    assert SCORES.is_stable(2, window=1, threshold=1.0)
+    assert not SCORES.is_stable(2, window=2, threshold=1.0)
+    assert not SCORES.is_stable(2, window=5, threshold=0.0)
+    assert jaccard(frozenset(), frozenset()) == 1.0
+
+
+def test_kl_guided_takes_the_top_k():
+    assert select_layers("kl_guided", 4, 2, scores=lambda: SCORES) == (0, 2)
+    assert select_layers("kl_guided", 4, 0.25, scores=lambda: SCORES) == (2,)
+
+
+@pytest.mark.parametrize(
+    ("depth", "count", "expected"), [(28, 7, (3, 7, 11, 15, 19, 23, 27)), (28, 4, (6, 13, 20, 27)), (4, 4, (0, 1, 2, 3))]
+)
+def test_uniform_matches_the_published_lists(depth, count, expected):
+    assert select_layers("uniform", depth, count) == expected
+
+
+def test_random_is_seeded_and_explicit_is_sorted():
+    draws = [select_layers("random", 30, 8, seed=seed) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert len(set(draws[0])) == 8
+    assert select_layers("explicit", 30, 8, layers=[9, 2]) == (2, 9)
+
+
+@pytest.mark.parametrize(("budget", "depth", "count"), [(0.25, 36, 9), (0.125, 36, 5), (0.125, 28, 4), (0.25, 30, 8), (6, 30, 6)])
+def test_budgets_round_as_the_papers(budget, depth, count):
+    assert layers_in_budget(budget, depth) == count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "uniform", "budget": 31}, "keeps 31 layers, but the model has 30"),
+        ({"method": "uniform", "budget": 0}, "keeps no softmax layer"),
+        ({"method": "uniform", "budget": 1.5}, "fraction lies between 0 and 1"),
+        ({"method": "explicit", "budget": 1, "layers": [3, 30]}, r"names \[30\]; the model's layers are 0 to 29"),
+        ({"method": "explicit", "budget": 1, "layers": [3, 3]}, "more than once"),
+        ({"method": "explicit", "budget": 1}, "needs select.layers"),
+        ({"method": "kl_guided", "budget": 1}, "needs scores"),
+        ({"method": "kl_guidd", "budget": 1}, "'kl_guidd' is unknown"),
+    ],
+)
+def test_bad_selections_are_refused(arguments, message):
+    arguments = dict(arguments)
+    method, budget = arguments.pop("method"), arguments.pop("budget")
+    with pytest.raises(ConfigError, match=message):
+        select_layers(method, 30, budget, **arguments)
+
+
+def test_missing_scores_are_named(tmp_path):
+    for candidate in SCORES.candidates[:2]:
+        (tmp_path / f"{candidate.layer:03d}.json").write_text(json.dumps(candidate.to_json()))
+    with pytest.raises(RunError, match=r"2 of 4 layers have no score .*\[2, 3\].*--candidates 2:4"):
+        read_scores(tmp_path, 4)
+    for candidate in SCORES.candidates:
+        (tmp_path / f"{candidate.layer:03d}.json").write_text(json.dumps(candidate.to_json()))
+    assert read_scores(tmp_path, 4) == SCORES
+
+
+def test_layer_types():
+    assert layer_types(3, (1,), "gated_deltanet") == ("gated_deltanet", "full_attention", "gated_deltanet")
