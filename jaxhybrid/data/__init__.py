@@ -5,6 +5,7 @@ from jaxhybrid.data.pipeline import Batch, BatchIterator, batches, heldout_batch
 from jaxhybrid.data.sources import Source, open_source
 from jaxhybrid.data.split import take_heldout
 from jaxhybrid.data.streaming import TokenStream
+from jaxhybrid.data.text import Text, open_text
 from jaxhybrid.data.tokens import TokenDataset, open_tokens
 from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
 
@@ -12,6 +13,7 @@ __all__ = [
     "Batch",
     "BatchIterator",
     "Source",
+    "Text",
     "TokenDataset",
     "TokenStream",
     "Vocabulary",
@@ -19,6 +21,7 @@ __all__ = [
     "heldout_batches",
     "load_vocabulary",
     "open_source",
+    "open_text",
     "open_tokens",
     "take_heldout",
     "target_mask",
