@@ -4,16 +4,20 @@ What a linear layer's fixed-size state is worst at and softmax layers are kept f
 download. An answer counts when greedy decoding would give exactly its tokens.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.params import Params
+from jaxhybrid.model.partition import gather, per_example
 from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
+from jaxhybrid.train.placement import place_batch
 
 NAMES = (
     "amber anchor apple arrow autumn badge basket beacon birch blanket bottle branch bridge bronze bucket butter button "
@@ -54,9 +58,22 @@ def recall_prompts(tokenizer: Any, pairs: int, samples: int, seed: int = 0) -> l
 
 
 def recall_accuracy(
-    model: Model, tokenizer: Any, pairs: int, samples: int, *, batch_size: int = 16, seed: int = 0, dtype: Any = jnp.bfloat16
+    model: Model,
+    tokenizer: Any,
+    pairs: int,
+    samples: int,
+    *,
+    mesh: Mesh,
+    batch_size: int = 16,
+    seed: int = 0,
+    dtype: Any = jnp.bfloat16,
 ) -> float:
-    """Share of prompts whose whole answer is the model's greedy choice, token by token."""
+    """Share of prompts whose whole answer is the model's greedy choice, token by token. The model is placed on `mesh`.
+
+    Whole batches of `batch_size` prompts (rounded up to a multiple of the devices) run at once.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = -(-batch_size // devices) * devices
     prompts = recall_prompts(tokenizer, pairs, samples, seed)
     longest = max(len(prompt) + len(answer) for prompt, answer in prompts)
     answer_length = max(len(answer) for _, answer in prompts)
@@ -72,17 +89,20 @@ def recall_accuracy(
             tokens[row, : len(text)], segments[row, : len(text)] = text, 1
             places[row, : len(answer)] = np.arange(len(answer)) + len(prompt) - 1
             answers[row, : len(answer)] = answer
-        chosen = np.asarray(_greedy_at(model.params, tokens, segments, places, config=model.config, dtype=dtype))
+        batch = place_batch({"tokens": tokens, "segment_ids": segments, "places": places}, mesh)
+        chosen = np.asarray(_greedy_at(model.params, batch, config=model.config, dtype=dtype))
         right += int(((chosen == answers) | (answers < 0)).all(axis=1)[: len(group)].sum())
     return right / samples
 
 
-def _predictions(
-    params: Params, tokens: jax.Array, segments: jax.Array, places: jax.Array, *, config: ModelConfig, dtype: Any
-) -> jax.Array:
-    hidden = hidden_states(params, config, tokens, segments, dtype=dtype)
-    at_places = jnp.take_along_axis(hidden, places[..., None], axis=1)
-    return jnp.argmax(jnp.einsum("bad,ds->bas", at_places, head_matrix(params, config).astype(dtype)), axis=-1)
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _greedy_at(params: Params, batch: dict[str, jax.Array], *, config: ModelConfig, dtype: Any) -> jax.Array:
+    """The most likely next token after each of `places` [B,A]."""
+    hidden = hidden_states(params, config, batch["tokens"], batch["segment_ids"], dtype=dtype)
+    head = gather(head_matrix(params, config).astype(dtype))
 
+    def choose(hidden: jax.Array, places: jax.Array, head: jax.Array) -> jax.Array:
+        at_places = jnp.take_along_axis(hidden, places[..., None], axis=1)
+        return jnp.argmax(jnp.einsum("bad,ds->bas", at_places, head), axis=-1)
 
-_greedy_at = jax.jit(_predictions, static_argnames=("config", "dtype"))
+    return per_example(choose, hidden, batch["places"], whole=(head,))

@@ -34,6 +34,7 @@ class LoopConfig:
     checkpoint_every: int = 200
     log_every: int = 10
     label: str = "train"
+    keep_last: bool = True  # write a checkpoint after the last step
 
 
 def train(
@@ -82,8 +83,12 @@ def train(
                 pending.append(_Pending(done, batch, metrics))
                 measured = measure(state, done) if measure else None
                 last = done == config.total_steps
-                save = last or stop.received is not None or done % config.checkpoint_every == 0
-                if measured or save or done % config.log_every == 0:
+                save = (
+                    done % config.checkpoint_every == 0
+                    or stop.received is not None
+                    or (last and config.keep_last)
+                )
+                if measured or save or last or done % config.log_every == 0:
                     # Steps run ahead of the host; reading their metrics waits for them, so it is done in groups.
                     count = len(pending)
                     values = _read(pending, folder, checkpoints.latest)

@@ -29,13 +29,14 @@ class OptimizerConfig:
     total_steps: int
     learning_rate: float = 7e-6  # embeddings, norms, MLPs, head
     mixer_learning_rate: float = 1e-4  # mixers, kept softmax layers and the norm before them
-    final_learning_rate: float | None = None  # of the main group at the last step; the mixers' curve scales with it
+    final_learning_rate: float = 0.0  # at the last step of a cosine or linear schedule
+    final_mixer_learning_rate: float = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0  # largest global gradient norm; None does not clip
 
 
 def make_optimizer(config: OptimizerConfig, params: Params) -> optax.GradientTransformation:
@@ -43,17 +44,21 @@ def make_optimizer(config: OptimizerConfig, params: Params) -> optax.GradientTra
     if config.total_steps < 1:
         raise ConfigError(f"total_steps={config.total_steps}: the token budget is smaller than one batch.")
 
-    def adamw(peak: float) -> optax.GradientTransformation:
+    def adamw(peak: float, final: float) -> optax.GradientTransformation:
         return optax.adamw(
-            schedule(config, peak),
+            schedule(config, peak, final),
             b1=config.betas[0],
             b2=config.betas[1],
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
 
-    groups = {"mixer": adamw(config.mixer_learning_rate), "rest": adamw(config.learning_rate)}
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, parameter_groups(params)))
+    groups = {
+        "mixer": adamw(config.mixer_learning_rate, config.final_mixer_learning_rate),
+        "rest": adamw(config.learning_rate, config.final_learning_rate),
+    }
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, optax.partition(groups, parameter_groups(params)))
 
 
 def parameter_groups(params: Params) -> Params:
@@ -66,24 +71,20 @@ def parameter_groups(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(group, params)
 
 
-def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
-    """Linear warm-up to `peak`, then constant, cosine or linear to the final rate."""
-    final = 0.0 if config.final_learning_rate is None else config.final_learning_rate
-    ratio = final / config.learning_rate if config.learning_rate else 0.0
+def schedule(config: OptimizerConfig, peak: float, final: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then constant, or cosine or linear to `final`."""
     warmup, total = config.warmup_steps, config.total_steps
 
     def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         done = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
         if config.schedule == "cosine":
-            remaining = 0.5 * (1 + jnp.cos(math.pi * done))
+            value = final + (peak - final) * 0.5 * (1 + jnp.cos(math.pi * done))
         elif config.schedule == "linear":
-            remaining = 1.0 - done
+            value = final + (peak - final) * (1.0 - done)
         else:
-            remaining = jnp.ones(())
-        curve = ratio + (1 - ratio) * remaining if config.schedule != "constant" else remaining
-        warm = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
-        return peak * curve * warm
+            value = jnp.float32(peak)
+        return value * jnp.minimum(1.0, (step + 1) / warmup) if warmup else value
 
     return rate
 

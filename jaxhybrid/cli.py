@@ -1,0 +1,175 @@
+"""The command line: each verb is a few lines over the Python API."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxhybrid.errors import ConfigError, JaxHybridError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Turn a pretrained softmax transformer into a hybrid linear-attention model.\n\n"
+    "A run is one YAML config and one folder. `jaxhybrid run configs/demo.yaml` does all stages; the verbs below do one "
+    "each, in this order: align, score, select, distill, finetune, evaluate, export, report. Every verb goes on where it "
+    "was stopped. Settings are changed on the command line as key=value, for example: "
+    "jaxhybrid run configs/demo.yaml select.budget=0.5 seed=3",
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML config of the run (or RUN/config.yaml of one that exists).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings over the config, as key=value.", metavar="[KEY=VALUE]...")]
+
+
+@contextmanager
+def pipeline(config: Path, overrides: list[str] | None) -> Iterator["Pipeline"]:  # type: ignore[name-defined] # noqa: F821
+    # Imported here so that --help and config errors do not wait for JAX.
+    from jaxhybrid.config import load_config
+    from jaxhybrid.pipeline import Pipeline
+
+    with Pipeline(load_config(config, overrides or [])) as opened:
+        yield opened
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None) -> None:
+    """All stages in order, skipping what is done."""
+    with pipeline(config, overrides) as p:
+        p.run()
+
+
+@app.command()
+def align(config: Config, overrides: Overrides = None) -> None:
+    """Stage 1: linear mixers learn to give the teacher's attention outputs."""
+    with pipeline(config, overrides) as p:
+        p.align()
+
+
+@app.command()
+def score(
+    config: Config,
+    overrides: Overrides = None,
+    candidates: Annotated[
+        str, typer.Option(help="Layers to score in this process, FIRST:END as Python slices; several processes share a run.")
+    ] = "",
+    merge: Annotated[list[Path] | None, typer.Option(help="Take finished scores over from other run folders first.")] = None,
+) -> None:
+    """Importance of each layer: KL to the teacher when that layer alone is softmax."""
+    with pipeline(config, overrides) as p:
+        for other in merge or []:
+            p.merge_scores(other)
+        p.score(parse_candidates(candidates, p.depth))
+
+
+@app.command()
+def select(config: Config, overrides: Overrides = None) -> None:
+    """The layers that stay softmax, by the scores or a baseline; writes layers.json."""
+    with pipeline(config, overrides) as p:
+        p.select()
+
+
+@app.command()
+def distill(config: Config, overrides: Overrides = None) -> None:
+    """Stage 2: the hybrid learns the teacher's distribution (KL)."""
+    with pipeline(config, overrides) as p:
+        p.distill()
+
+
+@app.command()
+def finetune(config: Config, overrides: Overrides = None) -> None:
+    """Stage 3: cross entropy, usually at a longer context."""
+    with pipeline(config, overrides) as p:
+        p.finetune()
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Perplexity, KL and recall of teacher and student; writes evaluation.json and prints a table."""
+    from jaxhybrid.report import evaluation_table
+
+    with pipeline(config, overrides) as p:
+        print(evaluation_table(p.evaluate()))
+
+
+@app.command()
+def export(
+    config: Config,
+    overrides: Overrides = None,
+    to: Annotated[str, typer.Option(help="Folder to write; default export.folder or RUN/export.")] = "",
+) -> None:
+    """A Hugging Face folder that plain transformers loads."""
+    with pipeline(config, overrides) as p:
+        print(f"exported to {p.export(to or None)}")
+
+
+@app.command()
+def report(config: Config, overrides: Overrides = None) -> None:
+    """One HTML page and PNGs of everything the run measured."""
+    from jaxhybrid.config import load_config
+    from jaxhybrid.report import write_report
+    from jaxhybrid.run_folder import RunFolder
+
+    print(f"report: {write_report(RunFolder.open(load_config(config, overrides or [])).path)}")
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="An exported folder, or a teacher (folder, hub id, demo:smollm2-135m).")],
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Put each prompt through the chat template.")] = False,
+) -> None:
+    """Text from a model, in JAX, on the hybrid state."""
+    from jaxhybrid.text import complete
+
+    for text in complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat):
+        print(text)
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """What a run folder holds and which stages are done."""
+    from jaxhybrid.run_folder import describe
+
+    print(describe(folder))
+
+
+@app.command("settings")
+def settings_() -> None:
+    """Every setting of a config, with type, default and meaning."""
+    from jaxhybrid.config import describe
+
+    print(describe())
+
+
+def parse_candidates(text: str, depth: int) -> range | None:
+    """'3:10' -> layers 3 to 9, '20:' -> from 20 on, '7' -> layer 7; '' -> None, all of them."""
+    if not text:
+        return None
+    first, colon, end = text.partition(":")
+    try:
+        start = int(first) if first else 0
+        stop = int(end) if end else (depth if colon else start + 1)
+    except ValueError as error:
+        raise ConfigError(f"--candidates {text!r} is not FIRST:END, such as 0:10.") from error
+    if not 0 <= start < stop <= depth:
+        raise ConfigError(f"--candidates {text}: the model's layers are 0 to {depth - 1}, so use 0 <= FIRST < END <= {depth}.")
+    return range(start, stop)
+
+
+def main() -> None:
+    """Entry point: an error the user can act on is one message and exit code 2 (128 + n after a signal)."""
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every step of a save at INFO
+    try:
+        app()
+    except JaxHybridError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))

@@ -1,0 +1,449 @@
+"""A whole run, stage after stage, each one skipped when its result is there and resumed when it is half done."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhybrid.config import RunConfig, differences, fingerprint, load_config
+from jaxhybrid.data import (
+    TokenDataset,
+    TokenStream,
+    Vocabulary,
+    batches,
+    heldout_batches,
+    load_vocabulary,
+    open_source,
+    open_tokens,
+    take_heldout,
+)
+from jaxhybrid.errors import RunError
+from jaxhybrid.evaluate.quality import evaluate_quality
+from jaxhybrid.evaluate.recall import recall_accuracy
+from jaxhybrid.export.folder import export
+from jaxhybrid.files import read_json, write_json
+from jaxhybrid.measure import peak_memory_bytes
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, layers_of_kind
+from jaxhybrid.model.params import Params, cast_params
+from jaxhybrid.model.partition import make_mesh, param_shardings
+from jaxhybrid.model.transformer import Model, declare
+from jaxhybrid.report import evaluation_table, write_report
+from jaxhybrid.run_folder import RunFolder
+from jaxhybrid.selection.kl_guided import ScoringConfig, score_candidates
+from jaxhybrid.selection.methods import layer_types, select_layers
+from jaxhybrid.selection.ranking import Scores, layers_in_budget, read_scores
+from jaxhybrid.settings import AlignConfig, GroupedStageConfig, StageConfig
+from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
+from jaxhybrid.stages.distill import distill_step
+from jaxhybrid.stages.finetune import finetune_step
+from jaxhybrid.train.loop import HostBatch, LoopConfig, train
+from jaxhybrid.train.metrics import read_metrics
+from jaxhybrid.train.optimizer import OptimizerConfig, TrainState, make_optimizer, start
+from jaxhybrid.train.placement import place_batch, place_model
+from jaxhybrid.weights.convert import convert, resolve_mixer
+from jaxhybrid.weights.huggingface import load_teacher
+
+
+class Pipeline:
+    """The stages of one run over one config. Use as a context: the mesh is active inside it."""
+
+    def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None):
+        self.config = config
+        self.folder = RunFolder.open(config)
+        self.mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+        self.dtype = jnp.dtype(config.dtype)
+
+    def __enter__(self) -> "Pipeline":
+        self._active = jax.set_mesh(self.mesh)
+        self._active.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._active.__exit__(*error)
+
+    # --- what the stages share
+
+    @cached_property
+    def teacher(self) -> Model:
+        """The teacher in float32 on the mesh."""
+        return place_model(load_teacher(self.config.teacher), self.mesh)
+
+    @cached_property
+    def frozen_teacher(self) -> Model:
+        """The teacher in the compute dtype: what stages run it in."""
+        specs = declare(self.teacher.config)
+        params = jax.jit(lambda params: cast_params(params, specs, self.dtype))(self.teacher.params)
+        return Model(params, self.teacher.config, self.teacher.folder)
+
+    @cached_property
+    def depth(self) -> int:
+        return self.teacher.config.num_layers
+
+    @property
+    def linear_kind(self) -> str:
+        return self.config.mixer.kind
+
+    def student_config(self, types: Sequence[str]) -> ModelConfig:
+        mixer = resolve_mixer(self.teacher.config, self.config.mixer.to_model())
+        return ModelConfig(**{**vars(self.teacher.config), "layer_types": tuple(types), "gated_deltanet": mixer})
+
+    @cached_property
+    def converted(self) -> Model:
+        """The all-linear student before any training."""
+        types = (self.linear_kind,) * self.depth
+        mixer = self.config.mixer.to_model()
+        shardings = param_shardings(declare(self.student_config(types)), self.mesh)
+        make = jax.jit(
+            lambda teacher, key: convert(teacher, types, mixer, key).params, out_shardings=shardings
+        )
+        params = make(self.teacher, jax.random.key(self.config.seed))
+        return Model(params, self.student_config(types), self.teacher.folder)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        data = self.config.data
+        return load_vocabulary(
+            data.tokenizer or self.teacher.folder,
+            self.teacher.config.vocab_size,
+            document_end_token=data.document_end_token,
+            prepend_bos=data.prepend_bos,
+        )
+
+    @cached_property
+    def text(self) -> tuple[TokenDataset | TokenStream, TokenDataset]:
+        """(training text, held-out text)."""
+        data = self.config.data
+
+        def tokens(sources: Sequence[str]) -> TokenDataset:
+            source = open_source(list(sources), data.text_column)
+            return open_tokens(
+                source, self.vocabulary, data.cache_dir, data.max_document_tokens, data.long_documents
+            )
+
+        if data.streaming:
+            source = open_source(list(data.train), data.text_column, streaming=True)
+            stream = TokenStream(
+                source, self.vocabulary, data.max_document_tokens, data.long_documents, data.shuffle_buffer
+            )
+            return (stream, tokens(data.heldout)) if data.heldout else take_heldout(stream, data.heldout_tokens)
+        if data.heldout:
+            return tokens(data.train), tokens(data.heldout)
+        return take_heldout(tokens(data.train), data.heldout_tokens)
+
+    def stream(self, stage: StageConfig, salt: int) -> Any:
+        """The stage's training batches from their start; stages see different orders."""
+        seed = self.config.seed * 1000 + salt
+        return batches(
+            self.text[0], stage.sequence_length, stage.batch_size, seed, jax.process_index(), jax.process_count()
+        )
+
+    def heldout(self, sequence_length: int, batch_size: int, tokens: int) -> Sequence[HostBatch]:
+        return heldout_batches(
+            self.text[1], sequence_length, batch_size, tokens, jax.process_index(), jax.process_count()
+        )
+
+    # --- stages
+
+    def run(self) -> None:
+        """Everything that is missing, in order, then the table and the paths."""
+        self.align()
+        if self.config.select.method == "kl_guided":
+            self.score()
+        self.select()
+        self.distill()
+        self.finetune()
+        print(evaluation_table(self.evaluate()))
+        exported = self.export()
+        page = write_report(self.folder.path)
+        print(f"exported to {exported}\nreport: {page}")
+
+    def align(self) -> None:
+        """Stage 1: the linear mixers of every layer learn the teacher's attention outputs."""
+        if self.folder.is_done("align"):
+            return
+        settings, student = self.config.align, self.converted
+        static = {"teacher_config": self.teacher.config, "student_config": student.config, "dtype": self.dtype}
+        mixers = linear_mixers(student.params)
+        optimizer = make_optimizer(optimizer_config(settings), mixers)
+        step = partial(align_step, optimizer=optimizer, **static)
+        rows = settings.batch_size // settings.gradient_accumulation
+        batch = self.heldout(settings.sequence_length, rows, min(settings.tokens_per_step, self.text[1].num_tokens))[0]
+        placed = place_batch(batch, self.mesh)
+        measure = jax.jit(partial(align_loss, **static))
+        before = np.asarray(measure(mixers, self.frozen_teacher.params, placed))
+        mixers = self._train("align", settings, mixers, optimizer, step, salt=1)
+        after = np.asarray(measure(mixers, self.frozen_teacher.params, placed))
+        summary = {
+            "heldout_loss_before": float(before.mean()),
+            "heldout_loss_after": float(after.mean()),
+            "heldout_layer_loss_before": before.tolist(),
+            "heldout_layer_loss_after": after.tolist(),
+        }
+        self._finish("align", settings, mixers, summary)
+        print(f"align: held-out loss {before.mean():.4f} before the first step, {after.mean():.4f} after the last")
+
+    def aligned(self) -> Model:
+        """The all-linear student with its trained mixers."""
+        student = self.converted
+        trained = self.folder.load_params("align", linear_mixers(student.params))
+        return Model({**student.params, "mixers": trained}, student.config, student.folder)
+
+    def score(self, candidates: Sequence[int] | None = None) -> None:
+        """Importance of every layer, or of some of them; the last one to be scored completes `scores.json`."""
+        if self.folder.is_done("score"):
+            return
+        settings, folder = self.config.score, self.folder.stage("score")
+        stop = settings.stop_when_stable
+        config = ScoringConfig(
+            optimizer=optimizer_config(settings),
+            batch_size=settings.batch_size,
+            sequence_length=settings.sequence_length,
+            evaluate_every=settings.evaluate_every,
+            checkpoint_every=settings.checkpoint_every,
+            log_every=settings.log_every,
+            microbatches=settings.gradient_accumulation,
+            dtype=self.dtype,
+            remat=settings.remat,
+            chunk_tokens=settings.kl_chunk,
+            stop_budget=None if stop is None else layers_in_budget(self.config.select.budget, self.depth),
+            stop_window=3 if stop is None else stop.window,
+            stop_jaccard=1.0 if stop is None else stop.jaccard,
+        )
+        began = time.perf_counter()
+        compiled = score_candidates(
+            self.frozen_teacher,
+            self.aligned(),
+            config,
+            lambda: self.stream(settings, salt=2),
+            self.heldout(settings.sequence_length, settings.batch_size, settings.heldout_tokens),
+            folder,
+            self.mesh,
+            range(self.depth) if candidates is None else candidates,
+        )
+        seconds = time.perf_counter() - began
+        print(f"score: programs compiled for all candidates: {compiled}")
+        missing = [i for i in range(self.depth) if not (folder / "scores" / f"{i:03d}.json").exists()]
+        if missing:
+            print(f"score: layers {missing} are still to be scored")
+            return
+        self.write_scores(read_scores(folder / "scores", self.depth))
+        tokens = sum(c.heldout[-1][0] for c in self.scores().candidates)
+        self.folder.finish(
+            "score",
+            {
+                "compiled_programs": compiled,
+                "candidate_tokens": tokens,
+                "seconds": round(seconds, 1),
+                "tokens_per_second": round(tokens / seconds) if candidates is None else None,
+                "peak_memory_bytes": peak_memory_bytes(),
+            },
+        )
+
+    def merge_scores(self, other: Path) -> None:
+        """Takes over the finished candidates of another run of the same config (scored on another machine, say).
+
+        Raises:
+            RunError: the other run was made by a config that gives other results.
+        """
+        theirs = load_config(other / "config.yaml", [])
+        if fingerprint(theirs) != fingerprint(self.config):
+            changed = "\n".join(f"  {line}" for line in differences(theirs, self.config))
+            raise RunError(f"{other} was made with another config, so its scores do not compare:\n{changed}")
+        for file in sorted((other / "score" / "scores").glob("*.json")):
+            write_json(self.folder.stage("score") / "scores" / file.name, read_json(file))
+
+    def write_scores(self, scores: Scores) -> None:
+        """`scores.json`: curves, ranking by either curve, and stability for each budget to follow."""
+        budgets = {str(b): layers_in_budget(b, self.depth) for b in self.config.score.budgets}
+        write_json(
+            self.folder.path / "scores.json",
+            {
+                "ranking": scores.ranking("heldout"),
+                "ranking_by_training_kl": scores.ranking("train"),
+                "importance": {str(layer): value for layer, value in scores.importance().items()},
+                "stability": {name: scores.stability(count) for name, count in budgets.items()},
+                "candidates": [candidate.to_json() for candidate in scores.candidates],
+            },
+        )
+
+    def scores(self) -> Scores:
+        return read_scores(self.folder.stage("score") / "scores", self.depth)
+
+    def select(self) -> tuple[int, ...]:
+        """The layers that stay softmax; written to `layers.json` with what the choice rests on."""
+        settings = self.config.select
+        choose = partial(
+            select_layers, settings.method, self.depth, layers=settings.layers or (), seed=settings.seed, scores=self.scores
+        )
+        layers = choose(settings.budget)
+        record: dict[str, Any] = {"method": settings.method, "budget": settings.budget, "softmax_layers": list(layers)}
+        if settings.method == "kl_guided":
+            scores = self.scores()
+            record |= {
+                "ranking": scores.ranking(),
+                "importance": {str(layer): value for layer, value in scores.importance().items()},
+                "stability": scores.stability(len(layers)),
+            }
+        if settings.method != "explicit":
+            record["other_budgets"] = {str(b): list(choose(b)) for b in self.config.score.budgets}
+        write_json(self.folder.path / "layers.json", record)
+        print(f"select: {settings.method} keeps layers {list(layers)} softmax")
+        return layers
+
+    def hybrid(self) -> Model:
+        """The student to distill: the teacher, with aligned mixers wherever a layer is not kept softmax."""
+        kept = self.folder.read("layers.json", "select")["softmax_layers"]
+        types = layer_types(self.depth, kept, self.linear_kind)
+        softmax, linear = (np.array(layers_of_kind(types, k), int) for k in (FULL_ATTENTION, self.linear_kind))
+        mixers: Params = {}
+        if len(softmax):
+            mixers[FULL_ATTENTION] = _take(self.teacher.params["mixers"][FULL_ATTENTION], softmax)
+        if len(linear):
+            mixers[self.linear_kind] = _take(self.aligned().params["mixers"][self.linear_kind], linear)
+        return Model({**self.teacher.params, "mixers": mixers}, self.student_config(types), self.teacher.folder)
+
+    def distill(self) -> None:
+        """Stage 2: KL to the teacher, all parameters."""
+        if self.folder.is_done("distill"):
+            return
+        settings, student = self.config.distill, self.hybrid()
+        optimizer = make_optimizer(optimizer_config(settings), student.params)
+        step = partial(
+            distill_step,
+            teacher_config=self.teacher.config,
+            student_config=student.config,
+            optimizer=optimizer,
+            dtype=self.dtype,
+            remat=settings.remat,
+            chunk_tokens=settings.kl_chunk,
+        )
+        params = self._train("distill", settings, student.params, optimizer, step, salt=3)
+        self._finish("distill", settings, params, {})
+
+    def finetune(self) -> None:
+        """Stage 3: cross entropy, usually at a longer context."""
+        if self.folder.is_done("finetune"):
+            return
+        settings, student = self.config.finetune, self.hybrid()
+        params = self.folder.load_params("distill", student.params)
+        optimizer = make_optimizer(optimizer_config(settings), params)
+
+        def step(state: TrainState, _: Params, batch: dict[str, jax.Array]) -> Any:
+            return finetune_step(
+                state, batch, student_config=student.config, optimizer=optimizer, dtype=self.dtype, remat=settings.remat
+            )
+
+        params = self._train("finetune", settings, params, optimizer, step, salt=4)
+        self._finish("finetune", settings, params, {})
+
+    def student(self, stage: str | None = None) -> Model:
+        """The trained hybrid, after the given stage or the last one done."""
+        stage = stage or next((s for s in ("finetune", "distill") if self.folder.is_done(s)), None)
+        if stage is None:
+            raise RunError(f"{self.folder.path} has no trained student yet. Run `jaxhybrid distill CONFIG` first.")
+        hybrid = self.hybrid()
+        return Model(self.folder.load_params(stage, hybrid.params), hybrid.config, hybrid.folder)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Teacher and students on held-out text and recall; written to `evaluation.json`."""
+        settings = self.config.evaluate
+        heldout = self.heldout(settings.sequence_length, settings.batch_size, settings.heldout_tokens)
+        rows: dict[str, dict[str, Any]] = {"teacher": {"kl": 0.0}}
+        models = {"teacher": self.frozen_teacher} | {
+            stage: self.student(stage) for stage in ("distill", "finetune") if self.folder.is_done(stage)
+        }
+        for name, model in models.items():
+            quality = evaluate_quality(model, self.frozen_teacher, heldout, self.mesh, self.dtype)
+            rows[name] = {key: quality[key] for key in ("perplexity", "kl", "tokens")}
+            for pairs in settings.recall.pairs:
+                rows[name][f"recall_{pairs}"] = recall_accuracy(
+                    model, self.vocabulary.tokenizer, pairs, settings.recall.samples, mesh=self.mesh, dtype=self.dtype
+                )
+        layers = self.folder.path / "layers.json"
+        result = {
+            "models": rows,
+            "softmax_layers": self.folder.read("layers.json", "select")["softmax_layers"] if layers.exists() else None,
+            "heldout_tokens": settings.heldout_tokens,
+            "recall_samples": settings.recall.samples,
+        }
+        write_json(self.folder.path / "evaluation.json", result)
+        return result
+
+    def export(self, folder: str | None = None) -> Path:
+        """The Hugging Face folder of the trained student."""
+        settings = self.config.export
+        target = Path(folder or settings.folder or self.folder.path / "export")
+        student = jax.device_get(self.student())
+        return export(student, target, settings.dtype, max_shard_bytes=shard_bytes(settings.max_shard), overwrite=True)
+
+    # --- the training that three stages share
+
+    def _train(
+        self,
+        name: str,
+        settings: StageConfig,
+        params: Params,
+        optimizer: Any,
+        step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+        salt: int,
+    ) -> Params:
+        teacher = self.frozen_teacher.params
+        compiled = jax.jit(step, donate_argnums=0)
+
+        def on_host_batch(state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+            return compiled(state, teacher, place_batch(batch, self.mesh, settings.gradient_accumulation))
+
+        begin = jax.jit(lambda params: start(jax.tree.map(jnp.copy, params), optimizer))
+        loop = LoopConfig(
+            settings.steps, settings.tokens_per_step, settings.checkpoint_every, settings.log_every, label=name
+        )
+        state = train(begin(params), on_host_batch, self.stream(settings, salt), self.folder.stage(name), loop)
+        return state.params
+
+    def _finish(self, name: str, settings: StageConfig, params: Params, summary: dict[str, Any]) -> None:
+        records = [r for r in read_metrics(self.folder.stage(name)) if "loss" in r]
+        speeds = sorted(r["tokens_per_second"] for r in records[1:] or records)  # the first waits for compilation
+        summary |= {
+            "steps": settings.steps,
+            "tokens": settings.steps * settings.tokens_per_step,
+            "loss_first": records[0]["loss"],
+            "loss_last": records[-1]["loss"],
+            "tokens_per_second": round(speeds[len(speeds) // 2]),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self.folder.finish(name, summary, params)
+
+
+def optimizer_config(stage: StageConfig) -> OptimizerConfig:
+    """A stage's settings as the optimizer's. Alignment trains mixers only: its one rate is theirs."""
+    grouped = isinstance(stage, GroupedStageConfig)
+    assert grouped or isinstance(stage, AlignConfig)
+    return OptimizerConfig(
+        total_steps=stage.steps,
+        learning_rate=stage.learning_rate,
+        mixer_learning_rate=stage.mixer_learning_rate if grouped else stage.learning_rate,
+        final_learning_rate=stage.final_learning_rate,
+        final_mixer_learning_rate=stage.final_mixer_learning_rate if grouped else stage.final_learning_rate,
+        schedule=stage.schedule,
+        warmup_steps=stage.warmup_steps,
+        betas=stage.betas,
+        eps=stage.eps,
+        weight_decay=stage.weight_decay,
+        clip_norm=stage.clip_norm,
+    )
+
+
+def shard_bytes(size: str) -> int:
+    """'5GB' -> bytes, in powers of ten."""
+    return int(size[:-2]) * {"MB": 10**6, "GB": 10**9}[size[-2:]]
+
+
+def _take(stacked: Params, rows: np.ndarray) -> Params:
+    """Rows of stacked layer parameters; the layer axis is never sharded, so this moves nothing between devices."""
+    take = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.stack([w[i] for i in rows]), tree))
+    return take(stacked)

@@ -1,0 +1,50 @@
+"""Prompts in, text out: tokenizer, chat template and generation together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxhybrid.data import load_vocabulary
+from jaxhybrid.errors import DataError
+from jaxhybrid.files import read_json
+from jaxhybrid.generate import generate
+from jaxhybrid.model.transformer import Model
+from jaxhybrid.weights.huggingface import load_student, load_teacher
+
+
+def load_any(folder: str) -> Model:
+    """An exported hybrid or a teacher, whichever the folder's config says it is."""
+    config = Path(folder) / "config.json"
+    if config.exists() and read_json(config).get("model_type") == "jaxhybrid":
+        return load_student(folder)
+    return load_teacher(folder)
+
+
+def complete(
+    folder: str,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> list[str]:
+    """The continuation of each prompt, ended at the model's end token.
+
+    Raises:
+        DataError: the chat template is asked for and the tokenizer has none.
+    """
+    model = load_any(folder)
+    vocabulary = load_vocabulary(model.folder, model.config.vocab_size)
+    tokenizer = vocabulary.tokenizer
+    if chat:
+        if not tokenizer.chat_template:
+            raise DataError(f"The tokenizer of {model.folder} has no chat template; leave --chat out.")
+        prompts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+            for p in prompts
+        ]
+    tokens = [tokenizer(prompt, add_special_tokens=not chat)["input_ids"] for prompt in prompts]
+    answers = generate(
+        model, tokens, max_new_tokens, eos_ids=[vocabulary.end_id], temperature=temperature, seed=seed
+    )
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
