@@ -40,10 +40,22 @@ def take_heldout(
             f"Holding out {tokens:,} tokens would take more than half of {data.name!r}, which has "
             f"{data.num_tokens:,} in {len(data):,} documents; lower data.heldout_tokens or set data.heldout."
         )
-    return (
-        data.select(np.flatnonzero(~held), data.name),
-        data.select(np.flatnonzero(held), f"{data.name} (held out)"),
-    )
+    heldout = data.select(np.flatnonzero(held), f"{data.name} (held out)")
+    return without(data, heldout.hashes), heldout
+
+
+@overload
+def without(data: TokenDataset, hashes: np.ndarray) -> TokenDataset: ...
+@overload
+def without(data: TokenStream, hashes: np.ndarray) -> TokenStream: ...
+def without(data: TokenDataset | TokenStream, hashes: np.ndarray) -> TokenDataset | TokenStream:
+    """`data` without the documents whose text has one of these hashes. Raises DataError if none is left."""
+    if isinstance(data, TokenStream):
+        return replace(data, excluded=data.excluded | frozenset(hashes.tolist()))
+    kept = np.flatnonzero(~np.isin(data.hashes, hashes))
+    if not len(kept):
+        raise DataError(f"Every document of {data.name!r} is also held out; give data.heldout other text.")
+    return data.select(kept, data.name)
 
 
 def _from_stream(stream: TokenStream, tokens: int) -> tuple[TokenStream, TokenDataset]:
@@ -54,7 +66,7 @@ def _from_stream(stream: TokenStream, tokens: int) -> tuple[TokenStream, TokenDa
         total += len(piece.ids)
         if total >= tokens:
             break
-    train = replace(stream, excluded=stream.excluded | frozenset(hashes))
+    train = without(stream, np.array(hashes, np.uint64))
     if total < tokens or not list(islice(train.pieces(), 1)):
         raise DataError(f"Holding out {tokens:,} tokens would take all of {stream.name!r}; lower data.heldout_tokens.")
     lengths = np.array([len(ids) for ids in pieces], np.int64)

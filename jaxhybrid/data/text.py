@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jaxhybrid.data.sources import open_source
-from jaxhybrid.data.split import take_heldout
+from jaxhybrid.data.split import take_heldout, without
 from jaxhybrid.data.streaming import TokenStream
 from jaxhybrid.data.tokens import TokenDataset, open_tokens
 from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
@@ -13,7 +13,7 @@ from jaxhybrid.settings import DataConfig
 @dataclass(frozen=True)
 class Text:
     train: TokenDataset | TokenStream
-    heldout: TokenDataset  # no document of it is in train
+    heldout: TokenDataset  # no document of it, word for word, is in train
     vocabulary: Vocabulary
 
 
@@ -34,7 +34,9 @@ def open_text(config: DataConfig, teacher_folder: str, vocab_size: int, progress
         train = TokenStream(source, vocabulary, longest, treatment, config.shuffle_buffer)
     else:
         train = cached(config.train)
-    if config.heldout is not None:
-        return Text(train, cached(config.heldout), vocabulary)
-    train, heldout = take_heldout(train, config.heldout_tokens)
+    if config.heldout is None:
+        train, heldout = take_heldout(train, config.heldout_tokens)
+    else:
+        heldout = cached(config.heldout)
+        train = without(train, heldout.hashes)
     return Text(train, heldout, vocabulary)
