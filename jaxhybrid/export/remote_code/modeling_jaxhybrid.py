@@ -49,11 +49,12 @@ def chunked_gated_delta_rule(
     q = q.reshape(B, N, R, -1, C, K)
     k, v = (x.reshape(B, N, -1, C, K) for x in (k, v))
     beta = beta.reshape(B, N, -1, C, 1)
-    total = log_decay.reshape(B, N, -1, C).cumsum(-1)  # log of the decay from the chunk's start through each token
+    log_decay = log_decay.reshape(B, N, -1, C)
 
-    future = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
-    between = (total[..., :, None] - total[..., None, :]).masked_fill(future, float("-inf")).exp()
-    from_start = total.exp()[..., None]
+    # between[i, j] = a_{j+1} .. a_i, summed from j on: a difference of sums from the start would round by their size.
+    past = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)
+    between = torch.where(past, log_decay[..., None], 0).cumsum(-2).masked_fill(past.mT, float("-inf")).exp()
+    from_start = log_decay.cumsum(-1).exp()[..., None]
     system = beta * (k @ k.mT) * between  # the solver reads below the diagonal only and takes ones on it
     solved = torch.linalg.solve_triangular(
         system, torch.cat([beta * v, beta * from_start * k], -1), upper=False, unitriangular=True
@@ -61,8 +62,8 @@ def chunked_gated_delta_rule(
     values, keys_read = solved.split(K, -1)
     scores = (q @ k[:, :, None].mT) * between[:, :, None]
     q_read = q * from_start[:, :, None]
-    k_written = (k * (total[..., -1:] - total).exp()[..., None]).mT
-    chunk_decay = total[..., -1].exp()[..., None, None]
+    k_written = (k * between[..., -1, :, None]).mT
+    chunk_decay = from_start[..., -1:, :]
 
     outputs = []
     for c in range(k.shape[2]):

@@ -1,0 +1,81 @@
+"""The README.md of an exported folder."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
+
+CARD = """\
+---
+{metadata}
+---
+
+# {name}
+
+A hybrid of {base} ({family} architecture) with {layers} layers, counted from 0.
+Softmax attention is kept in {softmax}; {linear} of the layers use linear attention (Gated DeltaNet, arXiv 2412.06464),
+whose memory does not grow with the text.
+
+{mixer}Weights are {dtype}; the decays of linear layers are float32.
+
+## Use
+
+Needs `torch` and `transformers>=5.8`. The two Python files in this folder are the model; `trust_remote_code` lets
+transformers run them.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # or the name of its repository
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+Made with jaxhybrid. The terms of the base model apply.
+"""
+
+
+def base_model_name(source: Path | None, teacher_config: dict[str, Any]) -> str | None:
+    """What the base model is called: "org/name" where a hub cache or its config tells, else its folder's name."""
+    if teacher_config.get("model_type") == "jaxhybrid":  # a student trained further
+        return teacher_config.get("base_model")
+    if source is None:
+        return None
+    for part in source.absolute().parts:
+        if part.startswith("models--") and part.count("--") == 2:  # a repository's folder in the hub cache
+            return part.removeprefix("models--").replace("--", "/")
+    name = teacher_config.get("_name_or_path", "")
+    return name if _is_repository(name) else source.absolute().name
+
+
+def model_card(config: ModelConfig, name: str, base: str | None, dtype: str) -> str:
+    """Markdown with the hub's metadata block: what the model is, which layers are softmax, how to load it."""
+    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxhybrid, linear-attention]"]
+    if base is not None and _is_repository(base):
+        metadata.append(f"base_model: {base}")
+    softmax = config.softmax_layers
+    return CARD.format(
+        metadata="\n".join(metadata),
+        name=name,
+        base=base or "a pretrained transformer",
+        family=config.family,
+        layers=config.num_layers,
+        softmax=f"layers {', '.join(map(str, softmax))}" if softmax else "no layer",
+        linear=config.num_layers - len(softmax),
+        mixer="" if config.gated_deltanet is None else _describe(config, config.gated_deltanet),
+        dtype=dtype,
+    )
+
+
+def _describe(config: ModelConfig, mixer: GatedDeltaNetConfig) -> str:
+    states = config.num_heads if mixer.expand_kv else config.num_kv_heads
+    parts = [f"{states} states of {config.head_dim} x {config.head_dim}"]
+    parts.append(f"convolution of {mixer.conv_size} taps" if mixer.conv_size else "no convolution")
+    parts += ["output gate"] * mixer.output_gate + ["rotary embedding"] * mixer.rope
+    return f"A linear layer has: {', '.join(parts)}. "
+
+
+def _is_repository(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~"))

@@ -1,0 +1,225 @@
+"""A student written as a Hugging Face folder: weights, config, tokenizer, and its model code for transformers."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxhybrid.errors import ConfigError, RunError
+from jaxhybrid.export.card import base_model_name, model_card
+from jaxhybrid.families import student_config_to_hf
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.transformer import Model
+from jaxhybrid.weights.save import save_weights
+
+REMOTE_CODE = Path(__file__).parent / "remote_code"
+CODE_FILES = ("configuration_jaxhybrid.py", "modeling_jaxhybrid.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_jaxhybrid.JaxHybridConfig",
+    "AutoModel": "modeling_jaxhybrid.JaxHybridModel",
+    "AutoModelForCausalLM": "modeling_jaxhybrid.JaxHybridForCausalLM",
+}
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them makes a tokenizer
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+LICENSE_PATTERNS = ("LICENSE*", "NOTICE*")  # terms of the base model travel with weights made from it
+WRITTEN = (*CODE_FILES, *TOKENIZER_FILES, *LICENSE_PATTERNS, "config.json", "generation_config.json", "README.md")
+WRITTEN_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def export(
+    model: Model,
+    folder: str | os.PathLike[str],
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> Path:
+    """Writes `model` to `folder`: safetensors, config, generation config, tokenizer, model code and a model card.
+
+    The folder appears whole or not at all. Tokenizer, generation config and licence files come from `model.folder`.
+    It loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` without jaxhybrid or jax.
+
+    Args:
+        dtype: of the weights; decays (`A_log`, `dt_bias`) stay float32.
+        max_shard_bytes: weights files are split at this size.
+        overwrite: replace `folder` whatever it holds. Without it, only an earlier export is replaced.
+
+    Raises:
+        ConfigError: `dtype` is unknown, or the model has a shape its family cannot express.
+        RunError: `folder` holds something else, or cannot be written.
+    """
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigError(f"export dtype {dtype!r}: choose bfloat16 or float32.")
+    check_representable(model.config)
+    target = Path(folder).expanduser().absolute()
+    source = Path(model.folder) if model.folder else None
+    refuse_to_replace(target, source, overwrite)
+    if not model.config.softmax_layers:
+        warnings.warn(
+            "The exported model has no softmax layer. transformers measures its cache by one, so the folder sets "
+            "use_cache=False: generation works but reads the whole text again for every token.",
+            stacklevel=2,
+        )
+
+    source_config = _read_json(source, "config.json")
+    base = base_model_name(source, source_config)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+        try:
+            _write_json(draft / "config.json", _config(model.config, source_config, base, dtype))
+            _write_json(draft / "generation_config.json", _generation_config(model.config, source, source_config))
+            for name in CODE_FILES:
+                shutil.copyfile(REMOTE_CODE / name, draft / name)
+            _copy_tokenizer(source, draft)
+            (draft / "README.md").write_text(model_card(model.config, target.name, base, dtype))
+            save_weights(model.params, model.config, draft, dtype=dtype, max_shard_bytes=max_shard_bytes)
+            _put_in_place(draft, target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def check_representable(config: ModelConfig) -> None:
+    """Refuses combinations that the exported code, which derives them from the family, would build differently."""
+    qkv, o, norm = config.qkv_bias, config.o_bias, config.qk_norm
+    fits = {
+        "llama": qkv == o and not norm,
+        "qwen2": qkv and not o and not norm,
+        "qwen3": qkv == o and norm,
+    }
+    if config.family not in fits:
+        raise ConfigError(f"Family {config.family!r} has no export; known: {', '.join(fits)}.")
+    if not fits[config.family]:
+        raise ConfigError(
+            f"A {config.family} model with qkv_bias={qkv}, o_bias={o}, qk_norm={norm} cannot be written: the family's "
+            "config has no way to say so. Choose the family whose attention has this form."
+        )
+    mixer = config.gated_deltanet
+    if mixer is not None and None in (mixer.qkv_bias, mixer.qk_norm):
+        raise ConfigError("gated_deltanet.qkv_bias or qk_norm is unset: export a student that `convert` made.")
+
+
+def is_export(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == "jaxhybrid"
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return False
+
+
+def refuse_to_replace(target: Path, source: Path | None, overwrite: bool) -> None:
+    """Raises RunError when writing `target` would lose something that is not an earlier export's own."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise RunError(f"{target} is a file; name a folder to export to.")
+    if source is not None and source.absolute() != target and target.resolve() in source.resolve().parents:
+        raise RunError(f"{target} contains the base model's folder {source}; export to another place.")
+    entries = sorted(target.iterdir())
+    if overwrite or not entries:
+        return
+    if not is_export(target):
+        raise RunError(
+            f"{target} holds something that is not an earlier export; name a new folder, or pass overwrite=True."
+        )
+    foreign = [e.name for e in entries if not any(e.match(pattern) for pattern in (*WRITTEN, *WRITTEN_WEIGHTS))]
+    if foreign:
+        raise RunError(
+            f"{target} is an earlier export with other files in it, which would be lost: {', '.join(foreign[:5])}. "
+            "Name a new folder, or pass overwrite=True."
+        )
+
+
+@contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or target
+        raise RunError(
+            f"The export {target} could not be written: {error.strerror or error} ({where}). Nothing is left of it. "
+            "Free disk space or choose another folder, then export again."
+        ) from error
+
+
+def _config(config: ModelConfig, source_config: dict[str, Any], base: str | None, dtype: str) -> dict[str, Any]:
+    hf = student_config_to_hf(config, source_config) | {
+        "model_type": "jaxhybrid",
+        "architectures": ["JaxHybridForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "dtype": dtype,
+        "base_model": base,
+    }
+    if not config.softmax_layers:
+        hf["use_cache"] = False
+    return hf
+
+
+def _generation_config(config: ModelConfig, source: Path | None, source_config: dict[str, Any]) -> dict[str, Any]:
+    generation = _read_json(source, "generation_config.json")
+    if not generation:  # what `generate` needs to know where a text ends
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {name: source_config[name] for name in ids if source_config.get(name) is not None}
+    if not config.softmax_layers:
+        generation["use_cache"] = False
+    return generation
+
+
+def _copy_tokenizer(source: Path | None, draft: Path) -> None:
+    present = [] if source is None else [name for name in TOKENIZER_FILES if (source / name).exists()]
+    if not set(present) & set(VOCABULARY_FILES):
+        warnings.warn(
+            f"No tokenizer in {source or 'the model: it has no source folder'}; looked for "
+            f"{', '.join(VOCABULARY_FILES)}. The export has weights and code only; add a tokenizer's files.",
+            stacklevel=3,
+        )
+    if source is None:
+        return
+    licenses = [path.name for pattern in LICENSE_PATTERNS for path in source.glob(pattern) if path.is_file()]
+    for name in (*present, *licenses):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, draft / name)
+        else:
+            shutil.copyfile(source / name, draft / name)
+
+
+def _put_in_place(draft: Path, target: Path) -> None:
+    """Renames `draft` to `target`; an earlier folder is removed only once the new one stands."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    earlier = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(earlier)
+    try:
+        draft.rename(target)
+    except OSError:
+        earlier.rename(target)
+        raise
+    shutil.rmtree(earlier)
+
+
+def _read_json(source: Path | None, name: str) -> dict[str, Any]:
+    if source is None or not (source / name).is_file():
+        return {}
+    try:
+        return json.loads((source / name).read_text())
+    except ValueError as error:
+        raise RunError(f"{source / name} is not valid JSON ({error}); fetch the base model again.") from error
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
