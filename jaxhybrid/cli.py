@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path, typer.Argument(help="YAML config of the run (or RUN/config.yaml of one that exists).")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings over the config, as key=value.", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings over the config, as key=value.", metavar="[KEY=VALUE]...")
+]
 
 
 @contextmanager
@@ -56,9 +58,14 @@ def score(
     config: Config,
     overrides: Overrides = None,
     candidates: Annotated[
-        str, typer.Option(help="Layers to score in this process, FIRST:END as Python slices; several processes share a run.")
+        str,
+        typer.Option(
+            help="Layers to score in this process, FIRST:END as Python slices; several processes share a run."
+        ),
     ] = "",
-    merge: Annotated[list[Path] | None, typer.Option(help="Take finished scores over from other run folders first.")] = None,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Take finished scores over from other run folders first.")
+    ] = None,
 ) -> None:
     """Importance of each layer: KL to the teacher when that layer alone is softmax."""
     with pipeline(config, overrides) as p:
@@ -120,7 +127,9 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def generate(
-    folder: Annotated[str, typer.Argument(help="An exported folder, or a teacher (folder, hub id, demo:smollm2-135m).")],
+    folder: Annotated[
+        str, typer.Argument(help="An exported folder, or a teacher (folder, hub id, demo:smollm2-135m).")
+    ],
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -161,7 +170,9 @@ def parse_candidates(text: str, depth: int) -> range | None:
     except ValueError as error:
         raise ConfigError(f"--candidates {text!r} is not FIRST:END, such as 0:10.") from error
     if not 0 <= start < stop <= depth:
-        raise ConfigError(f"--candidates {text}: the model's layers are 0 to {depth - 1}, so use 0 <= FIRST < END <= {depth}.")
+        raise ConfigError(
+            f"--candidates {text}: the model's layers are 0 to {depth - 1}, so use 0 <= FIRST < END <= {depth}."
+        )
     return range(start, stop)
 
 

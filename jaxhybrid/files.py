@@ -58,4 +58,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise RunError(f"{path} is not valid JSON ({error}). Delete it and run the step that wrote it again.") from error
+        raise RunError(
+            f"{path} is not valid JSON ({error}). Delete it and run the step that wrote it again."
+        ) from error

@@ -39,7 +39,9 @@ def generate(
         raise ConfigError(f"temperature={temperature}: use 0 for greedy or a positive value.")
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise DataError(f"Prompt {number} is empty; give it at least one token (the model's start or end token, say).")
+            raise DataError(
+                f"Prompt {number} is empty; give it at least one token (the model's start or end token, say)."
+            )
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise DataError(f"Prompt {number} has token {max(prompt)}; the vocabulary has {model.config.vocab_size}.")
     longest = max(len(prompt) for prompt in prompts)

@@ -10,18 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhybrid.config import RunConfig, differences, fingerprint, load_config
-from jaxhybrid.data import (
-    TokenDataset,
-    TokenStream,
-    Vocabulary,
-    batches,
-    heldout_batches,
-    load_vocabulary,
-    open_source,
-    open_tokens,
-    take_heldout,
-)
+from jaxhybrid.config import RunConfig, differences, fingerprint, load_config, validate_against
+from jaxhybrid.data import batches, heldout_batches
+from jaxhybrid.data.text import Text, open_text
 from jaxhybrid.errors import RunError
 from jaxhybrid.evaluate.quality import evaluate_quality
 from jaxhybrid.evaluate.recall import recall_accuracy
@@ -70,8 +61,10 @@ class Pipeline:
 
     @cached_property
     def teacher(self) -> Model:
-        """The teacher in float32 on the mesh."""
-        return place_model(load_teacher(self.config.teacher), self.mesh)
+        """The teacher in float32 on the mesh, checked against the config."""
+        teacher = load_teacher(self.config.teacher)
+        validate_against(self.config, teacher.config)
+        return place_model(teacher, self.mesh)
 
     @cached_property
     def frozen_teacher(self) -> Model:
@@ -98,53 +91,25 @@ class Pipeline:
         types = (self.linear_kind,) * self.depth
         mixer = self.config.mixer.to_model()
         shardings = param_shardings(declare(self.student_config(types)), self.mesh)
-        make = jax.jit(
-            lambda teacher, key: convert(teacher, types, mixer, key).params, out_shardings=shardings
-        )
+        make = jax.jit(lambda teacher, key: convert(teacher, types, mixer, key).params, out_shardings=shardings)
         params = make(self.teacher, jax.random.key(self.config.seed))
         return Model(params, self.student_config(types), self.teacher.folder)
 
     @cached_property
-    def vocabulary(self) -> Vocabulary:
-        data = self.config.data
-        return load_vocabulary(
-            data.tokenizer or self.teacher.folder,
-            self.teacher.config.vocab_size,
-            document_end_token=data.document_end_token,
-            prepend_bos=data.prepend_bos,
-        )
-
-    @cached_property
-    def text(self) -> tuple[TokenDataset | TokenStream, TokenDataset]:
-        """(training text, held-out text)."""
-        data = self.config.data
-
-        def tokens(sources: Sequence[str]) -> TokenDataset:
-            source = open_source(list(sources), data.text_column)
-            return open_tokens(
-                source, self.vocabulary, data.cache_dir, data.max_document_tokens, data.long_documents
-            )
-
-        if data.streaming:
-            source = open_source(list(data.train), data.text_column, streaming=True)
-            stream = TokenStream(
-                source, self.vocabulary, data.max_document_tokens, data.long_documents, data.shuffle_buffer
-            )
-            return (stream, tokens(data.heldout)) if data.heldout else take_heldout(stream, data.heldout_tokens)
-        if data.heldout:
-            return tokens(data.train), tokens(data.heldout)
-        return take_heldout(tokens(data.train), data.heldout_tokens)
+    def text(self) -> Text:
+        """Training and held-out text, and the tokenizer."""
+        return open_text(self.config.data, self.teacher.folder, self.teacher.config.vocab_size)
 
     def stream(self, stage: StageConfig, salt: int) -> Any:
         """The stage's training batches from their start; stages see different orders."""
         seed = self.config.seed * 1000 + salt
         return batches(
-            self.text[0], stage.sequence_length, stage.batch_size, seed, jax.process_index(), jax.process_count()
+            self.text.train, stage.sequence_length, stage.batch_size, seed, jax.process_index(), jax.process_count()
         )
 
     def heldout(self, sequence_length: int, batch_size: int, tokens: int) -> Sequence[HostBatch]:
         return heldout_batches(
-            self.text[1], sequence_length, batch_size, tokens, jax.process_index(), jax.process_count()
+            self.text.heldout, sequence_length, batch_size, tokens, jax.process_index(), jax.process_count()
         )
 
     # --- stages
@@ -172,7 +137,9 @@ class Pipeline:
         optimizer = make_optimizer(optimizer_config(settings), mixers)
         step = partial(align_step, optimizer=optimizer, **static)
         rows = settings.batch_size // settings.gradient_accumulation
-        batch = self.heldout(settings.sequence_length, rows, min(settings.tokens_per_step, self.text[1].num_tokens))[0]
+        batch = self.heldout(
+            settings.sequence_length, rows, min(settings.tokens_per_step, self.text.heldout.num_tokens)
+        )[0]
         placed = place_batch(batch, self.mesh)
         measure = jax.jit(partial(align_loss, **static))
         before = np.asarray(measure(mixers, self.frozen_teacher.params, placed))
@@ -278,7 +245,12 @@ class Pipeline:
         """The layers that stay softmax; written to `layers.json` with what the choice rests on."""
         settings = self.config.select
         choose = partial(
-            select_layers, settings.method, self.depth, layers=settings.layers or (), seed=settings.seed, scores=self.scores
+            select_layers,
+            settings.method,
+            self.depth,
+            layers=settings.layers or (),
+            seed=settings.seed,
+            scores=self.scores,
         )
         layers = choose(settings.budget)
         record: dict[str, Any] = {"method": settings.method, "budget": settings.budget, "softmax_layers": list(layers)}
@@ -362,7 +334,12 @@ class Pipeline:
             rows[name] = {key: quality[key] for key in ("perplexity", "kl", "tokens")}
             for pairs in settings.recall.pairs:
                 rows[name][f"recall_{pairs}"] = recall_accuracy(
-                    model, self.vocabulary.tokenizer, pairs, settings.recall.samples, mesh=self.mesh, dtype=self.dtype
+                    model,
+                    self.text.vocabulary.tokenizer,
+                    pairs,
+                    settings.recall.samples,
+                    mesh=self.mesh,
+                    dtype=self.dtype,
                 )
         layers = self.folder.path / "layers.json"
         result = {

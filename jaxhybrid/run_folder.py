@@ -1,10 +1,10 @@
 """The folder of one run: what it was made with, which stages are done, and where their results lie.
 
-    runs/NAME/
-      config.yaml  versions.json
-      align/ score/ distill/ finetune/     checkpoints/, metrics.jsonl, tensorboard/, params/ and done.json when finished
-      scores.json  layers.json  evaluation.json
-      export/  report/
+runs/NAME/
+  config.yaml  versions.json
+  align/ score/ distill/ finetune/     checkpoints/, metrics.jsonl, tensorboard/, params/ and done.json when finished
+  scores.json  layers.json  evaluation.json
+  export/  report/
 """
 
 import json
@@ -69,7 +69,9 @@ class RunFolder:
     def load_params(self, stage: str, like: Params) -> Params:
         """Parameters a finished stage left, placed as `like` (arrays or ShapeDtypeStructs with shardings) is."""
         if not self.is_done(stage):
-            raise RunError(f"{self.path} has no finished {stage} stage. Run `jaxhybrid {stage} {self.path / 'config.yaml'}`.")
+            raise RunError(
+                f"{self.path} has no finished {stage} stage. Run `jaxhybrid {stage} {self.path / 'config.yaml'}`."
+            )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         return ocp.load(self.stage(stage).absolute() / "params", abstract)
 

@@ -44,7 +44,5 @@ def complete(
             for p in prompts
         ]
     tokens = [tokenizer(prompt, add_special_tokens=not chat)["input_ids"] for prompt in prompts]
-    answers = generate(
-        model, tokens, max_new_tokens, eos_ids=[vocabulary.end_id], temperature=temperature, seed=seed
-    )
+    answers = generate(model, tokens, max_new_tokens, eos_ids=[vocabulary.end_id], temperature=temperature, seed=seed)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

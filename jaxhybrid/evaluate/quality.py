@@ -29,9 +29,7 @@ def evaluate_quality(
     Raises:
         DataError: no batch, or none with a predicted token.
     """
-    measure = jax.jit(
-        lambda own, other, batch: _sums(own, model.config, other, teacher.config, batch, dtype)
-    )
+    measure = jax.jit(lambda own, other, batch: _sums(own, model.config, other, teacher.config, batch, dtype))
     totals = np.zeros(5)
     for batch in batches:
         totals += np.array([float(x) for x in measure(model.params, teacher.params, place_batch(batch, mesh))])

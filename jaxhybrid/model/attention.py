@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.layers import TokenContext, rms_norm
-from jaxhybrid.model.params import ParamSpec, Params, normal, ones, zeros
+from jaxhybrid.model.params import Params, ParamSpec, normal, ones, zeros
 from jaxhybrid.model.partition import per_example
 from jaxhybrid.model.rope import rotate
 

@@ -40,14 +40,20 @@ class GatedDeltaNetConfig:
     no convolution, no rotary embedding. `None` means "as the teacher has it" and is filled in by `convert`.
     """
 
-    expand_kv: bool = True  # clone each K/V head for its group of query heads; False keeps G states, read by grouped queries
+    expand_kv: bool = (
+        True  # clone each K/V head for its group of query heads; False keeps G states, read by grouped queries
+    )
     output_gate: bool = True  # multiply the normalised output by silu(g_proj x)
     conv_size: int = 0  # taps of the causal short convolution on q, k and v; 0 has none
     rope: bool = False  # rotate q and k as the teacher's softmax layers do
     qkv_bias: bool | None = None  # carry the teacher's projection biases
     qk_norm: bool | None = None  # carry the teacher's query and key norms (before the SiLU)
-    gate_init: Literal["random", "zero", "value"] = "random"  # g_proj: paper's normal(0.02), zeros, or a scaled copy of v_proj
-    decay_init: Literal["fla", "slow"] = "fla"  # A_log, dt_bias: fla's random ranges, or half-lives of 64 to 4096 tokens
+    gate_init: Literal["random", "zero", "value"] = (
+        "random"  # g_proj: paper's normal(0.02), zeros, or a scaled copy of v_proj
+    )
+    decay_init: Literal["fla", "slow"] = (
+        "fla"  # A_log, dt_bias: fla's random ranges, or half-lives of 64 to 4096 tokens
+    )
 
 
 @dataclass(frozen=True)

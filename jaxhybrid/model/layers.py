@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import ParamSpec, Params, normal, ones, zeros
+from jaxhybrid.model.params import Params, ParamSpec, normal, ones, zeros
 
 
 class TokenContext(NamedTuple):
     """What token mixers may ask about the tokens at hand."""
 
-    segment_ids: jax.Array | None  # [B,T]; 0 is padding, tokens of different ids do not see each other; None: one segment
+    segment_ids: (
+        jax.Array | None
+    )  # [B,T]; 0 is padding, tokens of different ids do not see each other; None: one segment
     cos: jax.Array  # [B,T,K/2] rotary tables
     sin: jax.Array
     cache_segment_ids: jax.Array | None = None  # [B,M] of every cache slot, when decoding

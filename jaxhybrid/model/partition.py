@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.params import ParamSpec, Params, is_spec
+from jaxhybrid.model.params import Params, ParamSpec, is_spec
 
 BATCH_AXES = ("data", "fsdp")  # a batch is split over both; weights only over fsdp
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -49,7 +49,9 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, 
     devices = jax.devices() if devices is None else devices
     for name, size in (("tensor", tensor), ("context", context)):
         if size != 1:
-            raise TopologyError(f"mesh.{name}={size}: the {name} axis is not built yet; set it to 1 and use data and fsdp.")
+            raise TopologyError(
+                f"mesh.{name}={size}: the {name} axis is not built yet; set it to 1 and use data and fsdp."
+            )
     if data == -1 and fsdp == -1:
         raise TopologyError("mesh.data and mesh.fsdp are both -1; only one of them can take the rest.")
     if -1 in (data, fsdp):

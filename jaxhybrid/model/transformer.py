@@ -21,7 +21,7 @@ from jaxhybrid.model.layers import (
     segment_positions,
 )
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.params import ParamSpec, Params, cast_params, is_spec, normal, ones
+from jaxhybrid.model.params import Params, ParamSpec, cast_params, is_spec, normal, ones
 from jaxhybrid.model.partition import gather, per_example
 from jaxhybrid.model.rope import rotary_tables
 
@@ -33,7 +33,9 @@ class Model:
 
     params: Params
     config: ModelConfig = field(metadata={"static": True})
-    folder: str = field(default="", metadata={"static": True})  # the Hugging Face folder it came from (tokenizer, raw config)
+    folder: str = field(
+        default="", metadata={"static": True}
+    )  # the Hugging Face folder it came from (tokenizer, raw config)
 
 
 class LayerRun(NamedTuple):
@@ -232,5 +234,3 @@ def take_layers(stacked: Params, start: int, stop: int) -> Params:
 
 def take_layer(stacked: Params, index: int) -> Params:
     return jax.tree.map(lambda x: jnp.squeeze(x, 0), take_layers(stacked, index, index + 1))
-
-

@@ -77,7 +77,9 @@ def score_candidates(
     programs = _Programs(teacher, student, config, mesh, folder, job)
     heldout_batches = [programs.with_teacher("heldout", i, batch, len(heldout)) for i, batch in enumerate(heldout)]
     total = config.optimizer.total_steps
-    rounds = [total] if config.stop_budget is None else [*range(config.evaluate_every, total, config.evaluate_every), total]
+    rounds = (
+        [total] if config.stop_budget is None else [*range(config.evaluate_every, total, config.evaluate_every), total]
+    )
 
     for position, steps in enumerate(rounds):
         for count, layer in enumerate(candidates):
@@ -88,7 +90,9 @@ def score_candidates(
         if config.stop_budget is not None and position + 1 < len(rounds):
             scores = read_scores(folder / "scores", depth)
             if scores.is_stable(config.stop_budget, config.stop_window, config.stop_jaccard):
-                print(f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping there.")
+                print(
+                    f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping there."
+                )
                 break
     for layer in candidates:
         shutil.rmtree(programs.candidate_folder(layer), ignore_errors=True)

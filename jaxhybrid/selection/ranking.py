@@ -103,7 +103,9 @@ def layers_in_budget(budget: int | float, depth: int) -> int:
         raise ConfigError(f"select.budget={budget}: a fraction lies between 0 and 1; write a whole number for a count.")
     count = math.floor(budget * depth + 0.5) if isinstance(budget, float) else budget
     if count > depth:
-        raise ConfigError(f"select.budget={budget} keeps {count} layers, but the model has {depth}. Choose at most {depth}.")
+        raise ConfigError(
+            f"select.budget={budget} keeps {count} layers, but the model has {depth}. Choose at most {depth}."
+        )
     if count < 1:
         raise ConfigError(
             f"select.budget={budget} keeps no softmax layer of {depth}. Keep at least 1: without one, recall collapses "

@@ -106,7 +106,9 @@ def _walk_layers(
         aligned = run.kind in mixers
         mixer_specs = stack(MIXERS[run.kind].declare(student_config), 1)
 
-        def layer(x: jax.Array, weights: Any, run: Any = run, aligned: bool = aligned, specs: Params = mixer_specs) -> Any:
+        def layer(
+            x: jax.Array, weights: Any, run: Any = run, aligned: bool = aligned, specs: Params = mixer_specs
+        ) -> Any:
             block_params, attention, mixer = weights
             block_params, attention = gather((block_params, attention))
             normed = rms_norm(x, block_params["input_norm"], teacher_config.norm_eps)

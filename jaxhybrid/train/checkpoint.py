@@ -80,6 +80,6 @@ class _CheckpointErrors:
             return
         text = str(error)
         for code in (errno.ENOSPC, errno.EROFS, errno.EACCES):
-            if f"[Errno {code}]" in text or "No space left" in text and code == errno.ENOSPC:
+            if f"[Errno {code}]" in text or ("No space left" in text and code == errno.ENOSPC):
                 with storage_errors(self.folder):
                     raise OSError(code, text) from error

@@ -83,11 +83,7 @@ def train(
                 pending.append(_Pending(done, batch, metrics))
                 measured = measure(state, done) if measure else None
                 last = done == config.total_steps
-                save = (
-                    done % config.checkpoint_every == 0
-                    or stop.received is not None
-                    or (last and config.keep_last)
-                )
+                save = done % config.checkpoint_every == 0 or stop.received is not None or (last and config.keep_last)
                 if measured or save or last or done % config.log_every == 0:
                     # Steps run ahead of the host; reading their metrics waits for them, so it is done in groups.
                     count = len(pending)
@@ -135,7 +131,9 @@ def _read(pending: deque[_Pending], folder: Path, checkpoint: int | None) -> dic
             path = make_folder(folder) / f"bad-batch-{item.step}.npz"
             with storage_errors(path):
                 np.savez(path, **item.batch)
-            saved = "there is no checkpoint yet" if checkpoint is None else f"the last good checkpoint is step {checkpoint}"
+            saved = (
+                "there is no checkpoint yet" if checkpoint is None else f"the last good checkpoint is step {checkpoint}"
+            )
             raise DivergenceError(
                 f"{bad[0]} is {values[bad[0]]} at step {item.step}; its batch is saved as {path}; {saved}. "
                 "Lower the learning rate or clip_norm, or look at the batch; then run the same command again."

@@ -20,7 +20,9 @@ def resolve_mixer(config: ModelConfig, mixer: GatedDeltaNetConfig) -> GatedDelta
         ("qk_norm", mixer.qk_norm, config.qk_norm),
     ):
         if present and carried is False:
-            warnings.warn(f"mixer.{name}=False: the teacher's {name} is not carried into the linear layers.", stacklevel=3)
+            warnings.warn(
+                f"mixer.{name}=False: the teacher's {name} is not carried into the linear layers.", stacklevel=3
+            )
         if carried and not present:
             raise ConfigError(f"mixer.{name}=True, but the teacher has no {name} to carry; leave it unset.")
     if mixer.conv_size < 0 or mixer.conv_size == 1:

@@ -46,7 +46,8 @@ def test_kl_guided_takes_the_top_k():
 
 
 @pytest.mark.parametrize(
-    ("depth", "count", "expected"), [(28, 7, (3, 7, 11, 15, 19, 23, 27)), (28, 4, (6, 13, 20, 27)), (4, 4, (0, 1, 2, 3))]
+    ("depth", "count", "expected"),
+    [(28, 7, (3, 7, 11, 15, 19, 23, 27)), (28, 4, (6, 13, 20, 27)), (4, 4, (0, 1, 2, 3))],
 )
 def test_uniform_matches_the_published_lists(depth, count, expected):
     assert select_layers("uniform", depth, count) == expected
@@ -59,7 +60,9 @@ def test_random_is_seeded_and_explicit_is_sorted():
     assert select_layers("explicit", 30, 8, layers=[9, 2]) == (2, 9)
 
 
-@pytest.mark.parametrize(("budget", "depth", "count"), [(0.25, 36, 9), (0.125, 36, 5), (0.125, 28, 4), (0.25, 30, 8), (6, 30, 6)])
+@pytest.mark.parametrize(
+    ("budget", "depth", "count"), [(0.25, 36, 9), (0.125, 36, 5), (0.125, 28, 4), (0.25, 30, 8), (6, 30, 6)]
+)
 def test_budgets_round_as_the_papers(budget, depth, count):
     assert layers_in_budget(budget, depth) == count
 

@@ -79,9 +79,9 @@ def test_alignment_gradients_equal_autodiff(which, request, teacher, batch):
     losses, gradients = jax.jit(
         partial(alignment_gradients, teacher_config=teacher.config, student_config=student.config, dtype=jnp.float32)
     )(mixers, teacher.params, batch)
-    expected = jax.jit(
-        jax.value_and_grad(lambda m: jnp.mean(plain_alignment(m, teacher, student.config, batch)))
-    )(mixers)
+    expected = jax.jit(jax.value_and_grad(lambda m: jnp.mean(plain_alignment(m, teacher, student.config, batch))))(
+        mixers
+    )
     np.testing.assert_allclose(jnp.mean(losses), expected[0], rtol=1e-5)
     close(gradients, expected[1])
 
@@ -91,13 +91,13 @@ def test_alignment_memory_does_not_grow_with_depth(teacher):
     tokens, memory = 8 * 512, {}
     for depth in (4, 8):
         config = replace(teacher.config, num_layers=depth, layer_types=(F,) * depth)
-        student = replace(config, layer_types=(G,) * depth, gated_deltanet=replace(MIXER, qkv_bias=False, qk_norm=False))
+        student = replace(
+            config, layer_types=(G,) * depth, gated_deltanet=replace(MIXER, qkv_bias=False, qk_norm=False)
+        )
         shapes = jax.eval_shape(lambda c=config: initialize(declare(c), jax.random.key(0)))
         mixers = jax.eval_shape(lambda c=student: linear_mixers(initialize(declare(c), jax.random.key(0))))
         batch = {name: jax.ShapeDtypeStruct((8, 512), jnp.int32) for name in ("tokens", "segment_ids")}
-        step = jax.jit(
-            partial(alignment_gradients, teacher_config=config, student_config=student, dtype=jnp.float32)
-        )
+        step = jax.jit(partial(alignment_gradients, teacher_config=config, student_config=student, dtype=jnp.float32))
         compiled = step.lower(mixers, shapes, batch).compile()
         parameters = sum(x.size * 4 for x in jax.tree.leaves((shapes, mixers)))
         memory[depth] = compiled.memory_analysis().temp_size_in_bytes, parameters

