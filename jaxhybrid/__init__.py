@@ -1,3 +1,3 @@
-"""Pretrained softmax transformers into hybrid linear-attention models: Hugging Face weights in, Hugging Face weights out."""
+"""Pretrained softmax transformers into hybrid linear-attention models, Hugging Face weights in and out."""
 
 __version__ = "0.1.0"

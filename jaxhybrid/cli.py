@@ -17,9 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Turn a pretrained softmax transformer into a hybrid linear-attention model.\n\n"
-    "A run is one YAML config and one folder. `jaxhybrid run configs/demo.yaml` does all stages; the verbs below do one "
-    "each, in this order: align, score, select, distill, finetune, evaluate, export, report. Every verb goes on where it "
-    "was stopped. Settings are changed on the command line as key=value, for example: "
+    "A run is one YAML config and one folder. `jaxhybrid run configs/demo.yaml` does all stages; the verbs below do "
+    "one each, in this order: align, score, select, distill, finetune, evaluate, export, report. Every verb goes on "
+    "where it was stopped. Settings are changed on the command line as key=value, for example: "
     "jaxhybrid run configs/demo.yaml select.budget=0.5 seed=3",
 )
 

@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each message names the offending value and the way out; the command line prints it and exits with 2."""
+"""Errors a user can act on. Messages name the offending value and the way out; the command line exits with 2."""
 
 
 class JaxHybridError(Exception):

@@ -18,8 +18,10 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"No space left on the disk of {path}. Free some, or choose another run_dir; nothing is lost up "
-                           "to the last checkpoint: run the same command again to go on.") from error  # fmt: skip
+            raise RunError(
+                f"No space left on the disk of {path}. Free some, or choose another run_dir; nothing is lost up to the "
+                "last checkpoint: run the same command again to go on."
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise RunError(f"{path} cannot be written ({error.strerror}). Choose a writable run_dir.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):

@@ -1,8 +1,8 @@
 """The three losses: alignment, KL to the teacher, cross entropy.
 
 The last two are *linear*: they take hidden states and an output head and never hold logits of a whole batch. Tokens go
-through the head in chunks; each chunk's gradient is formed while its logits are at hand, so the backward pass has nothing
-left to do but scale.
+through the head in chunks; each chunk's gradient is formed while its logits are at hand, so the backward pass has
+nothing left to do but scale.
 """
 
 import math
@@ -116,7 +116,12 @@ def _summed_over_batch(
         flat = [x.reshape(tokens, *x.shape[2:]) for x in (hidden, *rest[: len(leaves)])]
         head, *constants = rest[len(leaves) :]
         loss = _linear_loss(
-            objective, chunk_tokens, flat[0], head, tree.unflatten(flat[1:]), shared_tree.unflatten(constants)
+            objective,
+            chunk_tokens,
+            flat[0],
+            head,
+            jax.tree.unflatten(tree, flat[1:]),
+            jax.tree.unflatten(shared_tree, constants),
         )
         return loss[None]
 

@@ -19,7 +19,19 @@ from jaxhybrid.model.partition import gather, per_example
 from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
 from jaxhybrid.train.placement import place_batch
 
-NAMES = ["amber", "anchor", "apple", "arrow", "autumn", "badge", "basket", "beacon", "birch", "blanket", "bottle", "branch", "bridge", "bronze", "bucket", "butter", "button", "candle", "canyon", "carpet", "castle", "cedar", "cherry", "circle", "cloud", "clover", "coffee", "copper", "coral", "cotton", "cradle", "crystal", "curtain", "dagger", "daisy", "desert", "diamond", "dolphin", "dragon", "eagle", "ember", "engine", "falcon", "feather", "fiddle", "flame", "forest", "fossil", "fountain", "garden", "garlic", "ginger", "glacier", "granite", "hammer", "harbor", "hazel", "helmet", "hollow", "honey", "horizon", "island", "ivory", "jacket", "jasmine", "jungle", "kettle", "ladder", "lantern", "lemon", "lily", "linen", "lizard", "magnet", "maple", "marble", "meadow", "mirror", "mountain", "needle", "nickel", "oasis", "ocean", "olive", "onion", "orange", "orchid", "otter", "oyster", "paddle", "palace", "paper", "parrot", "pebble", "pencil", "pepper", "pillow", "pirate", "planet", "pocket", "pottery", "puzzle", "rabbit", "ribbon", "river", "rocket", "saddle", "sailor", "salmon", "shadow", "silver", "spider", "spiral", "summer", "sunset", "table", "temple", "thistle", "thunder", "tiger", "timber", "tulip", "tunnel", "turtle", "valley", "velvet", "violet", "walnut", "willow", "window", "winter", "wolf"]
+NAMES = tuple(
+    """
+    amber anchor apple arrow autumn badge basket beacon birch blanket bottle branch bridge bronze bucket butter
+    button candle canyon carpet castle cedar cherry circle cloud clover coffee copper coral cotton cradle crystal
+    curtain dagger daisy desert diamond dolphin dragon eagle ember engine falcon feather fiddle flame forest fossil
+    fountain garden garlic ginger glacier granite hammer harbor hazel helmet hollow honey horizon island ivory
+    jacket jasmine jungle kettle ladder lantern lemon lily linen lizard magnet maple marble meadow mirror mountain
+    needle nickel oasis ocean olive onion orange orchid otter oyster paddle palace paper parrot pebble pencil
+    pepper pillow pirate planet pocket pottery puzzle rabbit ribbon river rocket saddle sailor salmon shadow silver
+    spider spiral summer sunset table temple thistle thunder tiger timber tulip tunnel turtle valley velvet violet
+    walnut willow window winter wolf
+    """.split()  # noqa: SIM905 - a list this long reads better as text
+)
 
 
 def recall_prompts(tokenizer: Any, pairs: int, samples: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:

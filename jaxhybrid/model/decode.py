@@ -59,7 +59,8 @@ def decode(
     cached_segments = jax.lax.dynamic_update_slice_in_dim(state["segment_ids"], segments, state["index"], 1)
     positions = state["position"][:, None] + segment_positions(segments)
     context = TokenContext(segments, *rotary_tables(config, positions), cached_segments, state["index"])
-    x, states = embed(params, tokens_BT), {kind: [] for kind in state["mixers"]}
+    x = embed(params, tokens_BT)
+    states: dict[str, list[Params]] = {kind: [] for kind in state["mixers"]}
 
     for run in layer_runs(config.layer_types):
 

@@ -52,9 +52,9 @@ def is_spec(leaf: Any) -> bool:
 
 def initialize(specs: Params, key: jax.Array) -> Params:
     """Draws every declared parameter in float32; pure, so it can be jitted with sharded outputs."""
-    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
+    leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
     keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([spec.init(k, spec.shape) for spec, k in zip(leaves, keys)])
+    return jax.tree.unflatten(tree, [spec.init(k, spec.shape) for spec, k in zip(leaves, keys)])
 
 
 def abstract(specs: Params, dtype: Any = jnp.float32) -> Params:

@@ -78,7 +78,8 @@ def param_shardings(specs: Params, mesh: Mesh, rules: ShardingRules | None = Non
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise TopologyError(
-                    f"{name} {spec.shape}: {size} does not divide over {axis}={mesh.shape[axis]}; choose a divisor of {size}."
+                    f"{name} {spec.shape}: {size} does not divide over {axis}={mesh.shape[axis]}; "
+                    f"choose a divisor of {size}."
                 )
         return NamedSharding(mesh, partition)
 
@@ -123,7 +124,7 @@ def per_example(fn: Callable[..., Any], *batched: Any, whole: tuple[Any, ...] = 
 
     def local(*arguments: Any) -> Any:
         own, shared = arguments[: len(batched)], arguments[len(batched) :]
-        # Marked as differing between devices, so that a hand-written gradient for them may differ; the transpose sums it.
+        # Marked as differing between devices, so that a hand-written gradient may; the transpose sums it.
         return fn(*own, *(jax.lax.pcast(w, BATCH_AXES, to="varying") for w in shared))
 
     in_specs = (*(P(BATCH_AXES) for _ in batched), *(P() for _ in whole))

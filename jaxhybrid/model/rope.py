@@ -16,6 +16,7 @@ def rotary_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arr
     """
     rope, width = config.rope, config.head_dim
     scale = 1.0
+    frequencies: jax.Array | np.ndarray
     if rope.kind == "dynamic":
         frequencies = _dynamic_frequencies(rope, width, config.max_position_embeddings, positions_BT)
     elif rope.kind == "llama3":

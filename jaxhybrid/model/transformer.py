@@ -1,7 +1,8 @@
-"""The model, top to bottom: embedding, blocks of mixer and MLP, final norm, head. Pure functions of a parameter pytree.
+"""The model, top to bottom: embedding, blocks of mixer and MLP, final norm, head. Pure functions of a pytree.
 
-Parameters of all blocks are stacked on a leading layer axis; each kind of mixer has its own stack. A run of neighbouring
-layers of one kind is one `lax.scan`, so compile time follows the number of runs, not the depth, and any pattern works.
+Parameters of all blocks are stacked on a leading layer axis; each kind of mixer has its own stack. A run of
+neighbouring layers of one kind is one `lax.scan`, so compile time follows the number of runs, not the depth, and any
+pattern works.
 """
 
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ def hidden_states(
     for run in layer_runs(config.layer_types):
 
         def body(x: jax.Array, weights: tuple[Params, Params], kind: str = run.kind) -> tuple[jax.Array, None]:
-            return block(*gather(weights), config, kind, x, context), None
+            return block(gather(weights), config, kind, x, context), None
 
         weights = (
             take_layers(params["blocks"], run.start, run.stop),
@@ -135,9 +136,10 @@ def hidden_states(
 
 
 def block(
-    block_params: Params, mixer_params: Params, config: ModelConfig, kind: str, x: jax.Array, context: TokenContext
+    weights: tuple[Params, Params], config: ModelConfig, kind: str, x: jax.Array, context: TokenContext
 ) -> jax.Array:
-    """One pre-norm block: x + mixer(norm x), then + mlp(norm x)."""
+    """One pre-norm block, of weights (block, mixer): x + mixer(norm x), then + mlp(norm x)."""
+    block_params, mixer_params = weights
     normed = rms_norm(x, block_params["input_norm"], config.norm_eps)
     mixed, _ = MIXERS[kind].apply(mixer_params, config, normed, context)
     return add_mlp(block_params, config, x + mixed)

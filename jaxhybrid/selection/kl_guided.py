@@ -1,4 +1,4 @@
-"""Scoring the layers: every candidate trained on the same batches by the same compiled program, resumable at any step."""
+"""Scoring the layers: every candidate trained on the same batches by the same program, resumable anywhere."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,7 +19,6 @@ from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import Model, head_matrix
 from jaxhybrid.selection.ranking import CandidateScore, Curve, read_scores
 from jaxhybrid.selection.teacher_cache import TeacherCache
-from jaxhybrid.stages.batch import token_mask
 from jaxhybrid.stages.distill import teacher_outputs
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
 from jaxhybrid.train.loop import Batches, HostBatch, LoopConfig, train
@@ -91,7 +90,7 @@ def score_candidates(
             scores = read_scores(folder / "scores", depth)
             if scores.is_stable(config.stop_budget, config.stop_window, config.stop_jaccard):
                 print(
-                    f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping there."
+                    f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping."
                 )
                 break
     for layer in candidates:
@@ -227,18 +226,24 @@ class _Programs:
             hidden, _ = self._teacher(self.teacher.params, place_batch(batch, self.mesh))
             return local_rows(hidden)
 
-        return {**batch, "teacher_hidden": self.cache(name, batches).get(index, compute)}
+        return {**batch, "teacher_hidden": np.asarray(self.cache(name, batches).get(index, compute))}
 
     def heldout_kl(self, params: Any, layer: jax.Array, heldout: Sequence[HostBatch]) -> float:
         """Mean KL in nats per token over the held-out batches."""
-        total = sum(
-            float(self._heldout(params, layer, place_batch(batch, self.mesh), self.teacher_head)) for batch in heldout
-        )
-        return total / sum(float(token_mask(batch["segment_ids"]).sum()) for batch in heldout)
+        total, tokens = 0.0, 0
+        for batch in heldout:
+            total += float(self._heldout(params, layer, place_batch(batch, self.mesh), self.teacher_head))
+            tokens += int(np.count_nonzero(batch["segment_ids"]))
+        return total / tokens
 
     def compiled(self) -> dict[str, int]:
         return {
-            "train_step": self.step._cache_size(),
-            "heldout_kl": self._heldout._cache_size(),
-            "teacher_forward": self._teacher._cache_size(),
+            "train_step": compiled_programs(self.step),
+            "heldout_kl": compiled_programs(self._heldout),
+            "teacher_forward": compiled_programs(self._teacher),
         }
+
+
+def compiled_programs(jitted: Any) -> int:
+    """How many executables a jitted function has been compiled to."""
+    return jitted._cache_size()

@@ -92,13 +92,13 @@ def read_scores(folder: Path, depth: int) -> Scores:
         first, last = missing[0], missing[-1] + 1
         raise RunError(
             f"{len(missing)} of {depth} layers have no score in {folder}: {missing}. Score them with "
-            f"`jaxhybrid score CONFIG --candidates {first}:{last}`, or bring in another run's with `--merge RUN_FOLDER`."
+            f"`jaxhybrid score CONFIG --candidates {first}:{last}`, or bring another run's in with `--merge RUN`."
         )
     return Scores(tuple(CandidateScore.from_json(read_json(file)) for file in files.values()))
 
 
 def layers_in_budget(budget: int | float, depth: int) -> int:
-    """How many layers a budget keeps softmax: a count, or a fraction of the depth rounded half up (as the papers do)."""
+    """How many layers a budget keeps softmax: a count, or a fraction of the depth rounded half up, as in the papers."""
     if isinstance(budget, float) and not 0 < budget < 1:
         raise ConfigError(f"select.budget={budget}: a fraction lies between 0 and 1; write a whole number for a count.")
     count = math.floor(budget * depth + 0.5) if isinstance(budget, float) else budget

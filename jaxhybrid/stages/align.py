@@ -1,8 +1,8 @@
 """Stage 1: each linear mixer learns to give what the teacher's softmax layer gives for the same input.
 
-The student's mixers sit beside the teacher's layers: they see the teacher's normed input and their output goes nowhere but
-the loss. A layer's gradient is therefore local, and is taken inside the forward walk over the layers: no activation of
-another layer is kept, so memory beyond parameters does not grow with depth.
+The student's mixers sit beside the teacher's layers: they see the teacher's normed input and their output goes nowhere
+but the loss. A layer's gradient is therefore local, and is taken inside the forward walk over the layers: no activation
+of another layer is kept, so memory beyond parameters does not grow with depth.
 """
 
 from collections.abc import Callable

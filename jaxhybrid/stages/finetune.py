@@ -27,7 +27,7 @@ def finetune_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of all student parameters on next-token cross entropy.
 
-    Metrics: `loss`, nats per predicted token; `gradient_norm`; `batch_tokens`, those with a successor in their document.
+    Metrics: `loss`, nats per predicted token; `gradient_norm`; `batch_tokens`, those with a successor.
     """
     followed = batch["segment_ids"][..., 1:]
     predicted = (batch["segment_ids"][..., :-1] == followed) & (followed != 0)

@@ -1,8 +1,8 @@
 """Layer importance, the KL-guided way (arXiv 2512.20569, GA-S2): how well does the student do with one softmax layer?
 
 A *candidate* is the aligned all-linear student with one layer's softmax attention put back. It is trained on KL to the
-teacher for a while; the lower the KL, the more that layer is worth keeping. Which layer it is, is a traced number, so one
-compiled program trains all candidates, and the teacher's hidden states are computed once per batch and shared by them.
+teacher for a while; the lower the KL, the more that layer is worth keeping. Which layer it is, is a traced number, so
+one compiled program trains all candidates; the teacher's hidden states are computed once per batch and shared.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from jaxhybrid.train.optimizer import TrainState, update
 
 
 def candidate_params(student_params: Params, teacher_params: Params, layer: jax.Array) -> Params:
-    """The all-linear student's parameters, plus the teacher's attention of `layer` (a traced scalar) as a stack of one."""
+    """The all-linear student's parameters, plus the teacher's attention of `layer` (traced) as a stack of one."""
     attention = teacher_params["mixers"][FULL_ATTENTION]
     row = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, layer, 1), attention)
     return {**student_params, "mixers": {**student_params["mixers"], FULL_ATTENTION: row}}

@@ -50,7 +50,7 @@ class Checkpoints:
             state = self._checkpointer.load(step, abstract)
         except (ValueError, KeyError) as error:
             raise RunError(
-                f"{self.folder / str(step)} does not fit this run ({error}). Delete the stage's folder to start it again."
+                f"{self.folder / str(step)} does not fit this run ({error}). Delete the stage's folder to start over."
             ) from error
         metadata = self._checkpointer.metadata(step).custom_metadata
         if not isinstance(metadata, dict):

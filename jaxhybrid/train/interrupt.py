@@ -16,7 +16,7 @@ class Interrupted(JaxHybridError):
 
 
 class StopSignals:
-    """Context in which SIGTERM and SIGINT set `received` instead of ending the process. A second Ctrl-C ends it at once."""
+    """Context in which SIGTERM and SIGINT set `received` instead of ending the process. A second Ctrl-C ends it."""
 
     received: int | None = None
 

@@ -54,7 +54,7 @@ def train(
         measure: called after an update with (state, updates done); what it returns is recorded (held-out losses, say).
 
     Raises:
-        DivergenceError: a loss or gradient is not finite; the message names the step, the batch and the last checkpoint.
+        DivergenceError: a loss or gradient is not finite; names the step, the batch and the last checkpoint.
         Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
     """
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -130,7 +130,7 @@ def _read(pending: deque[_Pending], folder: Path, checkpoint: int | None) -> dic
         if bad:
             path = make_folder(folder) / f"bad-batch-{item.step}.npz"
             with storage_errors(path):
-                np.savez(path, **item.batch)
+                np.savez(path, **item.batch)  # type: ignore[arg-type]  # numpy's stub takes array names for options
             saved = (
                 "there is no checkpoint yet" if checkpoint is None else f"the last good checkpoint is step {checkpoint}"
             )

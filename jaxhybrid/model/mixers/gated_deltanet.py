@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv 2412.06464) as Qwen3.5's linear layer has it, with a teacher's biases and norms where it has them.
+"""Gated DeltaNet (arXiv 2412.06464) as in Qwen3.5's linear layer, with a teacher's biases and norms where it has them.
 
 S_t = a_t (I - b_t k_t k_t') S_{t-1} + b_t k_t v_t',   o_t = S_t' q_t / sqrt(K)
 a_t = exp(-exp(A_log) softplus(a_proj x + dt_bias)),   b_t = sigmoid(b_proj x)
@@ -90,10 +90,10 @@ def apply(
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
     new_state: Params = {}
     if mixer.conv_size:
-        taps = {name: params[name] for name in ("q_conv", "k_conv", "v_conv")}
-        q, new_state["q_conv"] = _convolve(q, taps["q_conv"], context, state and state["q_conv"])
-        k, new_state["k_conv"] = _convolve(k, taps["k_conv"], context, state and state["k_conv"])
-        v, new_state["v_conv"] = _convolve(v, taps["v_conv"], context, state and state["v_conv"])
+        before: Params = state or {}
+        q, new_state["q_conv"] = _convolve(q, params["q_conv"], context, before.get("q_conv"))
+        k, new_state["k_conv"] = _convolve(k, params["k_conv"], context, before.get("k_conv"))
+        v, new_state["v_conv"] = _convolve(v, params["v_conv"], context, before.get("v_conv"))
     q, k, v = _l2_normalize(jax.nn.silu(q)), _l2_normalize(jax.nn.silu(k)), jax.nn.silu(v)
 
     # Gates in float32: in 16 bits a slow decay rounds to no decay.
@@ -124,7 +124,9 @@ def _recurrence(
     optional = {"segment_ids": segment_ids, "initial_state": memory}
     names = [name for name, value in optional.items() if value is not None]
 
-    def run(q, k, v, log_decay, beta, *rest):  # type: ignore[no-untyped-def]
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, beta: jax.Array, *rest: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return linear_attention(q, k, v, log_decay=log_decay, beta=beta, **dict(zip(names, rest)))
 
     return per_example(run, q, k, v, log_decay, beta, *(optional[name] for name in names))
@@ -133,13 +135,12 @@ def _recurrence(
 def _convolve(
     x_BTHK: jax.Array, taps_WHK: jax.Array, context: TokenContext, state: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    B, T, H, K = x_BTHK.shape
+    _, T, H, K = x_BTHK.shape
     optional = {"segment_ids": context.segment_ids, "initial_state": state}
     names = [name for name, value in optional.items() if value is not None]
 
-    def run(x, *rest):  # type: ignore[no-untyped-def]
-        *rest, taps = rest
-        y, last = short_convolution(x.reshape(-1, T, H * K), taps, **dict(zip(names, rest)))
+    def run(x: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, last = short_convolution(x.reshape(-1, T, H * K), rest[-1], **dict(zip(names, rest[:-1])))
         return y.reshape(-1, T, H, K), last
 
     taps = taps_WHK.reshape(taps_WHK.shape[0], H * K)
@@ -169,7 +170,7 @@ def _random_step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _half_life_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Half-lives spread over the heads from 64 to 4096 tokens: what a softmax layer with long reach starts nearest to."""
+    """Half-lives spread over the heads from 64 to 4096 tokens: nearest to a softmax layer with long reach."""
     half_lives = jnp.exp(jnp.linspace(math.log(64.0), math.log(4096.0), shape[-1]))
     return jnp.broadcast_to(inverse_softplus(math.log(2.0) / half_lives), shape)
 
