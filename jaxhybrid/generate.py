@@ -27,7 +27,8 @@ def generate(
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and including an end token.
 
-    Prompts of different lengths are padded on the left; the result is that of each prompt alone. Temperature 0 is greedy.
+    Prompts of different lengths are padded on the left; the result is that of each prompt alone. Temperature 0 is
+    greedy.
 
     Raises:
         DataError: a prompt is empty, or holds a token outside the vocabulary.
