@@ -1,0 +1,93 @@
+"""The public operator: argument checks, choice of implementation, and the custom gradient of the chunked one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxhybrid_kernels.chunked import chunked_forward
+from jaxhybrid_kernels.chunked_backward import chunked_backward
+from jaxhybrid_kernels.numerics import state_dtype, varying_zero
+from jaxhybrid_kernels.recurrent import recurrent_linear_attention
+from jaxhybrid_kernels.reference import reference_linear_attention
+from jaxhybrid_kernels.validation import (
+    Sizes,
+    check_chunk_size,
+    check_implementation,
+    check_scale,
+    check_sequence,
+)
+
+
+def linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Linear attention with a [K,V] state per value head:  S = diag(a) S;  S += k u';  o = scale S' q.
+
+    u = v without beta (additive rule), u = beta (v - S' k) with it (delta rule); a = exp(log_decay).
+
+    q, k, v:        [B,T,Hq,K], [B,T,Hk,K], [B,T,N,V], floating. One state per head of v. Hk divides N (keys shared by
+                    value heads). Hq divides N, or is a multiple of it (several queries read one state).
+    log_decay:      None, [B,T,N] or [B,T,N,K]; finite and <= 0, best in float32.
+    beta:           None or [B,T,N]; best in float32.
+    segment_ids:    None or int [B,T]. The state is dropped where the id changes; 0 is padding, which is skipped: it
+                    neither writes nor decays a state, its output is 0 and its gradients are 0.
+    initial_state:  None (zeros) or [B,N,K,V] float32: the state before the first non-padding token.
+    scale:          Python number, K**-0.5 by default.
+    chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64.
+    implementation: "reference", "recurrent", "xla", or None: "recurrent" for one token, else "xla".
+
+    Returns out [B,T,max(Hq,N),V] in v's dtype and the state after the last non-padding token, [B,N,K,V] float32. All
+    arguments but segment_ids are differentiable, through both results. Arguments in float64 are computed in float64.
+    Raises ValueError, before anything is compiled, naming the argument that is wrong and its value.
+    """
+    check_implementation(implementation)
+    check_chunk_size(chunk_size)
+    check_scale(scale)
+    sizes = check_sequence(q, k, v, log_decay, beta, segment_ids, initial_state)
+    if implementation is None:
+        implementation = "recurrent" if sizes.T == 1 else "xla"
+    scale = float(sizes.K**-0.5 if scale is None else scale)
+    if implementation == "reference":
+        return reference_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)
+    if implementation == "recurrent":
+        return recurrent_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)
+    dtype = state_dtype(q, k, v, log_decay, beta, initial_state)
+    if initial_state is None:
+        initial_state = jnp.zeros((sizes.B, sizes.N, sizes.K, sizes.V), dtype)
+    zero = varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state)
+    arguments = jax.tree.map(lambda x: x + zero.astype(x.dtype), (q, k, v, log_decay, beta, segment_ids, initial_state))
+    return _chunked(scale, chunk_size or default_chunk_size(sizes.T), sizes, *arguments)
+
+
+def default_chunk_size(T: int) -> int:
+    """The power of two that covers T, between 16 and 64."""
+    return next(size for size in (16, 32, 64) if size >= min(T, 64))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(scale: float, C: int, sizes: Sizes, q, k, v, log_decay, beta, segment_ids, initial_state):
+    return chunked_forward(q, k, v, log_decay, beta, segment_ids, initial_state, scale, C, sizes)[0]
+
+
+def _chunked_fwd(scale: float, C: int, sizes: Sizes, q, k, v, log_decay, beta, segment_ids, initial_state):
+    results, residuals = chunked_forward(q, k, v, log_decay, beta, segment_ids, initial_state, scale, C, sizes)
+    return results, ((q, k, v, log_decay, beta, segment_ids), residuals)
+
+
+def _chunked_bwd(scale: float, C: int, sizes: Sizes, kept, gradients):
+    inputs, residuals = kept
+    d_q, d_k, d_v, d_log_decay, d_beta, d_initial = chunked_backward(*inputs, residuals, *gradients, scale, C, sizes)
+    return d_q, d_k, d_v, d_log_decay, d_beta, None, d_initial
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

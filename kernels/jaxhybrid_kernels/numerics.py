@@ -1,0 +1,38 @@
+"""Dtypes, matrix products and varying axes shared by the operators."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK = 16  # tokens of a sub-block: the unit of the triangular inverse and of the per-channel reference gates
+
+
+def state_dtype(*arrays: jax.Array | None) -> Any:
+    """Gates, sums and states: float32, or float64 when an argument is float64 (tests and studies)."""
+    return jnp.float64 if any(a is not None and a.dtype == jnp.float64 for a in arrays) else jnp.float32
+
+
+def compute_dtype(*arrays: jax.Array) -> Any:
+    """Operands of the large products: bfloat16 when q, k and v all are, else the state's dtype."""
+    return jnp.bfloat16 if all(a.dtype == jnp.bfloat16 for a in arrays) else state_dtype(*arrays)
+
+
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Einsum of two operands of one dtype, summed in float32 (float64 for float64), losing no bits of the operands."""
+    accumulate = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
+    precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    return jnp.einsum(equation, a, b, preferred_element_type=accumulate, precision=precision)
+
+
+def varying_zero(*arrays: jax.Array | None) -> jax.Array:
+    """A scalar zero that varies along every manual mesh axis (of `jax.shard_map`) along which any of the arrays does.
+
+    Added to an array it changes nothing but that mark, which a scan demands of its carry from the start.
+    """
+    zero = jnp.zeros((), jnp.float32)
+    for array in arrays:
+        if array is not None:
+            zero = zero + jnp.zeros_like(array[(0,) * array.ndim], dtype=jnp.float32)
+    return zero

@@ -1,0 +1,68 @@
+"""One token a step: decoding, and very short sequences."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxhybrid_kernels.numerics import product, state_dtype, varying_zero
+from jaxhybrid_kernels.segments import segment_starts
+from jaxhybrid_kernels.validation import Sizes, check_scale, check_step
+
+
+def linear_attention_step(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    beta: jax.Array | None,
+    state: jax.Array,
+    scale: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of `linear_attention`, for decoding.
+
+    q [B,Hq,K], k [B,Hk,K], v [B,N,V], log_decay None, [B,N] or [B,N,K], beta None or [B,N], state [B,N,K,V] float32.
+    Returns (out [B,max(Hq,N),V] in v's dtype, state after the token). Raises ValueError for shapes that do not agree.
+    """
+    check_scale(scale)
+    sizes = check_step(q, k, v, log_decay, beta, state)
+    return step(q, k, v, log_decay, beta, state, sizes.K**-0.5 if scale is None else scale, sizes)
+
+
+def step(q, k, v, log_decay, beta, state, scale, sizes: Sizes):
+    """`linear_attention_step` without its checks."""
+    dtype = state_dtype(q, k, v, log_decay, beta, state)
+    B, N = v.shape[:2]
+    queries = jnp.repeat(q, sizes.out_heads // sizes.Hq, axis=1).astype(dtype)
+    queries = queries.reshape(B, N, sizes.queries_per_state, sizes.K)
+    keys = jnp.repeat(k, N // sizes.Hk, axis=1).astype(dtype)
+    state = state.astype(dtype)
+    if log_decay is not None:
+        state = state * jnp.exp(log_decay.astype(dtype)).reshape(B, N, -1, 1)
+    update = v.astype(dtype)
+    if beta is not None:
+        update = beta.astype(dtype)[..., None] * (update - product("bnkv,bnk->bnv", state, keys))
+    state = state + keys[..., None] * update[..., None, :]
+    out = scale * product("bnrk,bnkv->bnrv", queries, state)
+    return out.reshape(B, sizes.out_heads, sizes.V).astype(v.dtype), state
+
+
+def recurrent_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes: Sizes):
+    """`linear_attention` as a scan of steps; gradients keep one state per token: for a handful of tokens."""
+    dtype = state_dtype(q, k, v, log_decay, beta, initial_state)
+    shape = (sizes.B, sizes.N, sizes.K, sizes.V)
+    state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
+    state = state + varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state).astype(dtype)
+    marks = None if segment_ids is None else (segment_ids != 0, segment_starts(segment_ids))
+
+    def token(state, inputs):
+        *arrays, marks_t = inputs
+        if marks_t is None:
+            out, new = step(*arrays, state, scale, sizes)
+            return new, out
+        real, start = (mark[:, None, None] for mark in marks_t)
+        out, new = step(*arrays, jnp.where(start[..., None], 0, state), scale, sizes)
+        return jnp.where(real[..., None], new, state), jnp.where(real, out, 0)
+
+    sequence = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, beta, marks))
+    final, out = lax.scan(token, state, sequence)
+    return jnp.moveaxis(out, 0, 1), final
