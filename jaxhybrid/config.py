@@ -89,7 +89,7 @@ def describe() -> str:
             continue
         default = "required" if field.is_required() else _shown(field.get_default())
         lines.append(f"  {key}  [{_type_name(field.annotation)} = {default}]\n      {field.description}")
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def fingerprint(config: RunConfig, sections: Collection[str] | None = None) -> str:

@@ -218,7 +218,16 @@ def _field(row: Any, column: str, where: str) -> str | None:
     _require_column(column, list(row), where)
     if row[column] is not None and not isinstance(row[column], str):
         raise DataError(f"{where}: field {column!r} is {row[column]!r:.60}, not text. Set data.text_column.")
-    return row[column]
+    return _whole_characters(row[column]) if row[column] else None
+
+
+def _whole_characters(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes; it becomes the replacement character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _texts(rows: Any, column: str, where: Any) -> list[str | None]:

@@ -194,5 +194,5 @@ def pieces(ids: np.ndarray, max_tokens: int | None, long_documents: LongDocument
 
 
 def hash_text(text: str) -> int:
-    """64 bits of the text, the same in every process. Lone surrogates, which JSON can spell, are hashed as they are."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    """64 bits of the text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,331 @@
+"""Settings: what is read, what is refused and with which words, what counts as a difference."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxhybrid.config import (
+    UPSTREAM,
+    describe,
+    differences,
+    fingerprint,
+    load_config,
+    parse_layers,
+    resolve_budget,
+    to_yaml,
+    validate_against,
+)
+from jaxhybrid.errors import ConfigError, TopologyError
+from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
+from jaxhybrid.settings import MixerConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+MINIMAL = "name: a\nteacher: t\ndata:\n  train: pydoc\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(*overrides, text=MINIMAL):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    return load_text
+
+
+def test_defaults_are_the_papers(load):
+    config = load()
+    assert (config.align.tokens, config.align.sequence_length, config.align.batch_size) == (100_000_000, 512, 96)
+    assert (config.align.learning_rate, config.align.final_learning_rate, config.align.schedule) == (
+        1e-3,
+        1e-5,
+        "cosine",
+    )
+    for stage, tokens in ((config.score, 200_000_000), (config.distill, 600_000_000)):
+        assert (stage.tokens, stage.sequence_length, stage.batch_size) == (tokens, 4096, 32)
+        assert (stage.learning_rate, stage.mixer_learning_rate, stage.schedule) == (7e-6, 1e-4, "constant")
+    assert config.distill.steps == 4577
+    finetune = config.finetune
+    assert (finetune.tokens, finetune.sequence_length, finetune.batch_size) == (100_000_000, 16384, 96)
+    assert finetune.learning_rate == finetune.mixer_learning_rate == 1e-5
+    for stage in (config.align, config.score, config.distill, finetune):
+        assert (stage.betas, stage.clip_norm, stage.weight_decay) == ((0.9, 0.95), 1.0, 0.0)
+    assert config.run_dir == "runs/a"
+    assert config.data.train == ("pydoc",)
+
+
+def test_the_mixer_section_is_the_models_own():
+    assert set(MixerConfig.model_fields) - {"kind"} == {f.name for f in dataclasses.fields(GatedDeltaNetConfig)}
+    assert MixerConfig().to_model() == GatedDeltaNetConfig()
+    assert MixerConfig(conv_size=4, rope=True).to_model() == GatedDeltaNetConfig(conv_size=4, rope=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=3", "seed", 3),
+        ("align.learning_rate=1e-4", "align.learning_rate", 1e-4),
+        ("align.learning_rate=2", "align.learning_rate", 2.0),
+        ("align.tokens=10_000_000", "align.tokens", 10_000_000),
+        ("align.clip_norm=", "align.clip_norm", None),
+        ("align.clip_norm=null", "align.clip_norm", None),
+        ("align.betas=[0.8, 0.9]", "align.betas", (0.8, 0.9)),
+        ("align.remat=false", "align.remat", False),
+        ("select.budget=4", "select.budget", 4),
+        ("select.budget=0.5", "select.budget", 0.5),
+        ("data.train=*.parquet", "data.train", ("*.parquet",)),
+        ("data.train=/text/**/*.jsonl.zst", "data.train", ("/text/**/*.jsonl.zst",)),
+        ("data.train=[a.txt, pydoc]", "data.train", ("a.txt", "pydoc")),
+        ("data.train=hub:some/set:config:split", "data.train", ("hub:some/set:config:split",)),
+        ("score.stop_when_stable={window: 5}", "score.stop_when_stable.window", 5),
+        ("score.stop_when_stable.jaccard=0.9", "score.stop_when_stable.jaccard", 0.9),
+        ("mixer.qkv_bias=true", "mixer.qkv_bias", True),
+        ("evaluate.recall.pairs=[3]", "evaluate.recall.pairs", (3,)),
+    ],
+)
+def test_overrides(load, override, key, value):
+    found = load(override)
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_later_overrides_win(load):
+    assert load("seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path):
+    config = load_config(path, ["data.train=pydoc"] if "smollm2" in path.stem else [])
+    assert config.name == path.stem
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(config))
+    again = load_config(resolved)
+    assert again == config
+    assert fingerprint(again) == fingerprint(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sead=1"], "Unknown setting 'sead'. Did you mean 'seed'?"),
+        (["align.tokns=1"], "Unknown setting 'align.tokns'. Did you mean 'align.tokens'?"),
+        (["shuffle_buffer=1"], "Unknown setting 'shuffle_buffer'. Did you mean 'data.shuffle_buffer'?"),
+        (["score.stop_when_stable={windw: 3}"], "Did you mean 'score.stop_when_stable.window'?"),
+        (["zzz.qqq=1"], "Unknown setting 'zzz'. `jaxhybrid config` lists every setting."),
+        (["align.learning_rate=fast"], "align.learning_rate is 'fast' (str); it should be a valid number."),
+        (["align.learning_rate=.inf"], "align.learning_rate is inf (float); it should be a finite number."),
+        (["align.tokens=1e6"], "align.tokens is 1000000.0 (float); it should be a valid integer."),
+        (["align.tokens='5'"], "align.tokens is '5' (str); it should be a valid integer."),
+        (["align.remat=1"], "align.remat is 1 (int); it should be a valid boolean."),
+        (["align.betas=[0.9]"], "align.betas[1] must be given."),
+        (["align.betas=[0.9, 2]"], "align.betas[1] is 2 (int); it should be less than 1."),
+        (["align.schedule=step"], "align.schedule is 'step' (str); it should be 'constant', 'cosine' or 'linear'."),
+        (["align=5"], "align is 5, not a section of `key: value` lines."),
+        (["data.train="], "data.train is None (NoneType); it should be a list."),
+        (
+            ["select.budget=25%"],
+            "select.budget is '25%' (str); it should be a valid integer; or it should be a valid number.",
+        ),
+        (["select.budget=1.0"], "select.budget: 1.0 is neither a number of layers nor a share between 0 and 1."),
+        (["select.budget=-1"], "select.budget: -1 is neither a number of layers nor a share between 0 and 1."),
+        (
+            ["score.budgets=[0.3, -2]"],
+            "score.budgets[1]: -2 is neither a number of layers nor a share between 0 and 1.",
+        ),
+        (["score.candidates=5-2"], "score.candidates: '5-2' is not `all` or a list of layers such as 0-5,9."),
+        (["name=a/b"], "name is 'a/b' (str); String should match pattern"),
+        (["export.max_shard=5 GB"], "export.max_shard: '5 GB' is no size such as 5GB or 500MB."),
+        (["mixer.kind=gla"], "mixer.kind is 'gla' (str); it should be 'gated_deltanet'."),
+        (
+            ["align.batch_size=7", "align.gradient_accumulation=2"],
+            "align: batch_size 7 is not a multiple of gradient_accumulation 2.",
+        ),
+        (["align.tokens=10"], "align: tokens 10 are less than one step: batch_size 96 x sequence_length 512 = 49,152."),
+        (
+            ["align.warmup_steps=2034"],
+            "align: warmup_steps 2034 leave nothing of the 2034 steps in 100,000,000 tokens.",
+        ),
+        (["align.final_learning_rate=1"], "align: final_learning_rate 1.0 is above learning_rate 0.001."),
+        (
+            ["distill.schedule=linear", "distill.final_mixer_learning_rate=1"],
+            "distill: final_mixer_learning_rate 1.0 is above mixer_learning_rate 0.0001.",
+        ),
+        (["mesh.data=-1"], "mesh: data and fsdp are both -1; only one axis can take the rest of the devices."),
+        (["mesh.data=0"], "mesh: data is 0; give a positive number, or -1 for the rest of the devices."),
+        (["select.method=explicit"], "select: layers is None with method 'explicit'"),
+        (["select.layers=[1]"], "select: layers is (1,) with method 'kl_guided'"),
+        (["select.method=explicit", "select.layers=[1, 1]"], "select: layers [1, 1] must be different ones"),
+        (
+            ["select.method=explicit", "select.layers=[1, 2]", "select.budget=3"],
+            "select: layers [1, 2] must be different ones and as many as budget 3.",
+        ),
+        (["data.heldout=pydoc"], "data: train and heldout both name ['pydoc']; held-out text must be other text."),
+        (["evaluate.heldout_tokens=3_000_000"], "evaluate.heldout_tokens 3,000,000 are more than the 2,000,000 that"),
+        (["data.train.x=3"], "Override 'data.train.x=3': data.train is 'pydoc', not a section."),
+        (["seed"], "Override 'seed' is not of the form key=value, for example distill.tokens=1_000_000."),
+        (["=1"], "Override '=1' is not of the form key=value"),
+        (["seed=[1"], "Cannot read override 'seed=[1': while parsing"),
+    ],
+)
+def test_what_is_refused(load, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load(*overrides)
+    assert message in str(error.value)
+
+
+def test_everything_that_is_wrong_is_said_at_once(load):
+    with pytest.raises(ConfigError) as error:
+        load("sead=1", "align.tokens=x", "export.dtype=int8")
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_axes_that_are_not_built_are_refused(load, axis):
+    with pytest.raises(TopologyError, match=rf"mesh\.{axis}=2: this axis is not built yet"):
+        load(f"mesh.{axis}=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is a NoneType, not `key: value` lines"),
+        ("- a\n", "is a list, not `key: value` lines"),
+        ("a: [\n", "Cannot read config"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "key 'seed' is given twice"),
+        ("name: a\nteacher: t\n", "data must be given"),
+        ("name: a\nteacher: t\ndata: {}\n", "data.train must be given: training text"),
+        ("teacher: t\ndata: {train: pydoc}\n", "name must be given"),
+        ("name: a\nteacher: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+    ],
+)
+def test_files_that_are_refused(load, text, message):
+    with pytest.raises(ConfigError) as error:
+        load(text=text)
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"Cannot read config .*none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_settings_cannot_be_changed(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load().seed = 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=b",
+        "run_dir=elsewhere",
+        "mesh.fsdp=4",
+        "align.log_every=1",
+        "distill.checkpoint_every=1",
+        "distill.remat=false",
+        "distill.gradient_accumulation=2",
+        "score.kl_chunk=64",
+        "data.cache_dir=/tmp/x",
+        "evaluate.recall.samples=3",
+        "export.dtype=float32",
+    ],
+)
+def test_what_does_not_affect_results_is_no_difference(load, override):
+    assert load(override) != load()
+    assert differences(load(), load(override)) == []
+    assert fingerprint(load()) == fingerprint(load(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=1", ["seed: 0 -> 1"]),
+        ("distill.tokens=500_000_000", ["distill.tokens: 600_000_000 -> 500_000_000"]),
+        ("data.train=[a.txt, b.txt]", ["data.train: [pydoc] -> [a.txt, b.txt]"]),
+        ("mixer.qkv_bias=false", ["mixer.qkv_bias: null -> false"]),
+        (
+            "score.stop_when_stable={window: 4}",
+            ["score.stop_when_stable.window: null -> 4", "score.stop_when_stable.jaccard: null -> 1.0"],
+        ),
+        ("select.method=uniform", ["select.method: kl_guided -> uniform"]),
+    ],
+)
+def test_differences_are_named(load, override, expected):
+    assert differences(load(), load(override)) == expected
+    assert fingerprint(load()) != fingerprint(load(override))
+
+
+def test_a_stage_depends_on_what_comes_before_it_alone(load):
+    ours, theirs = load(), load("finetune.learning_rate=1e-4", "distill.learning_rate=1e-4")
+    assert differences(ours, theirs, UPSTREAM["score"]) == []
+    assert fingerprint(ours, UPSTREAM["score"]) == fingerprint(theirs, UPSTREAM["score"])
+    assert differences(ours, theirs, UPSTREAM["distill"]) == ["distill.learning_rate: 7e-06 -> 0.0001"]
+    assert len(differences(ours, theirs, UPSTREAM["finetune"])) == 2
+
+
+def test_describe_lists_every_setting(load):
+    text = describe()
+
+    def keys(tree, prefix=""):
+        for key, value in tree.items():
+            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+    lines = text.splitlines()
+    for key in keys(load("score.stop_when_stable={}").model_dump()):
+        (index,) = [i for i, line in enumerate(lines) if line.startswith(f"  {key}  [")]
+        assert len(lines[index + 1].strip()) > 5, key  # its meaning
+    assert "  data.train  [list of text = required]" in lines
+    assert "  align.clip_norm  [float|null = 1.0]" in lines
+    assert "  distill.tokens  [int = 600_000_000]" in lines
+    assert "  align.schedule  [constant|cosine|linear = cosine]" in lines
+
+
+@pytest.mark.parametrize(
+    ("budget", "depth", "layers"),
+    # The papers' tables: Llama-3.2-3B has 28 layers, Qwen2.5-3B 36.
+    [
+        (0.125, 28, 4),
+        (0.25, 28, 7),
+        (1 / 3, 28, 9),
+        (0.5, 28, 14),
+        (0.125, 36, 5),
+        (0.25, 36, 9),
+        (1 / 3, 36, 12),
+        (3, 28, 3),
+    ],
+)
+def test_budgets(budget, depth, layers):
+    assert resolve_budget(budget, depth) == layers
+
+
+def test_layer_lists():
+    assert parse_layers("all") is None
+    assert parse_layers("9, 0-3,2") == (0, 1, 2, 3, 9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["select.budget=5"], "select.budget 5 keeps more softmax layers than the 4"),
+        (["score.budgets=[9]"], "score.budgets 9 keeps more softmax layers than the 4"),
+        (
+            ["select.method=explicit", "select.layers=[1, 4]"],
+            "select.layers names layer 4; the teacher's 4 layers are 0 to 3",
+        ),
+        (["score.candidates=0-7"], "score.candidates names layer 7; the teacher's 4 layers are 0 to 3"),
+        (["score.candidates=0,1", "select.budget=3"], "asks for 3 layers; score.candidates '0,1' ranks only 2"),
+        (["distill.sequence_length=8192"], "distill.sequence_length 8192 is beyond the 4096 tokens of context"),
+    ],
+)
+def test_what_the_teacher_rules_out(load, overrides, message):
+    model = ModelConfig(
+        family="llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=4, num_heads=4, num_kv_heads=2,
+        head_dim=8, norm_eps=1e-5, max_position_embeddings=4096,
+    )  # fmt: skip
+    validate_against(load("select.budget=4"), model)
+    with pytest.raises(ConfigError) as error:
+        validate_against(load(*overrides), model)
+    assert message in str(error.value)
