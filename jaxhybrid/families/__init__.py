@@ -1,0 +1,65 @@
+"""Hugging Face architectures: their config keys and weight names, in both directions."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.families import student
+from jaxhybrid.families.base import Family
+from jaxhybrid.families.llama import LLAMA
+from jaxhybrid.families.qwen2 import QWEN2
+from jaxhybrid.families.qwen3 import QWEN3
+from jaxhybrid.families.student import STUDENT_TYPE
+from jaxhybrid.families.tensors import FileTensor, file_tensors
+from jaxhybrid.model.config import ModelConfig
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}
+
+
+def family(model_type: str) -> Family:
+    if model_type not in FAMILIES:
+        raise ConfigError(f"model_type={model_type!r} is not known; known: {', '.join(FAMILIES)}.")
+    return FAMILIES[model_type]
+
+
+def hf_to_config(hf: dict[str, Any], ignore_config_keys: Iterable[str] = ()) -> ModelConfig:
+    """A teacher's config.json as a ModelConfig; ConfigError names every key or value that is not understood."""
+    if hf.get("model_type") == STUDENT_TYPE:
+        raise ConfigError(
+            f"model_type={STUDENT_TYPE!r} is an exported student, not a teacher; read it with load_student."
+        )
+    return family(hf.get("model_type", "")).read_config(hf, ignore_config_keys)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json keys of a softmax model."""
+    return family(config.family).write_config(config)
+
+
+def student_config_to_hf(config: ModelConfig, teacher_hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json keys of a student; bookkeeping keys (token ids, ...) come from the teacher's config."""
+    return student.write_student(family(config.family), config, teacher_hf_config)
+
+
+def hf_to_student_config(hf: dict[str, Any]) -> ModelConfig:
+    """An exported student's config.json as a ModelConfig."""
+    return student.read_student(FAMILIES, hf)
+
+
+def weight_names(config: ModelConfig) -> list[FileTensor]:
+    """Every tensor of a weights folder of this config, with the leaf and row it belongs to."""
+    return file_tensors(family(config.family).tensors, config)
+
+
+__all__ = [
+    "FAMILIES",
+    "STUDENT_TYPE",
+    "Family",
+    "FileTensor",
+    "config_to_hf",
+    "family",
+    "hf_to_config",
+    "hf_to_student_config",
+    "student_config_to_hf",
+    "weight_names",
+]

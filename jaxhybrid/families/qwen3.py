@@ -1,0 +1,26 @@
+"""Qwen3: query and key norms per head, a head width of its own, no biases unless asked for."""
+
+from typing import Any
+
+from jaxhybrid.families.base import WINDOW_KEYS, Family, read_flag, require
+from jaxhybrid.model.config import ModelConfig
+
+
+def _flags(hf: dict[str, Any]) -> dict[str, Any]:
+    bias = read_flag(hf, "attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
+
+
+def _flag_keys(config: ModelConfig) -> dict[str, Any]:
+    require(config, o_bias=config.qkv_bias, mlp_bias=False, qk_norm=True)
+    return {"attention_bias": config.qkv_bias, "use_sliding_window": False}
+
+
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    flags=_flags,
+    flag_keys=_flag_keys,
+    own_keys=("attention_bias", *WINDOW_KEYS),
+    defaults={"max_position_embeddings": 32768, "head_dim": 128},
+)

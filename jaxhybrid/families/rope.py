@@ -1,0 +1,116 @@
+"""Rotary settings of a Hugging Face config: `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
+
+from typing import Any
+
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.model.config import RopeConfig
+
+CONFIG_KEYS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+DEFAULT_THETA = 10_000.0
+# What each rule needs, and what else it reads.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": (),
+    "dynamic": (),
+    "llama3": ("original_max_position_embeddings",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+
+
+def rope_from_hf(hf: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
+    """The rotary settings of a config. `rope_scaling`, where filled, wins over `rope_parameters`, as in transformers.
+
+    Raises:
+        ConfigError: an unknown rule, a key the rule does not have, a missing key, or a part of the head left unrotated.
+    """
+    source = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    given = hf.get(source) or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{source}={given!r} is not a table of settings.")
+    nested = [name for name, value in given.items() if isinstance(value, dict)]
+    if nested:
+        raise ConfigError(
+            f"{source} differs by layer type ({', '.join(nested)}); one rule for all layers is supported."
+        )
+    rope = {name: value for name, value in given.items() if value is not None}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if kind not in REQUIRED:
+        raise ConfigError(f"{source} has rope_type={kind!r}; supported: {', '.join(REQUIRED)}.")
+    for where, value in (
+        (f"{source}.partial_rotary_factor", rope.pop("partial_rotary_factor", None)),
+        ("partial_rotary_factor", hf.get("partial_rotary_factor")),
+    ):
+        if value not in (None, 1):
+            raise ConfigError(f"{where}={value!r}: heads rotated only in part are not supported.")
+    theta = rope.pop("rope_theta", hf.get("rope_theta"))
+    length = _original_length(hf, rope, kind, source, max_position_embeddings)
+    missing = [name for name in REQUIRED[kind] if name not in rope]
+    if missing:
+        raise ConfigError(f"{source} of rope_type={kind!r} lacks {', '.join(missing)}.")
+    unknown = [name for name in rope if name not in REQUIRED[kind] + OPTIONAL[kind]]
+    if unknown:
+        told = ", ".join(f"{name}={rope[name]!r}" for name in unknown)
+        raise ConfigError(f"{source} of rope_type={kind!r} has {told}, which this rule does not know; remove it.")
+    for name, value in rope.items():
+        if name not in ("truncate",) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{source}.{name}={value!r} is not a number.")
+    if kind == "yarn" and "factor" not in rope:
+        rope["factor"] = max_position_embeddings / (length or max_position_embeddings)
+    rope |= {"original_max_position_embeddings": length}
+    for name in ("beta_fast", "beta_slow"):  # transformers takes a zero as absent
+        if not rope.get(name, True):
+            del rope[name]
+    return RopeConfig(kind=kind, theta=float(DEFAULT_THETA if theta is None else theta), **rope)
+
+
+def _original_length(
+    hf: dict[str, Any], rope: dict[str, Any], kind: str, source: str, max_positions: int
+) -> int | None:
+    """The context length before extension, for the rules that read one; a key of the config itself wins."""
+    inner = rope.pop("original_max_position_embeddings", None)
+    outer = hf.get("original_max_position_embeddings")
+    if kind in ("llama3", "yarn"):
+        return next(length for length in (outer, inner, max_positions) if length is not None)
+    for where, length in (
+        (f"{source}.original_max_position_embeddings", inner),
+        ("original_max_position_embeddings", outer),
+    ):
+        if kind == "dynamic" and length not in (None, max_positions):
+            raise ConfigError(
+                f"{where}={length!r} with rope_type='dynamic': transformers scales from max_position_embeddings="
+                f"{max_positions} and ignores it; make the two agree."
+            )
+    return None
+
+
+def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """The `rope_parameters` of a rotary setting."""
+    hf: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    for name in REQUIRED[rope.kind] + OPTIONAL[rope.kind]:
+        value = getattr(rope, name)
+        if value is not None:
+            hf[name] = value
+    return hf

@@ -1,0 +1,118 @@
+"""A folder of safetensors files read as memory maps: only the bytes that are used are read."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxhybrid.errors import WeightsError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: where its bytes are and what they mean."""
+
+    file: Path
+    dtype: str  # safetensors' name
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    def view(self) -> np.ndarray:
+        """The tensor as a read-only memory map.
+
+        Raises:
+            WeightsError: the values are of a quantised or integer type.
+        """
+        if self.dtype not in DTYPES:
+            raise WeightsError(
+                f"{self.file} holds {self.dtype} values; read are {', '.join(DTYPES)}. Use the unquantised model."
+            )
+        if not all(self.shape):  # a map of no bytes is refused by the system
+            return np.empty(self.shape, DTYPES[self.dtype])
+        return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder by name.
+
+    Raises:
+        WeightsError: no safetensors, only pickle files, a shard is missing or truncated, or the index is wrong.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return dict(_read_header(folder / SINGLE_FILE))
+    if not (folder / INDEX_FILE).is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise WeightsError(
+                f"{folder} has pickle files only ({', '.join(pickles[:3])}). Pickle runs code when it is read and is "
+                "refused; save the model again with transformers' save_pretrained, which writes safetensors."
+            )
+        raise WeightsError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}.")
+    index = read_json(folder / INDEX_FILE)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{folder / INDEX_FILE} has no weight_map; fetch it again.")
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise WeightsError(f"{folder / INDEX_FILE} names {shard!r}, which is not a file name inside the folder.")
+        if not (folder / shard).is_file():
+            raise WeightsError(f"{folder} lacks the shard {shard} that its index names; fetch it again.")
+        shards[shard] = dict(_read_header(folder / shard))
+    tensors = {}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise WeightsError(f"{folder / shard} lacks the tensor {name} that the index places there; fetch it again.")
+        tensors[name] = shards[shard][name]
+    return tensors
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of one file: 8 bytes of header length, a JSON header, then the values."""
+    try:
+        with safe_open(file, framework="numpy"):  # checks that header and values cover the file exactly
+            pass
+    except SafetensorError as error:
+        raise WeightsError(f"{file} is truncated or not a safetensors file ({error}); fetch it again.") from error
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one file, laid out as transformers expects, readable as the user's other new files are."""
+    path.touch()
+    mode = path.stat().st_mode  # the library leaves its files readable by their owner only
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table.
+
+    Raises:
+        WeightsError: the file is missing or holds something else.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path.parent} has no {path.name}; it is not a Hugging Face model folder.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} is not a table of settings.")
+    return value

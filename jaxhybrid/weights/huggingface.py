@@ -1,0 +1,203 @@
+"""Hugging Face folders -> models: weights are read tensor by tensor, straight to where they are kept, without torch."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxhybrid.errors import ConfigError, WeightsError
+from jaxhybrid.families import FileTensor, hf_to_config, hf_to_student_config, weight_names
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.params import Params, is_spec
+from jaxhybrid.model.partition import param_shardings
+from jaxhybrid.model.transformer import Model, declare
+from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder
+from jaxhybrid.weights.files import StoredTensor, read_json, stored_tensors
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+# Buffers that older checkpoints carry and that the rotary settings of the config imply.
+ROTARY_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load_teacher(
+    path_or_id: str | os.PathLike[str],
+    dtype: Any = jnp.float32,
+    *,
+    ignore_config_keys: Iterable[str] = (),
+    mesh: Mesh | None = None,
+    shardings: Params | None = None,
+) -> Model:
+    """The softmax model of a local folder, a hub id, or `demo:smollm2-135m`.
+
+    Args:
+        dtype: of the parameters; the ones declared float32 stay float32.
+        ignore_config_keys: config keys unknown to this package that do not matter.
+        mesh: place the parameters on it by the package's sharding rules.
+        shardings: place them by this tree of shardings instead. With neither they lie on the default device.
+
+    Raises:
+        ConfigError: the config has something this package cannot represent.
+        WeightsError: the folder is missing, damaged, or does not match its config.
+    """
+    folder = _resolve(path_or_id)
+    config = hf_to_config(read_json(folder / "config.json"), ignore_config_keys)
+    return _load(folder, config, dtype, mesh, shardings)
+
+
+def load_student(
+    folder: str | os.PathLike[str],
+    dtype: Any = jnp.float32,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Params | None = None,
+) -> Model:
+    """A hybrid that `export` wrote; arguments and errors as for `load_teacher`."""
+    path = _resolve(folder)
+    return _load(path, hf_to_student_config(read_json(path / "config.json")), dtype, mesh, shardings)
+
+
+def _load(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None, shardings: Params | None) -> Model:
+    if mesh is not None:
+        if shardings is not None:
+            raise ConfigError("Both mesh and shardings were given; pass one of them.")
+        shardings = param_shardings(declare(config), mesh)
+    _check_tokenizer(folder, config)
+    return Model(read_params(folder, config, dtype, shardings), config, str(folder))
+
+
+def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32, shardings: Params | None = None) -> Params:
+    """The parameter tree of `config` from the safetensors of `folder`, one leaf at a time.
+
+    With shardings every process reads only the parts its devices keep.
+
+    Raises:
+        WeightsError: a tensor is missing, unexpected, or of another shape than the config says.
+    """
+    stored, entries = stored_tensors(folder), weight_names(config)
+    _check_names(folder, stored, entries, config)
+    for entry in entries:
+        found, expected = stored[entry.name].shape, entry.file_shape
+        if found != expected:
+            raise WeightsError(
+                f"{entry.name} in {stored[entry.name].file} has shape {list(found)}, expected {list(expected)} "
+                "from config.json; weights and config do not belong together."
+            )
+    by_path: dict[tuple[str, ...], list[FileTensor]] = {}
+    for entry in entries:
+        by_path.setdefault(entry.path, []).append(entry)
+
+    def read(path: Any, spec: Any, sharding: Any = None) -> jax.Array:
+        rows = sorted(by_path[tuple(key.key for key in path)], key=lambda entry: entry.row or 0)
+        return _read_leaf(rows, stored, spec.shape, jnp.float32 if spec.float32 else dtype, sharding)
+
+    rest = () if shardings is None else (shardings,)
+    return jax.tree_util.tree_map_with_path(read, declare(config), *rest, is_leaf=is_spec)
+
+
+def _read_leaf(
+    rows: list[FileTensor], stored: dict[str, StoredTensor], shape: tuple[int, ...], dtype: Any, sharding: Any
+) -> jax.Array:
+    views = [row.layout.from_file(stored[row.name].view(), row.shape) for row in rows]
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or (slice(None),) * len(shape)
+        if rows[0].row is None:
+            return np.ascontiguousarray(views[0][index].astype(dtype))
+        chosen = [view[index[1:]] for view in views[index[0]]]
+        out = np.empty((len(chosen), *chosen[0].shape), dtype)
+        for i, view in enumerate(chosen):
+            out[i] = view
+        return out
+
+    if sharding is None:
+        return jnp.asarray(part(None))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _check_names(folder: Path, stored: dict[str, StoredTensor], entries: list[FileTensor], config: ModelConfig) -> None:
+    expected = {entry.name for entry in entries}
+    missing = [entry.name for entry in entries if entry.name not in stored]
+    if missing:
+        hint = " Is tie_word_embeddings in config.json wrong?" if missing == [HEAD] else ""
+        raise WeightsError(f"{folder} lacks {_some(missing)}, which its config.json asks for.{hint}")
+    unexpected = [name for name in stored if name not in expected and not ROTARY_BUFFER.fullmatch(name)]
+    if config.tie_embeddings and HEAD in unexpected:
+        unexpected.remove(HEAD)
+        head, embedding = stored[HEAD], stored[EMBEDDING]
+        if head.shape != embedding.shape or not np.array_equal(head.view(), embedding.view()):
+            raise WeightsError(
+                f"{folder} has a {HEAD} that differs from {EMBEDDING}, but config.json says tie_word_embeddings=true; "
+                "set it to false to use the head, or remove the tensor."
+            )
+    if unexpected:
+        raise WeightsError(
+            f"{folder} has {_some(unexpected)}, which a {config.family} model of its config.json does not use; "
+            "they would be dropped. Correct config.json (biases, number of layers), or remove the tensors."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
+    """An embedding padded beyond the tokenizer is common; a tokenizer with ids beyond the embedding is a mix-up."""
+    largest = largest_token_id(folder)
+    if largest is not None and largest >= config.vocab_size:
+        raise WeightsError(
+            f"The tokenizer in {folder} has ids up to {largest}, the embedding has vocab_size={config.vocab_size} "
+            "rows; use the tokenizer this model was trained with."
+        )
+
+
+def largest_token_id(folder: Path) -> int | None:
+    """The largest id in a folder's tokenizer files; None when it has no JSON ones."""
+    ids: list[int] = []
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_json(folder / "tokenizer.json")
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
+    elif (folder / "vocab.json").is_file():
+        ids += read_json(folder / "vocab.json").values()
+        if (folder / "added_tokens.json").is_file():
+            ids += read_json(folder / "added_tokens.json").values()
+    return max(ids, default=None)
+
+
+def _resolve(path_or_id: str | os.PathLike[str]) -> Path:
+    """A local folder with the files of the model, fetched from the hub when it is a hub id."""
+    name = os.fspath(path_or_id)
+    if name.startswith(DEMO_PREFIX):
+        return demo_teacher_folder(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    if folder.suffix in (".safetensors", ".bin", ".pt", ".gguf") or folder.is_file():
+        raise WeightsError(f"{name} is a file; name the folder that holds it and its config.json.")
+    if not HUB_ID.fullmatch(name):
+        raise WeightsError(f"{name} is neither a folder nor a hub id of the form owner/name.")
+    return _fetch(name)
+
+
+def _fetch(name: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        # Folders inside a repository hold other formats of the same weights.
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise WeightsError(
+            f"{name} is not a local folder and could not be fetched from the hub: {error}. "
+            "Check the name and your access, or download it and pass the folder."
+        ) from error
