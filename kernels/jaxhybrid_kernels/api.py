@@ -5,7 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxhybrid_kernels.chunked import chunked_forward
+from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.chunked import Residuals, chunked_forward
 from jaxhybrid_kernels.chunked_backward import chunked_backward
 from jaxhybrid_kernels.numerics import state_dtype, varying_zero
 from jaxhybrid_kernels.recurrent import recurrent_linear_attention
@@ -65,8 +66,9 @@ def linear_attention(
     if initial_state is None:
         initial_state = jnp.zeros((sizes.B, sizes.N, sizes.K, sizes.V), dtype)
     zero = varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state)
-    arguments = jax.tree.map(lambda x: x + zero.astype(x.dtype), (q, k, v, log_decay, beta, segment_ids, initial_state))
-    return _chunked(scale, chunk_size or default_chunk_size(sizes.T), sizes, *arguments)
+    inputs = Inputs(q, k, v, log_decay, beta, segment_ids)
+    inputs, initial_state = jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, initial_state.astype(dtype)))
+    return _chunked(scale, chunk_size or default_chunk_size(sizes.T), sizes, inputs, initial_state)
 
 
 def default_chunk_size(T: int) -> int:
@@ -75,19 +77,28 @@ def default_chunk_size(T: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(scale: float, C: int, sizes: Sizes, q, k, v, log_decay, beta, segment_ids, initial_state):
-    return chunked_forward(q, k, v, log_decay, beta, segment_ids, initial_state, scale, C, sizes)[0]
+def _chunked(
+    scale: float, C: int, sizes: Sizes, inputs: Inputs, initial_state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return chunked_forward(inputs, initial_state, scale, C, sizes)[0]
 
 
-def _chunked_fwd(scale: float, C: int, sizes: Sizes, q, k, v, log_decay, beta, segment_ids, initial_state):
-    results, residuals = chunked_forward(q, k, v, log_decay, beta, segment_ids, initial_state, scale, C, sizes)
-    return results, ((q, k, v, log_decay, beta, segment_ids), residuals)
+def _chunked_fwd(
+    scale: float, C: int, sizes: Sizes, inputs: Inputs, initial_state: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Inputs, Residuals]]:
+    results, residuals = chunked_forward(inputs, initial_state, scale, C, sizes)
+    return results, (inputs, residuals)
 
 
-def _chunked_bwd(scale: float, C: int, sizes: Sizes, kept, gradients):
+def _chunked_bwd(
+    scale: float,
+    C: int,
+    sizes: Sizes,
+    kept: tuple[Inputs, Residuals],
+    gradients: tuple[jax.Array, jax.Array],
+) -> tuple[Inputs, jax.Array]:
     inputs, residuals = kept
-    d_q, d_k, d_v, d_log_decay, d_beta, d_initial = chunked_backward(*inputs, residuals, *gradients, scale, C, sizes)
-    return d_q, d_k, d_v, d_log_decay, d_beta, None, d_initial
+    return chunked_backward(inputs, residuals, *gradients, scale, C, sizes)
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

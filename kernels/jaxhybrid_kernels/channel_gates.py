@@ -3,7 +3,7 @@
     pair_ij = sum_c q_ic k_jc exp(G_ic - G_jc),   G the running sum of log_decay
 cannot be split into exp(G_i) and exp(-G_j): the second overflows. Blocks of 16 tokens split it around a gate between,
     exp(G_i - G_j) = exp(G_i - ref) exp(ref - G_j),   ref = G at the start of i's block, j in an earlier block,
-with both exponents <= 0; inside a block the difference is taken token by token. The exponents are sums of log decays over
+with both exponents <= 0; inside a block the difference is taken token by token. The exponents sum log decays over
 disjoint runs of tokens (head of a block, whole blocks, tail of a block), so nothing cancels.
 """
 
@@ -57,6 +57,7 @@ def channel_gradients(
     The gradient of G has a closed form per channel: factor times its own gradient, plus for rows, minus for columns.
     """
     assert chunks.log_decay is not None
+    assert gradients.carry is not None
     exact = chunks.log_decay.dtype
     blocks = _block_decay(chunks.log_decay)
     entry, leaving, _ = _state_gates(chunks, blocks)
@@ -66,7 +67,7 @@ def channel_gradients(
     d_q, d_k_columns = _gram_gradients(jnp.tril(d_pair), q, k, blocks)
     d_q = d_q + gradients.q_in * entry[:, :, :, None]
     d_k_rows = jnp.zeros_like(k)
-    if gradients.coupling is not None:
+    if gradients.coupling is not None and gradients.k_in is not None:
         d_coupling = jnp.where(same, jnp.tril(gradients.coupling, -1)[:, :, :, None], 0)
         rows, columns = _gram_gradients(d_coupling, k[:, :, :, None], k, blocks)
         d_k_rows = rows[:, :, :, 0] + gradients.k_in * entry
@@ -103,7 +104,7 @@ def _state_gates(chunks: Chunks, blocks: BlockDecay) -> tuple[jax.Array, jax.Arr
     after = jnp.concatenate([lax.cumsum(blocks.total, axis=len(lead), reverse=True)[..., 1:, :], zero], axis=-2)
     entry = (before[..., None, :] + blocks.head).reshape(*lead, m * BLOCK, K)
     leaving = (after[..., None, :] + blocks.tail).reshape(*lead, m * BLOCK, K)
-    if chunks.segment is not None:
+    if chunks.segment is not None and chunks.entry_segment is not None:
         segment = chunks.segment[:, :, None, :, None]
         entry = jnp.where(segment == chunks.entry_segment[:, :, None, None, None], entry, -jnp.inf)
         leaving = jnp.where(segment == segment[..., -1:, :], leaving, -jnp.inf)

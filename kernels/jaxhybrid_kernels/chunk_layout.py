@@ -5,7 +5,7 @@ q [n,B,N,R,C,K], k [n,B,N,C,K], v [n,B,N,C,V], gates [n,B,N,C] or [n,B,N,C,K], w
 per state.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,17 @@ import jax.numpy as jnp
 from jaxhybrid_kernels.numerics import compute_dtype, state_dtype
 from jaxhybrid_kernels.segments import segment_index
 from jaxhybrid_kernels.validation import Sizes
+
+
+class Inputs(NamedTuple):
+    """The arguments of `linear_attention` that are arrays over tokens."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None
+    beta: jax.Array | None
+    segment_ids: jax.Array | None
 
 
 class Chunks(NamedTuple):
@@ -31,15 +42,14 @@ class Chunks(NamedTuple):
         return self.log_decay is not None and self.log_decay.ndim == 5
 
 
-def make_chunks(q, k, v, log_decay, beta, segment_ids, C: int, sizes: Sizes) -> Chunks:
+def make_chunks(inputs: Inputs, C: int, sizes: Sizes) -> Chunks:
     """Repeats shared heads, pads T to a multiple of C, zeroes padding tokens and brings the chunk axis to the front."""
-    real = None if segment_ids is None else segment_ids != 0
+    q, k, v, log_decay, beta, segment_ids = inputs
+    real = _real(segment_ids)
     compute = compute_dtype(q, k, v)
     exact = state_dtype(q, k, v, log_decay, beta)
 
-    def arrange(x, heads, dtype):
-        if x is None:
-            return None
+    def arrange(x: jax.Array, heads: int, dtype: Any) -> jax.Array:
         x = jnp.repeat(x.astype(dtype), heads // x.shape[2], axis=2)
         return _split(_zero_padding(x, real), C)
 
@@ -56,17 +66,18 @@ def make_chunks(q, k, v, log_decay, beta, segment_ids, C: int, sizes: Sizes) -> 
         queries,
         arrange(k, sizes.N, compute),
         arrange(v, sizes.N, compute),
-        arrange(log_decay, sizes.N, exact),
-        arrange(beta, sizes.N, exact),
+        None if log_decay is None else arrange(log_decay, sizes.N, exact),
+        None if beta is None else arrange(beta, sizes.N, exact),
         segment,
         entry,
     )
 
 
-def chunk_output_gradient(d_out: jax.Array, segment_ids, C: int, dtype, sizes: Sizes) -> jax.Array:
+def chunk_output_gradient(
+    d_out: jax.Array, segment_ids: jax.Array | None, C: int, dtype: Any, sizes: Sizes
+) -> jax.Array:
     """[B,T,H,V] -> [n,B,N,R,C,V], zero on padding."""
-    real = None if segment_ids is None else segment_ids != 0
-    chunks = _split(_zero_padding(d_out.astype(dtype), real), C)
+    chunks = _split(_zero_padding(d_out.astype(dtype), _real(segment_ids)), C)
     return chunks.reshape(*chunks.shape[:2], sizes.N, sizes.queries_per_state, C, sizes.V)
 
 
@@ -75,17 +86,23 @@ def join_output(out: jax.Array, T: int) -> jax.Array:
     return _join(out.reshape(out.shape[0], out.shape[1], -1, *out.shape[4:]), T)
 
 
-def join_gradient(gradient: jax.Array | None, like: jax.Array | None, segment_ids) -> jax.Array | None:
-    """Undoes `make_chunks` for a gradient: shared heads are summed before rounding, padding gets zero."""
-    if gradient is None or like is None:
-        return None
-    heads = like.shape[2]
-    if gradient.ndim == 6:
-        gradient = gradient.reshape(*gradient.shape[:2], -1, *gradient.shape[4:])
-    if gradient.shape[2] != heads:
-        gradient = gradient.reshape(*gradient.shape[:2], heads, -1, *gradient.shape[3:]).sum(axis=3)
-    joined = _join(gradient.astype(like.dtype), like.shape[1])
-    return _zero_padding(joined, None if segment_ids is None else segment_ids != 0)
+def join_gradients(gradients: Inputs, inputs: Inputs) -> Inputs:
+    """Undoes `make_chunks` for gradients: shared heads are summed before rounding, padding gets zero."""
+    real = _real(inputs.segment_ids)
+
+    def join(gradient: jax.Array, like: jax.Array) -> jax.Array:
+        if gradient.ndim == 6:
+            gradient = gradient.reshape(*gradient.shape[:2], -1, *gradient.shape[4:])
+        heads = like.shape[2]
+        if gradient.shape[2] != heads:
+            gradient = gradient.reshape(*gradient.shape[:2], heads, -1, *gradient.shape[3:]).sum(axis=3)
+        return _zero_padding(_join(gradient.astype(like.dtype), like.shape[1]), real)
+
+    return jax.tree.map(join, gradients, inputs._replace(segment_ids=None))
+
+
+def _real(segment_ids: jax.Array | None) -> jax.Array | None:
+    return None if segment_ids is None else segment_ids != 0
 
 
 def _zero_padding(x: jax.Array, real: jax.Array | None) -> jax.Array:

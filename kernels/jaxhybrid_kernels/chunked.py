@@ -1,10 +1,9 @@
 """Chunked linear attention for XLA: the fast path wherever no kernel of its own exists, and the fallback everywhere.
 
-Everything that does not depend on the state is computed for all chunks at once in batched products: Gram matrices,
-decays and the inverse of I + tril(beta K K' D, -1). The scan over chunks carries the float32 state and runs the reduced form
+All that does not depend on the state is computed for all chunks at once in batched products: Gram matrices, decays and
+the inverse of I + tril(beta K K' D, -1). The scan over chunks carries the float32 state and runs the reduced form
     U = inverse (beta (V - K S)),   S' = carry S + K' U;
-outputs are computed in one batch from the entry states that it leaves behind. The backward (chunked_backward.py) is of the
-same kind.
+outputs are computed in one batch from the entry states it leaves behind. The backward (chunked_backward.py) is alike.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import jax
 from jax import lax
 
 from jaxhybrid_kernels.channel_gates import channel_operands
-from jaxhybrid_kernels.chunk_layout import Chunks, join_output, make_chunks
+from jaxhybrid_kernels.chunk_layout import Chunks, Inputs, join_output, make_chunks
 from jaxhybrid_kernels.head_gates import Operands, head_operands
 from jaxhybrid_kernels.numerics import product
 from jaxhybrid_kernels.triangular_inverse import inverse_unit_lower
@@ -37,18 +36,18 @@ def scale_rows(x: jax.Array, row: jax.Array | None) -> jax.Array:
 
 
 def chunked_forward(
-    q, k, v, log_decay, beta, segment_ids, initial_state, scale: float, C: int, sizes: Sizes
+    inputs: Inputs, initial_state: jax.Array, scale: float, C: int, sizes: Sizes
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
     """((out, final state), residuals); see `linear_attention`. initial_state [B,N,K,V] in the state's dtype."""
-    chunks = make_chunks(q, k, v, log_decay, beta, segment_ids, C, sizes)
+    chunks = make_chunks(inputs, C, sizes)
     operands = chunk_operands(chunks, scale)
     dtype = chunks.k.dtype
     inverse = None
-    if chunks.beta is not None:
+    if chunks.beta is not None and operands.coupling is not None:
         inverse = inverse_unit_lower(chunks.beta[..., None] * operands.coupling).astype(dtype)
 
-    def chunk(state, inputs):
-        k_in, k_out, v, beta, inverse, row_in, row_out, carry = inputs
+    def chunk(state, piece):
+        k_in, k_out, v, beta, inverse, row_in, row_out, carry = piece
         entry = state.astype(dtype)
         update = v
         if beta is not None:
@@ -74,4 +73,4 @@ def chunked_forward(
     row_q = None if operands.row_in is None else operands.row_in[:, :, :, None]
     out = scale * scale_rows(product("nbhrck,nbhkv->nbhrcv", operands.q_in, states), row_q)
     out = out + product("nbhrcj,nbhjv->nbhrcv", operands.pair.astype(dtype), updates)
-    return (join_output(out.astype(v.dtype), sizes.T), final), Residuals(states, inverse)
+    return (join_output(out.astype(inputs.v.dtype), sizes.T), final), Residuals(states, inverse)

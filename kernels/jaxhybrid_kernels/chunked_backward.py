@@ -3,8 +3,8 @@
 Per chunk, with dS' the gradient of the exit state and dO that of the outputs (row scalings left out):
     dU = pair' dO + k_out dS'        dZ = inverse' dU        dW = beta dZ = dV
     dS = carry dS' + q_in' dO - k_in' dW
-Only this runs in a reverse scan. dPair = dO U' and dCoupling = -beta tril(dZ U', -1), which needs no gradient of the
-inverse itself (U = inverse Z, so the gradient of I + strict is -dZ U'), and everything below them are batched over all chunks.
+Only this runs in a reverse scan. The rest is batched over chunks: dPair = dO U' and dCoupling = -beta tril(dZ U', -1)
+needs no gradient of the inverse (U = inverse Z, so the gradient of I + strict is -dZ U'), and what follows.
 """
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.channel_gates import channel_gradients
-from jaxhybrid_kernels.chunk_layout import chunk_output_gradient, join_gradient, make_chunks
+from jaxhybrid_kernels.chunk_layout import Inputs, chunk_output_gradient, join_gradients, make_chunks
 from jaxhybrid_kernels.chunked import Residuals, chunk_operands, scale_rows
 from jaxhybrid_kernels.head_gates import StateGradients, head_gradients
 from jaxhybrid_kernels.numerics import product
@@ -20,21 +20,27 @@ from jaxhybrid_kernels.validation import Sizes
 
 
 def chunked_backward(
-    q, k, v, log_decay, beta, segment_ids, residuals: Residuals, d_out, d_final, scale: float, C: int, sizes: Sizes
-) -> tuple[jax.Array | None, ...]:
-    """Gradients of q, k, v, log_decay, beta and initial_state, in the arguments' dtypes and shapes."""
-    chunks = make_chunks(q, k, v, log_decay, beta, segment_ids, C, sizes)
+    inputs: Inputs,
+    residuals: Residuals,
+    d_out: jax.Array,
+    d_final: jax.Array,
+    scale: float,
+    C: int,
+    sizes: Sizes,
+) -> tuple[Inputs, jax.Array]:
+    """(Gradients of the inputs in their dtypes and shapes, gradient of the initial state)."""
+    chunks = make_chunks(inputs, C, sizes)
     operands = chunk_operands(chunks, scale)
     states, inverse = residuals
     dtype, exact = chunks.k.dtype, d_final.dtype
-    d_out = chunk_output_gradient(d_out, segment_ids, C, dtype, sizes)
+    d_out = chunk_output_gradient(d_out, inputs.segment_ids, C, dtype, sizes)
     row_q = None if operands.row_in is None else operands.row_in[:, :, :, None]
     d_read = (scale * scale_rows(d_out.astype(exact), row_q)).astype(dtype)  # gradient of q_in S
     from_pair = product("nbhrcj,nbhrcv->nbhjv", operands.pair.astype(dtype), d_out).astype(dtype)
     from_read = product("nbhrck,nbhrcv->nbhkv", operands.q_in, d_read).astype(dtype)
 
-    def chunk(d_exit, inputs):
-        k_in, k_out, beta, inverse, row_in, row_out, carry, from_pair, from_read = inputs
+    def chunk(d_exit, piece):
+        k_in, k_out, beta, inverse, row_in, row_out, carry, from_pair, from_read = piece
         d_exit_compute = d_exit.astype(dtype)
         d_update = from_pair + scale_rows(product("bhck,bhkv->bhcv", k_out, d_exit_compute), row_out)
         d_entry = from_read + (d_exit if carry is None else carry * d_exit)
@@ -58,9 +64,8 @@ def chunked_backward(
     d_initial, (d_exits, d_updates) = lax.scan(chunk, d_final, sequence, reverse=True)
 
     d_beta = d_k_in = d_coupling = None
-    if chunks.beta is None:
-        updates, d_v = chunks.v, d_updates
-    else:
+    updates, d_v = chunks.v, d_updates
+    if chunks.beta is not None and inverse is not None and operands.coupling is not None:
         predicted = scale_rows(product("nbhck,nbhkv->nbhcv", operands.k_in, states), operands.row_in)
         innovation = chunks.v - predicted
         updates = product("nbhcj,nbhjv->nbhcv", inverse, (chunks.beta[..., None] * innovation).astype(dtype))
@@ -86,11 +91,4 @@ def chunked_backward(
     )
     finish = channel_gradients if chunks.per_channel else head_gradients
     d_q, d_k, d_log_decay = finish(chunks, operands, gradients, scale)
-    return (
-        join_gradient(d_q, q, segment_ids),
-        join_gradient(d_k, k, segment_ids),
-        join_gradient(d_v, v, segment_ids),
-        join_gradient(d_log_decay, log_decay, segment_ids),
-        join_gradient(d_beta, beta, segment_ids),
-        d_initial,
-    )
+    return join_gradients(Inputs(d_q, d_k, d_v, d_log_decay, d_beta, None), inputs), d_initial

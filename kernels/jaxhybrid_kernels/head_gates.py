@@ -3,8 +3,8 @@
 With G the running sum of log_decay inside the chunk and M_ij = 1 where tokens i and j share a segment:
     D_ij = exp(G_i - G_j) M_ij (i >= j)      entry_i = exp(G_i) [segment of the entry state]
     exit_j = exp(G_C - G_j) [segment of the last token]      carry = exp(G_C) [no change inside the chunk]
-Differences are masked before the exponential, and G is a sum of two floats, so that a difference of large sums keeps its
-digits.
+Differences are masked before the exponential, and G is a sum of two floats, so that a difference of large sums keeps
+its digits.
 """
 
 from typing import NamedTuple
@@ -61,17 +61,17 @@ def head_gradients(
     d_scores = (scale * gradients.pair * decay[:, :, :, None]).astype(dtype)
     d_q = gradients.q_in + product("nbhrcj,nbhjk->nbhrck", d_scores, chunks.k)
     d_k = gradients.k_out + product("nbhrcj,nbhrck->nbhjk", d_scores, chunks.q)
-    if gradients.coupling is not None:
+    if gradients.coupling is not None and gradients.k_in is not None:
         d_gram = gradients.coupling * decay
         d_gram = (d_gram + jnp.swapaxes(d_gram, -1, -2)).astype(dtype)
         d_k = d_k + gradients.k_in + product("nbhcj,nbhjk->nbhck", d_gram, chunks.k)
-    if chunks.log_decay is None:
+    if chunks.log_decay is None or gradients.carry is None:
         return d_q, d_k, None
     exact = gradients.pair.dtype
     q, k = chunks.q.astype(exact), chunks.k.astype(exact)
     pairs = jnp.sum(gradients.pair * operands.pair, axis=3)
     d_sum = jnp.sum(gradients.q_in * q, axis=(3, 5))
-    if gradients.coupling is not None:
+    if gradients.coupling is not None and gradients.k_in is not None and operands.coupling is not None:
         pairs = pairs + gradients.coupling * operands.coupling
         d_sum = d_sum + jnp.sum(gradients.k_in * k, axis=-1)
     leaving = jnp.sum(gradients.k_out * k, axis=-1)
@@ -85,7 +85,7 @@ def _gates(chunks: Chunks) -> tuple[jax.Array, jax.Array | None, jax.Array | Non
     C = chunks.k.shape[3]
     mask = jnp.tril(jnp.ones((C, C), bool))
     same_entry = same_exit = same_carry = None
-    if chunks.segment is not None:
+    if chunks.segment is not None and chunks.entry_segment is not None:
         segment = chunks.segment[:, :, None]
         mask = mask & (segment[..., :, None] == segment[..., None, :])
         same_entry = segment == chunks.entry_segment[:, :, None, None]
@@ -100,7 +100,7 @@ def _gates(chunks: Chunks) -> tuple[jax.Array, jax.Array | None, jax.Array | Non
     difference = (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
     decay = jnp.exp(jnp.where(mask, difference, -jnp.inf))
     entry, leaving = high, (high[..., -1:] - high) + (low[..., -1:] - low)
-    if same_entry is not None:
+    if same_entry is not None and same_exit is not None:
         entry = jnp.where(same_entry, entry, -jnp.inf)
         leaving = jnp.where(same_exit, leaving, -jnp.inf)
     entry = jnp.exp(entry)

@@ -28,7 +28,16 @@ def linear_attention_step(
     return step(q, k, v, log_decay, beta, state, sizes.K**-0.5 if scale is None else scale, sizes)
 
 
-def step(q, k, v, log_decay, beta, state, scale, sizes: Sizes):
+def step(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    beta: jax.Array | None,
+    state: jax.Array,
+    scale: float,
+    sizes: Sizes,
+) -> tuple[jax.Array, jax.Array]:
     """`linear_attention_step` without its checks."""
     dtype = state_dtype(q, k, v, log_decay, beta, state)
     B, N = v.shape[:2]
@@ -46,7 +55,17 @@ def step(q, k, v, log_decay, beta, state, scale, sizes: Sizes):
     return out.reshape(B, sizes.out_heads, sizes.V).astype(v.dtype), state
 
 
-def recurrent_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes: Sizes):
+def recurrent_linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    beta: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_state: jax.Array | None,
+    scale: float,
+    sizes: Sizes,
+) -> tuple[jax.Array, jax.Array]:
     """`linear_attention` as a scan of steps; gradients keep one state per token: for a handful of tokens."""
     dtype = state_dtype(q, k, v, log_decay, beta, initial_state)
     shape = (sizes.B, sizes.N, sizes.K, sizes.V)
@@ -55,12 +74,12 @@ def recurrent_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_st
     marks = None if segment_ids is None else (segment_ids != 0, segment_starts(segment_ids))
 
     def token(state, inputs):
-        *arrays, marks_t = inputs
+        q_t, k_t, v_t, decay_t, beta_t, marks_t = inputs
         if marks_t is None:
-            out, new = step(*arrays, state, scale, sizes)
+            out, new = step(q_t, k_t, v_t, decay_t, beta_t, state, scale, sizes)
             return new, out
         real, start = (mark[:, None, None] for mark in marks_t)
-        out, new = step(*arrays, jnp.where(start[..., None], 0, state), scale, sizes)
+        out, new = step(q_t, k_t, v_t, decay_t, beta_t, jnp.where(start[..., None], 0, state), scale, sizes)
         return jnp.where(real[..., None], new, state), jnp.where(real, out, 0)
 
     sequence = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, beta, marks))

@@ -1,7 +1,7 @@
 """Packed sequences: where a state resets, and which tokens are padding.
 
-Segment ids are any integers; 0 marks padding. Padding is skipped: it belongs to the segment before it, so that a change of
-id is judged between neighbouring non-padding tokens, and padding on the left belongs to the first segment.
+Segment ids are any integers; 0 marks padding. Padding is skipped: it belongs to the segment before it, so that a change
+of id is judged between neighbouring non-padding tokens, and padding on the left belongs to the first segment.
 """
 
 import jax

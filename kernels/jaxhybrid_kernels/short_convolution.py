@@ -20,8 +20,8 @@ def short_convolution(
 ) -> tuple[jax.Array, jax.Array]:
     """x [B,T,C], weight [W,C] -> (y [B,T,C], state [B,W-1,C]), both in x's dtype; products are summed in float32.
 
-    segment_ids int [B,T]: taps stop where the id changes; 0 is padding, whose outputs are 0. Padding belongs at the ends
-    or between segments; inside a segment it counts as zero tokens.
+    segment_ids int [B,T]: taps stop where the id changes; 0 is padding, whose outputs are 0. Padding belongs at the
+    ends or between segments; inside a segment it counts as zero tokens.
     initial_state [B,W-1,C]: the inputs before the first non-padding token, oldest first; None is zeros. The returned
     state is the same for the token after the last non-padding one. Raises ValueError for shapes that do not agree.
     """

@@ -1,8 +1,8 @@
 """Inverse of unit lower triangular matrices, many at once.
 
-Blocks of 16 by forward substitution, then doubling: [[X, 0], [-Y S X, Y]] inverts [[L, 0], [S, M]] when X, Y invert L, M.
-Every step is exact up to rounding. A power series of the strictly lower part is not: with correlated keys its powers grow
-to 1e10.
+Blocks of 16 by forward substitution, then doubling: [[X, 0], [-Y S X, Y]] inverts [[L, 0], [S, M]] if X, Y invert L, M.
+Every step is exact up to rounding. A power series of the strictly lower part is not: with correlated keys its powers
+grow to 1e10.
 """
 
 import jax
