@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export.card import base_model_name, model_card
 from jaxhybrid.families import student_config_to_hf
@@ -50,6 +55,7 @@ def export(
     """Writes `model` to `folder`: safetensors, config, generation config, tokenizer, model code and a model card.
 
     The folder appears whole or not at all. Tokenizer, generation config and licence files come from `model.folder`.
+    With several processes all must call it, and the first one writes.
     It loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` without jaxhybrid or jax.
 
     Args:
@@ -63,7 +69,9 @@ def export(
     """
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"export dtype {dtype!r}: choose bfloat16 or float32.")
-    check_representable(model.config)
+    mixer = model.config.gated_deltanet
+    if mixer is not None and None in (mixer.qkv_bias, mixer.qk_norm):
+        raise ConfigError("gated_deltanet.qkv_bias or qk_norm is unset; export a student that `convert` made.")
     target = Path(folder).expanduser().absolute()
     source = Path(model.folder) if model.folder else None
     refuse_to_replace(target, source, overwrite)
@@ -76,42 +84,28 @@ def export(
 
     source_config = _read_json(source, "config.json")
     base = base_model_name(source, source_config)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    config = _config(model.config, source_config, base, dtype)
+    generation_config = _generation_config(model.config, source, source_config)
+    writer = jax.process_index() == 0
+    draft = target.with_name(f".{target.name}.{jax.process_index()}-{os.getpid()}.tmp")
     with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
         try:
-            _write_json(draft / "config.json", _config(model.config, source_config, base, dtype))
-            _write_json(draft / "generation_config.json", _generation_config(model.config, source, source_config))
-            for name in CODE_FILES:
-                shutil.copyfile(REMOTE_CODE / name, draft / name)
-            _copy_tokenizer(source, draft)
-            (draft / "README.md").write_text(model_card(model.config, target.name, base, dtype))
-            save_weights(model.params, model.config, draft, dtype=dtype, max_shard_bytes=max_shard_bytes)
-            _put_in_place(draft, target)
+            draft.mkdir(parents=True)
+            if writer:
+                _write_json(draft / "config.json", config)
+                _write_json(draft / "generation_config.json", generation_config)
+                for name in CODE_FILES:
+                    shutil.copyfile(REMOTE_CODE / name, draft / name)
+                _copy_tokenizer(source, draft)
+                (draft / "README.md").write_text(model_card(model.config, target.name, base, dtype))
+            save_weights(model.params, model.config, draft, jnp.dtype(dtype), max_shard_bytes)
+            if writer:
+                _put_in_place(draft, target)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"export {target}")
     return target
-
-
-def check_representable(config: ModelConfig) -> None:
-    """Refuses combinations that the exported code, which derives them from the family, would build differently."""
-    qkv, o, norm = config.qkv_bias, config.o_bias, config.qk_norm
-    fits = {
-        "llama": qkv == o and not norm,
-        "qwen2": qkv and not o and not norm,
-        "qwen3": qkv == o and norm,
-    }
-    if config.family not in fits:
-        raise ConfigError(f"Family {config.family!r} has no export; known: {', '.join(fits)}.")
-    if not fits[config.family]:
-        raise ConfigError(
-            f"A {config.family} model with qkv_bias={qkv}, o_bias={o}, qk_norm={norm} cannot be written: the family's "
-            "config has no way to say so. Choose the family whose attention has this form."
-        )
-    mixer = config.gated_deltanet
-    if mixer is not None and None in (mixer.qkv_bias, mixer.qk_norm):
-        raise ConfigError("gated_deltanet.qkv_bias or qk_norm is unset: export a student that `convert` made.")
 
 
 def is_export(folder: Path) -> bool:
@@ -148,10 +142,10 @@ def refuse_to_replace(target: Path, source: Path | None, overwrite: bool) -> Non
 def storage_errors(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        where = error.filename or target
+    except (OSError, SafetensorError) as error:
+        reason, where = getattr(error, "strerror", None) or error, getattr(error, "filename", None) or target
         raise RunError(
-            f"The export {target} could not be written: {error.strerror or error} ({where}). Nothing is left of it. "
+            f"The export {target} could not be written: {reason} ({where}). Nothing is left of it. "
             "Free disk space or choose another folder, then export again."
         ) from error
 

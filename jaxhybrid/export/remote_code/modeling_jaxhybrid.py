@@ -56,10 +56,10 @@ def chunked_gated_delta_rule(
     between = torch.where(past, log_decay[..., None], 0).cumsum(-2).masked_fill(past.mT, float("-inf")).exp()
     from_start = log_decay.cumsum(-1).exp()[..., None]
     system = beta * (k @ k.mT) * between  # the solver reads below the diagonal only and takes ones on it
-    solved = torch.linalg.solve_triangular(
-        system, torch.cat([beta * v, beta * from_start * k], -1), upper=False, unitriangular=True
+    inverse = torch.linalg.solve_triangular(
+        system, torch.eye(C, dtype=q.dtype, device=q.device).expand_as(system), upper=False, unitriangular=True
     )
-    values, keys_read = solved.split(K, -1)
+    k_read = k * from_start
     scores = (q @ k[:, :, None].mT) * between[:, :, None]
     q_read = q * from_start[:, :, None]
     k_written = (k * between[..., -1, :, None]).mT
@@ -67,7 +67,8 @@ def chunked_gated_delta_rule(
 
     outputs = []
     for c in range(k.shape[2]):
-        u = values[:, :, c] - keys_read[:, :, c] @ state
+        # The difference first, the inverse after: the other order subtracts two larger numbers.
+        u = inverse[:, :, c] @ (beta[:, :, c] * (v[:, :, c] - k_read[:, :, c] @ state))
         outputs.append(q_read[:, :, :, c] @ state[:, :, None] + scores[:, :, :, c] @ u[:, :, None])
         state = chunk_decay[:, :, c] * state + k_written[:, :, c] @ u
     return torch.cat(outputs, dim=3)[:, :, :, :T], state
