@@ -1,10 +1,10 @@
 """What a chunk contributes apart from the state, for one decay per key channel; forward and backward.
 
     pair_ij = sum_c q_ic k_jc exp(G_ic - G_jc),   G the running sum of log_decay
-cannot be split into exp(G_i) and exp(-G_j): the second overflows. Blocks of 16 tokens split it around a gate between,
-    exp(G_i - G_j) = exp(G_i - ref) exp(ref - G_j),   ref = G at the start of i's block, j in an earlier block,
-with both exponents <= 0; inside a block the difference is taken token by token. The exponents sum log decays over
-disjoint runs of tokens (head of a block, whole blocks, tail of a block), so nothing cancels.
+cannot be split into exp(G_i) and exp(-G_j): the second overflows. It can be split around any moment between j and i,
+    exp(G_i - G_j) = exp(sum from that moment through i) exp(sum after j until that moment),
+with both exponents <= 0. So the triangle is filled by halves: for runs of s = 1, 2, 4, ... tokens, the second run of
+each pair meets the first around the border between them. Every exponent sums the decays of a run, so nothing cancels either.
 """
 
 from typing import NamedTuple
@@ -15,30 +15,30 @@ from jax import lax
 
 from jaxhybrid_kernels.chunk_layout import Chunks
 from jaxhybrid_kernels.head_gates import Operands, StateGradients
-from jaxhybrid_kernels.numerics import BLOCK, product
+from jaxhybrid_kernels.numerics import product
+
+SMALL = 4  # runs shorter than this are multiplied and summed element by element: too small for a matrix product
 
 
-class BlockDecay(NamedTuple):
-    """Sums of log_decay by block of 16 tokens; m blocks."""
+class RunDecay(NamedTuple):
+    """Sums of log_decay in runs of s tokens; m = C / s runs."""
 
-    head: jax.Array  # [n,B,N,m,16,K] from the block's start through the token
-    tail: jax.Array  # [n,B,N,m,16,K] after the token to the block's end
-    total: jax.Array  # [n,B,N,m,K]
+    head: jax.Array  # [n,B,N,m,s,K] from the run's start through the token
+    tail: jax.Array  # [n,B,N,m,s,K] after the token to the run's end
 
 
 def channel_operands(chunks: Chunks, scale: float) -> Operands:
     assert chunks.log_decay is not None
-    exact, dtype = chunks.log_decay.dtype, chunks.k.dtype
-    blocks = _block_decay(chunks.log_decay)
-    entry, leaving, carry = _state_gates(chunks, blocks)
-    q, k = chunks.q.astype(exact), chunks.k.astype(exact)
-    same = _same_segment(chunks)
-    pair = scale * jnp.where(same, _gram(q, k, blocks), 0)
-    coupling = None
+    dtype = chunks.k.dtype
+    levels = _levels(chunks.log_decay)
+    entry, leaving, carry = _state_gates(chunks, levels[-1])
+    rows, k = _rows(chunks)
+    gram = jnp.where(_same_segment(chunks), _gram(rows, k, levels), 0)
+    pair, coupling = scale * gram, None
     if chunks.beta is not None:
-        coupling = jnp.where(same, jnp.tril(_gram(k[:, :, :, None], k, blocks), -1), 0)[:, :, :, 0]
+        pair, coupling = pair[:, :, :, :-1], jnp.tril(gram[:, :, :, -1], -1)
     return Operands(
-        (q * entry[:, :, :, None]).astype(dtype),
+        (chunks.q * entry[:, :, :, None]).astype(dtype),
         (k * entry).astype(dtype),
         (k * leaving).astype(dtype),
         None,
@@ -58,26 +58,31 @@ def channel_gradients(
     """
     assert chunks.log_decay is not None
     assert gradients.carry is not None
-    exact = chunks.log_decay.dtype
-    blocks = _block_decay(chunks.log_decay)
-    entry, leaving, _ = _state_gates(chunks, blocks)
-    q, k = chunks.q.astype(exact), chunks.k.astype(exact)
-    same = _same_segment(chunks)
-    d_pair = jnp.where(same, scale * gradients.pair, 0)
-    d_q, d_k_columns = _gram_gradients(jnp.tril(d_pair), q, k, blocks)
-    d_q = d_q + gradients.q_in * entry[:, :, :, None]
-    d_k_rows = jnp.zeros_like(k)
+    levels = _levels(chunks.log_decay)
+    entry, leaving, _ = _state_gates(chunks, levels[-1])
+    rows, k = _rows(chunks)
+    d_gram = scale * gradients.pair
+    d_rows_read = gradients.q_in
     if gradients.coupling is not None and gradients.k_in is not None:
-        d_coupling = jnp.where(same, jnp.tril(gradients.coupling, -1)[:, :, :, None], 0)
-        rows, columns = _gram_gradients(d_coupling, k[:, :, :, None], k, blocks)
-        d_k_rows = rows[:, :, :, 0] + gradients.k_in * entry
-        d_k_columns = d_k_columns + columns
+        d_gram = jnp.concatenate([d_gram, jnp.tril(gradients.coupling, -1)[:, :, :, None]], axis=3)
+        d_rows_read = jnp.concatenate([d_rows_read, gradients.k_in[:, :, :, None]], axis=3)
+    d_rows, d_k = _gram_gradients(jnp.where(_same_segment(chunks), d_gram, 0), rows, k, levels)
+    d_rows = d_rows + d_rows_read * entry[:, :, :, None]
     d_k_out = gradients.k_out * leaving
-    d_k_columns = d_k_columns + d_k_out
-    d_sum = jnp.sum(q * d_q, axis=3) + k * (d_k_rows - d_k_columns)
+    d_k = d_k + d_k_out
+    d_sum = jnp.sum(rows * d_rows, axis=3) - k * d_k
     d_last = jnp.sum(k * d_k_out, axis=3) + gradients.carry[..., 0]
     d_log_decay = lax.cumsum(d_sum, axis=3, reverse=True) + d_last[..., None, :]
-    return d_q, d_k_rows + d_k_columns, d_log_decay
+    if gradients.coupling is not None:
+        d_rows, d_k = d_rows[:, :, :, :-1], d_k + d_rows[:, :, :, -1]
+    return d_rows, d_k, d_log_decay
+
+
+def _rows(chunks: Chunks) -> tuple[jax.Array, jax.Array]:
+    """Queries and, with the delta rule, keys, [n,B,N,R or R+1,C,K]; and the keys that they meet. State dtype."""
+    assert chunks.log_decay is not None
+    q, k = (x.astype(chunks.log_decay.dtype) for x in (chunks.q, chunks.k))
+    return (q if chunks.beta is None else jnp.concatenate([q, k[:, :, :, None]], axis=3)), k
 
 
 def _same_segment(chunks: Chunks) -> jax.Array:
@@ -87,23 +92,28 @@ def _same_segment(chunks: Chunks) -> jax.Array:
     return (chunks.segment[..., :, None] == chunks.segment[..., None, :])[:, :, None, None]
 
 
-def _block_decay(log_decay: jax.Array) -> BlockDecay:
+def _levels(log_decay: jax.Array) -> list[RunDecay]:
+    """Runs of 1, 2, 4, ..., C tokens; log_decay [n,B,N,C,K]."""
     *lead, C, K = log_decay.shape
-    x = log_decay.reshape(*lead, C // BLOCK, BLOCK, K)
-    axis = x.ndim - 2
-    head = lax.cumsum(x, axis=axis)
-    shifted = jnp.concatenate([x[..., 1:, :], jnp.zeros_like(x[..., :1, :])], axis=axis)
-    return BlockDecay(head, lax.cumsum(shifted, axis=axis, reverse=True), head[..., -1, :])
+    head = log_decay[..., None, :]
+    levels = [RunDecay(head, jnp.zeros_like(head))]
+    size = 1
+    while size < C:
+        head, tail = (x.reshape(*lead, C // (2 * size), 2, size, K) for x in levels[-1])
+        first, second = head[..., 0, -1:, :], head[..., 1, -1:, :]
+        size *= 2
+        levels.append(
+            RunDecay(
+                jnp.concatenate([head[..., 0, :, :], head[..., 1, :, :] + first], axis=-2),
+                jnp.concatenate([tail[..., 0, :, :] + second, tail[..., 1, :, :]], axis=-2),
+            )
+        )
+    return levels
 
 
-def _state_gates(chunks: Chunks, blocks: BlockDecay) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _state_gates(chunks: Chunks, whole: RunDecay) -> tuple[jax.Array, jax.Array, jax.Array]:
     """entry, exit [n,B,N,C,K], carry [n,B,N,K,1]: decay since the entry, until the exit, over the chunk."""
-    *lead, m, K = blocks.total.shape
-    zero = jnp.zeros((*lead, 1, K), blocks.total.dtype)
-    before = jnp.concatenate([zero, lax.cumsum(blocks.total, axis=len(lead))[..., :-1, :]], axis=-2)
-    after = jnp.concatenate([lax.cumsum(blocks.total, axis=len(lead), reverse=True)[..., 1:, :], zero], axis=-2)
-    entry = (before[..., None, :] + blocks.head).reshape(*lead, m * BLOCK, K)
-    leaving = (after[..., None, :] + blocks.tail).reshape(*lead, m * BLOCK, K)
+    entry, leaving = whole.head[:, :, :, 0], whole.tail[:, :, :, 0]
     if chunks.segment is not None and chunks.entry_segment is not None:
         segment = chunks.segment[:, :, None, :, None]
         entry = jnp.where(segment == chunks.entry_segment[:, :, None, None, None], entry, -jnp.inf)
@@ -112,69 +122,59 @@ def _state_gates(chunks: Chunks, blocks: BlockDecay) -> tuple[jax.Array, jax.Arr
     return entry, jnp.exp(leaving), entry[..., -1, :, None]
 
 
-def _in_blocks(x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:-2], -1, BLOCK, x.shape[-1])
+def _second_runs(x: jax.Array, size: int) -> jax.Array:
+    """[...,C,K] -> [...,C/(2 size),size,K], the second run of each pair."""
+    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])[..., 1, :, :]
 
 
-def _within_block(blocks: BlockDecay) -> jax.Array:
-    """exp(G_i - G_j) for i >= j in one block, else zero: [n,B,N,m,16,16,K], meant to be fused into a reduction."""
-    lower = jnp.tril(jnp.ones((BLOCK, BLOCK), bool))[..., None]
-    difference = blocks.head[..., :, None, :] - blocks.head[..., None, :, :]
-    return jnp.exp(jnp.where(lower, difference, -jnp.inf))
+def _first_runs(x: jax.Array, size: int) -> jax.Array:
+    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])[..., 0, :, :]
 
 
-def _column_gates(blocks: BlockDecay) -> list[jax.Array]:
-    """For each block a >= 1: decay from every earlier token to the block's start, [n,B,N,16a,K]."""
-    gates: list[jax.Array] = []
-    for a in range(1, blocks.total.shape[-2]):
-        latest = jnp.exp(blocks.tail[..., a - 1, :, :])
-        if gates:
-            earlier = gates[-1] * jnp.exp(blocks.total[..., a - 1, None, :])
-            latest = jnp.concatenate([earlier, latest], axis=-2)
-        gates.append(latest)
-    return gates
+def _border_gates(level: RunDecay) -> tuple[jax.Array, jax.Array]:
+    """For each pair of runs: decay from the border through the second's tokens, and from the first's to the border."""
+    return jnp.exp(level.head[..., 1::2, :, :]), jnp.exp(level.tail[..., 0::2, :, :])
 
 
-def _gram(rows: jax.Array, k: jax.Array, blocks: BlockDecay) -> jax.Array:
+def _gram(rows: jax.Array, k: jax.Array, levels: list[RunDecay]) -> jax.Array:
     """rows [n,B,N,R,C,K], k [n,B,N,C,K] -> lower triangle of sum_c rows_ic k_jc exp(G_ic - G_jc), [n,B,N,R,C,C]."""
-    C = k.shape[-2]
-    rows_b, k_b = _in_blocks(rows), _in_blocks(k)
-    within = _within_block(blocks)[:, :, :, None]
-    diagonal = jnp.sum(rows_b[..., :, None, :] * k_b[:, :, :, None, :, None, :, :] * within, axis=-1)
-    left = rows_b * jnp.exp(blocks.head)[:, :, :, None]
-    columns = _column_gates(blocks)
-    strips = []
-    for a in range(C // BLOCK):
-        strip = diagonal[..., a, :, :]
-        if a:
-            right = k[..., : a * BLOCK, :] * columns[a - 1]
-            strip = jnp.concatenate([product("nbhric,nbhjc->nbhrij", left[..., a, :, :], right), strip], axis=-1)
-        strips.append(jnp.pad(strip, ((0, 0),) * 5 + ((0, C - (a + 1) * BLOCK),)))
-    return jnp.concatenate(strips, axis=-2)
+    gram = jnp.sum(rows * k[:, :, :, None], axis=-1)[..., None, None]
+    for level in levels[:-1]:
+        size = level.head.shape[-2]
+        row_gate, column_gate = _border_gates(level)
+        left = _second_runs(rows, size) * row_gate[:, :, :, None]
+        right = _first_runs(k, size) * column_gate
+        if size < SMALL:
+            corner = jnp.sum(left[..., :, None, :] * right[:, :, :, None, :, None, :, :], axis=-1)
+        else:
+            corner = product("nbhrmic,nbhmjc->nbhrmij", left, right)
+        top = jnp.concatenate([gram[..., 0::2, :, :], jnp.zeros_like(corner)], axis=-1)
+        gram = jnp.concatenate([top, jnp.concatenate([corner, gram[..., 1::2, :, :]], axis=-1)], axis=-2)
+    return gram[..., 0, :, :]
 
 
 def _gram_gradients(
-    d_gram: jax.Array, rows: jax.Array, k: jax.Array, blocks: BlockDecay
+    d_gram: jax.Array, rows: jax.Array, k: jax.Array, levels: list[RunDecay]
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `_gram` (lower triangular d_gram [n,B,N,R,C,C]) for its rows [n,B,N,R,C,K] and for k [n,B,N,C,K]."""
+    """Gradients of `_gram` for its rows [n,B,N,R,C,K] and for k [n,B,N,C,K]; d_gram above the diagonal is not read."""
     C = k.shape[-2]
-    rows_b, k_b = _in_blocks(rows), _in_blocks(k)
-    within = _within_block(blocks)[:, :, :, None]
-    diagonal = jnp.stack([_block(d_gram, a, a) for a in range(C // BLOCK)], axis=4)
-    d_rows = jnp.sum(diagonal[..., None] * within * k_b[:, :, :, None, :, None, :, :], axis=-2)
-    d_k = jnp.sum(diagonal[..., None] * within * rows_b[..., :, None, :], axis=(3, -3)).reshape(k.shape)
-    head = jnp.exp(blocks.head)[:, :, :, None]
-    left = rows_b * head
-    strips = [d_rows[..., 0, :, :]]
-    for a, columns in enumerate(_column_gates(blocks), start=1):
-        end = a * BLOCK
-        d_strip = d_gram[..., end : end + BLOCK, :end]
-        d_left = product("nbhrij,nbhjc->nbhric", d_strip, k[..., :end, :] * columns)
-        strips.append(d_rows[..., a, :, :] + d_left * head[..., a, :, :])
-        d_right = product("nbhrij,nbhric->nbhjc", d_strip, left[..., a, :, :]) * columns
-        d_k = d_k + jnp.pad(d_right, ((0, 0),) * 3 + ((0, C - end), (0, 0)))
-    return jnp.concatenate(strips, axis=-2), d_k
-
-
-def _block(matrix: jax.Array, a: int, b: int) -> jax.Array:
-    return matrix[..., a * BLOCK : (a + 1) * BLOCK, b * BLOCK : (b + 1) * BLOCK]
+    diagonal = jnp.diagonal(d_gram, axis1=-2, axis2=-1)[..., None]
+    d_rows = diagonal * k[:, :, :, None]
+    d_k = jnp.sum(diagonal * rows, axis=3)
+    for level in levels[:-1]:
+        size = level.head.shape[-2]
+        row_gate, column_gate = _border_gates(level)
+        left = _second_runs(rows, size) * row_gate[:, :, :, None]
+        right = _first_runs(k, size) * column_gate
+        blocks = d_gram.reshape(*d_gram.shape[:4], C // (2 * size), 2, size, C // (2 * size), 2, size)
+        corner = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        if size < SMALL:
+            d_left = jnp.sum(corner[..., None] * right[:, :, :, None, :, None, :, :], axis=-2)
+            d_right = jnp.sum(corner[..., None] * left[..., :, None, :], axis=(3, -3))
+        else:
+            d_left = product("nbhrmij,nbhmjc->nbhrmic", corner, right)
+            d_right = product("nbhrmij,nbhrmic->nbhmjc", corner, left)
+        d_left, d_right = d_left * row_gate[:, :, :, None], d_right * column_gate
+        d_rows = d_rows + jnp.stack([jnp.zeros_like(d_left), d_left], axis=-3).reshape(rows.shape)
+        d_k = d_k + jnp.stack([d_right, jnp.zeros_like(d_right)], axis=-3).reshape(k.shape)
+    return d_rows, d_k

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhybrid_kernels.numerics import compute_dtype, state_dtype
+from jaxhybrid_kernels.numerics import compute_dtype, materialize, state_dtype
 from jaxhybrid_kernels.segments import segment_index
 from jaxhybrid_kernels.validation import Sizes
 
@@ -83,7 +83,7 @@ def chunk_output_gradient(
 
 def join_output(out: jax.Array, T: int) -> jax.Array:
     """[n,B,N,R,C,V] -> [B,T,N*R,V]."""
-    return _join(out.reshape(out.shape[0], out.shape[1], -1, *out.shape[4:]), T)
+    return materialize(_join(materialize(out).reshape(out.shape[0], out.shape[1], -1, *out.shape[4:]), T))
 
 
 def join_gradients(gradients: Inputs, inputs: Inputs) -> Inputs:
@@ -96,9 +96,9 @@ def join_gradients(gradients: Inputs, inputs: Inputs) -> Inputs:
         heads = like.shape[2]
         if gradient.shape[2] != heads:
             gradient = gradient.reshape(*gradient.shape[:2], heads, -1, *gradient.shape[3:]).sum(axis=3)
-        return _zero_padding(_join(gradient.astype(like.dtype), like.shape[1]), real)
+        return _zero_padding(_join(materialize(gradient.astype(like.dtype)), like.shape[1]), real)
 
-    return jax.tree.map(join, gradients, inputs._replace(segment_ids=None))
+    return materialize(jax.tree.map(join, gradients, inputs._replace(segment_ids=None)))
 
 
 def _real(segment_ids: jax.Array | None) -> jax.Array | None:

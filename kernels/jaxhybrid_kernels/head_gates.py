@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.chunk_layout import Chunks
-from jaxhybrid_kernels.numerics import product, state_dtype
+from jaxhybrid_kernels.numerics import materialize, product, state_dtype
 
 
 class Operands(NamedTuple):
@@ -74,6 +74,7 @@ def head_gradients(
     if gradients.coupling is not None and gradients.k_in is not None and operands.coupling is not None:
         pairs = pairs + gradients.coupling * operands.coupling
         d_sum = d_sum + jnp.sum(gradients.k_in * k, axis=-1)
+    pairs = materialize(pairs)  # summed along both of its axes
     leaving = jnp.sum(gradients.k_out * k, axis=-1)
     d_sum = d_sum + jnp.sum(pairs, axis=-1) - jnp.sum(pairs, axis=-2) - leaving
     d_last = jnp.sum(leaving, axis=-1) + gradients.carry[..., 0, 0]

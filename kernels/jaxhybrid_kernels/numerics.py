@@ -26,6 +26,15 @@ def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=accumulate, precision=precision)
 
 
+def materialize(arrays: Any) -> Any:
+    """Has these arrays written out as they are, out of reach of fusion with what makes and what uses them.
+
+    XLA for GPUs otherwise merges a transposition into a chunk's last products and reductions, and reads whole matrices
+    against their layout: on an H200 such fusions took a quarter of an alignment step.
+    """
+    return lax.optimization_barrier(arrays)
+
+
 def varying_zero(*arrays: jax.Array | None) -> jax.Array:
     """A scalar zero that varies along every manual mesh axis (of `jax.shard_map`) along which any of the arrays does.
 
