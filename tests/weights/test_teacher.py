@@ -1,0 +1,166 @@
+"""Every kind of teacher against transformers' own torch model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from transformers import AutoModelForCausalLM
+
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.model.params import is_spec
+from jaxhybrid.model.partition import make_mesh, param_shardings
+from jaxhybrid.model.transformer import declare, forward
+from jaxhybrid.weights.huggingface import load_teacher
+from tests.weights.conftest import make_torch_model
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+MSCALE = {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False, "beta_fast": 16, "beta_slow": 2}
+
+
+def rope(kind, theta=1000.0, **settings):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **settings}}
+
+
+VARIANTS = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-attention-bias": {"attention_bias": True},
+    "llama-mlp-bias": {"attention_bias": True, "mlp_bias": True},
+    "llama-head-dim": {"head_dim": 24, "num_key_value_heads": 1},
+    "llama-ungrouped": {"num_key_value_heads": None},
+    "llama-linear": rope("linear", factor=3.0),
+    "llama-dynamic": rope("dynamic", factor=4.0),
+    "llama-llama3": rope("llama3", theta=500.0, factor=8.0, **LLAMA3),
+    "llama-yarn": rope("yarn", **YARN),
+    "llama-yarn-mscale": rope("yarn", **YARN, **MSCALE),
+    "llama-yarn-attention-factor": rope("yarn", **YARN, attention_factor=1.3),
+    "qwen2": {},
+    "qwen2-tied": {"tie_word_embeddings": True, **rope("default", theta=1e6)},
+    "qwen2-yarn": rope("yarn", **YARN),
+    "qwen3": {"head_dim": 32},
+    "qwen3-bias": {"head_dim": 16, "attention_bias": True},
+    "qwen3-yarn": {"head_dim": 32, **rope("yarn", **YARN)},
+}
+
+
+def logits(model, tokens, **options):
+    return np.asarray(forward(model.params, model.config, jnp.asarray(tokens), **options))
+
+
+def torch_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def random_tokens(rows, length, seed=0):
+    return np.random.default_rng(seed).integers(0, 101, (rows, length))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_transformers(name, saved):
+    reference = make_torch_model(name.split("-")[0], **VARIANTS[name])
+    model = load_teacher(saved(reference))
+    length = 96 if "rope_parameters" in VARIANTS[name] else 40  # beyond max_position_embeddings, where rules extend
+    tokens = random_tokens(2, length)
+    expected = torch_logits(reference, tokens)
+    assert np.abs(expected).max() > 1.0
+    np.testing.assert_allclose(logits(model, tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_dynamic_rope_within_the_original_length(saved):
+    reference = make_torch_model(**rope("dynamic", factor=4.0))
+    tokens = random_tokens(1, 20)
+    np.testing.assert_allclose(
+        logits(load_teacher(saved(reference)), tokens), torch_logits(reference, tokens), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "legacy",
+    [
+        {"rope_theta": 700.0, "rope_scaling": None},
+        {"rope_theta": 700.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 700.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, **LLAMA3}},
+        {"rope_theta": 700.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+         "original_max_position_embeddings": 32},
+        {},
+    ],
+)  # fmt: skip
+def test_older_rope_keys(legacy, llama_folder):
+    path = llama_folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | legacy))
+    reference = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    tokens = random_tokens(1, 96)
+    np.testing.assert_allclose(
+        logits(load_teacher(llama_folder), tokens), torch_logits(reference, tokens), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_and_shards(dtype, saved):
+    folder = saved(make_torch_model("qwen3", head_dim=16).to(dtype), max_shard_size="60KB")
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    tokens = random_tokens(2, 30)
+    model = load_teacher(folder)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"float32"}
+    np.testing.assert_allclose(logits(model, tokens), torch_logits(reference, tokens), atol=1e-4, rtol=0)
+    if dtype == torch.bfloat16:
+        half = load_teacher(folder, dtype=jnp.bfloat16)
+        for whole, kept in zip(jax.tree.leaves(model.params), jax.tree.leaves(half.params)):
+            assert kept.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(whole, kept.astype(jnp.float32))
+
+
+def test_parameters_go_to_their_shards(saved):
+    folder = saved(make_torch_model("qwen2"))
+    whole, mesh = load_teacher(folder), make_mesh(fsdp=8)
+    sharded = load_teacher(folder, mesh=mesh)
+    expected = param_shardings(declare(whole.config), mesh)
+    assert jax.tree.map(lambda x: x.sharding, sharded.params) == expected
+    assert sharded.params["blocks"]["gate_proj"].addressable_shards[0].data.shape == (3, 8, 88)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, jax.device_get(sharded.params))
+
+
+def test_a_tree_of_shardings_also_over_layers_and_heads(saved):
+    """Any sharding may be asked for, the layer axis included."""
+    folder = saved(make_torch_model(num_hidden_layers=4))
+    whole, mesh = load_teacher(folder), make_mesh(fsdp=2, data=4)
+
+    def sharding(spec):
+        axes = {"layers": "data", "heads": "fsdp"}
+        return NamedSharding(mesh, P(*(axes.get(axis) for axis in spec.axes)))
+
+    shardings = jax.tree.map(sharding, declare(whole.config), is_leaf=is_spec)
+    sharded = load_teacher(folder, shardings=shardings)
+    assert sharded.params["mixers"]["full_attention"]["q_proj"].addressable_shards[0].data.shape == (1, 64, 2, 16)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, jax.device_get(sharded.params))
+    with pytest.raises(ConfigError, match="Both mesh and shardings"):
+        load_teacher(folder, mesh=mesh, shardings=shardings)
+
+
+def test_only_the_shards_of_a_process_are_read(saved, monkeypatch):
+    """A device that keeps an eighth of a leaf makes an eighth of it on the host."""
+    folder = saved(make_torch_model())
+    made = []
+    real = jax.make_array_from_callback
+
+    def spy(shape, sharding, callback):
+        def counted(index):
+            part = callback(index)
+            made.append(part.size / np.prod(shape))
+            return part
+
+        return real(shape, sharding, counted)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", spy)
+    load_teacher(folder, mesh=make_mesh(fsdp=8))
+    assert set(made) == {1 / 8}
