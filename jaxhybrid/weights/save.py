@@ -48,6 +48,8 @@ def save_weights(
         if writer:
             for name in (*names, INDEX_FILE):
                 _draft(folder, name).unlink(missing_ok=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"weights written to {folder}")  # then every process may read them
 
 
 def _plan(entries: list[FileTensor], dtype: np.dtype, max_shard_bytes: int) -> list[list[FileTensor]]:
