@@ -4,7 +4,7 @@
 cannot be split into exp(G_i) and exp(-G_j): the second overflows. It can be split around any moment between j and i,
     exp(G_i - G_j) = exp(sum from that moment through i) exp(sum after j until that moment),
 with both exponents <= 0. So the triangle is filled by halves: for runs of s = 1, 2, 4, ... tokens, the second run of
-each pair meets the first around the border between them. Every exponent sums the decays of a run, so nothing cancels either.
+each pair meets the first around the border between them. Every exponent sums the decays of a run, so nothing cancels.
 """
 
 from typing import NamedTuple

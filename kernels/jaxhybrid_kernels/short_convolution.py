@@ -25,7 +25,7 @@ def short_convolution(
     initial_state [B,W-1,C]: the inputs before the first non-padding token, oldest first; None is zeros. The returned
     state is the same for the token after the last non-padding one. Raises ValueError for shapes that do not agree.
     """
-    check_convolution(x_BTC, weight_WC, segment_ids, initial_state, "x")
+    check_convolution(x_BTC, weight_WC, segment_ids, initial_state, "initial_state")
     B, T, C = x_BTC.shape
     reach = weight_WC.shape[0] - 1
     state = jnp.zeros((B, reach, C), x_BTC.dtype) if initial_state is None else initial_state.astype(x_BTC.dtype)
@@ -68,7 +68,7 @@ def _taps(padded: jax.Array, weight_WC: jax.Array, T: int, index: jax.Array | No
 
 def short_convolution_step(x_BC: jax.Array, weight_WC: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One token: x [B,C], weight [W,C], state [B,W-1,C] (oldest first) -> (y [B,C], next state), in their dtypes."""
-    check_convolution(x_BC[:, None], weight_WC, None, state, "x")
+    check_convolution(x_BC[:, None], weight_WC, None, state, "state")
     exact = jnp.promote_types(jnp.promote_types(x_BC.dtype, weight_WC.dtype), jnp.float32)
     window = jnp.concatenate([state, x_BC[:, None].astype(state.dtype)], axis=1)
     y = jnp.sum(window.astype(exact) * weight_WC.astype(exact), axis=1)

@@ -124,11 +124,11 @@ def check_step(
 
 
 def check_convolution(
-    x: jax.Array, weight: jax.Array, segment_ids: jax.Array | None, state: jax.Array | None, name: str
+    x: jax.Array, weight: jax.Array, segment_ids: jax.Array | None, state: jax.Array | None, state_name: str
 ) -> None:
-    """Checks x [B,T,C], weight [W,C], segment_ids [B,T] and state [B,W-1,C]."""
+    """Checks x [B,T,C], weight [W,C], segment_ids [B,T] and the state [B,W-1,C]."""
     if x.ndim != 3:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected rank 3: [batch, tokens, channels].")
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected rank 3: [batch, tokens, channels].")
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [taps >= 1, channels].")
     B, T, C = x.shape
@@ -137,5 +137,5 @@ def check_convolution(
     check_shape("segment_ids", segment_ids, (B, T))
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids has dtype {segment_ids.dtype}, expected an integer dtype.")
-    check_shape("state", state, (B, weight.shape[0] - 1, C))
-    check_floating(x=x, weight=weight, state=state)
+    check_shape(state_name, state, (B, weight.shape[0] - 1, C))
+    check_floating(x=x, weight=weight, **{state_name: state})

@@ -1,0 +1,145 @@
+"""Cases, the float64 oracle and comparisons shared by the kernel tests."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxhybrid_kernels import linear_attention
+
+RECURRENCES = {
+    "linear_attention": (None, False),
+    "simple_gla": ("head", False),
+    "gla": ("channel", False),
+    "deltanet": (None, True),
+    "gated_deltanet": ("head", True),
+    "kimi_delta": ("channel", True),
+}
+ORACLE_TOKENS = 128  # the oracle is compiled once per recurrence; shorter cases are padded on the right
+
+
+@dataclass
+class Case:
+    """Arguments in float64 numpy, and the cotangents of both results."""
+
+    arrays: dict[str, np.ndarray]
+    d_out: np.ndarray
+    d_state: np.ndarray
+    segment_ids: np.ndarray | None = None
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self):
+        self.names = tuple(self.arrays)
+
+    @property
+    def tokens(self):
+        return self.arrays["v"].shape[1]
+
+    def slice(self, start, stop):
+        """The same case for tokens [start, stop)."""
+        arrays = {n: a if n == "initial_state" else a[:, start:stop] for n, a in self.arrays.items()}
+        segments = None if self.segment_ids is None else self.segment_ids[:, start:stop]
+        return Case(arrays, self.d_out[:, start:stop], self.d_state, segments)
+
+
+def make_case(name, T, *, B=2, Hq=2, Hk=2, N=2, K=16, V=24, correlation=0.0, rate=1.0, decay=0.2, seed=0):
+    """Unit keys with the given pairwise correlation, beta uniform in (rate - 1, rate) but never below 0."""
+    rng = np.random.default_rng(seed)
+    kind, delta = RECURRENCES[name]
+
+    def unit(heads):
+        own, shared = rng.normal(size=(B, T, heads, K)), rng.normal(size=(1, 1, heads, K))
+        x = np.sqrt(1 - correlation) * own + np.sqrt(correlation) * shared
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    arrays = {"q": unit(Hq), "k": unit(Hk), "v": rng.normal(size=(B, T, N, V))}
+    if kind is not None:
+        shape = (B, T, N) if kind == "head" else (B, T, N, K)
+        arrays["log_decay"] = -decay * np.abs(rng.normal(size=shape))
+    if delta:
+        arrays["beta"] = rng.uniform(max(rate - 1, 0), rate, size=(B, T, N))
+    arrays["initial_state"] = rng.normal(size=(B, N, K, V))
+    return Case(arrays, rng.normal(size=(B, T, max(Hq, N), V)), rng.normal(size=(B, N, K, V)))
+
+
+@partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+def results_and_gradients(arrays, segment_ids, d_out, d_state, implementation, chunk_size=None):
+    """((out, state), gradients by name) for the given cotangents."""
+
+    def run(arrays):
+        return linear_attention(**arrays, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size)
+
+    (out, state), pull = jax.vjp(run, arrays)
+    return (out, state), pull((d_out.astype(out.dtype), d_state.astype(state.dtype)))[0]
+
+
+def oracle(case):
+    """The token recurrence in float64 and its gradients, as numpy."""
+    T = case.tokens
+    extra = max(ORACLE_TOKENS - T, 0)
+
+    def pad(x):
+        return np.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
+
+    arrays = {n: a if n == "initial_state" else pad(a) for n, a in case.arrays.items()}
+    segments = np.ones(case.d_out.shape[:2], np.int32) if case.segment_ids is None else case.segment_ids
+    with jax.enable_x64(True):
+        (out, state), gradients = jax.tree.map(
+            np.asarray,
+            results_and_gradients(arrays, pad(segments), pad(case.d_out), case.d_state, implementation="reference"),
+        )
+    assert out.dtype == np.float64
+    gradients = {n: g if n == "initial_state" else g[:, :T] for n, g in gradients.items()}
+    return (out[:, :T], state), gradients
+
+
+def run(case, implementation, dtype=jnp.float32, chunk_size=None):
+    """The case in the given dtype (q, k, v; the rest in float32)."""
+    arrays = {n: jnp.asarray(a, dtype if n in ("q", "k", "v") else jnp.float32) for n, a in case.arrays.items()}
+    segments = None if case.segment_ids is None else jnp.asarray(case.segment_ids, jnp.int32)
+    d_out, d_state = jnp.asarray(case.d_out, jnp.float32), jnp.asarray(case.d_state, jnp.float32)
+    return results_and_gradients(arrays, segments, d_out, d_state, implementation, chunk_size)
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert np.all(np.isfinite(actual))
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+
+
+def check(actual, expected, forward=1e-5, backward=1e-4):
+    """Compares both results and every gradient, one by one."""
+    (out, state), gradients = actual
+    (out_expected, state_expected), gradients_expected = expected
+    assert relative_error(out, out_expected) < forward
+    assert relative_error(state, state_expected) < forward
+    assert set(gradients) == set(gradients_expected)
+    for name, gradient in gradients_expected.items():
+        error = relative_error(gradients[name], gradient)
+        assert error < backward, f"gradient of {name}: {error:.1e}"
+
+
+class Suite:
+    """What the tests use; a fixture hands it out, so that test modules import nothing of one another."""
+
+    recurrences = RECURRENCES
+    make_case = staticmethod(make_case)
+    oracle = staticmethod(oracle)
+    run = staticmethod(run)
+    relative_error = staticmethod(relative_error)
+    check = staticmethod(check)
+
+
+@pytest.fixture(scope="session")
+def suite():
+    return Suite
+
+
+def pytest_generate_tests(metafunc):
+    if "recurrence" in metafunc.fixturenames and not any(
+        "recurrence" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    ):
+        metafunc.parametrize("recurrence", list(RECURRENCES))
