@@ -4,8 +4,8 @@
     python kernels/benchmarks/linear_attention.py --recurrence gated_deltanet kimi_delta --tokens 8192 --batch 2
 
 The plain scan is what one writes first: per chunk a triangular solve inside `lax.scan`, differentiated by JAX. It is
-kept here, and only here, as the thing to beat. The byte floor is the time to move q, k, v and the output once at the copy
-rate measured on the same device. Timing: after a warm-up, the median over repeats of a call whose results are waited for.
+kept here, and only here, as the thing to beat. The byte floor is the time to move q, k, v and the output once at the
+copy rate measured on the same device. Timing: after a warm-up, the median over repeats of a call that is waited for.
 """
 
 import argparse

@@ -64,7 +64,12 @@ def make_case(name, T, *, B=2, Hq=2, Hk=2, N=2, K=16, V=24, correlation=0.0, rat
     return Case(arrays, rng.normal(size=(B, T, max(Hq, N), V)), rng.normal(size=(B, N, K, V)))
 
 
-@partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+# Compiling is nearly all of the time here; the code generator's own optimisations are left out to halve it.
+@partial(
+    jax.jit,
+    static_argnames=("implementation", "chunk_size"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
 def results_and_gradients(arrays, segment_ids, d_out, d_state, implementation, chunk_size=None):
     """((out, state), gradients by name) for the given cotangents."""
 
