@@ -80,7 +80,7 @@ def recall_accuracy(
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-batch_size // devices) * devices
     prompts = recall_prompts(tokenizer, pairs, samples, seed)
-    longest = max(len(prompt) + len(answer) for prompt, answer in prompts)
+    longest = -(-max(len(prompt) + len(answer) for prompt, answer in prompts) // 64) * 64  # kernels like round lengths
     answer_length = max(len(answer) for _, answer in prompts)
     right = 0
     for first in range(0, samples, batch_size):
