@@ -106,8 +106,9 @@ def differences(a: RunConfig, b: RunConfig, sections: Collection[str] | None = N
 def validate_against(config: RunConfig, model: ModelConfig) -> None:
     """What can be checked only when the teacher is known. Raises ConfigError naming the key and both numbers."""
     depth = model.num_layers
-    for budget in (config.select.budget, *config.score.budgets):
-        layers_in_budget(budget, depth)
+    layers_in_budget(config.select.budget, depth, "select.budget")
+    for budget in config.score.budgets:
+        layers_in_budget(budget, depth, "score.budgets")
     if config.select.layers:
         explicit(depth, config.select.layers)
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.

@@ -11,8 +11,6 @@ from jaxhybrid.config import (
     differences,
     fingerprint,
     load_config,
-    parse_layers,
-    resolve_budget,
     to_yaml,
     validate_against,
 )
@@ -114,7 +112,7 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         (["align.tokns=1"], "Unknown setting 'align.tokns'. Did you mean 'align.tokens'?"),
         (["shuffle_buffer=1"], "Unknown setting 'shuffle_buffer'. Did you mean 'data.shuffle_buffer'?"),
         (["score.stop_when_stable={windw: 3}"], "Did you mean 'score.stop_when_stable.window'?"),
-        (["zzz.qqq=1"], "Unknown setting 'zzz'. `jaxhybrid config` lists every setting."),
+        (["zzz.qqq=1"], "Unknown setting 'zzz'. `jaxhybrid settings` lists every setting."),
         (["align.learning_rate=fast"], "align.learning_rate is 'fast' (str); it should be a valid number."),
         (["align.learning_rate=.inf"], "align.learning_rate is inf (float); it should be a finite number."),
         (["align.tokens=1e6"], "align.tokens is 1000000.0 (float); it should be a valid integer."),
@@ -135,7 +133,6 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
             ["score.budgets=[0.3, -2]"],
             "score.budgets[1]: -2 is neither a number of layers nor a share between 0 and 1.",
         ),
-        (["score.candidates=5-2"], "score.candidates: '5-2' is not `all` or a list of layers such as 0-5,9."),
         (["name=a/b"], "name is 'a/b' (str); String should match pattern"),
         (["export.max_shard=5 GB"], "export.max_shard: '5 GB' is no size such as 5GB or 500MB."),
         (["mixer.kind=gla"], "mixer.kind is 'gla' (str); it should be 'gated_deltanet'."),
@@ -284,39 +281,15 @@ def test_describe_lists_every_setting(load):
 
 
 @pytest.mark.parametrize(
-    ("budget", "depth", "layers"),
-    # The papers' tables: Llama-3.2-3B has 28 layers, Qwen2.5-3B 36.
-    [
-        (0.125, 28, 4),
-        (0.25, 28, 7),
-        (1 / 3, 28, 9),
-        (0.5, 28, 14),
-        (0.125, 36, 5),
-        (0.25, 36, 9),
-        (1 / 3, 36, 12),
-        (3, 28, 3),
-    ],
-)
-def test_budgets(budget, depth, layers):
-    assert resolve_budget(budget, depth) == layers
-
-
-def test_layer_lists():
-    assert parse_layers("all") is None
-    assert parse_layers("9, 0-3,2") == (0, 1, 2, 3, 9)
-
-
-@pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["select.budget=5"], "select.budget 5 keeps more softmax layers than the 4"),
-        (["score.budgets=[9]"], "score.budgets 9 keeps more softmax layers than the 4"),
+        (["select.budget=5"], "select.budget 5 keeps 5 layers, but the model has 4. Choose at most 4."),
+        (["select.budget=0.1"], "select.budget 0.1 keeps no softmax layer of 4."),
+        (["score.budgets=[9]"], "score.budgets 9 keeps 9 layers, but the model has 4."),
         (
             ["select.method=explicit", "select.layers=[1, 4]"],
-            "select.layers names layer 4; the teacher's 4 layers are 0 to 3",
+            "select.layers names [4]; the model's layers are 0 to 3.",
         ),
-        (["score.candidates=0-7"], "score.candidates names layer 7; the teacher's 4 layers are 0 to 3"),
-        (["score.candidates=0,1", "select.budget=3"], "asks for 3 layers; score.candidates '0,1' ranks only 2"),
         (["distill.sequence_length=8192"], "distill.sequence_length 8192 is beyond the 4096 tokens of context"),
     ],
 )

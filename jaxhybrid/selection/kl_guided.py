@@ -89,9 +89,7 @@ def score_candidates(
         if config.stop_budget is not None and position + 1 < len(rounds):
             scores = read_scores(folder / "scores", depth)
             if scores.is_stable(config.stop_budget, config.stop_window, config.stop_jaccard):
-                print(
-                    f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping."
-                )
+                print(f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping.")
                 break
     for layer in candidates:
         shutil.rmtree(programs.candidate_folder(layer), ignore_errors=True)

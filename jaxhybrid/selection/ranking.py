@@ -97,18 +97,20 @@ def read_scores(folder: Path, depth: int) -> Scores:
     return Scores(tuple(CandidateScore.from_json(read_json(file)) for file in files.values()))
 
 
-def layers_in_budget(budget: int | float, depth: int) -> int:
-    """How many layers a budget keeps softmax: a count, or a fraction of the depth rounded half up, as in the papers."""
+def layers_in_budget(budget: int | float, depth: int, key: str = "budget") -> int:
+    """How many layers a budget keeps softmax: a count, or a fraction of the depth rounded half up, as in the papers.
+
+    Raises:
+        ConfigError: fewer than one layer or more than `depth`; calls the budget `key`.
+    """
     if isinstance(budget, float) and not 0 < budget < 1:
-        raise ConfigError(f"budget {budget}: a fraction lies between 0 and 1; write a whole number for a count.")
+        raise ConfigError(f"{key} {budget}: a fraction lies between 0 and 1; write a whole number for a count.")
     count = math.floor(budget * depth + 0.5) if isinstance(budget, float) else budget
     if count > depth:
-        raise ConfigError(
-            f"budget {budget} keeps {count} layers, but the model has {depth}. Choose at most {depth}."
-        )
+        raise ConfigError(f"{key} {budget} keeps {count} layers, but the model has {depth}. Choose at most {depth}.")
     if count < 1:
         raise ConfigError(
-            f"budget {budget} keeps no softmax layer of {depth}. Keep at least 1: without one, recall collapses "
+            f"{key} {budget} keeps no softmax layer of {depth}. Keep at least 1: without one, recall collapses "
             "and transformers cannot generate from the export."
         )
     return count
