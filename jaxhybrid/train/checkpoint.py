@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxhybrid.errors import RunError
 from jaxhybrid.files import make_folder, storage_errors
 
-DataState = dict[str, Any]  # JSON: what the batch iterator needs to go on from here
+Position = dict[str, Any]  # JSON: where the batch iterator is, and whatever else going on from here needs
 
 
 class Checkpoints:
@@ -31,16 +31,16 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, step: int, state: Any, data_state: DataState, *, wait: bool = False) -> None:
+    def save(self, step: int, state: Any, position: Position, *, wait: bool = False) -> None:
         """Starts writing; returns once the arrays are copied, or with `wait` once the checkpoint is on disk."""
         if step == self.latest:
             return
         with self._errors():
-            self._checkpointer.save_async(step, state, custom_metadata={"data": data_state})
+            self._checkpointer.save_async(step, state, custom_metadata={"position": position})
             if wait:
                 self._checkpointer.wait()
 
-    def restore(self, like: Any) -> tuple[Any, DataState]:
+    def restore(self, like: Any) -> tuple[Any, Position]:
         """The newest state, placed as the arrays (or ShapeDtypeStructs with shardings) of `like` are."""
         step = self.latest
         if step is None:
@@ -54,8 +54,10 @@ class Checkpoints:
             ) from error
         metadata = self._checkpointer.metadata(step).custom_metadata
         if not isinstance(metadata, dict):
-            raise RunError(f"{self.folder / str(step)} lacks its data position. Delete it to go on from an older one.")
-        return state, metadata["data"]
+            raise RunError(
+                f"{self.folder / str(step)} lacks its position in the data. Delete it to go on from an older one."
+            )
+        return state, metadata["position"]
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -17,6 +17,7 @@ from jaxhybrid.train.interrupt import Interrupted, StopSignals
 from jaxhybrid.train.metrics import Recorder
 
 HostBatch = dict[str, np.ndarray]
+Metrics = dict[str, Any]  # of one update: float64 numbers, or nested lists of them
 
 
 class Batches(Protocol):
@@ -58,9 +59,11 @@ def train(
         Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
     """
     checkpoints = Checkpoints(folder / "checkpoints")
+    unrecorded: list[Metrics] = []  # of the steps since the last record
     if checkpoints.latest is not None:
-        state, data_state = checkpoints.restore(state)
-        batches.set_state(data_state)
+        state, position = checkpoints.restore(state)
+        batches.set_state(position["batches"])
+        unrecorded = position["unrecorded"]
     done = int(state.step)
     if done >= config.total_steps:
         checkpoints.close()
@@ -73,7 +76,7 @@ def train(
         label=config.label,
     )
     pending: deque[_Pending] = deque()
-    clock = time.perf_counter()
+    recorded, clock = done, time.perf_counter()
     try:
         with StopSignals() as stop:
             while done < config.total_steps:
@@ -83,27 +86,34 @@ def train(
                 pending.append(_Pending(done, batch, metrics))
                 measured = measure(state, done) if measure else None
                 last = done == config.total_steps
-                save = done % config.checkpoint_every == 0 or stop.received is not None or (last and config.keep_last)
-                if measured or save or last or done % config.log_every == 0:
+                signal = stop.received  # one that comes from here on is for the next step
+                save = done % config.checkpoint_every == 0 or signal is not None or (last and config.keep_last)
+                record = bool(measured) or last or done % config.log_every == 0
+                if record or save:
                     # Steps run ahead of the host; reading their metrics waits for them, so it is done in groups.
-                    count = len(pending)
-                    values = _read(pending, folder, checkpoints.latest)
+                    unrecorded = [*unrecorded, *_read(pending, folder, checkpoints.latest)]
+                if record:
+                    values = {name: np.mean([one[name] for one in unrecorded], axis=0).tolist() for name in metrics}
+                    tokens = (done - recorded) * config.tokens_per_step
                     elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-                    speed = count * config.tokens_per_step / elapsed
+                    speed = tokens / elapsed
                     recorder.write(
                         {"step": done, "tokens": done * config.tokens_per_step, **values, "tokens_per_second": speed}
                     )
-                    recorder.advance(count * config.tokens_per_step, loss=values["loss"])
+                    recorder.advance(tokens, loss=values["loss"])
+                    recorded, unrecorded = done, []
                 if measured:
                     recorder.write({"step": done, "tokens": done * config.tokens_per_step, **measured})
                     clock = time.perf_counter()  # measuring is not training
                 if save:
-                    checkpoints.save(done, state, batches.get_state(), wait=stop.received is not None)
-                if stop.received is not None and not last:
+                    # With the metrics not yet recorded, so that the records do not depend on when a run is stopped.
+                    position = {"batches": batches.get_state(), "unrecorded": unrecorded}
+                    checkpoints.save(done, state, position, wait=signal is not None)
+                if signal is not None and not last:
                     raise Interrupted(
-                        f"{config.label} stopped by signal {stop.received} after step {done} of {config.total_steps}; "
+                        f"{config.label} stopped by signal {signal} after step {done} of {config.total_steps}; "
                         f"checkpoint {checkpoints.folder / str(done)} is written. Run the same command again to go on.",
-                        stop.received,
+                        signal,
                     )
     finally:
         recorder.close()
@@ -120,9 +130,9 @@ class _Pending:
     metrics: dict[str, jax.Array]
 
 
-def _read(pending: deque[_Pending], folder: Path, checkpoint: int | None) -> dict[str, Any]:
-    """Mean of each metric over the pending updates, which are dropped. Stops at the first that is not finite."""
-    read: list[dict[str, np.ndarray]] = []
+def _read(pending: deque[_Pending], folder: Path, checkpoint: int | None) -> list[Metrics]:
+    """Metrics of each pending update, which are dropped. Stops at the first that is not finite."""
+    read: list[Metrics] = []
     while pending:
         item = pending.popleft()
         values = {name: np.asarray(jax.device_get(value), np.float64) for name, value in item.metrics.items()}
@@ -138,5 +148,5 @@ def _read(pending: deque[_Pending], folder: Path, checkpoint: int | None) -> dic
                 f"{bad[0]} is {values[bad[0]]} at step {item.step}; its batch is saved as {path}; {saved}. "
                 "Lower the learning rate or clip_norm, or look at the batch; then run the same command again."
             )
-        read.append(values)
-    return {name: np.mean([values[name] for values in read], axis=0).tolist() for name in read[0]}
+        read.append({name: value.tolist() for name, value in values.items()})
+    return read
