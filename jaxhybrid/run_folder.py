@@ -8,7 +8,9 @@ runs/NAME/
 """
 
 import json
+import os
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxhybrid.config import RunConfig, differences, fingerprint, load_config, to_yaml
+from jaxhybrid.config import UPSTREAM, RunConfig, differences, fingerprint, load_config, to_yaml
 from jaxhybrid.errors import RunError
 from jaxhybrid.files import make_folder, read_json, storage_errors, write_json, write_text
 from jaxhybrid.model.params import Params
+from jaxhybrid.train.checkpoint import orbax_errors
 
 PACKAGES = ("jaxhybrid", "jaxhybrid-kernels", "jax", "jaxlib", "optax", "orbax-checkpoint", "grain", "transformers")
-TRAINED_STAGES = ("align", "distill", "finetune")
+STAGES = ("align", "score", "distill", "finetune")
+PASSING = ("checkpoints", "candidates", "teacher-*")  # what a finished stage does not need any more
 
 
 class RunFolder:
@@ -36,17 +40,18 @@ class RunFolder:
         """The folder of this config, made if it is new.
 
         Raises:
-            RunError: it was made by a config that gives other results; names the keys that differ.
+            RunError: it holds results of a config that gives others; names the keys that differ.
         """
-        path = make_folder(Path(config.run_dir or f"runs/{config.name}").expanduser())
+        path = make_folder(folder_of(config))
         recorded = path / "config.yaml"
-        if recorded.exists():
+        if recorded.exists() and any((path / stage).exists() for stage in STAGES):
             earlier = load_config(recorded, [])
             if fingerprint(earlier) != fingerprint(config):
                 changed = "\n".join(f"  {line}" for line in differences(earlier, config))
                 raise RunError(
                     f"{path} was made with another config:\n{changed}\n"
-                    "Give this run another `name=` (or run_dir=), or delete the folder to start over."
+                    "Give this run another `name=` (or run_dir=), or delete the folder to start over. A new run takes "
+                    f"over what does not depend on these settings with `jaxhybrid run CONFIG --reuse {path}`."
                 )
         write_text(recorded, to_yaml(config))
         if not (path / "versions.json").exists():
@@ -62,16 +67,14 @@ class RunFolder:
     def finish(self, stage: str, summary: dict[str, Any], params: Params | None = None) -> None:
         """Writes a stage's parameters and marks it done; its checkpoints are then not needed any more."""
         if params is not None:
-            with storage_errors(self.stage(stage)):
+            with orbax_errors(self.stage(stage)):
                 ocp.save(self.stage(stage).absolute() / "params", params, overwrite=True)
         write_json(self.stage(stage) / "done.json", summary)
 
     def load_params(self, stage: str, like: Params) -> Params:
         """Parameters a finished stage left, placed as `like` (arrays or ShapeDtypeStructs with shardings) is."""
         if not self.is_done(stage):
-            raise RunError(
-                f"{self.path} has no finished {stage} stage. Run `jaxhybrid {stage} {self.path / 'config.yaml'}`."
-            )
+            raise RunError(f"{self.path} has no finished {stage} stage. Run `jaxhybrid {stage} {self.path}`.")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         return ocp.load(self.stage(stage).absolute() / "params", abstract)
 
@@ -79,8 +82,66 @@ class RunFolder:
         """A JSON result of the run, or an error naming the verb that makes it."""
         path = self.path / name
         if not path.exists():
-            raise RunError(f"{path} does not exist yet. Run `jaxhybrid {made_by} {self.path / 'config.yaml'}`.")
+            raise RunError(f"{path} does not exist yet. Run `jaxhybrid {made_by} {self.path}`.")
         return read_json(path)
+
+    def reuse(self, other: Path) -> dict[str, str]:
+        """Takes over the finished align and score stages of another run, where the settings they depend on agree.
+
+        A stage appears here whole or not at all. Large files are linked where the disk allows it, else copied.
+
+        Returns:
+            What became of each stage, in words.
+
+        Raises:
+            RunError: `other` is no run folder, or this very one.
+        """
+        if not (other / "config.yaml").exists():
+            raise RunError(f"{other} is not a run folder: it has no config.yaml.")
+        if other.resolve() == self.path.resolve():
+            raise RunError(f"{other} is the folder of this run itself. Give the new run another `name=` (or run_dir=).")
+        theirs, ours = (load_config(path / "config.yaml", []) for path in (other, self.path))
+        outcome = {}
+        for stage in ("align", "score"):
+            changed = differences(theirs, ours, UPSTREAM[stage])
+            if stage == "score" and ours.score.stop_when_stable and theirs.select.budget != ours.select.budget:
+                changed.append(f"select.budget: {theirs.select.budget} -> {ours.select.budget}, which ended scoring")
+            if self.is_done(stage):
+                outcome[stage] = f"not taken: done already in {self.path}"
+            elif not RunFolder(other).is_done(stage):
+                outcome[stage] = f"not taken: not finished in {other}"
+            elif changed:
+                outcome[stage] = "not taken: " + "; ".join(changed)
+            else:
+                if stage == "score":
+                    write_json(self.path / "scores.json", read_json(other / "scores.json"))
+                self._take(other / stage)
+                outcome[stage] = f"taken from {other}"
+        return outcome
+
+    def _take(self, finished: Path) -> None:
+        target = self.stage(finished.name)
+        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        with storage_errors(target):
+            try:
+                shutil.copytree(finished, draft, ignore=shutil.ignore_patterns(*PASSING), copy_function=_link_or_copy)
+                shutil.rmtree(target, ignore_errors=True)  # begun here, not finished
+                draft.rename(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where this config's run is, or would be."""
+    return Path(config.run_dir or f"runs/{config.name}").expanduser()
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
+    return target
 
 
 def versions() -> dict[str, str]:
@@ -100,7 +161,7 @@ def describe(path: Path) -> str:
     if not (path / "config.yaml").exists():
         raise RunError(f"{path} is not a run folder: it has no config.yaml.")
     lines = [f"{path}"]
-    for stage in ("align", "score", "distill", "finetune"):
+    for stage in STAGES:
         done = path / stage / "done.json"
         if done.exists():
             lines.append(f"  {stage:9} done      {json.dumps(read_json(done))}")

@@ -1,6 +1,9 @@
 """Checkpoints of a stage: the training state and the place in the data, written together in the background (orbax)."""
 
 import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ class Checkpoints:
         """Starts writing; returns once the arrays are copied, or with `wait` once the checkpoint is on disk."""
         if step == self.latest:
             return
-        with self._errors():
+        with orbax_errors(self.folder):
             self._checkpointer.save_async(step, state, custom_metadata={"position": position})
             if wait:
                 self._checkpointer.wait()
@@ -61,27 +64,19 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        with self._errors():
+        with orbax_errors(self.folder):
             self._checkpointer.close()
 
-    def _errors(self) -> Any:
-        return _CheckpointErrors(self.folder)
 
-
-class _CheckpointErrors:
-    """orbax reports storage trouble under several types; the errno or its text tells which it was."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if error is None or isinstance(error, RunError):
-            return
+@contextmanager
+def orbax_errors(folder: Path) -> Iterator[None]:
+    """`storage_errors` around orbax, which reports storage trouble under several types; the text tells which it was."""
+    try:
+        yield
+    except Exception as error:
         text = str(error)
-        for code in (errno.ENOSPC, errno.EROFS, errno.EACCES):
-            if f"[Errno {code}]" in text or ("No space left" in text and code == errno.ENOSPC):
-                with storage_errors(self.folder):
-                    raise OSError(code, text) from error
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if f"[Errno {code}]" in text or f"os_error_code='{code}'" in text:
+                with storage_errors(folder):
+                    raise OSError(code, os.strerror(code)) from error
+        raise

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,47 +78,43 @@ def train(
     )
     pending: deque[_Pending] = deque()
     recorded, clock = done, time.perf_counter()
-    try:
-        with StopSignals() as stop:
-            while done < config.total_steps:
-                batch = next(batches)
-                state, metrics = step(state, batch)
-                done += 1
-                pending.append(_Pending(done, batch, metrics))
-                measured = measure(state, done) if measure else None
-                last = done == config.total_steps
-                signal = stop.received  # one that comes from here on is for the next step
-                save = done % config.checkpoint_every == 0 or signal is not None or (last and config.keep_last)
-                record = bool(measured) or last or done % config.log_every == 0
-                if record or save:
-                    # Steps run ahead of the host; reading their metrics waits for them, so it is done in groups.
-                    unrecorded = [*unrecorded, *_read(pending, folder, checkpoints.latest)]
-                if record:
-                    values = {name: np.mean([one[name] for one in unrecorded], axis=0).tolist() for name in metrics}
-                    tokens = (done - recorded) * config.tokens_per_step
-                    elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-                    speed = tokens / elapsed
-                    recorder.write(
-                        {"step": done, "tokens": done * config.tokens_per_step, **values, "tokens_per_second": speed}
-                    )
-                    recorder.advance(tokens, loss=values["loss"])
-                    recorded, unrecorded = done, []
-                if measured:
-                    recorder.write({"step": done, "tokens": done * config.tokens_per_step, **measured})
-                    clock = time.perf_counter()  # measuring is not training
-                if save:
-                    # With the metrics not yet recorded, so that the records do not depend on when a run is stopped.
-                    position = {"batches": batches.get_state(), "unrecorded": unrecorded}
-                    checkpoints.save(done, state, position, wait=signal is not None)
-                if signal is not None and not last:
-                    raise Interrupted(
-                        f"{config.label} stopped by signal {signal} after step {done} of {config.total_steps}; "
-                        f"checkpoint {checkpoints.folder / str(done)} is written. Run the same command again to go on.",
-                        signal,
-                    )
-    finally:
-        recorder.close()
-        checkpoints.close()
+    with closing(checkpoints), closing(recorder), StopSignals() as stop:
+        while done < config.total_steps:
+            batch = next(batches)
+            state, metrics = step(state, batch)
+            done += 1
+            pending.append(_Pending(done, batch, metrics))
+            measured = measure(state, done) if measure else None
+            last = done == config.total_steps
+            signal = stop.received  # one that comes from here on is for the next step
+            save = done % config.checkpoint_every == 0 or signal is not None or (last and config.keep_last)
+            record = bool(measured) or last or done % config.log_every == 0
+            if record or save:
+                # Steps run ahead of the host; reading their metrics waits for them, so it is done in groups.
+                unrecorded = [*unrecorded, *_read(pending, folder, checkpoints.latest)]
+            if record:
+                values = {name: np.mean([one[name] for one in unrecorded], axis=0).tolist() for name in metrics}
+                tokens = (done - recorded) * config.tokens_per_step
+                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+                speed = tokens / elapsed
+                recorder.write(
+                    {"step": done, "tokens": done * config.tokens_per_step, **values, "tokens_per_second": speed}
+                )
+                recorder.advance(tokens, loss=values["loss"])
+                recorded, unrecorded = done, []
+            if measured:
+                recorder.write({"step": done, "tokens": done * config.tokens_per_step, **measured})
+                clock = time.perf_counter()  # measuring is not training
+            if save:
+                # With the metrics not yet recorded, so that the records do not depend on when a run is stopped.
+                position = {"batches": batches.get_state(), "unrecorded": unrecorded}
+                checkpoints.save(done, state, position, wait=signal is not None)
+            if signal is not None and not last:
+                raise Interrupted(
+                    f"{config.label} stopped by signal {signal} after step {done} of {config.total_steps}; "
+                    f"checkpoint {checkpoints.folder / str(done)} is written. Run the same command again to go on.",
+                    signal,
+                )
     return state
 
 

@@ -1,10 +1,14 @@
 """What a stage measures, in three places at once: a JSONL file, TensorBoard, and the progress bar."""
 
 import json
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from jaxhybrid.files import make_folder, storage_errors, write_text
@@ -30,8 +34,9 @@ class Recorder:
         kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
         write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         self._path = folder / "metrics.jsonl"
-        self._file: TextIO = self._path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        with storage_errors(folder):
+            self._file: TextIO = self._path.open("a")
+            self._board = _Board(make_folder(folder / "tensorboard"), resume_step + 1)
         self.bar = tqdm(
             total=total_tokens, initial=done_tokens, desc=label, unit="tok", unit_scale=True, dynamic_ncols=True
         )
@@ -40,9 +45,8 @@ class Recorder:
         with storage_errors(self._path):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, record["step"])
+            numbers = {name: x for name, x in record.items() if name != "step" and isinstance(x, int | float)}
+            self._board.write(record["step"], numbers)
 
     def advance(self, tokens: int, **shown: float) -> None:
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
@@ -50,5 +54,22 @@ class Recorder:
 
     def close(self) -> None:
         self.bar.close()
-        self._board.close()
-        self._file.close()
+        with storage_errors(self._path), closing(self._file):
+            self._board.close()
+
+
+class _Board:
+    """TensorBoard's event file, written where the caller can see it fail (SummaryWriter writes in a thread)."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self._events = EventsWriter(str(folder / "events"))
+        # What an earlier process logged from this step on is not shown.
+        self._events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self._events.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
