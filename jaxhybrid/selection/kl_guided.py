@@ -83,9 +83,10 @@ def score_candidates(
     for position, steps in enumerate(rounds):
         for count, layer in enumerate(candidates):
             label = f"score layer {layer} ({count + 1} of {len(candidates)})"
-            if _finished(folder, layer, steps, config):
-                continue
-            _train_candidate(programs, layer, steps, batches, heldout_batches, label)
+            if not _finished(folder, layer, steps, config):
+                _train_candidate(programs, layer, steps, batches, heldout_batches, label)
+            if config.stop_budget is None:  # else the next round goes on from there
+                shutil.rmtree(programs.candidate_folder(layer), ignore_errors=True)
         if config.stop_budget is not None and position + 1 < len(rounds):
             scores = read_scores(folder / "scores", depth)
             if scores.is_stable(config.stop_budget, config.stop_window, config.stop_jaccard):
@@ -165,7 +166,7 @@ class _Numbered:
         self.batches, self.number = batches, 0
 
     def __next__(self) -> HostBatch:
-        batch = {**next(self.batches), "number": np.int64(self.number)}
+        batch = {**next(self.batches), "number": np.asarray(self.number)}
         self.number += 1
         return batch
 

@@ -1,5 +1,6 @@
 """The teacher's final hidden states for the batches that all candidates share, computed once and kept on disk."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +31,9 @@ class TeacherCache:
                     f"{free / 2**30:.1f} GiB are free. Lower score.tokens or choose another run_dir."
                 )
             with storage_errors(path):
-                for file in (path, path.with_suffix(".present")):
-                    file.unlink(missing_ok=True)
-                np.memmap(path, np.uint16, "w+", shape=shape).flush()
-                np.memmap(path.with_suffix(".present"), np.uint8, "w+", shape=(batches,)).flush()
+                self.delete()
+                _reserve(path, needed)
+                _reserve(path.with_suffix(".present"), batches)
                 write_json(mark, description)
         self._states = np.memmap(path, np.uint16, "r+", shape=shape)
         self._present = np.memmap(path.with_suffix(".present"), np.uint8, "r+", shape=(batches,))
@@ -49,5 +49,11 @@ class TeacherCache:
         return np.asarray(self._states[index]).view(ml_dtypes.bfloat16)
 
     def delete(self) -> None:
-        for suffix in (self.path.suffix, ".present", ".json"):
+        for suffix in (".json", ".present", self.path.suffix):  # the mark that says the others are whole goes first
             self.path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of zeros whose blocks are taken: writing to a map of a sparse one kills the process on a full disk."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
