@@ -1,5 +1,6 @@
 """The command line: each verb is a few lines over the Python API."""
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ app = typer.Typer(
     "jaxhybrid run configs/demo.yaml select.budget=0.5 seed=3",
 )
 
-Config = Annotated[Path, typer.Argument(help="YAML config of the run (or RUN/config.yaml of one that exists).")]
+Config = Annotated[Path, typer.Argument(help="YAML config of the run, or the folder of one that exists.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings over the config, as key=value.", metavar="[KEY=VALUE]...")
 ]
@@ -31,18 +32,40 @@ Overrides = Annotated[
 
 @contextmanager
 def pipeline(config: Path, overrides: list[str] | None) -> Iterator["Pipeline"]:  # type: ignore[name-defined] # noqa: F821
+    settings = read_settings(config, overrides)
     # Imported here so that --help and config errors do not wait for JAX.
-    from jaxhybrid.config import load_config
     from jaxhybrid.pipeline import Pipeline
 
-    with Pipeline(load_config(config, overrides or [])) as opened:
+    with Pipeline(settings) as opened:
         yield opened
 
 
+def read_settings(config: Path, overrides: list[str] | None) -> "RunConfig":  # type: ignore[name-defined] # noqa: F821
+    """The settings in a YAML file, or those of a run folder, wherever it has been moved to."""
+    from jaxhybrid.config import load_config
+
+    if not config.is_dir():
+        return load_config(config, overrides or [])
+    if not (config / "config.yaml").exists():
+        raise ConfigError(f"{config} is neither a YAML config nor a run folder: it has no config.yaml.")
+    renamed = any(override.startswith("name=") for override in overrides or [])
+    folder = "run_dir=" if renamed else f"run_dir={json.dumps(str(config))}"  # none: the new name's own
+    return load_config(config / "config.yaml", [folder, *(overrides or [])])
+
+
 @app.command()
-def run(config: Config, overrides: Overrides = None) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(help="Take finished align and score stages over from another run folder, where settings agree."),
+    ] = None,
+) -> None:
     """All stages in order, skipping what is done."""
     with pipeline(config, overrides) as p:
+        for other in reuse or []:
+            p.reuse(other)
         p.run()
 
 
@@ -118,11 +141,11 @@ def export(
 @app.command()
 def report(config: Config, overrides: Overrides = None) -> None:
     """One HTML page and PNGs of everything the run measured."""
-    from jaxhybrid.config import load_config
+    settings = read_settings(config, overrides)
     from jaxhybrid.report import write_report
-    from jaxhybrid.run_folder import RunFolder
+    from jaxhybrid.run_folder import folder_of
 
-    print(f"report: {write_report(RunFolder.open(load_config(config, overrides or [])).path)}")
+    print(f"report: {write_report(folder_of(settings))}")
 
 
 @app.command()
@@ -178,7 +201,8 @@ def parse_candidates(text: str, depth: int) -> range | None:
 
 def main() -> None:
     """Entry point: an error the user can act on is one message and exit code 2 (128 + n after a signal)."""
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every step of a save at INFO
+    # orbax tells every step of a save, and a failed one with several stack traces before it raises the error itself.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         app()
     except JaxHybridError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxhybrid.config import RunConfig, differences, fingerprint, load_config, validate_against
 from jaxhybrid.data import batches, heldout_batches
@@ -128,12 +129,24 @@ class Pipeline:
         page = write_report(self.folder.path)
         print(f"exported to {exported}\nreport: {page}")
 
+    def reuse(self, other: Path) -> None:
+        """Takes over what another run has finished and this one would repeat; says what, and what not and why."""
+        if jax.process_index() == 0:
+            for stage, outcome in self.folder.reuse(other).items():
+                print(f"reuse: {stage} {outcome}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"reuse {other}")
+
     def align(self) -> None:
         """Stage 1: the linear mixers of every layer learn the teacher's attention outputs."""
         if self.folder.is_done("align"):
             return
         settings, student = self.config.align, self.converted
-        static = {"teacher_config": self.teacher.config, "student_config": student.config, "dtype": self.dtype}
+        static: dict[str, Any] = {
+            "teacher_config": self.teacher.config,
+            "student_config": student.config,
+            "dtype": self.dtype,
+        }
         mixers = linear_mixers(student.params)
         optimizer = make_optimizer(optimizer_config(settings), mixers)
         step = partial(align_step, optimizer=optimizer, **static)
@@ -182,6 +195,7 @@ class Pipeline:
             stop_window=3 if stop is None else stop.window,
             stop_jaccard=1.0 if stop is None else stop.jaccard,
         )
+        begun_before = any((folder / name).exists() for name in ("scores", "candidates"))
         began = time.perf_counter()
         compiled = score_candidates(
             self.frozen_teacher,
@@ -206,8 +220,9 @@ class Pipeline:
             {
                 "compiled_programs": compiled,
                 "candidate_tokens": tokens,
-                "seconds": round(seconds, 1),
-                "tokens_per_second": round(tokens / seconds) if candidates is None else None,
+                # This process's share of the work is the whole only if it did all of it.
+                "seconds": None if begun_before else round(seconds, 1),
+                "tokens_per_second": None if begun_before else round(tokens / seconds),
                 "peak_memory_bytes": peak_memory_bytes(),
             },
         )
@@ -399,14 +414,17 @@ class Pipeline:
 
 def optimizer_config(stage: StageConfig) -> OptimizerConfig:
     """A stage's settings as the optimizer's. Alignment trains mixers only: its one rate is theirs."""
-    grouped = isinstance(stage, GroupedStageConfig)
-    assert grouped or isinstance(stage, AlignConfig)
+    if isinstance(stage, GroupedStageConfig):
+        mixer_rates = stage.mixer_learning_rate, stage.final_mixer_learning_rate
+    else:
+        assert isinstance(stage, AlignConfig)
+        mixer_rates = stage.learning_rate, stage.final_learning_rate
     return OptimizerConfig(
         total_steps=stage.steps,
         learning_rate=stage.learning_rate,
-        mixer_learning_rate=stage.mixer_learning_rate if grouped else stage.learning_rate,
+        mixer_learning_rate=mixer_rates[0],
         final_learning_rate=stage.final_learning_rate,
-        final_mixer_learning_rate=stage.final_mixer_learning_rate if grouped else stage.final_learning_rate,
+        final_mixer_learning_rate=mixer_rates[1],
         schedule=stage.schedule,
         warmup_steps=stage.warmup_steps,
         betas=stage.betas,
