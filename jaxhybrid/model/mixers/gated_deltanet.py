@@ -5,6 +5,7 @@ a_t = exp(-exp(A_log) softplus(a_proj x + dt_bias)),   b_t = sigmoid(b_proj x)
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def _recurrence(
     memory: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel on each device's own examples; absent arguments stay absent."""
-    optional = {"segment_ids": segment_ids, "initial_state": memory}
+    optional: dict[str, Any] = {"segment_ids": segment_ids, "initial_state": memory}
     names = [name for name, value in optional.items() if value is not None]
 
     def run(
