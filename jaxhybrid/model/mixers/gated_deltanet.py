@@ -122,13 +122,14 @@ def _recurrence(
     memory: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel on each device's own examples; absent arguments stay absent."""
-    optional: dict[str, Any] = {"segment_ids": segment_ids, "initial_state": memory}
+    optional = {"segment_ids": segment_ids, "initial_state": memory}
     names = [name for name, value in optional.items() if value is not None]
 
     def run(
         q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, beta: jax.Array, *rest: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        return linear_attention(q, k, v, log_decay=log_decay, beta=beta, **dict(zip(names, rest)))
+        given: dict[str, Any] = dict(zip(names, rest))
+        return linear_attention(q, k, v, log_decay=log_decay, beta=beta, **given)
 
     return per_example(run, q, k, v, log_decay, beta, *(optional[name] for name in names))
 
