@@ -1,0 +1,91 @@
+"""What the documentation says to type: Python blocks run, commands are ones, links lead somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from jaxhybrid.cli import app
+from jaxhybrid.config import load_config
+from tests.tiny import write_teacher
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tpu" / "README.md"]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPE = ROOT / "configs" / "llama-3.2-3b-instruct.yaml"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text(), re.MULTILINE | re.DOTALL)
+COMMAND = {  # a line of a bash block or a span of code; an indented line in the head of a recipe
+    ".md": re.compile(r"^(jaxhybrid (?:[a-z]+ \S|--help).*)$|`(jaxhybrid [^`]+)`", re.MULTILINE),
+    ".yaml": re.compile(r"^#  .*?(jaxhybrid .*)()$", re.MULTILINE),
+}
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def commands():
+    return [
+        (path.relative_to(ROOT), line or span)
+        for path in (*PAGES, *CONFIGS)
+        for line, span in COMMAND[path.suffix].findall(path.read_text())
+    ]
+
+
+def run_python(code, folder, written, meant):
+    """Runs a block of the README in `folder` with one of its names replaced; what it printed."""
+    assert code.count(written) == 1
+    caches = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    result = subprocess.run(
+        [sys.executable, "-c", code.replace(written, meant)],
+        cwd=folder,
+        env=os.environ | caches,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_python_blocks_run_one_after_the_other(tmp_path):
+    convert, load = BLOCKS
+    printed = run_python(convert, tmp_path, "demo:smollm2-135m", str(write_teacher(tmp_path / "teacher")))
+    losses = [float(line.rpartition(" ")[2]) for line in printed.splitlines()]
+    assert len(losses) == 10
+    assert all(0 < loss < 10 for loss in losses)
+    text = run_python(load, tmp_path, "runs/my-model/export", "aligned-hybrid")
+    assert text.startswith("The capital of France is")
+
+
+def test_commands_are_found():
+    assert {path.as_posix() for path, _ in commands()} >= {"README.md", "tpu/README.md", "configs/demo.yaml"}
+
+
+@pytest.mark.parametrize(("path", "line"), commands(), ids=lambda value: str(value))
+def test_a_command_of_the_documentation_is_one(path, line):
+    verb, *arguments = shlex.split(line, comments=True)[1:]
+    if verb == "--help":
+        return
+    command = typer.main.get_command(app).commands[verb]
+    with command.make_context(verb, list(arguments)) as context:  # refuses unknown options
+        config = context.params.get("config")
+        if config is not None:
+            known = ROOT / config if str(config).startswith("configs/") else RECIPE
+            load_config(known, context.params["overrides"] or [])
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-3b-instruct", "qwen2.5-3b-instruct"])
+def test_the_published_layers_in_the_head_of_a_recipe_are_settings(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    (line,) = re.findall(r"^#\s+(select\.method=explicit .*)$", path.read_text(), re.MULTILINE)
+    select = load_config(path, shlex.split(line)).select
+    assert select.budget == len(select.layers) == {"llama-3.2-3b-instruct": 7, "qwen2.5-3b-instruct": 9}[name]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(path):
+    for target in LINK.findall(path.read_text()):
+        assert (path.parent / target).exists(), target
