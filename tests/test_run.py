@@ -1,0 +1,150 @@
+"""Whole runs from the command line: done once, stopped and gone on with, spread over processes, partly taken over."""
+
+import os
+import random
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from filelock import FileLock
+from orbax.checkpoint import v1 as ocp
+
+from jaxhybrid.weights.huggingface import load_student
+from tests.runs import Workshop, exported, read, records, snapshot
+
+STAGES = ("align", "score", "distill", "finetune")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A workshop with one uninterrupted run in it, shared by the processes of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    workshop = Workshop(root / "whole")
+    with FileLock(root / "whole.lock"):
+        if not workshop.folder.exists():
+            workshop.folder.mkdir()
+            workshop.prepare()
+            (workshop.folder / "output.txt").write_text(workshop.finish("run", workshop.config))
+    return workshop
+
+
+def assert_same_results(run, expected):
+    assert read(run / "scores.json") == read(expected / "scores.json")
+    assert read(run / "layers.json") == read(expected / "layers.json")
+    assert read(run / "evaluation.json") == read(expected / "evaluation.json")
+    for stage in ("align", "distill", "finetune"):
+        assert records(run / stage) == records(expected / stage), stage
+    ours, theirs = (ocp.load((folder / "finetune" / "params").absolute()) for folder in (run, expected))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    ours, theirs = exported(run), exported(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], name)
+
+
+def test_a_run_leaves_every_result(whole):
+    run = whole.run
+    scores, layers, evaluation = (read(run / f"{name}.json") for name in ("scores", "layers", "evaluation"))
+    for stage, tokens in (("align", 5120), ("distill", 5120), ("finetune", 3072)):
+        done = read(run / stage / "done.json")
+        assert done["tokens"] == tokens
+        assert done["tokens_per_second"] > 0
+    align = read(run / "align" / "done.json")
+    assert align["heldout_loss_after"] < align["heldout_loss_before"]
+
+    done = read(run / "score" / "done.json")
+    assert done["compiled_programs"] == {"train_step": 1, "heldout_kl": 1, "teacher_forward": 1}
+    assert done["candidate_tokens"] == 3 * 3072
+    assert sorted(scores["ranking"]) == sorted(scores["ranking_by_training_kl"]) == [0, 1, 2]
+    for candidate in scores["candidates"]:
+        assert [tokens for tokens, _ in candidate["heldout"]] == [0, 1536, 3072]
+        assert [tokens for tokens, _ in candidate["train"]] == [1536, 2048, 3072]
+        assert min(kl for _, kl in candidate["heldout"] + candidate["train"]) > 0
+    importance = [scores["importance"][str(layer)] for layer in scores["ranking"]]
+    assert importance == sorted(importance, reverse=True)
+    assert not list((run / "score").glob("candidates/*")) + list((run / "score").glob("teacher-*"))
+
+    assert layers["softmax_layers"] == scores["ranking"][:1]
+    assert layers["other_budgets"] == {"1": scores["ranking"][:1], "2": sorted(scores["ranking"][:2])}
+    assert list(evaluation["models"]) == ["teacher", "distill", "finetune"]
+    assert evaluation["models"]["distill"]["kl"] > 0
+    assert "finetune" in (whole.folder / "output.txt").read_text()
+    assert (run / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_the_export_is_the_trained_student(whole):
+    student = load_student(whole.run / "export")
+    assert student.config.softmax_layers == tuple(read(whole.run / "layers.json")["softmax_layers"])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), student.params)
+    trained = ocp.load((whole.run / "finetune" / "params").absolute(), abstract)
+    jax.tree.map(np.testing.assert_array_equal, student.params, trained)
+
+
+def test_the_same_command_again_trains_nothing(whole):
+    before = {stage: snapshot(whole.run / stage) for stage in STAGES}
+    results = read(whole.run / "evaluation.json")
+    again = whole.start("run", whole.config)
+    assert again.returncode == 0, again.stderr
+    assert {stage: snapshot(whole.run / stage) for stage in STAGES} == before
+    assert "tok/s" not in again.stderr  # no stage's progress
+    assert read(whole.run / "evaluation.json") == results
+
+
+def test_killed_and_terminated_a_run_goes_on_to_the_same_numbers(whole, tmp_path):
+    run = tmp_path / "run"
+    command = ("run", whole.config, f"run_dir={run}")
+    rng = random.Random(5)
+    for label, stage in (("align", "align"), ("score layer 1", "score"), ("distill", "distill")):
+        # Most of a stage's steps lie behind the recorded one, so that the moment falls into that stage.
+        killed = whole.interrupt(label, rng.choice([2, 3, 4]), signal.SIGKILL, rng.uniform(0, 0.1), *command)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-4000:]
+        assert (run / stage).is_dir()
+        assert not (run / stage / "done.json").exists()
+        assert not (run / "export").exists()
+    stopped = whole.interrupt("finetune", 2, signal.SIGTERM, 0.0, *command)
+    assert stopped.returncode == 143, stopped.stderr[-4000:]
+    assert "Traceback" not in stopped.stderr
+    message = stopped.stderr.splitlines()[-1]
+    step = int(message.split("after step ")[1].split()[0])
+    assert f"checkpoint {run / 'finetune' / 'checkpoints' / str(step)} is written" in message
+    assert (run / "finetune" / "checkpoints" / str(step)).is_dir()
+
+    whole.finish(*command)
+    assert_same_results(run, whole.run)
+    assert read(run / "score" / "done.json")["tokens_per_second"] is None  # no one process did all of it
+
+
+def test_candidates_scored_in_two_folders_are_merged(whole, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for run in (first, second):
+        shutil.copytree(whole.run / "align", run / "align")
+        shutil.copyfile(whole.run / "config.yaml", run / "config.yaml")
+    output = whole.finish("score", first, "--candidates", "0:1")
+    assert "layers [1, 2] are still to be scored" in output
+    assert not (first / "score" / "done.json").exists()
+    refused = whole.start("select", first)
+    assert refused.returncode == 2
+    assert "2 of 3 layers have no score" in refused.stderr
+    whole.finish("score", second, "--candidates", "1:3")
+    whole.finish("score", first, "--merge", second)
+    assert read(first / "scores.json") == read(whole.run / "scores.json")
+    assert (first / "score" / "done.json").exists()
+
+
+def test_another_choice_of_layers_takes_over_what_is_done(whole, tmp_path):
+    run = tmp_path / "uniform"
+    before = snapshot(whole.run)
+    done = whole.start("run", whole.config, f"run_dir={run}", "select.method=uniform", "--reuse", whole.run)
+    assert done.returncode == 0, done.stderr
+    assert f"reuse: align taken from {whole.run}" in done.stdout
+    assert f"reuse: score taken from {whole.run}" in done.stdout
+    assert "align:" not in done.stderr
+    assert "distill:" in done.stderr
+    assert read(run / "layers.json")["softmax_layers"] == [2]
+    assert (run / "export" / "model.safetensors").exists()
+    assert snapshot(whole.run) == before
