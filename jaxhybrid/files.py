@@ -22,6 +22,11 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"No space left on the disk of {path}. Free some, or choose another run_dir; nothing is lost up to the "
                 "last checkpoint: run the same command again to go on."
             ) from error
+        if error.errno == errno.EFBIG:
+            raise RunError(
+                f"{path} would be larger than its disk or `ulimit -f` allows. Raise that, or choose another run_dir; "
+                "nothing is lost up to the last checkpoint: run the same command again to go on."
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise RunError(f"{path} cannot be written ({error.strerror}). Choose a writable run_dir.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):

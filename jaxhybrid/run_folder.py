@@ -124,7 +124,7 @@ class RunFolder:
         draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         with storage_errors(target):
             try:
-                shutil.copytree(finished, draft, ignore=shutil.ignore_patterns(*PASSING), copy_function=_link_or_copy)
+                _copy(finished, draft)
                 shutil.rmtree(target, ignore_errors=True)  # begun here, not finished
                 draft.rename(target)
             finally:
@@ -136,12 +136,19 @@ def folder_of(config: RunConfig) -> Path:
     return Path(config.run_dir or f"runs/{config.name}").expanduser()
 
 
-def _link_or_copy(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copy2(source, target)
-    return target
+def _copy(finished: Path, target: Path) -> None:
+    """A stage's folder without what passes, in links where there can be any."""
+    target.mkdir(parents=True)
+    for source in sorted(finished.iterdir()):
+        if any(source.match(pattern) for pattern in PASSING):
+            continue
+        if source.is_dir():
+            _copy(source, target / source.name)
+            continue
+        try:
+            os.link(source, target / source.name)
+        except OSError:  # another disk, or one without links
+            shutil.copy2(source, target / source.name)
 
 
 def versions() -> dict[str, str]:

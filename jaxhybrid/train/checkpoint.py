@@ -75,7 +75,7 @@ def orbax_errors(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         text = str(error)
-        for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             if f"[Errno {code}]" in text or f"os_error_code='{code}'" in text:
                 with storage_errors(folder):
                     raise OSError(code, os.strerror(code)) from error
