@@ -191,6 +191,7 @@ class Pipeline:
             dtype=self.dtype,
             remat=settings.remat,
             chunk_tokens=settings.kl_chunk,
+            keep_teacher_states=settings.keep_teacher_states,
             stop_budget=None if stop is None else layers_in_budget(self.config.select.budget, self.depth),
             stop_window=3 if stop is None else stop.window,
             stop_jaccard=1.0 if stop is None else stop.jaccard,

@@ -230,6 +230,10 @@ class ScoreConfig(KlStageConfig):
     tokens: Count = about(200_000_000, "training tokens of each candidate")
     heldout_tokens: Count = about(1_000_000, "held-out tokens of each evaluation")
     evaluate_every: Count = about(100, "steps between evaluations, the points of the importance curve")
+    keep_teacher_states: bool = free(
+        True,
+        "keep the teacher's hidden states on disk for all layers (tokens x width x 2 bytes); false: run it for each",
+    )
     budgets: Budgets = about((0.125, 0.25, 0.5), "budgets whose chosen sets are followed over tokens")
     stop_when_stable: StabilityConfig | None = about(None, "rule to stop before tokens are used up; null: never")
 

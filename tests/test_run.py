@@ -146,7 +146,7 @@ def test_candidates_scored_in_two_folders_are_merged(whole, tmp_path):
     refused = whole.start("select", first)
     assert refused.returncode == 2
     assert "2 of 3 layers have no score" in refused.stderr
-    whole.finish("score", second, "--candidates", "1:3")
+    whole.finish("score", second, "score.keep_teacher_states=false", "--candidates", "1:3")
     whole.finish("score", first, "--merge", second)
     assert read(first / "scores.json") == read(whole.run / "scores.json")
     assert (first / "score" / "done.json").exists()

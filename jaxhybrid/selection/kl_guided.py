@@ -41,6 +41,7 @@ class ScoringConfig:
     dtype: Any = jnp.bfloat16
     remat: bool = True
     chunk_tokens: int = 2048
+    keep_teacher_states: bool = True  # on disk, for all candidates; False runs the teacher again for each
     stop_budget: int | None = None  # stop early once the top-`stop_budget` set is stable, in rounds of `evaluate_every`
     stop_window: int = 3
     stop_jaccard: float = 1.0
@@ -94,8 +95,8 @@ def score_candidates(
                 break
     for layer in candidates:
         shutil.rmtree(programs.candidate_folder(layer), ignore_errors=True)
-    for name, batches_kept in (("train", total), ("heldout", len(heldout))):
-        programs.cache(name, batches_kept).delete()
+    for file in folder.glob(f"teacher-*-{job}.*"):
+        file.unlink()
     return programs.compiled()
 
 
@@ -215,6 +216,7 @@ class _Programs:
                 config.batch_size // jax.process_count(),
                 config.sequence_length,
                 self.teacher.config.hidden_size,
+                np.dtype(config.dtype),
             )
         return self._caches[name]
 
@@ -225,7 +227,9 @@ class _Programs:
             hidden, _ = self._teacher(self.teacher.params, place_batch(batch, self.mesh))
             return local_rows(hidden)
 
-        return {**batch, "teacher_hidden": np.asarray(self.cache(name, batches).get(index, compute))}
+        kept = name == "heldout" or self.config.keep_teacher_states
+        hidden = self.cache(name, batches).get(index, compute) if kept else compute()
+        return {**batch, "teacher_hidden": np.asarray(hidden)}
 
     def heldout_kl(self, params: Any, layer: jax.Array, heldout: Sequence[HostBatch]) -> float:
         """Mean KL in nats per token over the held-out batches."""
