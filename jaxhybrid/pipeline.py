@@ -40,7 +40,6 @@ from jaxhybrid.train.placement import place_batch
 from jaxhybrid.weights.convert import convert, resolve_mixer
 from jaxhybrid.weights.huggingface import load_teacher
 
-
 FEW_TOKENS = 10_000_000  # below this, distillation has only begun
 
 
@@ -427,8 +426,8 @@ def budget_note(config: RunConfig) -> str:
         return ""
     return (
         f"\nThis run distilled on {distilled:,} tokens and scored each layer on {scored:,}; the papers use 600 and 200 "
-        "million.\nIt shows that every stage works, that the losses fall, and that the export loads. It does not show how "
-        "good such a\nhybrid is, and the choice of layers is mostly noise: judge neither by this table.\n\n"
+        "million.\nIt shows that every stage works, that the losses fall, and that the export loads. It does not show\n"
+        "how good such a hybrid is, and the choice of layers is mostly noise: judge neither by this table.\n\n"
     )
 
 
