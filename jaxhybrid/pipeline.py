@@ -20,7 +20,7 @@ from jaxhybrid.evaluate.recall import recall_accuracy
 from jaxhybrid.export.folder import export
 from jaxhybrid.files import read_json, write_json
 from jaxhybrid.measure import peak_memory_bytes
-from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, layers_of_kind
+from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.params import Params, cast_params
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, declare
@@ -37,7 +37,7 @@ from jaxhybrid.train.loop import HostBatch, LoopConfig, train
 from jaxhybrid.train.metrics import read_metrics
 from jaxhybrid.train.optimizer import OptimizerConfig, TrainState, make_optimizer, start
 from jaxhybrid.train.placement import place_batch
-from jaxhybrid.weights.convert import convert, resolve_mixer
+from jaxhybrid.weights.convert import convert, resolve_mixer, with_softmax_layers
 from jaxhybrid.weights.huggingface import load_teacher
 
 FEW_TOKENS = 10_000_000  # below this, distillation has only begun
@@ -294,13 +294,7 @@ class Pipeline:
         """The student to distill: the teacher, with aligned mixers wherever a layer is not kept softmax."""
         kept = self.folder.read("layers.json", "select")["softmax_layers"]
         types = layer_types(self.depth, kept, self.linear_kind)
-        softmax, linear = (np.array(layers_of_kind(types, k), int) for k in (FULL_ATTENTION, self.linear_kind))
-        mixers: Params = {}
-        if len(softmax):
-            mixers[FULL_ATTENTION] = _take(self.teacher.params["mixers"][FULL_ATTENTION], softmax)
-        if len(linear):
-            mixers[self.linear_kind] = _take(self.aligned().params["mixers"][self.linear_kind], linear)
-        return Model({**self.teacher.params, "mixers": mixers}, self.student_config(types), self.teacher.folder)
+        return with_softmax_layers(self.aligned(), self.teacher, types)
 
     def distill(self) -> None:
         """Stage 2: KL to the teacher, all parameters."""
@@ -456,9 +450,3 @@ def optimizer_config(stage: StageConfig) -> OptimizerConfig:
 def shard_bytes(size: str) -> int:
     """'5GB' -> bytes, in powers of ten."""
     return int(size[:-2]) * {"MB": 10**6, "GB": 10**9}[size[-2:]]
-
-
-def _take(stacked: Params, rows: np.ndarray) -> Params:
-    """Rows of stacked layer parameters; the layer axis is never sharded, so this moves nothing between devices."""
-    take = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.stack([w[i] for i in rows]), tree))
-    return take(stacked)

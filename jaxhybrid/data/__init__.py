@@ -1,6 +1,5 @@
 """Text in, batches of token rows out: sources -> tokens -> packed rows -> resumable per-host batches."""
 
-from jaxhybrid.data.packing import target_mask, targets_and_mask
 from jaxhybrid.data.pipeline import Batch, BatchIterator, batches, heldout_batches
 from jaxhybrid.data.sources import Source, open_source
 from jaxhybrid.data.split import take_heldout
@@ -24,6 +23,4 @@ __all__ = [
     "open_text",
     "open_tokens",
     "take_heldout",
-    "target_mask",
-    "targets_and_mask",
 ]

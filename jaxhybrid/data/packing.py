@@ -8,7 +8,6 @@ target.
 """
 
 import hashlib
-from typing import Any
 
 import numpy as np
 
@@ -45,22 +44,6 @@ class PackedRows:
             segment_ids_T[here] = segment
             at += count
             position += 1
-
-
-def target_mask(segment_ids: Any) -> Any:
-    """[..., T] -> [..., T-1] bool: whether the token after each of the first T-1 is its target. NumPy or JAX arrays."""
-    return (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] != 0)
-
-
-def targets_and_mask(tokens: Any, segment_ids: Any) -> tuple[Any, Any]:
-    """Next-token targets in the shape of `tokens`, and where they count. NumPy or JAX arrays.
-
-    [..., T] int, [..., T] int -> targets [..., T] int, mask [..., T] bool. The last position of a row, of a segment,
-    and padding have no target: their mask is False and their target value means nothing.
-    """
-    xp = tokens.__array_namespace__()
-    last = xp.zeros((*segment_ids.shape[:-1], 1), dtype=bool)
-    return xp.roll(tokens, -1, axis=-1), xp.concat([target_mask(segment_ids), last], axis=-1)
 
 
 def shuffled_order(count: int, seed: int, salt: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +48,33 @@ def convert(teacher: Model, layer_types: tuple[str, ...], mixer: GatedDeltaNetCo
     mixers: Params = {}
     softmax, linear = (layers_of_kind(config.layer_types, kind) for kind in (FULL_ATTENTION, GATED_DELTANET))
     if softmax:
-        mixers[FULL_ATTENTION] = jax.tree.map(lambda w: w[jnp.array(softmax)], attention)
+        mixers[FULL_ATTENTION] = _take_rows(attention, softmax)
     if linear:
-        kept = jax.tree.map(lambda w: w[jnp.array(linear)], attention)
+        kept = _take_rows(attention, linear)
         fresh = initialize(stack(MIXERS[GATED_DELTANET].declare(config), len(linear)), rng)
         mixers[GATED_DELTANET] = fresh | transferred_mixer(kept, config)
     return Model({**teacher.params, "mixers": mixers}, config, teacher.folder)
+
+
+def with_softmax_layers(linear: Model, teacher: Model, layer_types: tuple[str, ...]) -> Model:
+    """The all-linear student with the teacher's attention put back in the layers that `layer_types` has as softmax.
+
+    Only mixers are copied; the rest of the parameters are the student's own arrays.
+    """
+    (linear_kind,) = set(linear.config.layer_types)
+    sources = {FULL_ATTENTION: teacher, linear_kind: linear}
+    mixers = {
+        kind: _take_rows(source.params["mixers"][kind], layers_of_kind(layer_types, kind))
+        for kind, source in sources.items()
+        if kind in layer_types
+    }
+    return Model({**linear.params, "mixers": mixers}, linear.config.with_layers(layer_types), linear.folder)
+
+
+@partial(jax.jit, static_argnums=1)
+def _take_rows(stacked: Params, rows: tuple[int, ...]) -> Params:
+    # Row by row: indexing with an array would ask where the result of a sharded operand should lie.
+    return jax.tree.map(lambda w: jnp.stack([w[row] for row in rows]), stacked)
 
 
 def transferred_mixer(attention: Params, config: ModelConfig) -> Params:

@@ -29,7 +29,7 @@ from jaxhybrid.stages.distill import distill_step, teacher_outputs
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
-from jaxhybrid.weights.convert import convert
+from jaxhybrid.weights.convert import convert, with_softmax_layers
 
 F, G = FULL_ATTENTION, GATED_DELTANET
 MIXER = GatedDeltaNetConfig()
@@ -151,13 +151,8 @@ def test_candidate_equals_the_hybrid_it_stands_for_in_one_program(teacher, linea
     make = jax.jit(candidate_params)
     for layer in range(4):
         types = tuple(F if i == layer else G for i in range(4))
-        config = linear.config.with_layers(types)
-        rows = np.array([i for i in range(4) if i != layer])
-        mixers = {
-            F: jax.tree.map(lambda w, layer=layer: w[layer : layer + 1], teacher.params["mixers"][F]),
-            G: jax.tree.map(lambda w, rows=rows: w[rows], linear.params["mixers"][G]),
-        }
-        expected = hidden_states({**linear.params, "mixers": mixers}, config, batch["tokens"], batch["segment_ids"])
+        hybrid = with_softmax_layers(linear, teacher, types)
+        expected = hidden_states(hybrid.params, hybrid.config, batch["tokens"], batch["segment_ids"])
         actual = run(make(linear.params, teacher.params, jnp.int32(layer)), jnp.int32(layer))
         np.testing.assert_allclose(actual, expected, atol=2e-5)
     assert run._cache_size() == 1

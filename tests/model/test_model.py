@@ -1,0 +1,143 @@
+"""The forward pass: packing, long rows, precision, remat, patterns, and meshes that do not fit."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxhybrid.errors import TopologyError
+from jaxhybrid.model import attention
+from jaxhybrid.model.config import FULL_ATTENTION as F
+from jaxhybrid.model.config import GATED_DELTANET as G
+from jaxhybrid.model.config import GatedDeltaNetConfig
+from jaxhybrid.model.layers import segment_positions
+from jaxhybrid.model.partition import ShardingRules, make_mesh, param_shardings
+from jaxhybrid.model.transformer import declare, forward, hidden_states, layer_runs
+from jaxhybrid.weights.convert import convert
+
+MIXERS = {
+    "softmax": None,
+    "linear": GatedDeltaNetConfig(),
+    "convolved": GatedDeltaNetConfig(conv_size=3, rope=True, expand_kv=False),
+}
+
+
+@pytest.fixture(scope="module", params=MIXERS)
+def model(request, teacher):
+    mixer = MIXERS[request.param]
+    return teacher if mixer is None else convert(teacher, (G, F, G, G), mixer, jax.random.key(1))
+
+
+def test_packed_documents_equal_separate_ones(model):
+    tokens = np.arange(1, 16)[None] % model.config.vocab_size
+    segments = np.array([[1] * 6 + [2] * 9])
+    packed = forward(model.params, model.config, tokens, segments)
+    first = forward(model.params, model.config, tokens[:, :6])
+    second = forward(model.params, model.config, tokens[:, 6:])
+    np.testing.assert_allclose(packed, jnp.concatenate([first, second], axis=1), atol=2e-4)
+
+
+def test_left_padding_equals_none(model):
+    tokens = np.array([[5, 6, 7, 8, 9]])
+    padded = np.concatenate([np.full((1, 4), 3), tokens], axis=1)
+    segments = np.array([[0] * 4 + [1] * 5])
+    np.testing.assert_allclose(
+        forward(model.params, model.config, padded, segments)[:, 4:],
+        forward(model.params, model.config, tokens),
+        atol=2e-4,
+    )
+
+
+def test_later_tokens_do_not_change_earlier_ones(model):
+    tokens = np.array([[5, 6, 7, 8, 9, 10]])
+    changed = tokens.copy()
+    changed[0, 4:] = 20
+    before, after = (forward(model.params, model.config, t) for t in (tokens, changed))
+    np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-5)
+    assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-2
+
+
+def test_remat_gives_the_same_gradients(model, batch):
+    def loss(params, remat):
+        return jnp.sum(hidden_states(params, model.config, batch["tokens"], batch["segment_ids"], remat=remat) ** 2)
+
+    plain, again = (jax.grad(loss)(model.params, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-2), plain, again)
+
+
+def test_bfloat16_is_near_float32(model, batch):
+    low = forward(model.params, model.config, batch["tokens"], batch["segment_ids"], dtype=jnp.bfloat16)
+    high = forward(model.params, model.config, batch["tokens"], batch["segment_ids"])
+    a, b = np.asarray(low, np.float64).ravel(), np.asarray(high, np.float64).ravel()
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
+
+
+@pytest.mark.parametrize("length", [10, 16, 17, 40])
+def test_attention_in_blocks_equals_attention_at_once(monkeypatch, length):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, length, 4, 8))
+    k, v = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[1:])
+    segments = jnp.asarray(np.arange(length)[None] // 7 + 1).repeat(2, 0)
+
+    def run(q, k, v):
+        return jnp.sum(jnp.sin(attention.causal_attention(q, k, v, segments)))
+
+    whole = jax.value_and_grad(run, (0, 1, 2))(q, k, v)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    blocks = jax.value_and_grad(run, (0, 1, 2))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), blocks, whole)
+
+
+def test_runs_cover_any_pattern():
+    runs = layer_runs((G, G, F, G, F, F))
+    assert [(run.kind, run.start, run.stop, run.first) for run in runs] == [
+        (G, 0, 2, 0), (F, 2, 3, 0), (G, 3, 4, 2), (F, 4, 6, 1),
+    ]  # fmt: skip
+
+
+def test_positions_restart_with_each_document():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(segment_positions(segments), [[0, 1, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor": 2}, "mesh.tensor=2: the tensor axis is not built yet"),
+        ({"context": 4}, "mesh.context=4"),
+        ({"data": 3}, "8 devices do not divide by the fixed mesh axis of 3"),
+        ({"data": 2, "fsdp": 2}, "needs 4 devices, there are 8"),
+        ({"data": -1, "fsdp": -1}, "only one of them"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(sizes, message):
+    with pytest.raises(TopologyError, match=message):
+        make_mesh(**sizes)
+
+
+def test_a_width_that_does_not_divide_is_named(teacher):
+    config = replace(teacher.config, hidden_size=36)
+    with pytest.raises(TopologyError, match=r"36 does not divide over fsdp=8"):
+        param_shardings(declare(config), make_mesh(1, 8))
+
+
+def test_a_rule_for_an_axis_not_built_is_refused():
+    with pytest.raises(TopologyError, match="heads -> 'tensor'"):
+        ShardingRules(heads="tensor")
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "kind", "message"),
+    [
+        ((8,), ("x",), AxisType.Explicit, "needs 'data' and 'fsdp'"),
+        ((2, 4), ("data", "fsdp"), AxisType.Auto, "must be AxisType.Explicit"),
+        ((2, 2, 2), ("data", "fsdp", "tensor"), AxisType.Explicit, "'tensor' has size 2"),
+    ],
+)
+def test_a_callers_mesh_of_another_kind_is_refused(teacher, shape, names, kind, message):
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+    with jax.set_mesh(mesh), pytest.raises(TopologyError, match=message):
+        forward(teacher.params, teacher.config, jnp.ones((8, 4), jnp.int32))
