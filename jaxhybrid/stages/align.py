@@ -5,7 +5,6 @@ but the loss. A layer's gradient is therefore local, and is taken inside the for
 of another layer is kept, so memory beyond parameters does not grow with depth.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -147,8 +146,3 @@ def _walk_layers(
 def linear_mixers(params: Params) -> Params:
     """The part of a student's parameters that alignment trains."""
     return {kind: weights for kind, weights in params["mixers"].items() if kind != FULL_ATTENTION}
-
-
-def jit_align_step(**static: Any) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`align_step` compiled, its state donated."""
-    return jax.jit(lambda state, teacher, batch: align_step(state, teacher, batch, **static), donate_argnums=0)

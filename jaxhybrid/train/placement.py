@@ -1,16 +1,12 @@
 """Host arrays onto the mesh, and back."""
 
-from typing import Any
-
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.params import Params
-from jaxhybrid.model.partition import BATCH_AXES, param_shardings
-from jaxhybrid.model.transformer import Model, declare
+from jaxhybrid.model.partition import BATCH_AXES
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
@@ -34,15 +30,6 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1)
         return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, BATCH_AXES)), x)
 
     return {name: place(x) for name, x in batch.items()}
-
-
-def place_params(params: Params, config: Any, mesh: Mesh) -> Params:
-    """A model's parameters where the sharding rules put them."""
-    return jax.device_put(params, param_shardings(declare(config), mesh))
-
-
-def place_model(model: Model, mesh: Mesh) -> Model:
-    return Model(place_params(model.params, model.config, mesh), model.config, model.folder)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
