@@ -1,12 +1,15 @@
 """Linear-attention operators for JAX: six recurrences, chunked and trainable, packed, with initial and final states."""
 
 from jaxhybrid_kernels.api import linear_attention
+from jaxhybrid_kernels.dplr import dplr_attention, dplr_attention_step
 from jaxhybrid_kernels.recurrent import linear_attention_step
 from jaxhybrid_kernels.short_convolution import short_convolution, short_convolution_step
 from jaxhybrid_kernels.validation import IMPLEMENTATIONS
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "dplr_attention",
+    "dplr_attention_step",
     "linear_attention",
     "linear_attention_step",
     "short_convolution",

@@ -1,0 +1,61 @@
+"""The arguments of `dplr_attention` and their checks: every refusal names the argument and its value."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxhybrid_kernels.numerics import state_dtype, varying_zero
+from jaxhybrid_kernels.validation import check_floating, check_shape, check_state
+
+IMPLEMENTATIONS = ("reference", "recurrent", "xla")
+CHUNK_SIZES = (16, 32, 64, 128)
+
+
+class Inputs(NamedTuple):
+    """What `dplr_attention` takes per token. One token alone has no T axis and no segment_ids."""
+
+    q: jax.Array  # [B,T,N,K]
+    k: jax.Array
+    v: jax.Array  # [B,T,N,V]
+    log_decay: jax.Array  # [B,T,N,K]
+    a: jax.Array
+    b: jax.Array
+    segment_ids: jax.Array | None = None  # [B,T]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[B,N,K,V]."""
+        return (self.v.shape[0], *self.v.shape[-2:-1], self.k.shape[-1], self.v.shape[-1])
+
+
+def first_state(inputs: Inputs, initial_state: jax.Array | None) -> jax.Array:
+    """The given state or zeros, varying along every manual mesh axis along which any argument does."""
+    dtype = state_dtype(*inputs[:6], initial_state)
+    state = jnp.zeros(inputs.state_shape, dtype) if initial_state is None else initial_state.astype(dtype)
+    return state + varying_zero(*inputs, initial_state).astype(dtype)
+
+
+def check_implementation(name: str | None) -> None:
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown; available: {', '.join(IMPLEMENTATIONS)}.")
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"chunk_size={chunk_size!r} must be one of {', '.join(map(str, CHUNK_SIZES))}.")
+
+
+def check_inputs(inputs: Inputs, axes: str, state_name: str, state: jax.Array | None) -> None:
+    """Checks the inputs and the state against one another; axes names those of q: "batch, tokens, heads, width"."""
+    for name, array in (("q", inputs.q), ("v", inputs.v)):
+        if array.ndim != len(axes.split(",")) or 0 in array.shape:
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, expected [{axes}], every axis at least 1.")
+    tokens = inputs.v.shape[:-1]
+    for name in ("q", "k", "log_decay", "a", "b"):
+        check_shape(name, getattr(inputs, name), (*tokens, inputs.q.shape[-1]))
+    check_shape("segment_ids", inputs.segment_ids, tokens[:-1])
+    check_state(state_name, state, inputs.state_shape)
+    check_floating(**inputs._replace(segment_ids=None)._asdict())
+    if inputs.segment_ids is not None and not jnp.issubdtype(inputs.segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids has dtype {inputs.segment_ids.dtype}, expected an integer dtype.")
