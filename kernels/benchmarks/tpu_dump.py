@@ -14,11 +14,13 @@ DUMP_FLAGS = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false "
     "--xla_jf_dump_llo_pass_label_regex=.*(final|delay).*"
 )
-BOUNDS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VSTORE")
+# Older versions of libtpu count matrix instructions as one slot, MXU.
+BOUNDS = ("MXU", "MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VSTORE")
 SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
 
 BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)\{")
-MATMUL = re.compile(r"vmatmul\.([a-z0-9.]+)")
+MATMUL = re.compile(r"= vmatmul\.([a-z0-9.]+)")
+PUSH = re.compile(r"= vmatpush")
 LOOP = re.compile(r"^\s*loop: start=(\S+), step=(\S+), limit=(\S+)")
 ALLOCATION = re.compile(r"space=vmem, size = (0x[0-9a-f]+|\d+), offset = (0x[0-9a-f]+|\d+)")
 
@@ -44,7 +46,7 @@ class Program:
     @property
     def bound(self) -> tuple[str, float]:
         """The slot nearest to full and the share of bundles in which it is."""
-        name = max(BOUNDS, key=lambda slot: self.slots[slot])
+        name = max(BOUNDS, key=lambda slot: self.slots.get(slot, 0.0))
         return name, self.slots[name] / self.bundles
 
     def as_dict(self) -> dict:
@@ -68,7 +70,7 @@ def _read_program(listing: Path) -> Program | None:
     limits = _read_loops(code)
     analysis = _only(folder, stem, "schedule-analysis_final_bundles.txt").read_text(errors="replace")
 
-    marks, matmuls_of, rows_of = [], [], []
+    marks, matmuls_of, pushes_of, rows_of = [], [], [], []
     with listing.open(errors="replace") as lines:
         for line in lines:
             match = BUNDLE.match(line)
@@ -77,6 +79,7 @@ def _read_program(listing: Path) -> Program | None:
             kinds = MATMUL.findall(line)
             marks.append((match.group(1) == "LB", match.group(2).count(">")))
             matmuls_of.append(len(kinds))
+            pushes_of.append(len(PUSH.findall(line)))
             rows_of.append(sum(16 if "bf16" in kind else 32 if re.search(r"[fsu]8", kind) else 8 for kind in kinds))
     if len(used) != len(marks):
         raise ValueError(f"{listing.name} has {len(marks)} bundles, its table of slots {len(used)} rows.")
@@ -102,7 +105,7 @@ def _read_program(listing: Path) -> Program | None:
         vmem=_read_vmem(code),
         slots={slot: total[slot] / capacity[i] for i, slot in enumerate(slot_names)},
         matmuls=sum(w * n for w, n in zip(weight_of, matmuls_of)),
-        pushes=total["MATPUSH"],
+        pushes=sum(w * n for w, n in zip(weight_of, pushes_of)),
         matmul_rows=sum(w * n for w, n in zip(weight_of, rows_of)),
         loops_known=known,
     )

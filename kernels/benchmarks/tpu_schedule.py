@@ -4,8 +4,9 @@
     python kernels/benchmarks/tpu_schedule.py --chips v6e --compare-tokamax
     python kernels/benchmarks/tpu_schedule.py --chips v5e --callable my_kernel.py:build
 
-Needs libtpu (`pip install jax[tpu]`, or TPU_LIBRARY_PATH=/path/to/libtpu.so), no TPU. Every chip is compiled for in a
-process of its own. `--callable FILE:NAME` calls NAME(), which gives (function, arguments as jax.ShapeDtypeStruct).
+Needs libtpu, no TPU: `make tpu-compiler` puts it beside the environment; otherwise install jax[tpu], or set
+TPU_LIBRARY_PATH=/path/to/libtpu.so. Every chip is compiled for in a process of its own. `--callable FILE:NAME` calls
+NAME(), which gives (function, arguments as jax.ShapeDtypeStruct).
 
 "bundles" is the number issued per token and head: bundles of the loop body times grid steps over B T H. It is a time
 without waiting. "matrix units" is how long they need for the rows they are given, as a share of the bundles; above
@@ -286,11 +287,21 @@ def summary(job: Job, programs: list[Program], machine: dict) -> dict:
 # The process that the user starts
 
 
+def find_libtpu():
+    """TPU_LIBRARY_PATH, what `make tpu-compiler` installed, or the installed package; None without any."""
+    beside = Path(sys.prefix) / "tpu-compiler/libtpu/libtpu.so"
+    package = importlib.util.find_spec("libtpu")
+    installed = Path(package.origin).parent / "libtpu.so" if package and package.origin else None
+    paths = (os.environ.get("TPU_LIBRARY_PATH"), beside, installed)
+    return next((str(path) for path in paths if path and Path(path).exists()), None)
+
+
 def compile_in_process(chip, arguments):
     """Starts this file again for one chip: libtpu reads its flags once, before JAX starts."""
     with tempfile.TemporaryDirectory(prefix="tpu-schedule-") as folder:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            "TPU_LIBRARY_PATH": find_libtpu(),
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-4",
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -366,8 +377,8 @@ def main():
         chip, folder = options.worker
         print(json.dumps(compile_for(chip, options, Path(folder))))
         return
-    if not os.environ.get("TPU_LIBRARY_PATH") and importlib.util.find_spec("libtpu") is None:
-        raise SystemExit("libtpu is not installed: pip install 'jax[tpu]', or set TPU_LIBRARY_PATH to a libtpu.so.")
+    if not find_libtpu():
+        raise SystemExit("libtpu is not installed: run `make tpu-compiler`, or set TPU_LIBRARY_PATH to a libtpu.so.")
     if options.compare_tokamax and importlib.util.find_spec("tokamax") is None:
         raise SystemExit("tokamax is not installed: pip install tokamax==0.0.17")
     results = {}
