@@ -11,6 +11,8 @@ from jaxhybrid_kernels.chunked_backward import chunked_backward
 from jaxhybrid_kernels.numerics import state_dtype, varying_zero
 from jaxhybrid_kernels.recurrent import recurrent_linear_attention
 from jaxhybrid_kernels.reference import reference_linear_attention
+from jaxhybrid_kernels.tpu.layout import make_layout
+from jaxhybrid_kernels.tpu.linear_attention import tpu_linear_attention, tpu_refusal
 from jaxhybrid_kernels.validation import (
     Sizes,
     check_chunk_size,
@@ -44,8 +46,10 @@ def linear_attention(
                     neither writes nor decays a state, its output is 0 and its gradients are 0.
     initial_state:  None (zeros) or [B,N,K,V] float32: the state before the first non-padding token.
     scale:          Python number, K**-0.5 by default.
-    chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64.
-    implementation: "reference", "recurrent", "xla", or None: "recurrent" for one token, else "xla".
+    chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64. 128 for
+                    "pallas_tpu".
+    implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU), or None:
+                    "recurrent" for one token, else "pallas_tpu" on a TPU if it takes the arguments, else "xla".
 
     Returns out [B,T,max(Hq,N),V] in v's dtype and the state after the last non-padding token, [B,N,K,V] float32. All
     arguments but segment_ids are differentiable, through both results. Arguments in float64 are computed in float64.
@@ -55,8 +59,13 @@ def linear_attention(
     check_chunk_size(chunk_size)
     check_scale(scale)
     sizes = check_sequence(q, k, v, log_decay, beta, segment_ids, initial_state)
+    inputs = Inputs(q, k, v, log_decay, beta, segment_ids)
+    refusal = tpu_refusal(inputs, initial_state, chunk_size, sizes)
     if implementation is None:
-        implementation = "recurrent" if sizes.T == 1 else "xla"
+        on_tpu = target_platform() == "tpu" and refusal is None
+        implementation = "recurrent" if sizes.T == 1 else "pallas_tpu" if on_tpu else "xla"
+    if implementation == "pallas_tpu" and refusal is not None:
+        raise ValueError(refusal)
     scale = float(sizes.K**-0.5 if scale is None else scale)
     if implementation == "reference":
         return reference_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)
@@ -66,9 +75,16 @@ def linear_attention(
     if initial_state is None:
         initial_state = jnp.zeros((sizes.B, sizes.N, sizes.K, sizes.V), dtype)
     zero = varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state)
-    inputs = Inputs(q, k, v, log_decay, beta, segment_ids)
     inputs, initial_state = jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, initial_state.astype(dtype)))
+    if implementation == "pallas_tpu":
+        return tpu_linear_attention(make_layout(inputs, scale, sizes), inputs, initial_state)
     return _chunked(scale, chunk_size or default_chunk_size(sizes.T), sizes, inputs, initial_state)
+
+
+def target_platform() -> str:
+    """The platform that code traced now will run on: that of the mesh in use, if it names one, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def default_chunk_size(T: int) -> int:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("reference", "recurrent", "xla")
-LATER = ("pallas_tpu", "pallas_gpu")
+IMPLEMENTATIONS = ("reference", "recurrent", "xla", "pallas_tpu")
+LATER = ("pallas_gpu",)
 
 
 class Sizes(NamedTuple):

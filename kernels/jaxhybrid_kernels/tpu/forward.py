@@ -1,0 +1,188 @@
+"""Forward kernel: one pass over time per group of heads, the states held in VMEM.
+
+A grid step takes CHUNK tokens of several heads. Nothing before the state's products depends on the state, so that Gram
+matrices and inverses of all heads come first and their latencies hide one another.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.tpu.gates import HeadGates, gate_names, gate_rows, make_gates, read_gates
+from jaxhybrid_kernels.tpu.head_gates import head_operands
+from jaxhybrid_kernels.tpu.inverse import inverse_unit_lower
+from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block
+from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back_state
+from jaxhybrid_kernels.tpu.operands import Operands
+from jaxhybrid_kernels.tpu.products import product, transposed_product
+
+
+class Arrays(NamedTuple):
+    """What the kernels read, laid out (see layout.py)."""
+
+    q: Any
+    k: Any
+    v: Any
+    log_decay: Any  # [B,n*C,N*K] when per channel, else None
+    gates: Any
+
+
+class Residuals(NamedTuple):
+    """What the backward keeps beside the inputs."""
+
+    states: Any  # [B,N,n,K,V] entry states, compute dtype
+    inverse: Any  # [B,N,n,C,C] compute dtype; None for the additive rule
+
+
+class Results(NamedTuple):
+    out: Any  # [B,n*C,out_heads*V]
+    final: Any  # [B,N,K,V]
+    kept: Residuals | None
+
+
+def lay_out_inputs(inputs: Inputs, layout: Layout) -> Arrays:
+    ids = inputs.segment_ids
+    log_decay = None
+    if inputs.log_decay is not None and layout.decay == "channel":
+        log_decay = lay_out(inputs.log_decay, ids, layout.K, jnp.float32)
+    return Arrays(
+        lay_out(inputs.q, ids, layout.K, layout.dtype),
+        lay_out(inputs.k, ids, layout.K, layout.dtype),
+        lay_out(inputs.v, ids, layout.V, layout.dtype),
+        log_decay,
+        make_gates(inputs, layout),
+    )
+
+
+def tpu_forward(
+    inputs: Inputs, initial_state: jax.Array, layout: Layout, keep: bool
+) -> tuple[tuple[jax.Array, jax.Array], Residuals | None]:
+    """((out, final state), residuals if they are to be kept)."""
+    sizes, K, V = layout.sizes, layout.K, layout.V
+    kept = kept_blocks = None
+    if keep:
+        kept, kept_blocks = residual_arrays(layout), residual_blocks(layout)
+    outputs = Results(
+        jax.ShapeDtypeStruct((sizes.B, layout.chunks * CHUNK, sizes.out_heads * V), inputs.v.dtype),
+        jax.ShapeDtypeStruct((sizes.B, sizes.N, K, V), jnp.float32),
+        kept,
+    )
+    results = launch(
+        partial(forward_kernel, layout=layout),
+        "linear_attention_forward",
+        layout,
+        (lay_out_inputs(inputs, layout), lay_out_state(initial_state, layout)),
+        (input_blocks(layout), state_block(layout)),
+        outputs,
+        Results(token_block(layout, sizes.out_heads, V), state_block(layout), kept_blocks),
+        [(layout.heads, K, V)],
+    )
+    out = results.out.reshape(sizes.B, -1, sizes.out_heads, V)[:, : sizes.T, :, : sizes.V]
+    return (out, take_back_state(results.final, layout)), results.kept
+
+
+def input_blocks(layout: Layout) -> Arrays:
+    sizes = layout.sizes
+    return Arrays(
+        token_block(layout, sizes.Hq, layout.K),
+        token_block(layout, sizes.Hk, layout.K),
+        token_block(layout, sizes.N, layout.V),
+        token_block(layout, sizes.N, layout.K) if layout.decay == "channel" else None,
+        chunk_block(1, gate_rows(layout), CHUNK) if gate_names(layout) else None,
+    )
+
+
+def residual_arrays(layout: Layout) -> Residuals:
+    lead = (layout.sizes.B, layout.sizes.N, layout.chunks)
+    states = jax.ShapeDtypeStruct((*lead, layout.K, layout.V), layout.dtype)
+    inverse = jax.ShapeDtypeStruct((*lead, CHUNK, CHUNK), layout.dtype)
+    return Residuals(states, inverse if layout.delta else None)
+
+
+def residual_blocks(layout: Layout) -> Residuals:
+    states = chunk_block(layout.heads, layout.K, layout.V)
+    return Residuals(states, chunk_block(layout.heads, CHUNK, CHUNK) if layout.delta else None)
+
+
+def forward_kernel(arrays: Arrays, initial_ref: Any, results: Results, state_ref: Any, *, layout: Layout) -> None:
+    time = pl.program_id(2)
+
+    @pl.when(time == 0)
+    def _():
+        state_ref[...] = initial_ref[0]
+
+    heads = range(layout.heads)
+    gates, operands = read_operands(arrays, layout)
+    inverses: list[jax.Array | None] = [None] * layout.heads
+    stricts = [
+        gate.beta * x.coupling for gate, x in zip(gates, operands) if gate.beta is not None and x.coupling is not None
+    ]
+    if stricts:
+        inverses = [x.astype(layout.dtype) for x in inverse_unit_lower(stricts, layout.exact)]
+    for h in heads:
+        entry = state_ref[h].astype(layout.dtype)
+        if results.kept is not None:
+            results.kept.states[0, h, 0] = entry
+            if inverses[h] is not None:
+                results.kept.inverse[0, h, 0] = inverses[h]
+        v = read_head(arrays.v, h, layout.V)
+        update, read = solve(operands[h], entry, v, gates[h].beta, inverses[h])
+        written = scale_rows(update, operands[h].row_out).astype(layout.dtype)
+        state = state_ref[h] if operands[h].carry is None else operands[h].carry * state_ref[h]
+        state_ref[h] = state + transposed_product(operands[h].k_out, written)
+        out = layout.scale * scale_rows(read, operands[h].row_in)
+        out = out + product(operands[h].pair.astype(layout.dtype), update.astype(layout.dtype))
+        for r in range(layout.queries):
+            write_head(results.out, h * layout.queries + r, out[r * CHUNK : (r + 1) * CHUNK])
+
+    @pl.when(time == layout.chunks - 1)
+    def _():
+        results.final[0] = state_ref[...]
+
+
+def read_operands(arrays: Arrays, layout: Layout) -> tuple[list[HeadGates], list[Operands]]:
+    """Gates and operands of every head of the grid step."""
+    gates = read_gates(None if arrays.gates is None else arrays.gates[0, 0, 0], layout)
+    operands = [head_operands(*read_query_key(arrays, h, layout), gates[h], layout.scale) for h in range(layout.heads)]
+    return gates, operands
+
+
+def read_head(ref: Any, head: int, width: int) -> jax.Array:
+    """[C,width] of one head of a block [1,C,heads*width]."""
+    return ref[0, :, head * width : (head + 1) * width]
+
+
+def write_head(ref: Any, head: int, value: jax.Array) -> None:
+    width = value.shape[1]
+    ref[0, :, head * width : (head + 1) * width] = value.astype(ref.dtype)
+
+
+def read_query_key(arrays: Arrays, head: int, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """q [R*C,K] and k [C,K] of a value head."""
+    queries = [read_head(arrays.q, i, layout.K) for i in layout.query_heads_of(head)]
+    q = queries[0] if len(queries) == 1 else jnp.concatenate(queries, axis=0)
+    return q, read_head(arrays.k, layout.key_head_of(head), layout.K)
+
+
+def solve(
+    operands: Operands, entry: jax.Array, v: jax.Array, beta: jax.Array | None, inverse: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The update U [C,V] and q_in S [R*C,V], both float32, from the entry state [K,V]."""
+    if beta is None or inverse is None:
+        return v.astype(jnp.float32), product(operands.q_in, entry)
+    C = v.shape[0]
+    read = product(jnp.concatenate([operands.k_in, operands.q_in], axis=0), entry)
+    innovation = v.astype(jnp.float32) - scale_rows(read[:C], operands.row_in)
+    return product(inverse, (beta * innovation).astype(inverse.dtype)), read[C:]
+
+
+def scale_rows(x: jax.Array, row: jax.Array | None) -> jax.Array:
+    """x [R*C,V] times row [C,1], for each of the R queries; a missing row is one."""
+    if row is None:
+        return x
+    times = x.shape[0] // row.shape[0]
+    return x * (row if times == 1 else jnp.concatenate([row] * times, axis=0))

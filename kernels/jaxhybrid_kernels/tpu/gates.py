@@ -1,0 +1,179 @@
+"""The gates of a call: small arrays made outside the kernels, and how a kernel reads them.
+
+Per chunk and head they are rows of C tokens; a kernel transposes all rows of a grid step at once for those that it
+needs as columns. With G the running sum of log_decay inside the chunk:
+    entry_i = exp(G_i) [segment of the entry state]        exit_j = exp(G_C - G_j) [segment of the last token]
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.segments import segment_index
+from jaxhybrid_kernels.tpu.layout import CHUNK, Layout
+
+SUBLANES = 8
+
+
+def gate_names(layout: Layout) -> tuple[str, ...]:
+    """The rows that a call has, in their order.
+
+    sum, sum_low: G and what rounding took from it. end: tokens of the chunk up to the last one of this token's segment.
+    entry, exit: as above, or the segment conditions alone where the decay is none or per channel.
+    """
+    names: tuple[str, ...] = ()
+    if layout.decay == "head":
+        names += ("sum", "sum_low") if layout.exact else ("sum",)
+    if layout.decay == "head" or layout.segments:
+        names += ("entry", "exit")
+    if layout.segments:
+        names += ("end",)
+    if layout.delta:
+        names += ("beta",)
+    return names
+
+
+def gate_rows(layout: Layout) -> int:
+    count = len(gate_names(layout)) * layout.heads
+    return count + -count % SUBLANES
+
+
+def gate_gradient_names(layout: Layout) -> tuple[str, ...]:
+    """The rows of gradients that the backward kernel writes, in their order."""
+    return (("sum",) if layout.decay == "head" else ()) + (("beta",) if layout.delta else ())
+
+
+def gate_gradient_rows(layout: Layout) -> int:
+    count = len(gate_gradient_names(layout)) * layout.heads
+    return count + -count % SUBLANES
+
+
+def make_gates(inputs: Inputs, layout: Layout) -> jax.Array | None:
+    """[B,steps,n,rows,C] float32, rows a multiple of 8; None when the call has no gates."""
+    names = gate_names(layout)
+    if not names:
+        return None
+    gates: dict[str, jax.Array] = {}
+    entry = leaving = jnp.zeros((), jnp.float32)
+    if inputs.log_decay is not None and layout.decay == "head":
+        high, low = running_sum(tokens_in_lanes(inputs.log_decay, inputs.segment_ids))
+        gates["sum"], gates["sum_low"] = high, low
+        entry, leaving = high, (high[..., -1:] - high) + (low[..., -1:] - low)
+    if inputs.segment_ids is not None:
+        segment, before = _segments(inputs.segment_ids)
+        entry = jnp.where(segment == before, entry, -jnp.inf)
+        leaving = jnp.where(segment == segment[..., -1:], leaving, -jnp.inf)
+        gates["end"] = jnp.sum(segment[..., None, :] <= segment[..., :, None], axis=-1, dtype=jnp.float32)
+    gates["entry"], gates["exit"] = jnp.exp(entry), jnp.exp(leaving)
+    if inputs.beta is not None:
+        gates["beta"] = tokens_in_lanes(inputs.beta, inputs.segment_ids)
+    B, N, n = layout.sizes.B, layout.sizes.N, layout.chunks
+    rows = jnp.stack([jnp.broadcast_to(gates[name], (B, N, n, CHUNK)) for name in names], axis=2)
+    rows = rows.reshape(B, layout.steps, layout.heads, len(names), n, CHUNK)
+    rows = jnp.transpose(rows, (0, 1, 4, 3, 2, 5)).reshape(B, layout.steps, n, -1, CHUNK)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, gate_rows(layout) - rows.shape[3]), (0, 0)))
+
+
+def gate_gradients(rows: jax.Array | None, inputs: Inputs, layout: Layout) -> tuple[jax.Array | None, jax.Array | None]:
+    """Gradients of log_decay (per head) and beta, None where there is none, from those rows [B,steps,n,rows,C]."""
+    if rows is None:
+        return None, None
+    B, N, n = layout.sizes.B, layout.sizes.N, layout.chunks
+    names = gate_gradient_names(layout)
+    rows = rows[:, :, :, : len(names) * layout.heads].reshape(B, layout.steps, n, len(names), layout.heads, CHUNK)
+    by_name = dict(zip(names, jnp.transpose(rows, (3, 0, 1, 4, 2, 5)).reshape(len(names), B, N, n, CHUNK)))
+    d_log_decay = d_beta = None
+    if inputs.log_decay is not None and "sum" in by_name:
+        later = lax.cumsum(by_name["sum"], axis=3, reverse=True)
+        d_log_decay = tokens_out_of_lanes(later, inputs.log_decay, inputs.segment_ids)
+    if inputs.beta is not None:
+        d_beta = tokens_out_of_lanes(by_name["beta"], inputs.beta, inputs.segment_ids)
+    return d_log_decay, d_beta
+
+
+def tokens_in_lanes(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """[B,T,N] -> [B,N,n,C] float32, zero on padding."""
+    if segment_ids is not None:
+        x = jnp.where((segment_ids != 0)[:, :, None], x, 0)
+    B, T, N = x.shape
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -T % CHUNK), (0, 0)))
+    return jnp.transpose(x, (0, 2, 1)).reshape(B, N, -1, CHUNK)
+
+
+def tokens_out_of_lanes(x: jax.Array, like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Undoes `tokens_in_lanes` for the gradient of `like`."""
+    B, T, N = like.shape
+    x = jnp.transpose(x.reshape(B, N, -1), (0, 2, 1))[:, :T]
+    if segment_ids is not None:
+        x = jnp.where((segment_ids != 0)[:, :, None], x, 0)
+    return x.astype(like.dtype)
+
+
+def _segments(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Changes of id so far, [B,1,n,C], and those up to the entry state, [B,1,n,1]."""
+    B, T = segment_ids.shape
+    index = jnp.pad(segment_index(segment_ids), ((0, 0), (0, -T % CHUNK)), mode="edge").reshape(B, 1, -1, CHUNK)
+    last = index[..., -1:]
+    return index, jnp.concatenate([jnp.zeros_like(last[:, :, :1]), last[:, :, :-1]], axis=2)
+
+
+def running_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cumulative sum along the last axis as an unevaluated sum of two floats (Knuth's two-sum at every addition)."""
+
+    def add(a, b):
+        total = a[0] + b[0]
+        back = total - a[0]
+        error = (a[0] - (total - back)) + (b[0] - back)
+        return total, error + a[1] + b[1]
+
+    return lax.associative_scan(add, (x, jnp.zeros_like(x)), axis=x.ndim - 1)
+
+
+class HeadGates(NamedTuple):
+    """One head's gates in a kernel, as columns [C,1] and rows [1,C]; None where the call has none."""
+
+    sum: jax.Array | None
+    sum_row: jax.Array | None
+    sum_low: jax.Array | None
+    sum_low_row: jax.Array | None
+    entry: jax.Array | None
+    exit: jax.Array | None
+    end_row: jax.Array | None
+    beta: jax.Array | None
+
+
+def read_gates(rows: jax.Array | None, layout: Layout) -> list[HeadGates]:
+    """The gates of every head of a grid step, from its block [rows,C]."""
+    if rows is None:
+        return [HeadGates(*[None] * 8)] * layout.heads
+    columns = rows.T
+    names = gate_names(layout)
+
+    def row(name: str, head: int) -> jax.Array | None:
+        if name not in names:
+            return None
+        at = names.index(name) * layout.heads + head
+        return rows[at : at + 1]
+
+    def column(name: str, head: int) -> jax.Array | None:
+        if name not in names:
+            return None
+        at = names.index(name) * layout.heads + head
+        return columns[:, at : at + 1]
+
+    return [
+        HeadGates(
+            column("sum", h),
+            row("sum", h),
+            column("sum_low", h),
+            row("sum_low", h),
+            column("entry", h),
+            column("exit", h),
+            row("end", h),
+            column("beta", h),
+        )
+        for h in range(layout.heads)
+    ]
