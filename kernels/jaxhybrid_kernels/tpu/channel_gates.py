@@ -1,0 +1,346 @@
+"""What a chunk contributes apart from the state, for one decay per key channel, in a kernel; forward and backward.
+
+    pair_ij = sum_c q_ic k_jc exp(G_ic - G_jc),   G the running sum of log_decay
+cannot be split into exp(G_i) and exp(-G_j): the second overflows. It can be split around any moment between j and i.
+Tokens i > j lie in neighbouring runs of s = 1, 2, 4, ... tokens, the second and the first of a pair, for exactly one s
+(the highest bit in which i and j differ); they meet at the border between these runs:
+    exp(G_i - G_j) = exp(sum from the border through i) exp(sum after j to the border),
+with both exponents <= 0. At a level every token has one of the two roles, so one gate [C,K] serves rows and
+columns, and the level is one matrix product under a mask.
+
+Sums inside blocks of 8 tokens are products with a matrix of zeros and ones; longer runs multiply by the decays of whole
+blocks. No sum ever holds a decay that its run does not, so a token that forgets takes no digits from its neighbours.
+Heads are independent: their steps alternate, so that one hides the latency of another.
+"""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxhybrid_kernels.tpu.operands import Operands, StateGradients
+from jaxhybrid_kernels.tpu.products import product, product_transposed
+
+BLOCK = 8  # tokens in a register; runs inside a block are near
+PACKED = 16  # tokens in a register of bfloat16: from runs of this size on, second runs are cut out
+
+
+class Constants(NamedTuple):
+    """Operands of the kernel that depend on shapes alone."""
+
+    sums: np.ndarray  # [5C,parts*C] bfloat16: log_decay to its sums at the near levels, and since and until block ends
+    sums_transposed: np.ndarray  # [C,parts*(levels+2)*C] bfloat16: gradients of all sums to that of log_decay
+    meetings: np.ndarray  # [levels,C or C/2,C] int32: all bits of a float32, or of two bfloat16, set where pairs meet
+
+
+class Head(NamedTuple):
+    q: jax.Array  # [R*C,K] compute dtype
+    k: jax.Array  # [C,K]
+    log_decay: jax.Array  # [C,K] float32
+
+
+class Tokens(NamedTuple):
+    """What is known of a chunk's tokens, the same for all heads."""
+
+    level: jax.Array  # [C,C] int32: 1 + the level at which i meets j, 0 if i = j; -1: i does not see j
+    reads: jax.Array | None  # [C,1] float32: 1 if the token shares the entry state's segment; None: all do
+    stays: jax.Array | None  # [C,1] float32: 1 if the token shares the last token's segment
+
+
+def channel_constants(C: int, exact: bool) -> Constants:
+    """`exact`: for float32 operands, where a sum's terms are split into three bfloat16 parts."""
+    i, t = np.arange(C)[:, None], np.arange(C)[None]
+
+    def spans(level: int) -> np.ndarray:
+        second = (i >> level) % 2 == 1
+        return (i >> level == t >> level) & np.where(second, t <= i, t > i)
+
+    same_block = i // BLOCK == t // BLOCK
+    sums = np.concatenate([*map(spans, range(_levels(BLOCK))), same_block & (t <= i), same_block & (t > i)])
+    gradients = np.concatenate([*map(spans, range(_levels(C))), t <= i, t > i]).T
+    meetings = np.stack([(i >> level) ^ (t >> level) == 1 for level in range(_levels(C))])
+    bits = meetings.astype(np.uint32) * np.uint32(0xFFFFFFFF if exact else 0xFFFF)
+    if not exact:
+        bits = bits[:, 0::2] | bits[:, 1::2] << 16
+    return Constants(
+        np.tile(sums, (1, 3 if exact else 2)).astype(jnp.bfloat16),
+        np.tile(gradients, (1, 3 if exact else 1)).astype(jnp.bfloat16),
+        bits.view(np.int32),
+    )
+
+
+def meeting_level(C: int, same_segment: jax.Array | None) -> jax.Array:
+    """`Tokens.level`; same_segment [C,C] bool."""
+    i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    level = sum(((i >> bit) != (j >> bit)).astype(jnp.int32) for bit in range(_levels(C)))
+    sees = i >= j if same_segment is None else (i >= j) & same_segment
+    return jnp.where(sees, level, -1)
+
+
+def channel_operands(heads: list[Head], tokens: Tokens, sums: jax.Array, scale: float, delta: bool) -> list[Operands]:
+    """sums: `Constants.sums`."""
+    gated = [_Gated(head, sums) for head in heads]
+    C, dtype = heads[0].k.shape[0], heads[0].k.dtype
+    grams = []  # of each head: its queries with its keys, and with the delta rule its keys with themselves
+    for head in gated:
+        pairs = [jnp.where(tokens.level == 0, _sum_lanes(q * head.k), 0) for q in head.queries]
+        grams.append([*pairs, jnp.zeros((C, C), jnp.float32)] if delta else pairs)
+    for level in range(_levels(C)):
+        size, here = 1 << level, tokens.level == level + 1
+        for gram, head in zip(grams, gated):
+            meeting = head.meeting(level)
+            rows = [*meeting.queries, _late(meeting.k, size)] if delta else meeting.queries
+            met = product_transposed(jnp.concatenate(rows, axis=0).astype(dtype), meeting.k.astype(dtype))
+            gram[:] = [_choose(here, new, old, size) for new, old in zip(_pieces(met, rows[0].shape[0]), gram)]
+    ends = [head.ends(tokens) for head in gated]
+    carries = jnp.concatenate([end.carry for end in ends], axis=0).T
+    return [
+        Operands(
+            jnp.concatenate(end.queries_in, axis=0).astype(dtype),
+            end.k_in.astype(dtype),
+            end.k_out.astype(dtype),
+            None,
+            None,
+            carries[:, at : at + 1],
+            scale * jnp.concatenate(gram[: len(end.queries_in)], axis=0),
+            gram[-1] if delta else None,
+        )
+        for at, (gram, end) in enumerate(zip(grams, ends))
+    ]
+
+
+def channel_gradients(
+    heads: list[Head], tokens: Tokens, constants: Constants, gradients: list[StateGradients], scale: float
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Gradients of q [R*C,K], k [C,K] and log_decay [C,K] of every head, float32.
+
+    An exponent is a sum of decays, and its gradient is that of its gate times the gate: nothing cancels.
+    """
+    growing = [_Gradients(_Gated(head, constants.sums), tokens, one, scale) for head, one in zip(heads, gradients)]
+    for level in range(_levels(heads[0].k.shape[0])):
+        for head in growing:
+            head.meet(level, constants.meetings[level])
+    carries = _columns_to_rows([one.carry for one in gradients])
+    return [
+        head.finish(tokens, one, carries[at : at + 1], constants.sums_transposed)
+        for at, (head, one) in enumerate(zip(growing, gradients))
+    ]
+
+
+class _Meeting(NamedTuple):
+    """The two sides of a level's sum over channels, float32."""
+
+    k: jax.Array  # [C,K]: second runs as rows, first runs as columns
+    queries: list[jax.Array]  # [C,K], or [C/2,K] if second runs are cut out
+    factor: jax.Array | None  # [C,K], what near keys, and keys gated to their block's ends, were multiplied by
+
+
+class _Ends(NamedTuple):
+    """What meets the entry state and makes the exit state, float32."""
+
+    queries_in: list[jax.Array]  # [C,K]
+    k_in: jax.Array
+    k_out: jax.Array
+    carry: jax.Array  # [1,K]
+    entry: jax.Array  # [C,K]: from the chunk's start to the block's, 0 if another segment's
+    leaving: jax.Array  # [C,K]: from the block's end to the chunk's
+
+
+class _Gated:
+    """One head's queries and keys in float32, and their gates."""
+
+    def __init__(self, head: Head, sums: jax.Array):
+        C = head.k.shape[0]
+        self.dtype = head.k.dtype
+        self.k = head.k.astype(jnp.float32)
+        self.queries = [q.astype(jnp.float32) for q in _pieces(head.q, C)]
+        parts = _parts(head.log_decay * math.log2(math.e), sums.shape[1] // C)
+        *self.near, self.since, self.until = _pieces(jnp.exp2(product(sums, parts)), C)
+        self.k_since, self.k_until = self.k * self.since, self.k * self.until
+        self.queries_since = [q * self.since for q in self.queries]
+        blocks = _pieces(self.since, BLOCK)
+        self.blocks = [jnp.broadcast_to(block[-1:], block.shape) for block in blocks]
+
+    def meeting(self, level: int) -> _Meeting:
+        size = 1 << level
+        if size < BLOCK:
+            gate = self.near[level]
+            return _Meeting(self.k * gate, [q * gate for q in self.queries], gate)
+        k = _by_run(self.k_until, self.k_since, size)
+        queries = [_late(q, size) for q in self.queries_since]
+        if size == BLOCK:
+            return _Meeting(k, queries, None)
+        factor = _by_run(self.across(size, -1), self.across(size, 1), size)
+        return _Meeting(k * factor, [q * _late(factor, size) for q in queries], factor)
+
+    def ends(self, tokens: Tokens) -> _Ends:
+        C = self.k.shape[0]
+        entry, leaving = self.across(C, 1), self.across(C, -1)
+        if tokens.reads is not None and tokens.stays is not None:
+            entry, leaving = entry * tokens.reads, leaving * tokens.stays
+        queries_in = [q * entry for q in self.queries_since]
+        carry = (self.since * entry)[-1:]
+        return _Ends(queries_in, self.k_since * entry, self.k_until * leaving, carry, entry, leaving)
+
+    def across(self, size: int, direction: int) -> jax.Array:
+        """[C,K]: the decay of whole blocks from the start (1) of a run to a block, or on to its end (-1)."""
+        factors = [jnp.ones_like(block) for block in self.blocks]
+        order = range(len(factors))[::direction]
+        for before, at in pairwise(order):
+            if before * BLOCK // size == at * BLOCK // size:
+                factors[at] = factors[before] * self.blocks[before]
+        return jnp.concatenate(factors, axis=0)
+
+
+class _Gradients:
+    """Gradients of one head while they grow, level by level; names as in `_Gated`."""
+
+    def __init__(self, head: _Gated, tokens: Tokens, gradients: StateGradients, scale: float):
+        C = head.k.shape[0]
+        self.head = head
+        pairs = [jnp.where(tokens.level >= 0, scale * pair, 0) for pair in _pieces(gradients.pair, C)]
+        diagonals = [_sum_lanes(jnp.where(tokens.level == 0, pair, 0)) for pair in pairs]
+        self.queries = [diagonal * head.k for diagonal in diagonals]
+        self.k = sum(diagonal * q for diagonal, q in zip(diagonals, head.queries))
+        self.k_since = self.k_until = jnp.zeros_like(head.k)
+        self.queries_since = [self.k_since for _ in pairs]
+        self.exponents: list[jax.Array] = []  # [C,K] per level
+        to_keys = [pair.T for pair in pairs]
+        if gradients.coupling is None:
+            to_keys = [jnp.zeros((C, C), jnp.float32), *to_keys]
+        else:
+            coupling = jnp.where(tokens.level > 0, gradients.coupling, 0)
+            to_keys = [coupling + coupling.T, *to_keys]
+        self.to_keys = self._bits(jnp.concatenate(to_keys, axis=1))  # of pairs [k|q], to the gradients of k
+        self.to_queries = [self._bits(pair) for pair in pairs]
+
+    def _bits(self, x: jax.Array) -> jax.Array:
+        return pltpu.bitcast(x.astype(self.head.dtype), jnp.int32)
+
+    def _floats(self, x: jax.Array) -> jax.Array:
+        return pltpu.bitcast(x, self.head.dtype)
+
+    def meet(self, level: int, meetings: jax.Array) -> None:
+        """meetings: a row of `Constants.meetings`."""
+        head, dtype, size = self.head, self.head.dtype, 1 << level
+        meeting = head.meeting(level)
+        keys = meeting.k.astype(dtype)
+        rows = jnp.concatenate([keys, *(_back_in_place(q.astype(dtype), size) for q in meeting.queries)], axis=0)
+        C = keys.shape[0]
+        d_k = product(self._floats(self.to_keys & jnp.concatenate([meetings] * (rows.shape[0] // C), axis=1)), rows)
+        rows_per_register = C // meetings.shape[0]
+        late = _late(meetings, size, rows_per_register)
+        to_queries = [_late(bits, size, rows_per_register) & late for bits in self.to_queries]
+        d_queries = product(self._floats(jnp.concatenate(to_queries, axis=0)), keys)
+        d_queries = _pieces(d_queries, meeting.queries[0].shape[0])
+        exponent = meeting.k * d_k
+        for q, d_q in zip(meeting.queries, d_queries):
+            exponent = _add_late(exponent, q * d_q, size)
+        self.exponents.append(exponent)
+        if meeting.factor is not None:
+            d_k = meeting.factor * d_k
+            d_queries = [_late(meeting.factor, size) * d_q for d_q in d_queries]
+        if size < BLOCK:
+            self.k = self.k + d_k
+            self.queries = [old + d_q for old, d_q in zip(self.queries, d_queries)]
+        else:
+            self.k_until = _by_run(self.k_until + d_k, self.k_until, size)
+            self.k_since = _by_run(self.k_since, self.k_since + d_k, size)
+            self.queries_since = [_add_late(old, d_q, size) for old, d_q in zip(self.queries_since, d_queries)]
+
+    def finish(
+        self, tokens: Tokens, gradients: StateGradients, d_carry: jax.Array, sums_transposed: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        head, ends = self.head, self.head.ends(tokens)
+        C = head.k.shape[0]
+        last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
+        exponent = jnp.where(last, d_carry, 0)
+        d_queries = []
+        for q_in, d_q_in, d_q, d_q_since in zip(
+            ends.queries_in, _pieces(gradients.q_in, C), self.queries, self.queries_since
+        ):
+            exponent = exponent + q_in * d_q_in
+            d_queries.append(d_q + head.since * (d_q_since + ends.entry * d_q_in))
+        d_k_since = self.k_since
+        if gradients.k_in is not None:
+            exponent = exponent + ends.k_in * gradients.k_in
+            d_k_since = d_k_since + ends.entry * gradients.k_in
+        d_k = self.k + head.since * d_k_since + head.until * (self.k_until + ends.leaving * gradients.k_out)
+        exponents = jnp.concatenate([*self.exponents, exponent, ends.k_out * gradients.k_out], axis=0)
+        parts = _parts(exponents, sums_transposed.shape[1] // exponents.shape[0])
+        return jnp.concatenate(d_queries, axis=0), d_k, product(sums_transposed, parts)
+
+
+def _levels(C: int) -> int:
+    return C.bit_length() - 1
+
+
+def _parts(x: jax.Array, count: int) -> jax.Array:
+    """[M,K] float32 -> [count*M,K] bfloat16, the leading bits of x and of what the parts before left over."""
+    parts = []
+    for _ in range(count):
+        parts.append(x.astype(jnp.bfloat16))
+        x = x - parts[-1].astype(jnp.float32)
+    return jnp.concatenate(parts, axis=0)
+
+
+def _pieces(x: jax.Array, rows: int) -> list[jax.Array]:
+    return [x[start : start + rows] for start in range(0, x.shape[0], rows)]
+
+
+def _sum_lanes(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _by_run(first: jax.Array, second: jax.Array, size: int) -> jax.Array:
+    """First runs of one [C,K], second runs of the other."""
+    runs = zip(_pieces(first, size), _pieces(second, size))
+    return jnp.concatenate([pair[at % 2] for at, pair in enumerate(runs)], axis=0)
+
+
+def _late(x: jax.Array, size: int, tokens_per_row: int = 1) -> jax.Array:
+    """Of rows for C tokens those of second runs if they can be cut out, else all."""
+    if size < PACKED:
+        return x
+    return jnp.concatenate(_pieces(x, size // tokens_per_row)[1::2], axis=0)
+
+
+def _back_in_place(late: jax.Array, size: int) -> jax.Array:
+    """Undoes `_late`, with zeros for first runs."""
+    if size < PACKED:
+        return late
+    zeros = jnp.zeros((size, late.shape[1]), late.dtype)
+    return jnp.concatenate([piece for run in _pieces(late, size) for piece in (zeros, run)], axis=0)
+
+
+def _add_late(x: jax.Array, late: jax.Array, size: int) -> jax.Array:
+    """x + late, where late has the rows that `_late` takes."""
+    if size < PACKED:
+        return x + late
+    runs = _pieces(x, size)
+    runs[1::2] = [run + piece for run, piece in zip(runs[1::2], _pieces(late, size))]
+    return jnp.concatenate(runs, axis=0)
+
+
+def _choose(where: jax.Array, late: jax.Array, x: jax.Array, size: int) -> jax.Array:
+    """late, with the rows that `_late` takes, where it is to be taken; else x. First runs take nothing."""
+    if size < PACKED:
+        return jnp.where(where, late, x)
+    runs = _pieces(x, size)
+    pieces = zip(_pieces(where, size)[1::2], _pieces(late, size), runs[1::2])
+    runs[1::2] = [jnp.where(*piece) for piece in pieces]
+    return jnp.concatenate(runs, axis=0)
+
+
+def _columns_to_rows(columns: list[jax.Array | None]) -> jax.Array:
+    """Columns [K,1], one per head -> [heads,K]."""
+    lane = lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], len(columns)), 1)
+    table = jnp.zeros(lane.shape, jnp.float32)
+    for at, column in enumerate(columns):
+        table = jnp.where(lane == at, column, table)
+    return table.T
