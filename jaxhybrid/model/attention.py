@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.layers import TokenContext, rms_norm
+from jaxhybrid.model.layers import TokenContext, exact_dtype, rms_norm
 from jaxhybrid.model.params import Params, ParamSpec, normal, ones, zeros
 from jaxhybrid.model.partition import per_example
 from jaxhybrid.model.rope import rotate
@@ -119,7 +119,9 @@ def _attend(
     """q [B,Q,H,K] are tokens first_query, first_query+1, ... of the keys' axis; scores and softmax in float32."""
     B, Q, H, K = q.shape
     M, G = k.shape[1], k.shape[2]
-    scores = jnp.einsum("bqgrk,bmgk->bgrqm", q.reshape(B, Q, G, H // G, K), k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bqgrk,bmgk->bgrqm", q.reshape(B, Q, G, H // G, K), k, preferred_element_type=exact_dtype(q.dtype)
+    )
     visible = (jnp.arange(M)[None, :] <= first_query + jnp.arange(Q)[:, None])[None]
     if query_segments is not None and key_segments is not None:
         visible = visible & (query_segments[:, :, None] == key_segments[:, None, :])

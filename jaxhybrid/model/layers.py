@@ -1,6 +1,6 @@
 """Small pieces every block shares, and what a block knows about its tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,14 @@ class TokenContext(NamedTuple):
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) over the last axis in float32, then cast back and scaled (as Llama does)."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight.astype(x.dtype)
+    exact = x.astype(exact_dtype(x.dtype))
+    exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
+    return exact.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def exact_dtype(dtype: Any) -> Any:
+    """Dtype of norms, rotations, softmax and logits: float32, or float64 where the model runs in float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def declare_mlp(config: ModelConfig) -> Params:

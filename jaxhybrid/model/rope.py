@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.model.config import ModelConfig, RopeConfig
+from jaxhybrid.model.layers import exact_dtype
 
 
 def rotary_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -31,7 +32,7 @@ def rotary_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arr
 
 def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + K/2) of every head; cos and sin are [B,T,K/2]."""
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_BTHK.astype(exact_dtype(x_BTHK.dtype)), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
 

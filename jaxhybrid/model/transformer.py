@@ -17,6 +17,7 @@ from jaxhybrid.model.layers import (
     TokenContext,
     declare_mlp,
     declare_norms,
+    exact_dtype,
     mlp,
     rms_norm,
     segment_positions,
@@ -95,10 +96,13 @@ def forward(
     dtype: Any = jnp.float32,
     remat: bool = False,
 ) -> jax.Array:
-    """Logits, float32 [B,T,S]. Holds them whole: for losses over a large vocabulary use `losses` on `hidden_states`."""
+    """Logits [B,T,S], float32 (float64 for dtype float64).
+
+    Holds them whole: for losses over a large vocabulary use `losses` on `hidden_states`.
+    """
     hidden = hidden_states(params, config, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat)
     head = gather(head_matrix(params, config).astype(dtype))
-    return jnp.einsum("btd,ds->bts", hidden, head, preferred_element_type=jnp.float32)
+    return jnp.einsum("btd,ds->bts", hidden, head, preferred_element_type=exact_dtype(hidden.dtype))
 
 
 def hidden_states(
