@@ -17,7 +17,11 @@ RECURRENCES = {
     "gated_deltanet": ("head", True),
     "kimi_delta": ("channel", True),
 }
-ORACLE_TOKENS = 128  # the oracle is compiled once per recurrence; shorter cases are padded on the right
+IMPLEMENTATIONS = ("xla", "recurrent", "pallas_tpu")  # the last is interpreted where there is no TPU
+# Two chunks of the Pallas kernels, three of the XLA form, none of them full. Most tests share this length and so
+# one compiled program per recurrence and implementation.
+TOKENS = 130
+ORACLE_TOKENS = 160  # the oracle is compiled once per recurrence; shorter cases are padded on the right
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Case:
         return Case(arrays, self.d_out[:, start:stop], self.d_state, segments)
 
 
-def make_case(name, T, *, B=2, Hq=2, Hk=2, N=2, K=16, V=24, correlation=0.0, rate=1.0, decay=0.2, seed=0):
+def make_case(name, T=TOKENS, *, B=2, Hq=2, Hk=2, N=2, K=16, V=24, correlation=0.0, rate=1.0, decay=0.2, seed=0):
     """Unit keys with the given pairwise correlation, beta uniform in (rate - 1, rate) but never below 0."""
     rng = np.random.default_rng(seed)
     kind, delta = RECURRENCES[name]
@@ -102,6 +106,8 @@ def oracle(case):
 
 def run(case, implementation, dtype=jnp.float32, chunk_size=None):
     """The case in the given dtype (q, k, v; the rest in float32)."""
+    if implementation == "pallas_tpu" and case.arrays.get("log_decay", np.empty(0)).ndim == 4:
+        pytest.skip("pallas_tpu takes no decay per channel yet")
     arrays = {n: jnp.asarray(a, dtype if n in ("q", "k", "v") else jnp.float32) for n, a in case.arrays.items()}
     segments = None if case.segment_ids is None else jnp.asarray(case.segment_ids, jnp.int32)
     d_out, d_state = jnp.asarray(case.d_out, jnp.float32), jnp.asarray(case.d_state, jnp.float32)
@@ -127,15 +133,33 @@ def check(actual, expected, forward=1e-5, backward=1e-4):
         assert error < backward, f"gradient of {name}: {error:.1e}"
 
 
+def check_bfloat16(case, implementation):
+    """q, k, v and the cotangent in bfloat16: the cosine of each result and gradient with the float64 one."""
+    for name in ("q", "k", "v"):
+        case.arrays[name] = np.asarray(jnp.asarray(case.arrays[name], jnp.bfloat16), np.float64)
+    case.d_out = np.asarray(jnp.asarray(case.d_out, jnp.bfloat16), np.float64)
+    (out, state), gradients = run(case, implementation, jnp.bfloat16)
+    (out_expected, state_expected), expected = oracle(case)
+    assert (out.dtype, state.dtype, gradients["q"].dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+    pairs = {"out": (out, out_expected), "state": (state, state_expected)}
+    pairs |= {name: (gradients[name], expected[name]) for name in expected}
+    for name, (a, b) in pairs.items():
+        a, b = np.asarray(a, np.float64).ravel(), np.asarray(b).ravel()
+        cosine = a @ b / np.sqrt((a @ a) * (b @ b))
+        assert cosine > 0.999, f"{name}: cosine {cosine:.5f}"
+
+
 class Suite:
     """What the tests use; a fixture hands it out, so that test modules import nothing of one another."""
 
     recurrences = RECURRENCES
+    tokens = TOKENS
     make_case = staticmethod(make_case)
     oracle = staticmethod(oracle)
     run = staticmethod(run)
     relative_error = staticmethod(relative_error)
     check = staticmethod(check)
+    check_bfloat16 = staticmethod(check_bfloat16)
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +168,12 @@ def suite():
 
 
 def pytest_generate_tests(metafunc):
-    if "recurrence" in metafunc.fixturenames and not any(
-        "recurrence" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
-    ):
-        metafunc.parametrize("recurrence", list(RECURRENCES))
+    """Every recurrence and every implementation, where a test asks for them and does not say which."""
+    named = {name for mark in metafunc.definition.iter_markers("parametrize") for name in _names(mark.args[0])}
+    for fixture, values in (("recurrence", RECURRENCES), ("implementation", IMPLEMENTATIONS)):
+        if fixture in metafunc.fixturenames and fixture not in named:
+            metafunc.parametrize(fixture, list(values))
+
+
+def _names(names):
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else names

@@ -5,13 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-BOUNDS = (0, 30, 64, 100)  # a change inside a chunk, and one at its border
+BOUNDS = (0, 30, 64, 128, 130)  # a change inside a chunk, and changes at the borders of both sizes of chunk
 
 
-def test_packed_equals_separate(suite, recurrence):
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_packed_equals_separate(suite, recurrence, implementation):
     case = suite.make_case(recurrence, BOUNDS[-1])
-    case.segment_ids = np.repeat([[4, 2, 9]], 2, axis=0).repeat(np.diff(BOUNDS), axis=1)
-    (out, state), gradients = suite.run(case, "xla")
+    case.segment_ids = np.repeat([[4, 2, 9, 4]], 2, axis=0).repeat(np.diff(BOUNDS), axis=1)
+    (out, state), gradients = suite.run(case, implementation)
     for index, (start, stop) in enumerate(pairwise(BOUNDS)):
         part = case.slice(start, stop)
         part.segment_ids = None
@@ -31,13 +32,12 @@ def test_packed_equals_separate(suite, recurrence):
                 assert suite.relative_error(gradients[name], expected) < 1e-4
 
 
-@pytest.mark.parametrize("implementation", ["xla", "recurrent"])
 @pytest.mark.parametrize("recurrence", ["linear_attention", "gated_deltanet", "kimi_delta"])
 def test_padding_of_any_content_changes_nothing(suite, recurrence, implementation):
     """Left, middle and right padding, holding NaN: the same as the sequence without it, from the same initial state."""
-    bare = suite.make_case(recurrence, 60)
-    places = np.concatenate([np.arange(9, 29), np.arange(33, 73)])
-    case = suite.make_case(recurrence, 80)
+    places = np.concatenate([np.arange(9, 29), np.arange(33, 129)])
+    bare = suite.make_case(recurrence, len(places))
+    case = suite.make_case(recurrence)
     for name, array in case.arrays.items():
         if name == "initial_state":
             array[:] = bare.arrays[name]
@@ -46,7 +46,7 @@ def test_padding_of_any_content_changes_nothing(suite, recurrence, implementatio
             array[:, places] = bare.arrays[name]
     case.d_out[:, places] = bare.d_out
     case.d_state = bare.d_state
-    case.segment_ids = np.zeros((2, 80), np.int32)
+    case.segment_ids = np.zeros((2, case.tokens), np.int32)
     case.segment_ids[:, places] = 3
     (out, state), gradients = suite.run(case, implementation)
     (out_bare, state_bare), gradients_bare = suite.oracle(bare)
@@ -63,26 +63,27 @@ def test_padding_of_any_content_changes_nothing(suite, recurrence, implementatio
             assert np.all(np.asarray(gradients[name])[:, padding] == 0), name
 
 
-def test_all_padding_keeps_the_state(suite):
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "recurrent", "reference"])
+def test_all_padding_keeps_the_state(suite, implementation):
     case = suite.make_case("gated_deltanet", 20)
     case.segment_ids = np.zeros((2, 20), np.int32)
-    for implementation in ("xla", "recurrent", "reference"):
-        (out, state), _ = suite.run(case, implementation)
-        assert np.all(np.asarray(out) == 0)
-        np.testing.assert_array_equal(state, case.arrays["initial_state"].astype(np.float32))
+    (out, state), _ = suite.run(case, implementation)
+    assert np.all(np.asarray(out) == 0)
+    np.testing.assert_array_equal(state, case.arrays["initial_state"].astype(np.float32))
 
 
-def test_two_parts_make_the_whole(suite, recurrence):
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_two_parts_make_the_whole(suite, recurrence, implementation):
     """The final state carries on where it stopped, and its gradient carries back."""
     border = 64 if recurrence == "gla" else 37
-    case = suite.make_case(recurrence, 128)
+    case = suite.make_case(recurrence)
     (out, state), gradients = suite.oracle(case)
-    first, second = case.slice(0, border), case.slice(border, 128)
-    (out_first, between), _ = suite.run(first, "xla")
+    first, second = case.slice(0, border), case.slice(border, case.tokens)
+    (out_first, between), _ = suite.run(first, implementation)
     second.arrays["initial_state"] = np.asarray(between)
-    (out_second, final), gradients_second = suite.run(second, "xla")
+    (out_second, final), gradients_second = suite.run(second, implementation)
     first.d_state = np.asarray(gradients_second["initial_state"])
-    _, gradients_first = suite.run(first, "xla")
+    _, gradients_first = suite.run(first, implementation)
     assert suite.relative_error(np.concatenate([out_first, out_second], axis=1), out) < 1e-5
     assert suite.relative_error(final, state) < 1e-5
     for name, expected in gradients.items():
