@@ -9,10 +9,9 @@ TPU_LIBRARY_PATH=/path/to/libtpu.so. Every chip is compiled for in a process of 
 NAME(), which gives (function, arguments as jax.ShapeDtypeStruct).
 
 "bundles" is the number issued per token and head: bundles of the loop body times grid steps over B T H. It is a time
-without waiting. "matrix units" is how long they need for the rows they are given, as a share of the bundles; above
-100 % the hardware stalls, and that time counts instead of the bundles in the ratios. The floors are the products of
-the recurrence at chunk 64 (those of two C x C or C x width operands take three passes in bfloat16, six in float32) at
-the peak rate, and the bytes of all arguments, results and what the forward keeps for the backward.
+without waiting, for memory above all: where the ratio to the byte floor is below one, memory decides. "matrix units"
+is how long they need for the rows they are given, as a share of the bundles; above 100 % the hardware stalls, and that
+time counts instead of the bundles in the ratios to the floors (tpu_floors.py).
 """
 
 import argparse
@@ -23,20 +22,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 from tpu_dump import DUMP_FLAGS, Program, read_programs
-
-CHUNK = 64
-RECURRENCES = {  # decay, delta rule
-    "linear_attention": (None, False),
-    "simple_gla": ("head", False),
-    "gla": ("channel", False),
-    "deltanet": (None, True),
-    "gated_deltanet": ("head", True),
-    "kimi_delta": ("channel", True),
-}
+from tpu_floors import RECURRENCES, flops, traffic
 
 
 class Chip(NamedTuple):
@@ -70,63 +61,38 @@ class Job(NamedTuple):
     bytes: float = 0.0
 
 
-def floor_flops(kind, delta, K, V, itemsize, backward):
-    """Products per token and state, weighted by passes."""
-    passes, state_passes = (3, 1) if itemsize == 2 else (6, 6)
-    if backward:
-        pairs_K, pairs_V, states = (5, 5, 8) if delta else (3, 2, 5)
-    else:
-        pairs_K, pairs_V, states = (2, 2, 3) if delta else (1, 1, 2)
-    return 2 * CHUNK * (pairs_K * K + pairs_V * V) * passes + 2 * K * V * states * state_passes
-
-
-def floor_bytes(kind, delta, K, V, itemsize, backward):
-    """Arguments, results, and the inverse and the chunk's entry state that the forward keeps."""
-    gates = 4 * ({None: 0, "head": 1, "channel": K}[kind] + delta)
-    kept = CHUNK * itemsize * delta + K * V * itemsize / CHUNK
-    arrays = (2 * K + 2 * V) * itemsize
-    return arrays + gates + kept + ((2 * K + V) * itemsize + gates if backward else 0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What runs in the process of one chip
 
 
 def our_jobs(options):
+    """Our operators for every recurrence, dtype and width asked for; packed and with initial states if asked."""
     import jax
     import jax.numpy as jnp
-    from jaxhybrid_kernels import linear_attention
+    from jaxhybrid_kernels import dplr_attention, linear_attention
 
-    B, T, H, K = options.batch, options.tokens, options.heads, options.width
-    V = options.value_width or K
-    dtype = jnp.dtype(options.dtype)
+    B, T, H = options.batch, options.tokens, options.heads
+    for name, dtype, K in product(options.recurrence, options.dtype, options.width):
+        recurrence, V = RECURRENCES[name], options.value_width or K
+        wide, narrow = jax.ShapeDtypeStruct((B, T, H, K), dtype), jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+        arrays = dict.fromkeys(recurrence.wide, wide) | {"v": jax.ShapeDtypeStruct((B, T, H, V), dtype)}
+        if recurrence.decay:
+            channels = (K,) if recurrence.decay == "channel" else ()
+            arrays["log_decay"] = jax.ShapeDtypeStruct((B, T, H, *channels), jnp.float32)
+        if recurrence.beta:
+            arrays["beta"] = narrow
+        if options.packed:
+            arrays["segment_ids"] = jax.ShapeDtypeStruct((B, T), jnp.int32)
+            arrays["initial_state"] = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
+        operator = dplr_attention if name == "dplr" else linear_attention
 
-    def shape(*sizes, dtype=dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype)
+        def run(arrays, operator=operator):
+            return operator(**arrays, implementation=options.implementation)
 
-    for name in options.recurrence:
-        kind, delta = RECURRENCES[name]
-        arrays = {"q": shape(B, T, H, K), "k": shape(B, T, H, K), "v": shape(B, T, H, V)}
-        if kind:
-            gate = (B, T, H) if kind == "head" else (B, T, H, K)
-            arrays["log_decay"] = shape(*gate, dtype=jnp.float32)
-        if delta:
-            arrays["beta"] = shape(B, T, H, dtype=jnp.float32)
-
-        def run(arrays):
-            return linear_attention(**arrays, implementation=options.implementation)
-
-        def floors(backward, kind=kind, delta=delta):
-            sizes = (kind, delta, K, V, dtype.itemsize, backward)
-            return floor_flops(*sizes), floor_bytes(*sizes)
-
+        built = directions(run, (arrays,))
         for direction in options.directions:
-            yield Job(
-                f"{name} {direction}",
-                directions(run, (arrays,))[direction],
-                B * T * H,
-                *floors(direction == "backward"),
-            )
+            sizes = (recurrence, K, V, jnp.dtype(dtype).itemsize, direction == "backward")
+            yield Job(f"{name} {dtype} {K} {direction}", built[direction], B * T * H, flops(*sizes), traffic(*sizes))
 
 
 def directions(function, arguments):
@@ -152,7 +118,7 @@ def tokamax_jobs(options):
     import jax.numpy as jnp
     from tokamax._src.ops.kda.api import kimi_delta_attention
 
-    B, T, H, K = options.batch, options.tokens, options.heads, options.width
+    B, T, H, K = options.batch, options.tokens, options.heads, options.width[0]
 
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -165,10 +131,8 @@ def tokamax_jobs(options):
 
     built = directions(run, arguments)
     for direction in options.directions:
-        floors = ("channel", True, K, K, 2, direction == "backward")
-        yield Job(
-            f"tokamax kimi_delta {direction}", built[direction], B * T * H, floor_flops(*floors), floor_bytes(*floors)
-        )
+        sizes = (RECURRENCES["kimi_delta"], K, K, 2, direction == "backward")
+        yield Job(f"tokamax kimi_delta {direction}", built[direction], B * T * H, flops(*sizes), traffic(*sizes))
 
 
 def matmul_job(_options):
@@ -246,9 +210,9 @@ def compile_for(chip, options, folder):
     rows = []
     for job in jobs:
         with peer, jax.sharding.use_abstract_mesh(mesh):
-            function, arguments = job.build()
-            placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
             try:
+                function, arguments = job.build()
+                placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
                 jax.jit(function).lower(*placed).compile()
                 rows.append(summary(job, read_programs(folder), machine))
             except Exception as error:  # another kernel's figures are still wanted
@@ -296,22 +260,26 @@ def find_libtpu():
     return next((str(path) for path in paths if path and Path(path).exists()), None)
 
 
+def compiler_environment(folder):
+    """For a process that compiles for TPUs without one and dumps into the folder."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_LIBRARY_PATH": find_libtpu(),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "LIBTPU_INIT_ARGS": DUMP_FLAGS.format(folder=folder),
+    }
+
+
 def compile_in_process(chip, arguments):
     """Starts this file again for one chip: libtpu reads its flags once, before JAX starts."""
     with tempfile.TemporaryDirectory(prefix="tpu-schedule-") as folder:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_LIBRARY_PATH": find_libtpu(),
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_WORKER_ID": "0",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_STDERR_LOG_LEVEL": "3",
-            "LIBTPU_INIT_ARGS": DUMP_FLAGS.format(folder=folder),
-        }
         command = [sys.executable, __file__, *arguments, "--worker", chip, folder]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=compiler_environment(folder), capture_output=True, text=True)
     if done.returncode:
         lines = [line[:400] for line in done.stderr.strip().splitlines()[-12:]]
         raise SystemExit(f"compiling for {chip} failed:\n" + "\n".join(lines))
@@ -360,9 +328,10 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--width", type=int, default=128, help="of a key head")
+    parser.add_argument("--width", type=int, nargs="+", default=[128], help="of a key head")
     parser.add_argument("--value-width", type=int, help="of a value head, by default that of a key head")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
+    parser.add_argument("--packed", action="store_true", help="with segment ids and initial states")
     parser.add_argument("--backward", action="store_true", help="the backward only")
     parser.add_argument("--all", action="store_true", help="both directions")
     parser.add_argument("--callable", help="FILE.py:NAME or MODULE:NAME instead of our operators")
