@@ -1,6 +1,8 @@
 """Linear-attention operators for JAX: six recurrences, chunked and trainable, packed, with initial and final states."""
 
 from jaxhybrid_kernels.api import linear_attention
+from jaxhybrid_kernels.context import context_dplr_attention, context_linear_attention
+from jaxhybrid_kernels.context_convolution import context_short_convolution
 from jaxhybrid_kernels.dplr import dplr_attention, dplr_attention_step
 from jaxhybrid_kernels.recurrent import linear_attention_step
 from jaxhybrid_kernels.short_convolution import short_convolution, short_convolution_step
@@ -8,6 +10,9 @@ from jaxhybrid_kernels.validation import IMPLEMENTATIONS
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "context_dplr_attention",
+    "context_linear_attention",
+    "context_short_convolution",
     "dplr_attention",
     "dplr_attention_step",
     "linear_attention",

@@ -24,3 +24,10 @@ def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
     """True where a token opens a new segment and the state before it is dropped: bool [B,T]."""
     index = segment_index(segment_ids_BT)
     return jnp.concatenate([jnp.zeros_like(index[:, :1], dtype=bool), index[:, 1:] != index[:, :-1]], axis=1)
+
+
+def zero_padding(x: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """x [B,T,...] with zeros at padding tokens, whatever they held."""
+    if segment_ids_BT is None:
+        return x
+    return jnp.where((segment_ids_BT != 0).reshape(*x.shape[:2], *(1,) * (x.ndim - 2)), x, 0)

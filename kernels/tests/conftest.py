@@ -1,7 +1,10 @@
-"""Cases, the float64 oracle and comparisons shared by the kernel tests."""
+"""Cases, the float64 oracle and comparisons shared by the kernel tests; eight fake CPU devices for the sharded ones."""
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +136,7 @@ def check(actual, expected, forward=1e-5, backward=1e-4):
         assert error < backward, f"gradient of {name}: {error:.1e}"
 
 
-def check_bfloat16(case, implementation):
+def check_bfloat16(case, implementation, run=run):
     """q, k, v and the cotangent in bfloat16: the cosine of each result and gradient with the float64 one."""
     for name in ("q", "k", "v"):
         case.arrays[name] = np.asarray(jnp.asarray(case.arrays[name], jnp.bfloat16), np.float64)
