@@ -21,18 +21,20 @@ from jaxhybrid_kernels.tpu.forward import (
     input_blocks,
     lay_out_inputs,
     read_head,
-    read_operands,
     read_query_key,
     residual_blocks,
     scale_rows,
+    scale_state,
     write_head,
 )
-from jaxhybrid_kernels.tpu.gates import gate_gradient_rows, gate_gradients
-from jaxhybrid_kernels.tpu.head_gates import head_gradients
+from jaxhybrid_kernels.tpu.gates import HeadGates, gate_gradient_rows, gate_gradients, grid_step_gates
+from jaxhybrid_kernels.tpu.head_gates import head_gradients, head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back, take_back_state
 from jaxhybrid_kernels.tpu.operands import Operands, StateGradients
 from jaxhybrid_kernels.tpu.products import product, product_transposed, transposed_product
+from jaxhybrid_kernels.tpu.solve import Halves, below, solve, solve_transposed
+from jaxhybrid_kernels.tpu.turns import Chain, take_turns
 
 
 class Gradients(NamedTuple):
@@ -125,93 +127,131 @@ def backward_kernel(
     def _():
         d_state_ref[...] = d_final_ref[0]
 
-    gates, operands = read_operands(arrays, layout)
-    d_sums: list[jax.Array | None] = []
-    d_betas: list[jax.Array | None] = []
-    d_queries: dict[int, jax.Array] = {}
-    d_keys: dict[int, jax.Array] = {}
-    for h in range(layout.heads):
-        query_heads, key_head = layout.query_heads_of(h), layout.key_head_of(h)
-        d_out = jnp.concatenate([read_head(d_out_ref, h * layout.queries + r, layout.V) for r in range(layout.queries)])
-        inverse = None if residuals.inverse is None else residuals.inverse[0, h, 0]
-        v = read_head(arrays.v, h, layout.V)
-        d_exit = d_state_ref[h]
-        d_entry, d_v, d_beta, gradients = chunk_gradients(
-            operands[h], v, gates[h].beta, inverse, residuals.states[0, h, 0], d_out, d_exit, layout.scale
-        )
-        d_state_ref[h] = d_entry
-        write_head(results.v, h, d_v)
-        q, k = read_query_key(arrays, h, layout)
-        d_q, d_k, d_sum = head_gradients(q, k, gates[h], gradients, layout.scale)
-        d_sums.append(d_sum)
-        d_betas.append(d_beta)
-        for r, at in enumerate(query_heads):
-            piece = d_q[r * CHUNK : (r + 1) * CHUNK]
-            d_queries[at] = d_queries[at] + piece if at in d_queries else piece
-        d_keys[key_head] = d_keys[key_head] + d_k if key_head in d_keys else d_k
-        if h + 1 == layout.heads or layout.query_heads_of(h + 1) != query_heads:
-            for at in query_heads:
-                write_head(results.q, at, d_queries.pop(at))
-        if h + 1 == layout.heads or layout.key_head_of(h + 1) != key_head:
-            write_head(results.k, key_head, d_keys.pop(key_head))
-    gate_columns = [column for column in d_sums + d_betas if column is not None]
-    if gate_columns:
-        results.gates[0, 0, 0] = columns_to_rows(gate_columns, gate_gradient_rows(layout))
+    gates = grid_step_gates(arrays.gates, layout)
+    shared = _Shared(results, layout)
+    columns = take_turns(
+        [
+            _head(h, gates[h], arrays, residuals, d_out_ref, d_state_ref, results, shared, layout)
+            for h in range(layout.heads)
+        ]
+    )
+    columns = [d_sum for d_sum, _ in columns if d_sum is not None] + [d for _, d in columns if d is not None]
+    if columns:
+        results.gates[0, 0, 0] = columns_to_rows(columns, gate_gradient_rows(layout))
 
     @pl.when(time == layout.chunks - 1)
     def _():
         results.initial[0] = d_state_ref[...]
 
 
+class _Shared:
+    """Sums over the value heads of a grid step that share a query or key head, written once complete."""
+
+    def __init__(self, results: Gradients, layout: Layout):
+        self.results, self.layout = results, layout
+        self.sums: dict[tuple[str, int], tuple[jax.Array, int]] = {}
+
+    def add(self, name: str, head: int, gradient: jax.Array) -> None:
+        heads = self.layout.q_heads if name == "q" else self.layout.k_heads
+        total, count = self.sums.pop((name, head), (None, 0))
+        total = gradient if total is None else total + gradient
+        if count + 1 == max(self.layout.heads // heads, 1):
+            write_head(getattr(self.results, name), head, total)
+        else:
+            self.sums[name, head] = (total, count + 1)
+
+
+def _head(
+    h: int,
+    gates: HeadGates,
+    arrays: Arrays,
+    residuals: Residuals,
+    d_out_ref: Any,
+    d_state_ref: Any,
+    results: Gradients,
+    shared: _Shared,
+    layout: Layout,
+) -> Chain[tuple[jax.Array | None, jax.Array | None]]:
+    """One head's chunk; returns the columns [C,1] of its gate gradients, those of the sum and of beta."""
+    q, k = read_query_key(arrays, h, layout)
+    v = read_head(arrays.v, h, layout.V)
+    d_out = [read_head(d_out_ref, h * layout.queries + r, layout.V) for r in range(layout.queries)]
+    operands = head_operands(q, k, gates, layout.scale)
+    yield
+    inverses = None if residuals.inverses is None else residuals.inverses[0, h, 0]
+    d_entry, d_v, d_beta, gradients = yield from chunk_gradients(
+        operands,
+        v,
+        gates.beta,
+        inverses,
+        residuals.states[0, h, 0],
+        d_out[0] if layout.queries == 1 else jnp.concatenate(d_out, axis=0),
+        d_state_ref[h],
+        layout.scale,
+    )
+    d_state_ref[h] = d_entry
+    write_head(results.v, h, d_v)
+    d_q, d_k, d_sum = yield from head_gradients(q, k, gates, gradients, layout.scale)
+    for r, at in enumerate(layout.query_heads_of(h)):
+        shared.add("q", at, d_q[r * CHUNK : (r + 1) * CHUNK])
+    shared.add("k", layout.key_head_of(h), d_k)
+    return d_sum, d_beta
+
+
 def chunk_gradients(
     operands: Operands,
     v: jax.Array,
     beta: jax.Array | None,
-    inverse: jax.Array | None,
+    inverses: jax.Array | None,
     entry: jax.Array,
     d_out: jax.Array,
     d_exit: jax.Array,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, StateGradients]:
+) -> Chain[tuple[jax.Array, jax.Array, jax.Array | None, StateGradients]]:
     """(Gradient of the entry state [K,V] float32, of v [C,V], of beta [C,1], and of the operands)."""
     C, dtype = v.shape[0], v.dtype
-    innovation = v.astype(jnp.float32)
-    update = innovation
-    if beta is not None and inverse is not None:
+    d_exit_compute = d_exit.astype(dtype)
+    update = innovation = v.astype(jnp.float32)
+    matrix = None
+    if operands.coupling is not None and inverses is not None:
+        matrix = Halves(inverses, below(scale_rows(operands.coupling, beta), dtype))
         innovation = innovation - scale_rows(product(operands.k_in, entry), operands.row_in)
-        update = product(inverse, (beta * innovation).astype(dtype))
+        yield
+        update = yield from solve(matrix, scale_rows(innovation, beta))
     update_compute = update.astype(dtype)
     written = scale_rows(update, operands.row_out).astype(dtype)
-    d_exit_compute = d_exit.astype(dtype)
     d_read = (scale * scale_rows(d_out.astype(jnp.float32), operands.row_in)).astype(dtype)
     d_update = transposed_product(operands.pair.astype(dtype), d_out)
     d_update = d_update + scale_rows(product(operands.k_out, d_exit_compute), operands.row_out)
+    yield
     d_carry = None
-    d_entry = d_exit
     if operands.carry is not None:
-        axes = (0, 1) if operands.carry.shape[0] == 1 else (1,)
-        d_carry = operands.carry * jnp.sum(entry.astype(jnp.float32) * d_exit, axis=axes, keepdims=True)
-        d_entry = operands.carry * d_exit
+        axis = 0 if operands.carry.shape[0] == 1 else 1
+        d_carry = jnp.sum(entry.astype(jnp.float32) * scale_state(d_exit, operands.carry), axis=axis, keepdims=True)
+    d_entry = scale_state(d_exit, operands.carry)
     d_k_out = product_transposed(written, d_exit_compute)
-    if beta is None or inverse is None or operands.coupling is None:
+    if matrix is None or operands.coupling is None:
         d_entry = d_entry + transposed_product(operands.q_in, d_read)
         d_q_in = product_transposed(d_read, entry)
         d_pair = product_transposed(d_out, update_compute)
         return d_entry, d_update, None, StateGradients(d_q_in, None, d_k_out, d_carry, d_pair, None)
-    d_solved = transposed_product(inverse, d_update.astype(dtype))
-    d_v = beta * d_solved
-    d_predicted = -scale_rows(d_v, operands.row_in).astype(dtype)
+    d_solved = yield from solve_transposed(matrix, d_update)
+    d_v = scale_rows(d_solved, beta)
+    d_predicted = (-scale_rows(d_v, operands.row_in)).astype(dtype)
     reading = jnp.concatenate([operands.q_in, operands.k_in], axis=0)
     d_reading = jnp.concatenate([d_read, d_predicted], axis=0)
     d_entry = d_entry + transposed_product(reading, d_reading)
+    yield
     d_in = product_transposed(d_reading, entry)
+    yield
     d_pairs = product_transposed(jnp.concatenate([d_out, d_solved.astype(dtype)], axis=0), update_compute)
+    yield
     R = d_out.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     d_strict = jnp.where(row > column, -d_pairs[R:], 0)
     d_beta = jnp.sum(d_solved * innovation, axis=1, keepdims=True)
     d_beta = d_beta + jnp.sum(d_strict * operands.coupling, axis=1, keepdims=True)
-    gradients = StateGradients(d_in[:R], d_in[R:], d_k_out, d_carry, d_pairs[:R], beta * d_strict)
+    gradients = StateGradients(d_in[:R], d_in[R:], d_k_out, d_carry, d_pairs[:R], scale_rows(d_strict, beta))
     return d_entry, d_v, d_beta, gradients
 
 

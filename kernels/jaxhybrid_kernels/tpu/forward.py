@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.chunk_layout import Inputs
-from jaxhybrid_kernels.tpu.gates import HeadGates, gate_names, gate_rows, make_gates, read_gates
+from jaxhybrid_kernels.tpu.gates import HeadGates, across, gate_names, gate_rows, grid_step_gates, make_gates
 from jaxhybrid_kernels.tpu.head_gates import head_operands
-from jaxhybrid_kernels.tpu.inverse import inverse_unit_lower
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back_state
-from jaxhybrid_kernels.tpu.operands import Operands
 from jaxhybrid_kernels.tpu.products import product, transposed_product
+from jaxhybrid_kernels.tpu.solve import halves, solve
+from jaxhybrid_kernels.tpu.turns import Chain, take_turns
 
 
 class Arrays(NamedTuple):
@@ -35,7 +35,7 @@ class Residuals(NamedTuple):
     """What the backward keeps beside the inputs."""
 
     states: Any  # [B,N,n,K,V] entry states, compute dtype
-    inverse: Any  # [B,N,n,C,C] compute dtype; None for the additive rule
+    inverses: Any  # [B,N,n,C/2,C] compute dtype, see solve.py; None for the additive rule
 
 
 class Results(NamedTuple):
@@ -99,13 +99,13 @@ def input_blocks(layout: Layout) -> Arrays:
 def residual_arrays(layout: Layout) -> Residuals:
     lead = (layout.sizes.B, layout.sizes.N, layout.chunks)
     states = jax.ShapeDtypeStruct((*lead, layout.K, layout.V), layout.dtype)
-    inverse = jax.ShapeDtypeStruct((*lead, CHUNK, CHUNK), layout.dtype)
-    return Residuals(states, inverse if layout.delta else None)
+    inverses = jax.ShapeDtypeStruct((*lead, CHUNK // 2, CHUNK), layout.dtype)
+    return Residuals(states, inverses if layout.delta else None)
 
 
 def residual_blocks(layout: Layout) -> Residuals:
     states = chunk_block(layout.heads, layout.K, layout.V)
-    return Residuals(states, chunk_block(layout.heads, CHUNK, CHUNK) if layout.delta else None)
+    return Residuals(states, chunk_block(layout.heads, CHUNK // 2, CHUNK) if layout.delta else None)
 
 
 def forward_kernel(arrays: Arrays, initial_ref: Any, results: Results, state_ref: Any, *, layout: Layout) -> None:
@@ -115,40 +115,40 @@ def forward_kernel(arrays: Arrays, initial_ref: Any, results: Results, state_ref
     def _():
         state_ref[...] = initial_ref[0]
 
-    heads = range(layout.heads)
-    gates, operands = read_operands(arrays, layout)
-    inverses: list[jax.Array | None] = [None] * layout.heads
-    stricts = [
-        gate.beta * x.coupling for gate, x in zip(gates, operands) if gate.beta is not None and x.coupling is not None
-    ]
-    if stricts:
-        inverses = [x.astype(layout.dtype) for x in inverse_unit_lower(stricts, layout.exact)]
-    for h in heads:
-        entry = state_ref[h].astype(layout.dtype)
-        if results.kept is not None:
-            results.kept.states[0, h, 0] = entry
-            if inverses[h] is not None:
-                results.kept.inverse[0, h, 0] = inverses[h]
-        v = read_head(arrays.v, h, layout.V)
-        update, read = solve(operands[h], entry, v, gates[h].beta, inverses[h])
-        written = scale_rows(update, operands[h].row_out).astype(layout.dtype)
-        state = state_ref[h] if operands[h].carry is None else operands[h].carry * state_ref[h]
-        state_ref[h] = state + transposed_product(operands[h].k_out, written)
-        out = layout.scale * scale_rows(read, operands[h].row_in)
-        out = out + product(operands[h].pair.astype(layout.dtype), update.astype(layout.dtype))
-        for r in range(layout.queries):
-            write_head(results.out, h * layout.queries + r, out[r * CHUNK : (r + 1) * CHUNK])
+    gates = grid_step_gates(arrays.gates, layout)
+    take_turns([_head(h, gates[h], arrays, results, state_ref, layout) for h in range(layout.heads)])
 
     @pl.when(time == layout.chunks - 1)
     def _():
         results.final[0] = state_ref[...]
 
 
-def read_operands(arrays: Arrays, layout: Layout) -> tuple[list[HeadGates], list[Operands]]:
-    """Gates and operands of every head of the grid step."""
-    gates = read_gates(None if arrays.gates is None else arrays.gates[0, 0, 0], layout)
-    operands = [head_operands(*read_query_key(arrays, h, layout), gates[h], layout.scale) for h in range(layout.heads)]
-    return gates, operands
+def _head(h: int, gates: HeadGates, arrays: Arrays, results: Results, state_ref: Any, layout: Layout) -> Chain[None]:
+    """One head's chunk."""
+    operands = head_operands(*read_query_key(arrays, h, layout), gates, layout.scale)
+    yield
+    update = read_head(arrays.v, h, layout.V).astype(jnp.float32)
+    entry = state_ref[h].astype(layout.dtype)
+    if operands.coupling is None:
+        read = product(operands.q_in, entry)
+    else:
+        matrix = yield from halves(scale_rows(operands.coupling, gates.beta), layout.exact, layout.dtype)
+        both = product(jnp.concatenate([operands.k_in, operands.q_in], axis=0), entry)
+        yield
+        predicted, read = both[:CHUNK], both[CHUNK:]
+        update = scale_rows(update - scale_rows(predicted, operands.row_in), gates.beta)
+        update = yield from solve(matrix, update)
+        if results.kept is not None:
+            results.kept.inverses[0, h, 0] = matrix.inverses
+    if results.kept is not None:
+        results.kept.states[0, h, 0] = entry
+    written = scale_rows(update, operands.row_out).astype(layout.dtype)
+    state = scale_state(state_ref[h], operands.carry)
+    state_ref[h] = state + transposed_product(operands.k_out, written)
+    out = layout.scale * scale_rows(read, operands.row_in)
+    out = out + product(operands.pair.astype(layout.dtype), update.astype(layout.dtype))
+    for r in range(layout.queries):
+        write_head(results.out, h * layout.queries + r, out[r * CHUNK : (r + 1) * CHUNK])
 
 
 def read_head(ref: Any, head: int, width: int) -> jax.Array:
@@ -168,21 +168,17 @@ def read_query_key(arrays: Arrays, head: int, layout: Layout) -> tuple[jax.Array
     return q, read_head(arrays.k, layout.key_head_of(head), layout.K)
 
 
-def solve(
-    operands: Operands, entry: jax.Array, v: jax.Array, beta: jax.Array | None, inverse: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The update U [C,V] and q_in S [R*C,V], both float32, from the entry state [K,V]."""
-    if beta is None or inverse is None:
-        return v.astype(jnp.float32), product(operands.q_in, entry)
-    C = v.shape[0]
-    read = product(jnp.concatenate([operands.k_in, operands.q_in], axis=0), entry)
-    innovation = v.astype(jnp.float32) - scale_rows(read[:C], operands.row_in)
-    return product(inverse, (beta * innovation).astype(inverse.dtype)), read[C:]
-
-
 def scale_rows(x: jax.Array, row: jax.Array | None) -> jax.Array:
-    """x [R*C,V] times row [C,1], for each of the R queries; a missing row is one."""
+    """x [R*C,V] times row [C,LANES], for each of the R queries; a missing row is one."""
     if row is None:
         return x
+    row = across(row, x.shape[1])
     times = x.shape[0] // row.shape[0]
     return x * (row if times == 1 else jnp.concatenate([row] * times, axis=0))
+
+
+def scale_state(state: jax.Array, carry: jax.Array | None) -> jax.Array:
+    """state [K,V] times carry [1,LANES] or [K,1]; a missing carry is one."""
+    if carry is None:
+        return state
+    return state * (across(carry, state.shape[1]) if carry.shape[0] == 1 else carry)

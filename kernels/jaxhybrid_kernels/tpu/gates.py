@@ -1,11 +1,13 @@
 """The gates of a call: small arrays made outside the kernels, and how a kernel reads them.
 
 Per chunk and head they are rows of C tokens; a kernel transposes all rows of a grid step at once for those that it
-needs as columns. With G the running sum of log_decay inside the chunk:
+needs as columns. A column is spread over lanes once, by far the dearest step, and the exponentials are taken after:
+with G the running sum of log_decay inside the chunk (here in powers of two),
     entry_i = exp(G_i) [segment of the entry state]        exit_j = exp(G_C - G_j) [segment of the last token]
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +17,22 @@ from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.segments import segment_index
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout
 
-SUBLANES = 8
+SUBLANES, LANES = 8, 128
 
 
 def gate_names(layout: Layout) -> tuple[str, ...]:
     """The rows that a call has, in their order.
 
-    sum, sum_low: G and what rounding took from it. end: tokens of the chunk up to the last one of this token's segment.
-    entry, exit: as above, or the segment conditions alone where the decay is none or per channel.
+    sum, sum_low: G / log 2 and what rounding took from it. beta. end: tokens of the chunk up to the last one of this
+    token's segment. first, last: the chunk's tokens in the segment of the entry state, and those before the last segment.
     """
     names: tuple[str, ...] = ()
     if layout.decay == "head":
         names += ("sum", "sum_low") if layout.exact else ("sum",)
-    if layout.decay == "head" or layout.segments:
-        names += ("entry", "exit")
-    if layout.segments:
-        names += ("end",)
     if layout.delta:
         names += ("beta",)
+    if layout.segments:
+        names += ("end", "first", "last")
     return names
 
 
@@ -57,19 +57,20 @@ def make_gates(inputs: Inputs, layout: Layout) -> jax.Array | None:
     if not names:
         return None
     gates: dict[str, jax.Array] = {}
-    entry = leaving = jnp.zeros((), jnp.float32)
     if inputs.log_decay is not None and layout.decay == "head":
-        high, low = running_sum(tokens_in_lanes(inputs.log_decay, inputs.segment_ids))
-        gates["sum"], gates["sum_low"] = high, low
-        entry, leaving = high, (high[..., -1:] - high) + (low[..., -1:] - low)
-    if inputs.segment_ids is not None:
-        segment, before = _segments(inputs.segment_ids)
-        entry = jnp.where(segment == before, entry, -jnp.inf)
-        leaving = jnp.where(segment == segment[..., -1:], leaving, -jnp.inf)
-        gates["end"] = jnp.sum(segment[..., None, :] <= segment[..., :, None], axis=-1, dtype=jnp.float32)
-    gates["entry"], gates["exit"] = jnp.exp(entry), jnp.exp(leaving)
+        powers_of_two = tokens_in_lanes(inputs.log_decay, inputs.segment_ids) * (1 / math.log(2))
+        gates["sum"], gates["sum_low"] = running_sum(powers_of_two)
     if inputs.beta is not None:
         gates["beta"] = tokens_in_lanes(inputs.beta, inputs.segment_ids)
+    if inputs.segment_ids is not None:
+        segment, before = _segments(inputs.segment_ids)
+
+        def count(condition: jax.Array) -> jax.Array:
+            return jnp.sum(condition, axis=-1, keepdims=True, dtype=jnp.float32)
+
+        gates["end"] = count(segment[..., None, :] <= segment[..., :, None])[..., 0]
+        gates["first"] = count(segment == before)
+        gates["last"] = count(segment < segment[..., -1:])
     B, N, n = layout.sizes.B, layout.sizes.N, layout.chunks
     rows = jnp.stack([jnp.broadcast_to(gates[name], (B, N, n, CHUNK)) for name in names], axis=2)
     rows = rows.reshape(B, layout.steps, layout.heads, len(names), n, CHUNK)
@@ -133,47 +134,67 @@ def running_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class HeadGates(NamedTuple):
-    """One head's gates in a kernel, as columns [C,1] and rows [1,C]; None where the call has none."""
+    """One head's gates in a kernel; None where the call has none. Columns hold a token's value in every lane."""
 
-    sum: jax.Array | None
-    sum_row: jax.Array | None
+    sum: jax.Array | None  # [C,LANES]
     sum_low: jax.Array | None
+    sum_row: jax.Array | None  # [1,C]
     sum_low_row: jax.Array | None
-    entry: jax.Array | None
-    exit: jax.Array | None
-    end_row: jax.Array | None
-    beta: jax.Array | None
+    beta: jax.Array | None  # [C,LANES]
+    end_row: jax.Array | None  # [1,C]
+    entry: jax.Array | None  # [C,LANES]
+    exit: jax.Array | None  # [C,LANES]
 
 
-def read_gates(rows: jax.Array | None, layout: Layout) -> list[HeadGates]:
-    """The gates of every head of a grid step, from its block [rows,C]."""
-    if rows is None:
-        return [HeadGates(*[None] * 8)] * layout.heads
+def grid_step_gates(ref: Any, layout: Layout) -> list[HeadGates]:
+    """Those of every head of a grid step, from its block [1,1,1,rows,C]; a call without gates has no block."""
+    if ref is None:
+        return [HeadGates(*[None] * len(HeadGates._fields))] * layout.heads
+    rows = ref[0, 0, 0]
     columns = rows.T
+    return [_head_gates(rows, columns, head, layout) for head in range(layout.heads)]
+
+
+def _head_gates(rows: jax.Array, columns: jax.Array, head: int, layout: Layout) -> HeadGates:
     names = gate_names(layout)
 
-    def row(name: str, head: int) -> jax.Array | None:
+    def row(name: str) -> jax.Array | None:
         if name not in names:
             return None
         at = names.index(name) * layout.heads + head
         return rows[at : at + 1]
 
-    def column(name: str, head: int) -> jax.Array | None:
+    def column(name: str) -> jax.Array | None:
         if name not in names:
             return None
         at = names.index(name) * layout.heads + head
-        return columns[:, at : at + 1]
+        return jnp.broadcast_to(columns[:, at : at + 1], (CHUNK, LANES))
 
-    return [
-        HeadGates(
-            column("sum", h),
-            row("sum", h),
-            column("sum_low", h),
-            row("sum_low", h),
-            column("entry", h),
-            column("exit", h),
-            row("end", h),
-            column("beta", h),
-        )
-        for h in range(layout.heads)
-    ]
+    total, low = column("sum"), column("sum_low")
+    first, last = row("first"), row("last")
+    entry = leaving = None
+    if total is not None:
+        entry, leaving = total, total[-1:] - total
+        if low is not None:
+            leaving = leaving + (low[-1:] - low)
+    if first is not None and last is not None:
+        token = lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0).astype(jnp.float32)
+        entry = jnp.where(token < first, 0 if entry is None else entry, -jnp.inf)
+        leaving = jnp.where(token >= last, 0 if leaving is None else leaving, -jnp.inf)
+    return HeadGates(
+        total,
+        low,
+        row("sum"),
+        row("sum_low"),
+        column("beta"),
+        row("end"),
+        None if entry is None else jnp.exp2(entry),
+        None if leaving is None else jnp.exp2(leaving),
+    )
+
+
+def across(column: jax.Array, width: int) -> jax.Array:
+    """[C,LANES] with a token's value in every lane -> [C,width]."""
+    if width <= LANES:
+        return column[:, :width]
+    return jnp.concatenate([column] * (width // LANES), axis=1)

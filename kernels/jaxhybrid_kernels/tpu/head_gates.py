@@ -10,6 +10,7 @@ from jax import lax
 from jaxhybrid_kernels.tpu.gates import HeadGates
 from jaxhybrid_kernels.tpu.operands import Operands, StateGradients
 from jaxhybrid_kernels.tpu.products import product, product_transposed, transposed_product
+from jaxhybrid_kernels.tpu.turns import Chain
 
 
 def head_operands(q: jax.Array, k: jax.Array, gates: HeadGates, scale: float) -> Operands:
@@ -28,7 +29,7 @@ def head_operands(q: jax.Array, k: jax.Array, gates: HeadGates, scale: float) ->
 
 def head_gradients(
     q: jax.Array, k: jax.Array, gates: HeadGates, gradients: StateGradients, scale: float
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> Chain[tuple[jax.Array, jax.Array, jax.Array | None]]:
     """Gradients of q [R*C,K], k [C,K] and of G [C,1] (None without decay); that of G_C is in the last row.
 
     D_ij scales the score of i and j, so that G_i gets the sum of q_i dq_i and loses that of k_i dk_i, each over what
@@ -43,11 +44,13 @@ def head_gradients(
         d_gram = (gradients.coupling * decay).astype(k.dtype)
         from_keys = jnp.concatenate([d_scores, d_gram], axis=0)
     products = product(from_keys, k)
+    yield
     d_q = gradients.q_in + products[: q.shape[0]]
     d_early = gradients.k_out + transposed_product(d_scores, q)
     if gradients.coupling is not None and gradients.k_in is not None:
         d_late = gradients.k_in + products[q.shape[0] :]
         d_early = d_early + transposed_product(d_gram, k)
+    yield
     d_k = d_early if d_late is None else d_early + d_late
     if gates.sum is None or gradients.carry is None:
         return d_q, d_k, None
@@ -56,7 +59,8 @@ def head_gradients(
     by_query = q.astype(jnp.float32) * d_q
     for r in range(queries):
         weighted = weighted + by_query[r * C : (r + 1) * C]
-    d_last = jnp.sum(keys * gradients.k_out, keepdims=True) + gradients.carry
+    leaving = jnp.sum(keys * gradients.k_out, axis=0, keepdims=True)
+    d_last = jnp.sum(leaving, axis=1, keepdims=True) + jnp.sum(gradients.carry, axis=1, keepdims=True)
     last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
     return d_q, d_k, jnp.sum(weighted, axis=1, keepdims=True) + jnp.where(last, d_last, 0)
 
@@ -72,7 +76,7 @@ def _decay(gates: HeadGates, C: int) -> jax.Array:
     difference = gates.sum - gates.sum_row
     if gates.sum_low is not None and gates.sum_low_row is not None:
         difference = difference + (gates.sum_low - gates.sum_low_row)
-    return jnp.exp(jnp.where(mask, difference, -jnp.inf))
+    return jnp.exp2(jnp.where(mask, difference, -jnp.inf))
 
 
 def _positions(C: int) -> tuple[jax.Array, jax.Array]:

@@ -12,21 +12,25 @@ from jax import lax
 
 from jaxhybrid_kernels.numerics import BLOCK
 from jaxhybrid_kernels.tpu.products import product
+from jaxhybrid_kernels.tpu.turns import Chain, take_turns
 
 
 def inverse_unit_lower(stricts: list[jax.Array], exact: bool) -> list[jax.Array]:
-    """Inverts I + strict for every strict [C,C] float32, zero on and above the diagonal; C is 16 times a power of two.
+    """Inverts I + strict for every strict (see `invert_blocks`), all taking turns."""
+    return take_turns([invert_blocks(strict, strict.shape[0], exact) for strict in stricts])
+
+
+def invert_blocks(strict: jax.Array, size: int, exact: bool) -> Chain[jax.Array]:
+    """Inverts the diagonal blocks of I + strict, packed [size,C]; strict [C,C] float32 is zero on and above the
+    diagonal, size is 16 times a power of two.
 
     exact: block products in float32 throughout; otherwise in three bfloat16 products, a relative error of about 1e-5.
-    The matrices are independent: their steps alternate, so that one hides the latency of another.
     """
-    C = stricts[0].shape[0]
-    packed = _substitute([_diagonal_blocks(strict, BLOCK) for strict in stricts])
-    size = BLOCK
-    while size < C:
-        double = _double_exact if exact else _double
-        packed = double(packed, stricts, size)
-        size *= 2
+    packed = yield from _substitute(_diagonal_blocks(strict, BLOCK))
+    done = BLOCK
+    while done < size:
+        packed = yield from (_double_exact if exact else _double)(packed, strict, done)
+        done *= 2
     return packed
 
 
@@ -45,22 +49,22 @@ def _diagonal_blocks(matrix: jax.Array, size: int) -> jax.Array:
     return packed
 
 
-def _substitute(stricts: list[jax.Array]) -> list[jax.Array]:
+def _substitute(strict: jax.Array) -> Chain[jax.Array]:
     """Inverts packed blocks of 16: once row j of the inverse is known, strict_ij times it leaves every row i below."""
-    size, C = stricts[0].shape
+    size, C = strict.shape
     lane = lax.broadcasted_iota(jnp.int32, (size, C), 1)
     row = lax.broadcasted_iota(jnp.int32, (size, C), 0)
     identity = (lane & (size - 1) == row).astype(jnp.float32)
     half = size // 2
-    solved = [[identity[:half], identity[half:]] for _ in stricts]
+    halves = [identity[:half], identity[half:]]
     for j in range(size - 1):
         column = (lane & -size)[:half] + j
-        for strict, halves in zip(stricts, solved):
-            known = halves[j // half][j % half : j % half + 1]
-            for part in range(j // half, 2):
-                coefficient = jnp.take_along_axis(strict[part * half : (part + 1) * half], column, axis=1)
-                halves[part] = halves[part] - coefficient * known
-    return [jnp.concatenate(halves, axis=0) for halves in solved]
+        known = halves[j // half][j % half : j % half + 1]
+        for part in range(j // half, 2):
+            coefficient = jnp.take_along_axis(strict[part * half : (part + 1) * half], column, axis=1)
+            halves[part] = halves[part] - coefficient * known
+        yield
+    return jnp.concatenate(halves, axis=0)
 
 
 def _below(strict: jax.Array, size: int) -> jax.Array:
@@ -79,49 +83,42 @@ def _join(packed: jax.Array, corner: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate([jnp.where(first, packed, 0), jnp.where(first, corner, packed)], axis=0)
 
 
-def _double_exact(packed: list[jax.Array], stricts: list[jax.Array], size: int) -> list[jax.Array]:
-    C = stricts[0].shape[0]
+def _double_exact(inverse: jax.Array, strict: jax.Array, size: int) -> Chain[jax.Array]:
+    C = strict.shape[0]
+    block = _lane_block((size, C), size)
+    diagonal = jnp.concatenate([jnp.where(block == i, inverse, 0) for i in range(C // size)], axis=0)
+    right = product(_below(strict, size), diagonal)
+    yield
+    under = jnp.concatenate([jnp.where(block == i - 1, right, 0) for i in range(C // size)], axis=0)
+    corner = -product(jnp.where(block & 1 == 0, 0, inverse), under)
+    yield
+    return _join(inverse, corner, size)
+
+
+def _double(inverse: jax.Array, strict: jax.Array, size: int) -> Chain[jax.Array]:
+    """A pair's lanes are twice as deep as a product of its blocks needs: they hold the high and low part of the right
+    operand, so that one pass with [high|high] and one with [low|0] on the left make a product to about 2**-16."""
+    C = strict.shape[0]
     block = _lane_block((size, C), size)
     first = block & 1 == 0
-    merged = []
-    for inverse, strict in zip(packed, stricts):
-        diagonal = jnp.concatenate([jnp.where(block == i, inverse, 0) for i in range(C // size)], axis=0)
-        right = product(_below(strict, size), diagonal)
-        under = jnp.concatenate([jnp.where(block == i - 1, right, 0) for i in range(C // size)], axis=0)
-        corner = -product(jnp.where(first, 0, inverse), under)
-        merged.append(_join(inverse, corner, size))
-    return merged
+
+    def multiply(left: jax.Array, shift: int, right: jax.Array, order: tuple[int, int]) -> jax.Array:
+        """left lies in one block of each pair and is zero in the other, `shift` lanes on."""
+        high, low = _split(left)
+        rows = jnp.concatenate([high + jnp.roll(high, shift, axis=1), low], axis=0)
+        parts = _split(right)
+        columns = [jnp.where(block >> 1 == i // 2, parts[order[i % 2]], 0) for i in range(C // size)]
+        both = product(rows.astype(jnp.bfloat16), jnp.concatenate(columns, axis=0).astype(jnp.bfloat16))
+        return both[:size] + both[size:]
+
+    right = multiply(_below(strict, size), size, inverse, (0, 1))
+    yield
+    corner = multiply(jnp.where(first, 0, inverse), C - size, right, (1, 0))
+    yield
+    return _join(inverse, -corner, size)
 
 
 def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A float32 array as the sum of two bfloat16 ones, held in float32."""
     high = x.astype(jnp.bfloat16).astype(jnp.float32)
     return high, x - high
-
-
-def _pairs(high: jax.Array, low: jax.Array, size: int, order: tuple[int, int]) -> jax.Array:
-    """[C,C] with (high, low)[order] of a packed pair's first block in the pair's two rows of blocks, first's lanes."""
-    C = high.shape[1]
-    block = _lane_block(high.shape, size)
-    parts = (high, low)
-    rows = [jnp.where(block == i // 2 * 2, parts[order[i % 2]], 0) for i in range(C // size)]
-    return jnp.concatenate(rows, axis=0).astype(jnp.bfloat16)
-
-
-def _double(packed: list[jax.Array], stricts: list[jax.Array], size: int) -> list[jax.Array]:
-    """A pair's lanes are twice as deep as a product of its blocks needs: they hold the high and low part of the right
-    operand, so that one pass with [high|high] and one with [low|0] on the left make a product to about 2**-16."""
-    C = stricts[0].shape[0]
-    first = _lane_block((size, C), size) & 1 == 0
-
-    def multiply(left: jax.Array, at: int, right: jax.Array, order: tuple[int, int]) -> jax.Array:
-        """left lies in the pair's block `at` (0 first, 1 second) and zero in the other."""
-        high, low = _split(left)
-        shift = size if at == 0 else C - size
-        rows = jnp.concatenate([high + jnp.roll(high, shift, axis=1), low], axis=0).astype(jnp.bfloat16)
-        both = product(rows, _pairs(*_split(right), size, order))
-        return both[:size] + both[size:]
-
-    rights = [multiply(_below(strict, size), 0, inverse, (0, 1)) for inverse, strict in zip(packed, stricts)]
-    corners = [multiply(jnp.where(first, 0, inverse), 1, right, (1, 0)) for inverse, right in zip(packed, rights)]
-    return [_join(inverse, -corner, size) for inverse, corner in zip(packed, corners)]

@@ -1,0 +1,57 @@
+"""Solutions of (I + strict) U = Z for a chunk, and of its transpose, by halves.
+
+Only the two diagonal halves are inverted; U_1 = X_1 Z_1 and U_2 = X_2 (Z_2 - below U_1). Merging them too would cost more
+products than it saves, at the precision that an inverse needs.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxhybrid_kernels.tpu.inverse import invert_blocks
+from jaxhybrid_kernels.tpu.products import product
+from jaxhybrid_kernels.tpu.turns import Chain
+
+
+class Halves(NamedTuple):
+    """Of I + strict, in the compute dtype."""
+
+    inverses: jax.Array  # [C/2,C]: X_1 in the first lanes, X_2 in the others
+    below: jax.Array  # [C/2,C/2]: the block below the diagonal
+
+
+def halves(strict: jax.Array, exact: bool, dtype: Any) -> Chain[Halves]:
+    """From strict [C,C] float32."""
+    inverses = yield from invert_blocks(strict, strict.shape[0] // 2, exact)
+    return Halves(inverses.astype(dtype), below(strict, dtype))
+
+
+def below(strict: jax.Array, dtype: Any) -> jax.Array:
+    half = strict.shape[0] // 2
+    return strict[half:, :half].astype(dtype)
+
+
+def solve(matrix: Halves, right: jax.Array) -> Chain[jax.Array]:
+    """U [C,V] from Z [C,V], both float32."""
+    half, dtype = matrix.below.shape[0], matrix.below.dtype
+    first = product(matrix.inverses[:, :half], right[:half].astype(dtype))
+    yield
+    rest = right[half:] - product(matrix.below, first.astype(dtype))
+    yield
+    second = product(matrix.inverses, jnp.concatenate([jnp.zeros_like(rest, dtype=dtype), rest.astype(dtype)], axis=0))
+    yield
+    return jnp.concatenate([first, second], axis=0)
+
+
+def solve_transposed(matrix: Halves, right: jax.Array) -> Chain[jax.Array]:
+    """The same for the transpose of I + strict."""
+    half, dtype = matrix.below.shape[0], matrix.below.dtype
+    inverses = matrix.inverses.T
+    second = product(inverses[half:], right[half:].astype(dtype))
+    yield
+    rest = right[:half] - product(matrix.below.T, second.astype(dtype))
+    yield
+    first = product(inverses[:half], rest.astype(dtype))
+    yield
+    return jnp.concatenate([first, second], axis=0)
