@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jaxhybrid_kernels import dplr_attention, dplr_attention_step
 
-BOUNDS = (0, 30, 64, 100)  # a change of segment inside a chunk, and one at its border
+CHUNKED = ["xla", "pallas_tpu"]  # the latter is interpreted where there is no TPU
+BOUNDS = (0, 30, 64, 128)  # a change of segment inside a chunk, and one at its border
 
 
 @dataclass
@@ -79,7 +80,6 @@ def run(case, implementation, dtype=jnp.float32, chunk_size=None):
 
 
 @pytest.mark.parametrize("tokens", [7, 64, 65])
-@pytest.mark.parametrize("implementation", ["xla", "recurrent"])
 def test_results_and_gradients(suite, implementation, tokens):
     case = make_case(tokens)
     suite.check(run(case, implementation), oracle(case))
@@ -106,40 +106,45 @@ def test_rows_of_the_paper(suite):
 
 
 @pytest.mark.parametrize("correlation", [0.9, 0.99])
-def test_correlated_keys(suite, correlation):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_correlated_keys(suite, implementation, correlation):
     """Rates of one and no decay: a power series for the inverse overflows here."""
     case = make_case(128, correlation=correlation, rate=1.0, decay=0.0)
-    suite.check(run(case, "xla"), oracle(case))
+    suite.check(run(case, implementation), oracle(case))
 
 
 @pytest.mark.parametrize("decay", [0.0, 20.0])
-def test_no_decay_and_strong_decay(suite, decay):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_no_decay_and_strong_decay(suite, implementation, decay):
     case = make_case(128, decay=decay)
-    suite.check(run(case, "xla"), oracle(case))
+    suite.check(run(case, implementation), oracle(case))
 
 
-def test_one_token_that_forgets_among_tokens_that_keep(suite):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_one_token_that_forgets_among_tokens_that_keep(suite, implementation):
     case = make_case(128, decay=0.01)
     case.arrays["log_decay"][:, 3] = -3000.0
     case.arrays["log_decay"][:, 70] = -3000.0
-    suite.check(run(case, "xla"), oracle(case), forward=2e-6, backward=2e-5)
+    suite.check(run(case, implementation), oracle(case), forward=2e-6, backward=2e-5)
 
 
-def test_zero_rows(suite):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_zero_rows(suite, implementation):
     case = make_case(128)
     for name in ("q", "k", "v", "a", "b"):
         case.arrays[name][:, 20:40] = 0.0
-    suite.check(run(case, "xla"), oracle(case))
+    suite.check(run(case, implementation), oracle(case))
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
-def test_bfloat16_gradients(suite, correlation):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_bfloat16_gradients(implementation, correlation):
     """Every gradient points where the float64 one does, that of the decay above all."""
     case = make_case(128, B=1, K=64, V=64, correlation=correlation, decay=0.05)
     for name in ("q", "k", "v", "a", "b"):
         case.arrays[name] = np.asarray(jnp.asarray(case.arrays[name], jnp.bfloat16), np.float64)
     case.d_out = np.asarray(jnp.asarray(case.d_out, jnp.bfloat16), np.float64)
-    (out, state), gradients = run(case, "xla", jnp.bfloat16)
+    (out, state), gradients = run(case, implementation, jnp.bfloat16)
     (out_expected, state_expected), expected = oracle(case)
     assert (out.dtype, state.dtype, gradients["a"].dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
     pairs = {"out": (out, out_expected), "state": (state, state_expected)}
@@ -150,10 +155,11 @@ def test_bfloat16_gradients(suite, correlation):
         assert cosine > 0.999, f"{name}: cosine {cosine:.5f}"
 
 
-def test_packed_equals_separate(suite):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_packed_equals_separate(suite, implementation):
     case = make_case(BOUNDS[-1])
     case.segment_ids = np.repeat([[4, 2, 9]], 2, axis=0).repeat(np.diff(BOUNDS), axis=1)
-    (out, state), gradients = run(case, "xla")
+    (out, state), gradients = run(case, implementation)
     for index, (start, stop) in enumerate(pairwise(BOUNDS)):
         part = case.slice(start, stop)
         part.segment_ids = None
@@ -173,12 +179,12 @@ def test_packed_equals_separate(suite):
                 assert suite.relative_error(gradients[name], expected) < 1e-4
 
 
-@pytest.mark.parametrize("implementation", ["xla", "recurrent"])
+@pytest.mark.parametrize("implementation", ["xla", "recurrent", "pallas_tpu"])
 def test_padding_of_any_content_changes_nothing(suite, implementation):
     """Left, middle and right padding, holding NaN: the same as the sequence without it, from the same initial state."""
-    bare = make_case(60)
-    places = np.concatenate([np.arange(9, 29), np.arange(33, 73)])
-    case = make_case(80)
+    bare = make_case(108)
+    places = np.concatenate([np.arange(9, 29), np.arange(33, 121)])
+    case = make_case(128)
     for name, array in case.arrays.items():
         if name == "initial_state":
             array[:] = bare.arrays[name]
@@ -187,7 +193,7 @@ def test_padding_of_any_content_changes_nothing(suite, implementation):
             array[:, places] = bare.arrays[name]
     case.d_out[:, places] = bare.d_out
     case.d_state = bare.d_state
-    case.segment_ids = np.zeros((2, 80), np.int32)
+    case.segment_ids = np.zeros((2, 128), np.int32)
     case.segment_ids[:, places] = 3
     (out, state), gradients = run(case, implementation)
     (out_bare, state_bare), gradients_bare = oracle(bare)
@@ -204,25 +210,27 @@ def test_padding_of_any_content_changes_nothing(suite, implementation):
             assert np.all(np.asarray(gradients[name])[:, padding] == 0), name
 
 
-@pytest.mark.parametrize("implementation", ["xla", "recurrent", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", "recurrent", "reference", "pallas_tpu"])
 def test_all_padding_keeps_the_state(implementation):
-    case = make_case(20)
-    case.segment_ids = np.zeros((2, 20), np.int32)
+    case = make_case(128)
+    case.segment_ids = np.zeros((2, 128), np.int32)
     (out, state), _ = run(case, implementation)
     assert np.all(np.asarray(out) == 0)
     np.testing.assert_array_equal(state, case.arrays["initial_state"].astype(np.float32))
 
 
-def test_two_parts_make_the_whole(suite):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_two_parts_make_the_whole(suite, implementation):
     """The final state carries on where it stopped, and its gradient carries back."""
+    border = 37 if implementation == "xla" else 64
     case = make_case(128)
     (out, state), gradients = oracle(case)
-    first, second = case.slice(0, 37), case.slice(37, 128)
-    (out_first, between), _ = run(first, "xla")
+    first, second = case.slice(0, border), case.slice(border, 128)
+    (out_first, between), _ = run(first, implementation)
     second.arrays["initial_state"] = np.asarray(between)
-    (out_second, final), gradients_second = run(second, "xla")
+    (out_second, final), gradients_second = run(second, implementation)
     first.d_state = np.asarray(gradients_second["initial_state"])
-    _, gradients_first = run(first, "xla")
+    _, gradients_first = run(first, implementation)
     assert suite.relative_error(np.concatenate([out_first, out_second], axis=1), out) < 1e-5
     assert suite.relative_error(final, state) < 1e-5
     for name, expected in gradients.items():
@@ -267,8 +275,10 @@ def test_wrong_shapes_are_refused(changes, message):
 def test_wrong_values_and_dtypes_are_refused():
     arrays = case32(make_case(8))
     for changes, message in [
-        ({"implementation": "fast"}, "implementation='fast'.*available: reference, recurrent, xla"),
+        ({"implementation": "fast"}, "implementation='fast'.*available: reference, recurrent, xla, pallas_tpu"),
         ({"chunk_size": 48}, "chunk_size=48"),
+        ({"chunk_size": 32, "implementation": "pallas_tpu"}, "chunk_size=32: pallas_tpu"),
+        ({"v": jnp.zeros((2, 8, 2, 300)), "initial_state": None, "implementation": "pallas_tpu"}, "v has V=300"),
         ({"scale": "half"}, "scale='half'"),
         ({"a": arrays["a"].astype(jnp.int32)}, "a has dtype int32"),
         ({"segment_ids": jnp.ones((2, 8))}, "segment_ids has dtype float32"),
@@ -279,3 +289,21 @@ def test_wrong_values_and_dtypes_are_refused():
     one = {name: array[:, 0] for name, array in arrays.items() if name != "initial_state"}
     with pytest.raises(ValueError, match="state has shape"):
         dplr_attention_step(**one, state=arrays["initial_state"][:, :1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("N", "K", "V"), [(3, 64, 128), (2, 128, 64), (4, 128, 128), (2, 192, 256)])
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_widths(suite, implementation, N, K, V):
+    case = make_case(130, B=1, N=N, K=K, V=V, correlation=0.5)
+    case.segment_ids = np.repeat([[4, 2]], [50, 80], axis=1)
+    suite.check(run(case, implementation), oracle(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("correlation", [0.5, 0.9])
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_long_sequences(suite, implementation, correlation):
+    """Errors must not grow with the length."""
+    case = make_case(4096, B=1, K=64, V=64, correlation=correlation, decay=0.01)
+    suite.check(run(case, implementation), oracle(case))

@@ -4,10 +4,13 @@ from functools import partial
 
 import jax
 
+from jaxhybrid_kernels.api import target_platform
 from jaxhybrid_kernels.dplr.chunked import Residuals, chunked_backward, chunked_forward
-from jaxhybrid_kernels.dplr.inputs import Inputs, check_chunk_size, check_implementation, check_inputs, first_state
+from jaxhybrid_kernels.dplr.inputs import Inputs, check_chunk_size, check_implementation, check_inputs, make_varying
 from jaxhybrid_kernels.dplr.recurrent import recurrent_dplr
 from jaxhybrid_kernels.dplr.reference import reference_dplr
+from jaxhybrid_kernels.dplr.tpu.attention import tpu_dplr, tpu_refusal
+from jaxhybrid_kernels.dplr.tpu.layout import make_layout
 from jaxhybrid_kernels.validation import check_scale
 
 
@@ -37,8 +40,10 @@ def dplr_attention(
                     neither writes nor decays a state, its output is 0 and its gradients are 0.
     initial_state:  None (zeros) or [B,N,K,V] float32: the state before the first non-padding token.
     scale:          Python number, K**-0.5 by default.
-    chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64.
-    implementation: "reference", "recurrent", "xla", or None: "recurrent" for one token, else "xla".
+    chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64. 64 for
+                    "pallas_tpu".
+    implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU), or None:
+                    "recurrent" for one token, else "pallas_tpu" on a TPU if it takes the arguments, else "xla".
 
     Returns out [B,T,N,V] in v's dtype and the state after the last non-padding token, [B,N,K,V] float32. All arguments
     but segment_ids are differentiable, through both results. Arguments in float64 are computed in float64.
@@ -49,15 +54,21 @@ def dplr_attention(
     check_scale(scale)
     inputs = Inputs(q, k, v, log_decay, a, b, segment_ids)
     check_inputs(inputs, "batch, tokens, heads, width", "initial_state", initial_state)
-    state = first_state(inputs, initial_state)
+    refusal = tpu_refusal(inputs, initial_state, chunk_size)
     T = q.shape[1]
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if implementation is None:
-        implementation = "recurrent" if T == 1 else "xla"
+        on_tpu = target_platform() == "tpu" and refusal is None
+        implementation = "recurrent" if T == 1 else "pallas_tpu" if on_tpu else "xla"
+    if implementation == "pallas_tpu" and refusal is not None:
+        raise ValueError(refusal)
+    inputs, state = make_varying(inputs, initial_state)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if implementation == "reference":
         return reference_dplr(inputs, state, scale)
     if implementation == "recurrent":
         return recurrent_dplr(inputs, state, scale)
+    if implementation == "pallas_tpu":
+        return tpu_dplr(make_layout(inputs, scale), inputs, state)
     return _chunked(scale, chunk_size or default_chunk_size(T), inputs, state)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxhybrid_kernels.numerics import state_dtype, varying_zero
 from jaxhybrid_kernels.validation import check_floating, check_shape, check_state
 
-IMPLEMENTATIONS = ("reference", "recurrent", "xla")
+IMPLEMENTATIONS = ("reference", "recurrent", "xla", "pallas_tpu")
 CHUNK_SIZES = (16, 32, 64, 128)
 
 
@@ -29,11 +29,12 @@ class Inputs(NamedTuple):
         return (self.v.shape[0], *self.v.shape[-2:-1], self.k.shape[-1], self.v.shape[-1])
 
 
-def first_state(inputs: Inputs, initial_state: jax.Array | None) -> jax.Array:
-    """The given state or zeros, varying along every manual mesh axis along which any argument does."""
+def make_varying(inputs: Inputs, initial_state: jax.Array | None) -> tuple[Inputs, jax.Array]:
+    """The inputs and the state (zeros if none is given), varying along every manual mesh axis along which any does."""
     dtype = state_dtype(*inputs[:6], initial_state)
     state = jnp.zeros(inputs.state_shape, dtype) if initial_state is None else initial_state.astype(dtype)
-    return state + varying_zero(*inputs, initial_state).astype(dtype)
+    zero = varying_zero(*inputs, initial_state)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, state))
 
 
 def check_implementation(name: str | None) -> None:

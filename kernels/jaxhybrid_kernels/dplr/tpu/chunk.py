@@ -10,7 +10,17 @@ from jax import lax
 
 from jaxhybrid_kernels.dplr.tpu.lanes import Lanes
 from jaxhybrid_kernels.dplr.tpu.layout import CHUNK, Layout
-from jaxhybrid_kernels.dplr.tpu.levels import AFTER, BEFORE, THROUGH, Tokens, gates, meeting_levels, run_sums, triangles
+from jaxhybrid_kernels.dplr.tpu.levels import (
+    Gates,
+    Tokens,
+    make_gates,
+    meeting_levels,
+    move_down,
+    move_up,
+    run_sums,
+    triangles,
+)
+from jaxhybrid_kernels.tpu.turns import Chain
 
 
 class Arrays(NamedTuple):
@@ -26,15 +36,19 @@ class Arrays(NamedTuple):
 
 
 class Constants(NamedTuple):
-    sums: Any  # bfloat16 [(levels + 3) C,3C]
+    """`run_sums` and `meeting_levels`; the sums are repeated for each of the numbers that a float32 is split into."""
+
+    sums: Any  # bfloat16 [(levels + 1) C,parts C]
+    decays: Any  # bfloat16 [C,parts (levels + 1) C]: the transpose
     meeting: Any  # int32 [2C,2C]
 
 
 class Chunk(NamedTuple):
     """Of one group of heads."""
 
+    lanes: Lanes
     tokens: Tokens
-    gates: list[jax.Array]  # [C,W] float32, one for each matrix of run_sums, zero where the segment changes
+    gates: Gates  # those with the states zero where the segment changes
     v: jax.Array  # [C,heads*V] compute dtype
     from_entry: jax.Array  # [2C,W] compute dtype: q_in above a_in
     to_exit: jax.Array  # [2C,W]: k_out above b_out
@@ -43,23 +57,32 @@ class Chunk(NamedTuple):
     same: jax.Array | None  # [2C,2C] float32, 1 where row and column share a segment
 
 
-def constants() -> Constants:
-    sums = np.concatenate(run_sums(CHUNK))
-    return Constants(jnp.asarray(np.tile(sums, (1, 3)), jnp.bfloat16), jnp.asarray(meeting_levels(CHUNK)))
+def constants(exact: bool) -> Constants:
+    matrices = np.concatenate(run_sums(CHUNK)).astype(np.float32)
+    # In bfloat16 the exponents need 16 bits, their gradients 8.
+    repeated = np.tile(matrices, (1, 3 if exact else 2)), np.tile(matrices.T, (1, 3 if exact else 1))
+    sums, decays = (jnp.asarray(x, jnp.bfloat16) for x in repeated)
+    return Constants(sums, decays, jnp.asarray(meeting_levels(CHUNK)))
 
 
-def read_group(arrays: Arrays, known: Constants, group: int, layout: Layout) -> tuple[Lanes, Chunk]:
-    """The chunk of the group with that number in a grid step's blocks; known: references to the constants."""
-    lanes = Lanes(layout.group, group * layout.group, layout.dtype)
+def read_pair(arrays: Arrays, known: Constants, pair: int, layout: Layout) -> Chain[list[Chunk]]:
+    """The chunk of the pair of heads with that number in a grid step's blocks: of one group or of two."""
+    chunks = []
+    for first in range(2 * pair, 2 * pair + 2, layout.group):
+        chunks.append((yield from _read_group(arrays, known, Lanes(layout.group, first, layout.dtype), layout)))
+    return chunks
+
+
+def _read_group(arrays: Arrays, known: Constants, lanes: Lanes, layout: Layout) -> Chain[Chunk]:
 
     def read(ref: Any, width: int) -> jax.Array:
-        width *= layout.group
-        return ref[0, :, group * width : (group + 1) * width]
+        return ref[0, :, lanes.of_block(width)]
 
     q, k, a, b = (read(x, layout.K).astype(jnp.float32) for x in (arrays.q, arrays.k, arrays.a, arrays.b))
     tokens = Tokens(layout.scale * q, move_up(a), k, b)
-    gated = gates(known.sums[...], read(arrays.log_decay, layout.K))
-    lower = triangles(tokens, gated, known.meeting[...], lanes)
+    gates = make_gates(known.sums[...], read(arrays.log_decay, layout.K))
+    yield
+    lower = yield from triangles(tokens, gates.levels, known.meeting[...], lanes)
     lower = [jnp.concatenate([x[:CHUNK], move_down(x[CHUNK:])], axis=0) for x in lower]
     same = None
     if arrays.segments is not None:
@@ -69,27 +92,15 @@ def read_group(arrays: Arrays, known: Constants, group: int, layout: Layout) -> 
         same = jnp.concatenate([pairs, pairs], axis=0)
         lower = [same * x for x in lower]
         entry, leaving = marks[:, CHUNK : CHUNK + 1], marks[:, CHUNK + 1 : CHUNK + 2]
-        gated[THROUGH], gated[BEFORE], gated[AFTER] = (
-            gated[THROUGH] * entry,
-            gated[BEFORE] * entry,
-            gated[AFTER] * leaving,
-        )
-    return lanes, Chunk(
+        gates = Gates(gates.levels, gates.through * entry, gates.before * entry, gates.after * leaving)
+    return Chunk(
+        lanes,
         tokens,
-        gated,
+        gates,
         read(arrays.v, layout.V),
-        jnp.concatenate([tokens.q * gated[THROUGH], a * gated[BEFORE]], axis=0).astype(layout.dtype),
-        jnp.concatenate([k * gated[AFTER], b * gated[AFTER]], axis=0).astype(layout.dtype),
-        gated[THROUGH][CHUNK - 1 :],
+        jnp.concatenate([tokens.q * gates.through, a * gates.before], axis=0).astype(layout.dtype),
+        jnp.concatenate([k * gates.after, b * gates.after], axis=0).astype(layout.dtype),
+        gates.through[CHUNK - 1 :],
         lower,
         same,
     )
-
-
-def move_up(x: jax.Array) -> jax.Array:
-    """Every row to the one above, the first to the last."""
-    return jnp.roll(x, -1, axis=0)
-
-
-def move_down(x: jax.Array) -> jax.Array:
-    return jnp.roll(x, 1, axis=0)
