@@ -15,7 +15,7 @@ Heads are independent: their steps alternate, so that one hides the latency of a
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxhybrid_kernels.tpu.gates import HeadGates, across
 from jaxhybrid_kernels.tpu.operands import Operands, StateGradients
 from jaxhybrid_kernels.tpu.products import product, product_transposed
+from jaxhybrid_kernels.tpu.turns import Chain
 
 BLOCK = 8  # tokens in a register; runs inside a block are near
 PACKED = 16  # tokens in a register of bfloat16: from runs of this size on, second runs are cut out
@@ -33,23 +35,17 @@ PACKED = 16  # tokens in a register of bfloat16: from runs of this size on, seco
 class Constants(NamedTuple):
     """Operands of the kernel that depend on shapes alone."""
 
-    sums: np.ndarray  # [5C,parts*C] bfloat16: log_decay to its sums at the near levels, and since and until block ends
-    sums_transposed: np.ndarray  # [C,parts*(levels+2)*C] bfloat16: gradients of all sums to that of log_decay
-    meetings: np.ndarray  # [levels,C or C/2,C] int32: all bits of a float32, or of two bfloat16, set where pairs meet
-
-
-class Head(NamedTuple):
-    q: jax.Array  # [R*C,K] compute dtype
-    k: jax.Array  # [C,K]
-    log_decay: jax.Array  # [C,K] float32
+    sums: Any  # [5C,parts*C] bfloat16: log_decay to its sums at the near levels, and since and until block ends
+    sums_transposed: Any  # [C,parts*(levels+2)*C] bfloat16: gradients of all sums to that of log_decay
+    meetings: Any  # [levels,C or C/2,C] int32: all bits of a float32, or of two bfloat16, set where pairs meet
 
 
 class Tokens(NamedTuple):
     """What is known of a chunk's tokens, the same for all heads."""
 
     level: jax.Array  # [C,C] int32: 1 + the level at which i meets j, 0 if i = j; -1: i does not see j
-    reads: jax.Array | None  # [C,1] float32: 1 if the token shares the entry state's segment; None: all do
-    stays: jax.Array | None  # [C,1] float32: 1 if the token shares the last token's segment
+    reads: jax.Array | None  # [C,LANES] float32: 1 if the token shares the entry state's segment; None: all do
+    stays: jax.Array | None  # [C,LANES] float32: 1 if the token shares the last token's segment
 
 
 def channel_constants(C: int, exact: bool) -> Constants:
@@ -64,72 +60,23 @@ def channel_constants(C: int, exact: bool) -> Constants:
     sums = np.concatenate([*map(spans, range(_levels(BLOCK))), same_block & (t <= i), same_block & (t > i)])
     gradients = np.concatenate([*map(spans, range(_levels(C))), t <= i, t > i]).T
     meetings = np.stack([(i >> level) ^ (t >> level) == 1 for level in range(_levels(C))])
-    bits = meetings.astype(np.uint32) * np.uint32(0xFFFFFFFF if exact else 0xFFFF)
+    bits = -meetings.astype(np.int32)
     if not exact:
-        bits = bits[:, 0::2] | bits[:, 1::2] << 16
+        bits = bits[:, 0::2] & 0xFFFF | bits[:, 1::2] << 16
     return Constants(
         np.tile(sums, (1, 3 if exact else 2)).astype(jnp.bfloat16),
         np.tile(gradients, (1, 3 if exact else 1)).astype(jnp.bfloat16),
-        bits.view(np.int32),
+        bits,
     )
 
 
-def meeting_level(C: int, same_segment: jax.Array | None) -> jax.Array:
-    """`Tokens.level`; same_segment [C,C] bool."""
+def chunk_tokens(gates: HeadGates, C: int) -> Tokens:
     i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     level = sum(((i >> bit) != (j >> bit)).astype(jnp.int32) for bit in range(_levels(C)))
-    sees = i >= j if same_segment is None else (i >= j) & same_segment
-    return jnp.where(sees, level, -1)
-
-
-def channel_operands(heads: list[Head], tokens: Tokens, sums: jax.Array, scale: float, delta: bool) -> list[Operands]:
-    """sums: `Constants.sums`."""
-    gated = [_Gated(head, sums) for head in heads]
-    C, dtype = heads[0].k.shape[0], heads[0].k.dtype
-    grams = []  # of each head: its queries with its keys, and with the delta rule its keys with themselves
-    for head in gated:
-        pairs = [jnp.where(tokens.level == 0, _sum_lanes(q * head.k), 0) for q in head.queries]
-        grams.append([*pairs, jnp.zeros((C, C), jnp.float32)] if delta else pairs)
-    for level in range(_levels(C)):
-        size, here = 1 << level, tokens.level == level + 1
-        for gram, head in zip(grams, gated):
-            meeting = head.meeting(level)
-            rows = [*meeting.queries, _late(meeting.k, size)] if delta else meeting.queries
-            met = product_transposed(jnp.concatenate(rows, axis=0).astype(dtype), meeting.k.astype(dtype))
-            gram[:] = [_choose(here, new, old, size) for new, old in zip(_pieces(met, rows[0].shape[0]), gram)]
-    ends = [head.ends(tokens) for head in gated]
-    carries = jnp.concatenate([end.carry for end in ends], axis=0).T
-    return [
-        Operands(
-            jnp.concatenate(end.queries_in, axis=0).astype(dtype),
-            end.k_in.astype(dtype),
-            end.k_out.astype(dtype),
-            None,
-            None,
-            carries[:, at : at + 1],
-            scale * jnp.concatenate(gram[: len(end.queries_in)], axis=0),
-            gram[-1] if delta else None,
-        )
-        for at, (gram, end) in enumerate(zip(grams, ends))
-    ]
-
-
-def channel_gradients(
-    heads: list[Head], tokens: Tokens, constants: Constants, gradients: list[StateGradients], scale: float
-) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """Gradients of q [R*C,K], k [C,K] and log_decay [C,K] of every head, float32.
-
-    An exponent is a sum of decays, and its gradient is that of its gate times the gate: nothing cancels.
-    """
-    growing = [_Gradients(_Gated(head, constants.sums), tokens, one, scale) for head, one in zip(heads, gradients)]
-    for level in range(_levels(heads[0].k.shape[0])):
-        for head in growing:
-            head.meet(level, constants.meetings[level])
-    carries = _columns_to_rows([one.carry for one in gradients])
-    return [
-        head.finish(tokens, one, carries[at : at + 1], constants.sums_transposed)
-        for at, (head, one) in enumerate(zip(growing, gradients))
-    ]
+    sees = i >= j
+    if gates.end_row is not None:
+        sees = sees & (i.astype(jnp.float32) < gates.end_row)
+    return Tokens(jnp.where(sees, level, -1), gates.entry, gates.exit)
 
 
 class _Meeting(NamedTuple):
@@ -151,15 +98,15 @@ class _Ends(NamedTuple):
     leaving: jax.Array  # [C,K]: from the block's end to the chunk's
 
 
-class _Gated:
-    """One head's queries and keys in float32, and their gates."""
+class ChannelHead:
+    """One head's queries and keys in float32, and their gates. q [R*C,K], k [C,K]; log_decay [C,K] float32."""
 
-    def __init__(self, head: Head, sums: jax.Array):
-        C = head.k.shape[0]
-        self.dtype = head.k.dtype
-        self.k = head.k.astype(jnp.float32)
-        self.queries = [q.astype(jnp.float32) for q in _pieces(head.q, C)]
-        parts = _parts(head.log_decay * math.log2(math.e), sums.shape[1] // C)
+    def __init__(self, q: jax.Array, k: jax.Array, log_decay: jax.Array, constants: Constants):
+        C, sums = k.shape[0], constants.sums[...]
+        self.dtype = k.dtype
+        self.k = k.astype(jnp.float32)
+        self.queries = [x.astype(jnp.float32) for x in _pieces(q, C)]
+        parts = _parts(log_decay * math.log2(math.e), sums.shape[1] // C)
         *self.near, self.since, self.until = _pieces(jnp.exp2(product(sums, parts)), C)
         self.k_since, self.k_until = self.k * self.since, self.k * self.until
         self.queries_since = [q * self.since for q in self.queries]
@@ -175,19 +122,20 @@ class _Gated:
         queries = [_late(q, size) for q in self.queries_since]
         if size == BLOCK:
             return _Meeting(k, queries, None)
-        factor = _by_run(self.across(size, -1), self.across(size, 1), size)
+        factor = _by_run(self.blocks_between(size, -1), self.blocks_between(size, 1), size)
         return _Meeting(k * factor, [q * _late(factor, size) for q in queries], factor)
 
     def ends(self, tokens: Tokens) -> _Ends:
         C = self.k.shape[0]
-        entry, leaving = self.across(C, 1), self.across(C, -1)
+        entry, leaving = self.blocks_between(C, 1), self.blocks_between(C, -1)
         if tokens.reads is not None and tokens.stays is not None:
-            entry, leaving = entry * tokens.reads, leaving * tokens.stays
+            width = self.k.shape[1]
+            entry, leaving = entry * across(tokens.reads, width), leaving * across(tokens.stays, width)
         queries_in = [q * entry for q in self.queries_since]
         carry = (self.since * entry)[-1:]
         return _Ends(queries_in, self.k_since * entry, self.k_until * leaving, carry, entry, leaving)
 
-    def across(self, size: int, direction: int) -> jax.Array:
+    def blocks_between(self, size: int, direction: int) -> jax.Array:
         """[C,K]: the decay of whole blocks from the start (1) of a run to a block, or on to its end (-1)."""
         factors = [jnp.ones_like(block) for block in self.blocks]
         order = range(len(factors))[::direction]
@@ -197,10 +145,52 @@ class _Gated:
         return jnp.concatenate(factors, axis=0)
 
 
-class _Gradients:
-    """Gradients of one head while they grow, level by level; names as in `_Gated`."""
+def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: bool) -> Chain[Operands]:
+    C = head.k.shape[0]
+    grams = [jnp.where(tokens.level == 0, _sum_lanes(q * head.k), 0) for q in head.queries]
+    if delta:
+        grams.append(jnp.zeros((C, C), jnp.float32))
+    yield
+    for level in range(_levels(C)):
+        size, here = 1 << level, tokens.level == level + 1
+        meeting = head.meeting(level)
+        rows = [*meeting.queries, _late(meeting.k, size)] if delta else meeting.queries
+        met = product_transposed(jnp.concatenate(rows, axis=0).astype(head.dtype), meeting.k.astype(head.dtype))
+        grams = [_choose(here, new, old, size) for new, old in zip(_pieces(met, rows[0].shape[0]), grams)]
+        yield
+    ends = head.ends(tokens)
+    carry = jnp.broadcast_to(ends.carry, (BLOCK, ends.carry.shape[1])).T[:, :1]
+    return Operands(
+        jnp.concatenate(ends.queries_in, axis=0).astype(head.dtype),
+        ends.k_in.astype(head.dtype),
+        ends.k_out.astype(head.dtype),
+        None,
+        None,
+        carry,
+        scale * jnp.concatenate(grams[: len(head.queries)], axis=0),
+        grams[-1] if delta else None,
+    )
 
-    def __init__(self, head: _Gated, tokens: Tokens, gradients: StateGradients, scale: float):
+
+def channel_gradients(
+    head: ChannelHead, tokens: Tokens, constants: Constants, gradients: StateGradients, scale: float
+) -> Chain[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Gradients of q [R*C,K], k [C,K] and log_decay [C,K], float32.
+
+    An exponent is a sum of decays, and its gradient is that of its gate times the gate: nothing cancels.
+    """
+    growing = _Gradients(head, tokens, gradients, scale)
+    yield
+    for level in range(_levels(head.k.shape[0])):
+        growing.meet(level, constants.meetings[level])
+        yield
+    return growing.finish(tokens, gradients, constants.sums_transposed[...])
+
+
+class _Gradients:
+    """Gradients of one head while they grow, level by level; names as in `ChannelHead`."""
+
+    def __init__(self, head: ChannelHead, tokens: Tokens, gradients: StateGradients, scale: float):
         C = head.k.shape[0]
         self.head = head
         pairs = [jnp.where(tokens.level >= 0, scale * pair, 0) for pair in _pieces(gradients.pair, C)]
@@ -236,8 +226,8 @@ class _Gradients:
         rows_per_register = C // meetings.shape[0]
         late = _late(meetings, size, rows_per_register)
         to_queries = [_late(bits, size, rows_per_register) & late for bits in self.to_queries]
-        d_queries = product(self._floats(jnp.concatenate(to_queries, axis=0)), keys)
-        d_queries = _pieces(d_queries, meeting.queries[0].shape[0])
+        d_late = product(self._floats(jnp.concatenate(to_queries, axis=0)), keys)
+        d_queries = _pieces(d_late, meeting.queries[0].shape[0])
         exponent = meeting.k * d_k
         for q, d_q in zip(meeting.queries, d_queries):
             exponent = _add_late(exponent, q * d_q, size)
@@ -254,11 +244,13 @@ class _Gradients:
             self.queries_since = [_add_late(old, d_q, size) for old, d_q in zip(self.queries_since, d_queries)]
 
     def finish(
-        self, tokens: Tokens, gradients: StateGradients, d_carry: jax.Array, sums_transposed: jax.Array
+        self, tokens: Tokens, gradients: StateGradients, sums_transposed: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         head, ends = self.head, self.head.ends(tokens)
         C = head.k.shape[0]
         last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
+        assert gradients.carry is not None
+        d_carry = jnp.broadcast_to(gradients.carry, (gradients.carry.shape[0], BLOCK)).T[:1]
         exponent = jnp.where(last, d_carry, 0)
         d_queries = []
         for q_in, d_q_in, d_q, d_q_since in zip(
@@ -335,12 +327,3 @@ def _choose(where: jax.Array, late: jax.Array, x: jax.Array, size: int) -> jax.A
     pieces = zip(_pieces(where, size)[1::2], _pieces(late, size), runs[1::2])
     runs[1::2] = [jnp.where(*piece) for piece in pieces]
     return jnp.concatenate(runs, axis=0)
-
-
-def _columns_to_rows(columns: list[jax.Array | None]) -> jax.Array:
-    """Columns [K,1], one per head -> [heads,K]."""
-    lane = lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], len(columns)), 1)
-    table = jnp.zeros(lane.shape, jnp.float32)
-    for at, column in enumerate(columns):
-        table = jnp.where(lane == at, column, table)
-    return table.T
