@@ -1,0 +1,106 @@
+"""Every TPU kernel, forward and backward, compiled ahead of time for five chips, on a machine without one."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCHEDULE = Path(__file__).parents[1] / "benchmarks/tpu_schedule.py"
+CHIPS = ["v4", "v5e", "v5p", "v6e", "tpu7x"]
+
+
+@pytest.fixture(scope="module")
+def tpu_schedule():
+    sys.path.insert(0, str(SCHEDULE.parent))
+    try:
+        spec = importlib.util.spec_from_file_location(SCHEDULE.stem, SCHEDULE)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not module.find_libtpu():
+        pytest.skip("libtpu is not here: `make tpu-compiler`")
+    return module
+
+
+def compile_all(tpu_schedule, chip, *arguments):
+    """Compiles both directions; what the command reports about every kernel, in the order of the jobs."""
+    command = ("--chips", chip, "--all", "--keep-going", "--tokens", "256", *arguments)
+    result = tpu_schedule.compile_in_process(chip, command)
+    machine, rows = result["machine"], result["rows"][1:]  # the first is a plain matmul
+    rows = [row for row in rows if "no decay per channel" not in row.get("error", "")]  # refused so far
+    failures = [f"{row['job']}: {row['error']}" for row in rows if "error" in row]
+    assert not failures, "\n".join(failures)
+    for row in rows:
+        kernels = row["kernels"]
+        assert kernels, f"{row['job']} runs no kernel"
+        assert all(kernel["loops_known"] and kernel["grid_steps"] >= 2 for kernel in kernels), row["job"]
+        assert 0 < row["vmem"] < machine["vmem"], row["job"]
+    return rows
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_recurrence_compiles(tpu_schedule, chip):
+    compile_all(tpu_schedule, chip, "--heads", "2")
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_packed_float32_compiles(tpu_schedule, chip):
+    """The kernels that need most VMEM: full groups of heads in float32, with segments and states."""
+    sizes = ("--heads", "8", "--dtype", "float32", "--packed")
+    compile_all(tpu_schedule, chip, *sizes, "--recurrence", "gated_deltanet", "kimi_delta", "dplr")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_widths_compile(tpu_schedule, chip, width):
+    compile_all(tpu_schedule, chip, "--heads", "8", "--width", str(width), "--dtype", "bfloat16", "float32", "--packed")
+
+
+def test_sharded_over_four_chips(tpu_schedule, tmp_path):
+    """Inside jax.shard_map, with manual axes checked: batches on four chips."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=tpu_schedule.compiler_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == ["linear_attention_backward", "linear_attention_forward"]
+
+
+def compile_sharded():
+    """Prints the names of the kernels in a sharded step for a v5e slice."""
+    import re
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from jaxhybrid_kernels import linear_attention
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+    def loss(q, k, v, log_decay, beta):
+        out, state = linear_attention(q, k, v, log_decay, beta, implementation="pallas_tpu")
+        return jax.lax.psum(jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(state), "data")
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=P("data"), out_specs=P())
+    wide, narrow = (4, 256, 2, 128), (4, 256, 2)
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data")))
+        for shape, dtype in [(wide, jnp.bfloat16)] * 3 + [(narrow, jnp.float32)] * 2
+    ]
+    compiled = jax.jit(jax.grad(sharded, argnums=(0, 1, 2, 3, 4))).lower(*arguments).compile()
+    print(json.dumps(sorted(set(re.findall(r"linear_attention_(?:forward|backward)", compiled.as_text())))))
+
+
+if __name__ == "__main__":
+    compile_sharded()
