@@ -109,8 +109,6 @@ def oracle(case):
 
 def run(case, implementation, dtype=jnp.float32, chunk_size=None):
     """The case in the given dtype (q, k, v; the rest in float32)."""
-    if implementation == "pallas_tpu" and case.arrays.get("log_decay", np.empty(0)).ndim == 4:
-        pytest.skip("pallas_tpu takes no decay per channel yet")
     arrays = {n: jnp.asarray(a, dtype if n in ("q", "k", "v") else jnp.float32) for n, a in case.arrays.items()}
     segments = None if case.segment_ids is None else jnp.asarray(case.segment_ids, jnp.int32)
     d_out, d_state = jnp.asarray(case.d_out, jnp.float32), jnp.asarray(case.d_state, jnp.float32)

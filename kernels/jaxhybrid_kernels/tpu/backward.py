@@ -15,11 +15,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.tpu.channel_gates import Tokens, channel_gradients, channel_operands, chunk_tokens
 from jaxhybrid_kernels.tpu.forward import (
     Arrays,
     Residuals,
     input_blocks,
     lay_out_inputs,
+    read_channels,
     read_head,
     read_query_key,
     residual_blocks,
@@ -129,13 +131,13 @@ def backward_kernel(
 
     gates = grid_step_gates(arrays.gates, layout)
     shared = _Shared(results, layout)
-    columns = take_turns(
-        [
-            _head(h, gates[h], arrays, residuals, d_out_ref, d_state_ref, results, shared, layout)
-            for h in range(layout.heads)
-        ]
-    )
-    columns = [d_sum for d_sum, _ in columns if d_sum is not None] + [d for _, d in columns if d is not None]
+    tokens = chunk_tokens(gates[0], CHUNK) if layout.decay == "channel" else None
+    chains = [
+        _head(h, gates[h], tokens, arrays, residuals, d_out_ref, d_state_ref, results, shared, layout)
+        for h in range(layout.heads)
+    ]
+    d_sums, d_betas = zip(*take_turns(chains))
+    columns = [column for column in (*d_sums, *d_betas) if column is not None]
     if columns:
         results.gates[0, 0, 0] = columns_to_rows(columns, gate_gradient_rows(layout))
 
@@ -164,6 +166,7 @@ class _Shared:
 def _head(
     h: int,
     gates: HeadGates,
+    tokens: Tokens | None,
     arrays: Arrays,
     residuals: Residuals,
     d_out_ref: Any,
@@ -176,8 +179,11 @@ def _head(
     q, k = read_query_key(arrays, h, layout)
     v = read_head(arrays.v, h, layout.V)
     d_out = [read_head(d_out_ref, h * layout.queries + r, layout.V) for r in range(layout.queries)]
-    operands = head_operands(q, k, gates, layout.scale)
-    yield
+    head = None if tokens is None else read_channels(arrays, h, layout)
+    if tokens is None or head is None:
+        operands = yield from head_operands(q, k, gates, layout.scale)
+    else:
+        operands = yield from channel_operands(head, tokens, layout.scale, layout.delta)
     inverses = None if residuals.inverses is None else residuals.inverses[0, h, 0]
     d_entry, d_v, d_beta, gradients = yield from chunk_gradients(
         operands,
@@ -191,7 +197,12 @@ def _head(
     )
     d_state_ref[h] = d_entry
     write_head(results.v, h, d_v)
-    d_q, d_k, d_sum = yield from head_gradients(q, k, gates, gradients, layout.scale)
+    d_sum = None
+    if tokens is None or head is None:
+        d_q, d_k, d_sum = yield from head_gradients(q, k, gates, gradients, layout.scale)
+    else:
+        d_q, d_k, d_log_decay = yield from channel_gradients(head, tokens, arrays.constants, gradients, layout.scale)
+        write_head(results.log_decay, h, d_log_decay)
     for r, at in enumerate(layout.query_heads_of(h)):
         shared.add("q", at, d_q[r * CHUNK : (r + 1) * CHUNK])
     shared.add("k", layout.key_head_of(h), d_k)

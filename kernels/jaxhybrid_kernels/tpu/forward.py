@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.tpu.channel_gates import ChannelHead, Tokens, channel_constants, channel_operands, chunk_tokens
 from jaxhybrid_kernels.tpu.gates import HeadGates, across, gate_names, gate_rows, grid_step_gates, make_gates
 from jaxhybrid_kernels.tpu.head_gates import head_operands
-from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block
+from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block, whole_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back_state
 from jaxhybrid_kernels.tpu.products import product, transposed_product
 from jaxhybrid_kernels.tpu.solve import halves, solve
@@ -29,6 +30,7 @@ class Arrays(NamedTuple):
     v: Any
     log_decay: Any  # [B,n*C,N*K] when per channel, else None
     gates: Any
+    constants: Any  # of per-channel decays (see channel_gates.py), else None
 
 
 class Residuals(NamedTuple):
@@ -46,15 +48,17 @@ class Results(NamedTuple):
 
 def lay_out_inputs(inputs: Inputs, layout: Layout) -> Arrays:
     ids = inputs.segment_ids
-    log_decay = None
+    log_decay = constants = None
     if inputs.log_decay is not None and layout.decay == "channel":
         log_decay = lay_out(inputs.log_decay, ids, layout.K, jnp.float32)
+        constants = jax.tree.map(jnp.asarray, channel_constants(CHUNK, layout.exact))
     return Arrays(
         lay_out(inputs.q, ids, layout.K, layout.dtype),
         lay_out(inputs.k, ids, layout.K, layout.dtype),
         lay_out(inputs.v, ids, layout.V, layout.dtype),
         log_decay,
         make_gates(inputs, layout),
+        constants,
     )
 
 
@@ -86,13 +90,16 @@ def tpu_forward(
 
 
 def input_blocks(layout: Layout) -> Arrays:
-    sizes = layout.sizes
+    sizes, constants = layout.sizes, None
+    if layout.decay == "channel":
+        constants = jax.tree.map(lambda x: whole_block(x.shape), channel_constants(CHUNK, layout.exact))
     return Arrays(
         token_block(layout, sizes.Hq, layout.K),
         token_block(layout, sizes.Hk, layout.K),
         token_block(layout, sizes.N, layout.V),
         token_block(layout, sizes.N, layout.K) if layout.decay == "channel" else None,
         chunk_block(1, gate_rows(layout), CHUNK) if gate_names(layout) else None,
+        constants,
     )
 
 
@@ -116,17 +123,28 @@ def forward_kernel(arrays: Arrays, initial_ref: Any, results: Results, state_ref
         state_ref[...] = initial_ref[0]
 
     gates = grid_step_gates(arrays.gates, layout)
-    take_turns([_head(h, gates[h], arrays, results, state_ref, layout) for h in range(layout.heads)])
+    tokens = chunk_tokens(gates[0], CHUNK) if layout.decay == "channel" else None
+    take_turns([_head(h, gates[h], tokens, arrays, results, state_ref, layout) for h in range(layout.heads)])
 
     @pl.when(time == layout.chunks - 1)
     def _():
         results.final[0] = state_ref[...]
 
 
-def _head(h: int, gates: HeadGates, arrays: Arrays, results: Results, state_ref: Any, layout: Layout) -> Chain[None]:
+def _head(
+    h: int,
+    gates: HeadGates,
+    tokens: Tokens | None,
+    arrays: Arrays,
+    results: Results,
+    state_ref: Any,
+    layout: Layout,
+) -> Chain[None]:
     """One head's chunk."""
-    operands = head_operands(*read_query_key(arrays, h, layout), gates, layout.scale)
-    yield
+    if tokens is None:
+        operands = yield from head_operands(*read_query_key(arrays, h, layout), gates, layout.scale)
+    else:
+        operands = yield from channel_operands(read_channels(arrays, h, layout), tokens, layout.scale, layout.delta)
     update = read_head(arrays.v, h, layout.V).astype(jnp.float32)
     entry = state_ref[h].astype(layout.dtype)
     if operands.coupling is None:
@@ -166,6 +184,12 @@ def read_query_key(arrays: Arrays, head: int, layout: Layout) -> tuple[jax.Array
     queries = [read_head(arrays.q, i, layout.K) for i in layout.query_heads_of(head)]
     q = queries[0] if len(queries) == 1 else jnp.concatenate(queries, axis=0)
     return q, read_head(arrays.k, layout.key_head_of(head), layout.K)
+
+
+def read_channels(arrays: Arrays, head: int, layout: Layout) -> ChannelHead:
+    """A value head with a decay per channel."""
+    log_decay = read_head(arrays.log_decay, head, layout.K)
+    return ChannelHead(*read_query_key(arrays, head, layout), log_decay, arrays.constants)
 
 
 def scale_rows(x: jax.Array, row: jax.Array | None) -> jax.Array:

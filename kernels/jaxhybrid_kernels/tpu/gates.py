@@ -24,7 +24,7 @@ def gate_names(layout: Layout) -> tuple[str, ...]:
     """The rows that a call has, in their order.
 
     sum, sum_low: G / log 2 and what rounding took from it. beta. end: tokens of the chunk up to the last one of this
-    token's segment. first, last: the chunk's tokens in the segment of the entry state, and those before the last segment.
+    token's segment. first: those in the segment of the entry state. last: those before the last segment.
     """
     names: tuple[str, ...] = ()
     if layout.decay == "head":

@@ -13,11 +13,12 @@ from jaxhybrid_kernels.tpu.products import product, product_transposed, transpos
 from jaxhybrid_kernels.tpu.turns import Chain
 
 
-def head_operands(q: jax.Array, k: jax.Array, gates: HeadGates, scale: float) -> Operands:
+def head_operands(q: jax.Array, k: jax.Array, gates: HeadGates, scale: float) -> Chain[Operands]:
     """From q [R*C,K] and k [C,K]."""
     C = k.shape[0]
-    decay = _decay(gates, C)
     gram = product_transposed(jnp.concatenate([k, q], axis=0) if gates.beta is not None else q, k)
+    yield
+    decay = _decay(gates, C)
     coupling = None
     if gates.beta is not None:
         row, column = _positions(C)

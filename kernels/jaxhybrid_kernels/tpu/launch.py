@@ -37,6 +37,11 @@ def chunk_block(heads: int, rows: int, columns: int) -> Block:
     return Block((1, heads, 1, rows, columns), lambda b, g, t: (b, g, t, 0, 0))
 
 
+def whole_block(shape: tuple[int, ...]) -> Block:
+    """All of an array, at every grid step."""
+    return Block(shape, lambda b, g, t: (0,) * len(shape))
+
+
 def launch(
     kernel: Callable[..., None],
     name: str,

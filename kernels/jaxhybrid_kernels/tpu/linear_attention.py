@@ -21,8 +21,6 @@ def tpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int
     for name, array in (*inputs._asdict().items(), ("initial_state", initial_state)):
         if array is not None and state_dtype(array) == jnp.float64:
             return f"{name} has dtype float64, pallas_tpu computes in float32."
-    if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
-        return f"log_decay has shape {inputs.log_decay.shape}, pallas_tpu takes no decay per channel."
     if chunk_size not in (None, CHUNK):
         return f"chunk_size={chunk_size!r}: pallas_tpu takes chunks of {CHUNK} tokens only."
     return None

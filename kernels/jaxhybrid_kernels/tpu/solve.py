@@ -1,7 +1,7 @@
 """Solutions of (I + strict) U = Z for a chunk, and of its transpose, by halves.
 
-Only the two diagonal halves are inverted; U_1 = X_1 Z_1 and U_2 = X_2 (Z_2 - below U_1). Merging them too would cost more
-products than it saves, at the precision that an inverse needs.
+Only the two diagonal halves are inverted; U_1 = X_1 Z_1 and U_2 = X_2 (Z_2 - below U_1). Merging them too would cost
+more products than it saves, at the precision that an inverse needs.
 """
 
 from typing import Any, NamedTuple
