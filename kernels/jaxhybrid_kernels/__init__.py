@@ -1,8 +1,10 @@
 """Linear-attention operators for JAX: six recurrences, chunked and trainable, packed, with initial and final states."""
 
+from jaxhybrid_kernels import decode
 from jaxhybrid_kernels.api import linear_attention
 from jaxhybrid_kernels.context import context_dplr_attention, context_linear_attention
 from jaxhybrid_kernels.context_convolution import context_short_convolution
+from jaxhybrid_kernels.debug import debug_checks
 from jaxhybrid_kernels.dplr import dplr_attention, dplr_attention_step
 from jaxhybrid_kernels.recurrent import linear_attention_step
 from jaxhybrid_kernels.short_convolution import short_convolution, short_convolution_step
@@ -13,6 +15,8 @@ __all__ = [
     "context_dplr_attention",
     "context_linear_attention",
     "context_short_convolution",
+    "debug_checks",
+    "decode",
     "dplr_attention",
     "dplr_attention_step",
     "linear_attention",

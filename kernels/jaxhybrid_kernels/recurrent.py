@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.numerics import product, state_dtype, varying_zero
-from jaxhybrid_kernels.segments import segment_starts
+from jaxhybrid_kernels.segments import segment_starts, zero_padding
 from jaxhybrid_kernels.validation import Sizes, check_scale, check_step
 
 
@@ -71,17 +71,15 @@ def recurrent_linear_attention(
     shape = (sizes.B, sizes.N, sizes.K, sizes.V)
     state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
     state = state + varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state).astype(dtype)
-    marks = None if segment_ids is None else (segment_ids != 0, segment_starts(segment_ids))
+    starts = None if segment_ids is None else segment_starts(segment_ids)[..., None, None, None]
 
     def token(state, inputs):
-        q_t, k_t, v_t, decay_t, beta_t, marks_t = inputs
-        if marks_t is None:
-            out, new = step(q_t, k_t, v_t, decay_t, beta_t, state, scale, sizes)
-            return new, out
-        real, start = (mark[:, None, None] for mark in marks_t)
-        out, new = step(q_t, k_t, v_t, decay_t, beta_t, jnp.where(start[..., None], 0, state), scale, sizes)
-        return jnp.where(real[..., None], new, state), jnp.where(real, out, 0)
+        q_t, k_t, v_t, decay_t, beta_t, start = inputs
+        state = state if start is None else jnp.where(start, 0, state)
+        out, state = step(q_t, k_t, v_t, decay_t, beta_t, state, scale, sizes)
+        return state, out
 
-    sequence = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, beta, marks))
-    final, out = lax.scan(token, state, sequence)
+    # Of zeros throughout, a token leaves the state as it is and puts out zero: that is all that padding takes.
+    arrays = jax.tree.map(lambda x: zero_padding(x, segment_ids), (q, k, v, log_decay, beta))
+    final, out = lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*arrays, starts)))
     return jnp.moveaxis(out, 0, 1), final

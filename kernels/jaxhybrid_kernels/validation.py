@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxhybrid_kernels.debug import check_log_decay
+
 IMPLEMENTATIONS = ("reference", "recurrent", "xla", "pallas_tpu")
 LATER = ("pallas_gpu",)
 
@@ -101,6 +103,7 @@ def check_sequence(
     check_floating(q=q, k=k, v=v, log_decay=log_decay, beta=beta)
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids has dtype {segment_ids.dtype}, expected an integer dtype.")
+    check_log_decay(log_decay, segment_ids)
     return sizes
 
 
@@ -120,6 +123,7 @@ def check_step(
     check_shape("beta", beta, (B, N))
     check_state("state", state, (B, N, sizes.K, V))
     check_floating(q=q, k=k, v=v, log_decay=log_decay, beta=beta)
+    check_log_decay(log_decay)
     return sizes
 
 
@@ -139,3 +143,5 @@ def check_convolution(
         raise ValueError(f"segment_ids has dtype {segment_ids.dtype}, expected an integer dtype.")
     check_shape(state_name, state, (B, weight.shape[0] - 1, C))
     check_floating(x=x, weight=weight, **{state_name: state})
+    if state is not None and state.dtype == jnp.float16 != x.dtype:
+        raise ValueError(f"{state_name} has dtype float16, expected {x.dtype} as x has (it holds inputs).")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxhybrid_kernels.debug import check_log_decay
 from jaxhybrid_kernels.numerics import state_dtype, varying_zero
 from jaxhybrid_kernels.validation import check_floating, check_shape, check_state
 
@@ -60,3 +61,4 @@ def check_inputs(inputs: Inputs, axes: str, state_name: str, state: jax.Array | 
     check_floating(**inputs._replace(segment_ids=None)._asdict())
     if inputs.segment_ids is not None and not jnp.issubdtype(inputs.segment_ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids has dtype {inputs.segment_ids.dtype}, expected an integer dtype.")
+    check_log_decay(inputs.log_decay, inputs.segment_ids)
