@@ -4,8 +4,9 @@
     python kernels/benchmarks/linear_attention.py --recurrence gated_deltanet kimi_delta --tokens 8192 --batch 2
 
 The plain scan is what one writes first: per chunk a triangular solve inside `lax.scan`, differentiated by JAX. It is
-kept here, and only here, as the thing to beat. The byte floor is the time to move q, k, v and the output once at the
-copy rate measured on the same device. Timing: after a warm-up, the least over repeats of a call that is waited for.
+kept here, and only here, as the thing to beat. The byte floor is the time to move the arguments and the output once at
+the copy rate measured on the same device; with the backward, the arguments again, the output's gradient and all
+gradients. Timing: after a warm-up, the least over repeats of a call that is waited for.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def with_backward(function: Callable) -> Callable:
 def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recurrence", nargs="+", choices=RECURRENCES, default=["gated_deltanet"])
+    parser.add_argument("--recurrence", nargs="+", choices=RECURRENCES, default=list(RECURRENCES))
     parser.add_argument("--batch", type=int, default=1 if on_cpu else 8)
     parser.add_argument("--tokens", type=int, default=1024 if on_cpu else 4096, help="a multiple of 64")
     parser.add_argument("--heads", type=int, default=4 if on_cpu else 16)
@@ -121,25 +122,31 @@ def main() -> None:
     args = parser.parse_args()
 
     B, T, H, K = args.batch, args.tokens, args.heads, args.width
-    floor = 4 * B * T * H * K * jnp.dtype(args.dtype).itemsize / copy_bytes_per_second(args.repeats) * 1e3
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}: B{B} T{T} H{H} K=V={K} {args.dtype}")
-    print("ratios are times of the plain scan of gated_deltanet (higher is faster)")
-    heading = "" if on_cpu else f"{'fwd ms':>9} {'f+b ms':>9} {'fwd / byte floor':>17}"
-    print(f"{'recurrence':<18} {'chunk':>5} {'fwd':>7} {'f+b':>7} {heading}")
-
     rows = [("plain scan", 64)] + [(name, size) for name in args.recurrence for size in args.chunk_size]
-    calls = []
+    calls, bytes_moved = [], []
     for name, chunk_size in rows:
         plain = name == "plain scan"
         function = plain_scan if plain else partial(linear_attention, chunk_size=chunk_size, implementation="xla")
         inputs = make_inputs("gated_deltanet" if plain else name, B, T, H, K, args.dtype)
         calls.append((jax.jit(partial(call, function)), inputs))
         calls.append((jax.jit(with_backward(function)), inputs))
+        arguments, out = sum(x.nbytes for x in inputs.values()), inputs["v"].nbytes
+        bytes_moved += [arguments + out, 3 * arguments + 2 * out]
     times = best_ms(calls, args.repeats)
-    for (name, chunk_size), forward, both in zip(rows, times[::2], times[1::2]):
-        ratios = f"{name:<18} {chunk_size:>5} {times[0] / forward:>6.1f}x {times[1] / both:>6.1f}x"
-        print(ratios if on_cpu else f"{ratios} {forward:>9.3f} {both:>9.3f} {forward / floor:>16.1f}x")
+    rate = copy_bytes_per_second(args.repeats)
+
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: B{B} T{T} H{H} K=V={K} {args.dtype}")
+    print("plain: how many times faster than the plain scan of gated_deltanet; floor: how many times the byte floor")
+    heading = "".join(f" {kind:>9}" + ("" if on_cpu else f" {'ms':>8} {'floor':>6}") for kind in ("fwd", "fwd+bwd"))
+    print(f"{'':<18} {'chunk':>5} {heading}")
+    for index, (name, chunk_size) in enumerate(rows):
+        line = f"{name:<18} {chunk_size:>5} "
+        for kind in (0, 1):
+            ms = times[2 * index + kind]
+            line += f" {times[kind] / ms:>8.2f}x"
+            if not on_cpu:
+                line += f" {ms:>8.3f} {1e-3 * ms * rate / bytes_moved[2 * index + kind]:>5.1f}x"
+        print(line)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.chunked import Residuals, chunked_forward
 from jaxhybrid_kernels.chunked_backward import chunked_backward
-from jaxhybrid_kernels.numerics import state_dtype, varying_zero
+from jaxhybrid_kernels.numerics import state_dtype, target_platform, varying_zero
 from jaxhybrid_kernels.recurrent import recurrent_linear_attention
 from jaxhybrid_kernels.reference import reference_linear_attention
 from jaxhybrid_kernels.tpu.layout import make_layout
@@ -46,8 +46,8 @@ def linear_attention(
                     neither writes nor decays a state, its output is 0 and its gradients are 0.
     initial_state:  None (zeros) or [B,N,K,V] float32: the state before the first non-padding token.
     scale:          Python number, K**-0.5 by default.
-    chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64. 128 for
-                    "pallas_tpu".
+    chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64, or at most 128
+                    on a GPU unless log_decay is per channel. 128 for "pallas_tpu".
     implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU), or None:
                     "recurrent" for one token, else "pallas_tpu" on a TPU if it takes the arguments, else "xla".
 
@@ -78,18 +78,14 @@ def linear_attention(
     inputs, initial_state = jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, initial_state.astype(dtype)))
     if implementation == "pallas_tpu":
         return tpu_linear_attention(make_layout(inputs, scale, sizes), inputs, initial_state)
-    return _chunked(scale, chunk_size or default_chunk_size(sizes.T), sizes, inputs, initial_state)
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    largest = 128 if target_platform() == "gpu" and not per_channel else 64
+    return _chunked(scale, chunk_size or default_chunk_size(sizes.T, largest), sizes, inputs, initial_state)
 
 
-def target_platform() -> str:
-    """The platform that code traced now will run on: that of the mesh in use, if it names one, else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def default_chunk_size(T: int) -> int:
-    """The power of two that covers T, between 16 and 64."""
-    return next(size for size in (16, 32, 64) if size >= min(T, 64))
+def default_chunk_size(T: int, largest: int) -> int:
+    """The power of two that covers T, between 16 and the largest."""
+    return next(size for size in (16, 32, 64, 128) if size >= min(T, largest))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

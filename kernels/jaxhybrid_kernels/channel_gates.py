@@ -4,7 +4,8 @@
 cannot be split into exp(G_i) and exp(-G_j): the second overflows. It can be split around any moment between j and i,
     exp(G_i - G_j) = exp(sum from that moment through i) exp(sum after j until that moment),
 with both exponents <= 0. So the triangle is filled by halves: for runs of s = 1, 2, 4, ... tokens, the second run of
-each pair meets the first around the border between them. Every exponent sums the decays of a run, so nothing cancels.
+each pair meets the first around the border between them. Every factor is a product of the decays exp(log_decay) of a
+run, none above one: nothing cancels, nothing overflows, and one exponential per token and channel serves all levels.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,7 @@ SMALL = 4  # runs shorter than this are multiplied and summed element by element
 
 
 class RunDecay(NamedTuple):
-    """Sums of log_decay in runs of s tokens; m = C / s runs."""
+    """Products of decays in runs of s tokens; m = C / s runs."""
 
     head: jax.Array  # [n,B,N,m,s,K] from the run's start through the token
     tail: jax.Array  # [n,B,N,m,s,K] after the token to the run's end
@@ -34,7 +35,7 @@ def channel_operands(chunks: Chunks, scale: float) -> Operands:
     entry, leaving, carry = _state_gates(chunks, levels[-1])
     rows, k = _rows(chunks)
     gram = jnp.where(_same_segment(chunks), _gram(rows, k, levels), 0)
-    pair, coupling = scale * gram, None
+    pair, coupling = (scale * gram).astype(dtype), None
     if chunks.beta is not None:
         pair, coupling = pair[:, :, :, :-1], jnp.tril(gram[:, :, :, -1], -1)
     return Operands(
@@ -95,8 +96,8 @@ def _same_segment(chunks: Chunks) -> jax.Array:
 def _levels(log_decay: jax.Array) -> list[RunDecay]:
     """Runs of 1, 2, 4, ..., C tokens; log_decay [n,B,N,C,K]."""
     *lead, C, K = log_decay.shape
-    head = log_decay[..., None, :]
-    levels = [RunDecay(head, jnp.zeros_like(head))]
+    head = jnp.exp(log_decay)[..., None, :]
+    levels = [RunDecay(head, jnp.ones_like(head))]
     size = 1
     while size < C:
         head, tail = (x.reshape(*lead, C // (2 * size), 2, size, K) for x in levels[-1])
@@ -104,8 +105,8 @@ def _levels(log_decay: jax.Array) -> list[RunDecay]:
         size *= 2
         levels.append(
             RunDecay(
-                jnp.concatenate([head[..., 0, :, :], head[..., 1, :, :] + first], axis=-2),
-                jnp.concatenate([tail[..., 0, :, :] + second, tail[..., 1, :, :]], axis=-2),
+                jnp.concatenate([head[..., 0, :, :], head[..., 1, :, :] * first], axis=-2),
+                jnp.concatenate([tail[..., 0, :, :] * second, tail[..., 1, :, :]], axis=-2),
             )
         )
     return levels
@@ -116,10 +117,9 @@ def _state_gates(chunks: Chunks, whole: RunDecay) -> tuple[jax.Array, jax.Array,
     entry, leaving = whole.head[:, :, :, 0], whole.tail[:, :, :, 0]
     if chunks.segment is not None and chunks.entry_segment is not None:
         segment = chunks.segment[:, :, None, :, None]
-        entry = jnp.where(segment == chunks.entry_segment[:, :, None, None, None], entry, -jnp.inf)
-        leaving = jnp.where(segment == segment[..., -1:, :], leaving, -jnp.inf)
-    entry = jnp.exp(entry)
-    return entry, jnp.exp(leaving), entry[..., -1, :, None]
+        entry = jnp.where(segment == chunks.entry_segment[:, :, None, None, None], entry, 0)
+        leaving = jnp.where(segment == segment[..., -1:, :], leaving, 0)
+    return entry, leaving, entry[..., -1, :, None]
 
 
 def _second_runs(x: jax.Array, size: int) -> jax.Array:
@@ -133,7 +133,7 @@ def _first_runs(x: jax.Array, size: int) -> jax.Array:
 
 def _border_gates(level: RunDecay) -> tuple[jax.Array, jax.Array]:
     """For each pair of runs: decay from the border through the second's tokens, and from the first's to the border."""
-    return jnp.exp(level.head[..., 1::2, :, :]), jnp.exp(level.tail[..., 0::2, :, :])
+    return level.head[..., 1::2, :, :], level.tail[..., 0::2, :, :]
 
 
 def _gram(rows: jax.Array, k: jax.Array, levels: list[RunDecay]) -> jax.Array:

@@ -62,10 +62,11 @@ def make_chunks(inputs: Inputs, C: int, sizes: Sizes) -> Chunks:
         index = jnp.pad(index, ((0, 0), (0, pad)), mode="edge")
         segment = jnp.moveaxis(index.reshape(sizes.B, -1, C), 1, 0)
         entry = jnp.concatenate([jnp.zeros_like(segment[:1, :, 0]), segment[:-1, :, -1]], axis=0)
+    queries, keys, values = materialize((queries, arrange(k, sizes.N, compute), arrange(v, sizes.N, compute)))
     return Chunks(
         queries,
-        arrange(k, sizes.N, compute),
-        arrange(v, sizes.N, compute),
+        keys,
+        values,
         None if log_decay is None else arrange(log_decay, sizes.N, exact),
         None if beta is None else arrange(beta, sizes.N, exact),
         segment,
@@ -83,7 +84,7 @@ def chunk_output_gradient(
 
 def join_output(out: jax.Array, T: int) -> jax.Array:
     """[n,B,N,R,C,V] -> [B,T,N*R,V]."""
-    return materialize(_join(materialize(out).reshape(out.shape[0], out.shape[1], -1, *out.shape[4:]), T))
+    return materialize(_join(out.reshape(*out.shape[:2], -1, *out.shape[4:]), T))
 
 
 def join_gradients(gradients: Inputs, inputs: Inputs) -> Inputs:

@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     row_in: jax.Array | None  # [n,B,N or 1,C] state dtype
     row_out: jax.Array | None  # [n,B,N or 1,C]
     carry: jax.Array | None  # [n,B,N or 1,1 or K,1]
-    pair: jax.Array  # [n,B,N,R,C,C] state dtype, scaled
+    pair: jax.Array  # [n,B,N,R,C,C] compute dtype, scaled
     coupling: jax.Array | None  # [n,B,N,C,C] state dtype: strictly lower k_i k_j' D_ij, beta left out; None: additive
 
 
@@ -44,7 +44,9 @@ class StateGradients(NamedTuple):
 
 def head_operands(chunks: Chunks, scale: float) -> Operands:
     decay, row_in, row_out, carry = _gates(chunks)
-    pair = scale * product("nbhrck,nbhjk->nbhrcj", chunks.q, chunks.k) * decay[:, :, :, None]
+    dtype = chunks.k.dtype
+    pair = product("nbhrck,nbhjk->nbhrcj", chunks.q, chunks.k).astype(dtype)
+    pair = (scale * pair * decay[:, :, :, None]).astype(dtype)
     coupling = None
     if chunks.beta is not None:
         coupling = jnp.tril(product("nbhck,nbhjk->nbhcj", chunks.k, chunks.k) * decay, -1)

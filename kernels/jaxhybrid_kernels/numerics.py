@@ -19,11 +19,14 @@ def compute_dtype(*arrays: jax.Array) -> Any:
     return jnp.bfloat16 if all(a.dtype == jnp.bfloat16 for a in arrays) else state_dtype(*arrays)
 
 
-def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum of two operands of one dtype, summed in float32 (float64 for float64), losing no bits of the operands."""
-    accumulate = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
-    precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    return jnp.einsum(equation, a, b, preferred_element_type=accumulate, precision=precision)
+def product(equation: str, a: jax.Array, b: jax.Array, precision: lax.Precision = lax.Precision.HIGHEST) -> jax.Array:
+    """Einsum of two operands, summed in float32 (float64 if one is float64).
+
+    Two bfloat16 operands lose no bits. Otherwise `precision` decides; by default no bits are lost either.
+    """
+    accumulate = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    both_short = a.dtype == jnp.bfloat16 and b.dtype == jnp.bfloat16
+    return jnp.einsum(equation, a, b, preferred_element_type=accumulate, precision=None if both_short else precision)
 
 
 def materialize(arrays: Any) -> Any:
@@ -45,3 +48,9 @@ def varying_zero(*arrays: jax.Array | None) -> jax.Array:
         if array is not None:
             zero = zero + jnp.zeros_like(array[(0,) * array.ndim], dtype=jnp.float32)
     return zero
+
+
+def target_platform() -> str:
+    """The platform that code traced now will run on: that of the mesh in use, if it names one, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -7,9 +7,8 @@ grow to 1e10.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxhybrid_kernels.numerics import BLOCK, product
+from jaxhybrid_kernels.numerics import BLOCK, materialize, product
 
 
 def inverse_unit_lower(strict: jax.Array) -> jax.Array:
@@ -37,13 +36,16 @@ def _diagonal_blocks(matrix: jax.Array, size: int) -> jax.Array:
 
 
 def _substitute(strict: jax.Array) -> jax.Array:
-    """Row i of the inverse is e_i - sum_{j<i} strict_ij (row j): sixteen steps over all blocks together."""
-    size = strict.shape[-1]
-    identity = jnp.eye(size, dtype=strict.dtype)
+    """Row i of the inverse is e_i - sum_{j<i} strict_ij (row j), for all blocks together.
 
-    def row(i, inverse):
-        coefficients = lax.dynamic_index_in_dim(strict, i, axis=-2, keepdims=False)
-        solved = identity[i] - jnp.sum(coefficients[..., None] * inverse, axis=-2)
-        return lax.dynamic_update_index_in_dim(inverse, solved, i, axis=-2)
-
-    return lax.fori_loop(0, size, row, jnp.zeros_like(strict))
+    Written out, so that XLA makes one kernel of it: as a loop it reads and writes the blocks sixteen times.
+    """
+    strict = materialize(strict)
+    identity = jnp.eye(strict.shape[-1], dtype=strict.dtype)
+    rows: list[jax.Array] = []
+    for i in range(strict.shape[-1]):
+        row = jnp.broadcast_to(identity[i], strict.shape[:-1])
+        for j in range(i):
+            row = row - strict[..., i, j, None] * rows[j]
+        rows.append(row)
+    return jnp.stack(materialize(rows), axis=-2)
