@@ -12,6 +12,16 @@ type Chain[T] = Generator[None, None, T]
 
 def take_turns[T](chains: list[Chain[T]]) -> list[T]:
     """Runs all chains to their ends, one step of each at a time, and returns their results in order."""
+    together = abreast(chains)
+    while True:
+        try:
+            next(together)
+        except StopIteration as end:
+            return end.value
+
+
+def abreast[T](chains: list[Chain[T]]) -> Chain[list[T]]:
+    """All chains as one, each of whose steps is one step of every chain; gives their results in order."""
     results: dict[int, Any] = {}
     while len(results) < len(chains):
         for index, chain in enumerate(chains):
@@ -21,4 +31,5 @@ def take_turns[T](chains: list[Chain[T]]) -> list[T]:
                 next(chain)
             except StopIteration as end:
                 results[index] = end.value
+        yield
     return [results[index] for index in range(len(chains))]

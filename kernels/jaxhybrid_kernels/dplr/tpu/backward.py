@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.dplr.inputs import Inputs
-from jaxhybrid_kernels.dplr.tpu.chunk import Arrays, Chunk, Constants, constants, read_pair
+from jaxhybrid_kernels.dplr.tpu.chunk import Arrays, Chunk, Constants, constants, of_pair, read_pair
 from jaxhybrid_kernels.dplr.tpu.forward import (
-    AT_ONCE,
     Residuals,
     constant_blocks,
     diagonal_pair,
@@ -80,9 +79,7 @@ def _kernel(
     layout: Layout,
 ) -> None:
     load_states(d_states, d_final, layout, pl.program_id(2) == 0)
-    for first in range(0, layout.heads // 2, AT_ONCE):
-        last = min(first + AT_ONCE, layout.heads // 2)
-        take_turns([_pair(i, arrays, kept, d_out, known, results, d_states, layout) for i in range(first, last)])
+    take_turns([_pair(i, arrays, kept, d_out, known, results, d_states, layout) for i in range(layout.heads // 2)])
     store_states(d_states, results.initial, layout, pl.program_id(2) == layout.chunks - 1)
 
 
@@ -116,33 +113,50 @@ def _pair(
     yield
     d_solved = solve_pair(transposed_product, inverse, d_updates, chunks)
     yield
-    for i, chunk in enumerate(chunks):
-        lanes = chunk.lanes
-        d_rows = jnp.concatenate([d_outs[i], d_solved[i]], axis=0)
-        written = jnp.concatenate([chunk.v, updates[i]], axis=0)
-        d_v, d_triangles = d_vs[i], []
-        for head in range(lanes.heads):
-            lower = chunk.triangles[head][CHUNK:].astype(layout.dtype)
-            d_v = d_v + lanes.unstack(transposed_product(lower, lanes.own(d_solved[i], head)), head)[0]
-            columns = lanes.stack(lanes.own(chunk.v, head), lanes.own(updates[i], head), head)
-            d_triangle = product_transposed(d_rows, columns)
-            d_triangle = d_triangle if chunk.same is None else chunk.same * d_triangle
-            d_triangles.append(jnp.concatenate([d_triangle[:CHUNK], move_up(d_triangle[CHUNK:])], axis=0))
-        results.v[0, :, lanes.of_block(layout.V)] = d_v.astype(layout.dtype)
-        d_exit = d_states[lanes.group]
-        d_from_entry = product(d_rows, entries[i])
-        d_to_exit = product(written, d_exit.astype(layout.dtype))
-        d_carry = chunk.carry * jnp.sum(entries[i].astype(jnp.float32) * d_exit, axis=0, keepdims=True)
-        d_grown = lanes.diagonal_blocks(transposed_product(d_rows, chunk.from_entry))
-        d_states[lanes.group] = chunk.carry * d_exit + d_grown
-        yield
-        d_tokens, d_log_decay = yield from _token_gradients(chunk, known, d_triangles, d_from_entry, d_to_exit, d_carry)
-        keys = (0, slice(None), lanes.of_block(layout.K))
-        results.q[keys] = (layout.scale * d_tokens.q).astype(layout.dtype)
-        results.k[keys] = d_tokens.k.astype(layout.dtype)
-        results.log_decay[keys] = d_log_decay
-        results.a[keys] = d_tokens.a_up.astype(layout.dtype)
-        results.b[keys] = d_tokens.b.astype(layout.dtype)
+    of_group = zip(chunks, entries, updates, d_outs, d_solved, d_vs)
+    yield from of_pair([_group(known, results, d_states, layout, *values) for values in of_group], layout)
+
+
+def _group(
+    known: Constants,
+    results: Results,
+    d_states: Any,
+    layout: Layout,
+    chunk: Chunk,
+    entry: jax.Array,
+    update: jax.Array,
+    d_out: jax.Array,
+    d_solved: jax.Array,
+    d_v: jax.Array,
+) -> Chain[None]:
+    """From the gradient of (I - ab) U to those of the arguments; d_v: what came to v but through U."""
+    lanes = chunk.lanes
+    d_rows = jnp.concatenate([d_out, d_solved], axis=0)
+    written = jnp.concatenate([chunk.v, update], axis=0)
+    d_triangles = []
+    for head in range(lanes.heads):
+        lower = chunk.triangles[head][CHUNK:].astype(layout.dtype)
+        d_v = d_v + lanes.unstack(transposed_product(lower, lanes.own(d_solved, head)), head)[0]
+        columns = lanes.stack(lanes.own(chunk.v, head), lanes.own(update, head), head)
+        d_triangle = product_transposed(d_rows, columns)
+        d_triangle = d_triangle if chunk.same is None else chunk.same * d_triangle
+        d_triangles.append(jnp.concatenate([d_triangle[:CHUNK], move_up(d_triangle[CHUNK:])], axis=0))
+    results.v[0, :, lanes.of_block(layout.V)] = d_v.astype(layout.dtype)
+    yield
+    d_exit = d_states[lanes.group]
+    d_from_entry = product(d_rows, entry)
+    d_to_exit = product(written, d_exit.astype(layout.dtype))
+    d_carry = chunk.carry * jnp.sum(entry.astype(jnp.float32) * d_exit, axis=0, keepdims=True)
+    d_grown = lanes.diagonal_blocks(transposed_product(d_rows, chunk.from_entry))
+    d_states[lanes.group] = chunk.carry * d_exit + d_grown
+    yield
+    d_tokens, d_log_decay = yield from _token_gradients(chunk, known, d_triangles, d_from_entry, d_to_exit, d_carry)
+    keys = (0, slice(None), lanes.of_block(layout.K))
+    results.q[keys] = (layout.scale * d_tokens.q).astype(layout.dtype)
+    results.k[keys] = d_tokens.k.astype(layout.dtype)
+    results.log_decay[keys] = d_log_decay
+    results.a[keys] = d_tokens.a_up.astype(layout.dtype)
+    results.b[keys] = d_tokens.b.astype(layout.dtype)
 
 
 def _token_gradients(

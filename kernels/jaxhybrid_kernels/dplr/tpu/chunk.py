@@ -20,7 +20,7 @@ from jaxhybrid_kernels.dplr.tpu.levels import (
     run_sums,
     triangles,
 )
-from jaxhybrid_kernels.tpu.turns import Chain
+from jaxhybrid_kernels.tpu.turns import Chain, abreast
 
 
 class Arrays(NamedTuple):
@@ -67,10 +67,18 @@ def constants(exact: bool) -> Constants:
 
 def read_pair(arrays: Arrays, known: Constants, pair: int, layout: Layout) -> Chain[list[Chunk]]:
     """The chunk of the pair of heads with that number in a grid step's blocks: of one group or of two."""
-    chunks = []
-    for first in range(2 * pair, 2 * pair + 2, layout.group):
-        chunks.append((yield from _read_group(arrays, known, Lanes(layout.group, first, layout.dtype), layout)))
-    return chunks
+    groups = (Lanes(layout.group, first, layout.dtype) for first in range(2 * pair, 2 * pair + 2, layout.group))
+    return (yield from of_pair([_read_group(arrays, known, lanes, layout) for lanes in groups], layout))
+
+
+def of_pair[T](chains: list[Chain[T]], layout: Layout) -> Chain[list[T]]:
+    """The groups of a pair of heads abreast, or one after the other if they are wide."""
+    if not layout.wide:
+        return (yield from abreast(chains))
+    results = []
+    for chain in chains:
+        results.append((yield from chain))
+    return results
 
 
 def _read_group(arrays: Arrays, known: Constants, lanes: Lanes, layout: Layout) -> Chain[Chunk]:

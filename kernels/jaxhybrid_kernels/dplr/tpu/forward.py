@@ -26,8 +26,6 @@ from jaxhybrid_kernels.tpu.inverse import invert_blocks
 from jaxhybrid_kernels.tpu.products import product, product_transposed, transposed_product
 from jaxhybrid_kernels.tpu.turns import Chain, take_turns
 
-AT_ONCE = 2  # pairs of heads that take turns
-
 
 class Residuals(NamedTuple):
     """What the backward keeps beside the inputs."""
@@ -105,9 +103,7 @@ def constant_blocks(layout: Layout) -> Constants:
 
 def _kernel(arrays: Arrays, initial: Any, known: Constants, results: Results, states: Any, *, layout: Layout) -> None:
     load_states(states, initial, layout, pl.program_id(2) == 0)
-    for first in range(0, layout.heads // 2, AT_ONCE):
-        last = min(first + AT_ONCE, layout.heads // 2)
-        take_turns([_pair(i, arrays, known, results, states, layout) for i in range(first, last)])
+    take_turns([_pair(i, arrays, known, results, states, layout) for i in range(layout.heads // 2)])
     store_states(states, results.final, layout, pl.program_id(2) == layout.chunks - 1)
 
 

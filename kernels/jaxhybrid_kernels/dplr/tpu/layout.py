@@ -16,7 +16,7 @@ from jaxhybrid_kernels.segments import segment_index
 
 CHUNK = 64  # tokens: two heads' inverses fill a matrix unit, and so do a head's four triangles
 WIDTHS = (64, 128, 256)
-MOST_HEADS = 8  # per grid step: enough independent chains to hide the latency of each
+HEADS = 8  # per grid step: enough independent chains to hide the latency of each
 
 
 class Layout(NamedTuple):
@@ -38,6 +38,11 @@ class Layout(NamedTuple):
         return 2 if min(self.K, self.V) < 128 else 1
 
     @property
+    def wide(self) -> bool:
+        """Whether VMEM may not hold what two groups of heads need at a time."""
+        return self.dtype.itemsize * max(self.K, self.V) > 512
+
+    @property
     def chunks(self) -> int:
         return self.T // CHUNK
 
@@ -54,10 +59,11 @@ class Layout(NamedTuple):
 def make_layout(inputs: Inputs, scale: float) -> Layout:
     B, T, N, V = inputs.v.shape
     N += N % 2
-    heads = next(heads for heads in (MOST_HEADS, 4, 2) if N % heads == 0)
-    dtype = compute_dtype(inputs.q, inputs.k, inputs.v, inputs.a, inputs.b)
+    dtype = jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v, inputs.a, inputs.b))
     K, V = padded_width(inputs.k.shape[-1]), padded_width(V)
-    return Layout(B, T + -T % CHUNK, N, K, V, heads, scale, jnp.dtype(dtype), inputs.segment_ids is not None)
+    most = HEADS if dtype.itemsize * max(K, V) <= 256 else 2  # a TPU v4 has 16 MiB of VMEM
+    heads = next(heads for heads in (HEADS, 4, 2) if heads <= most and N % heads == 0)
+    return Layout(B, T + -T % CHUNK, N, K, V, heads, scale, dtype, inputs.segment_ids is not None)
 
 
 def padded_width(width: int) -> int:
