@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.chunked import Residuals, chunked_forward
 from jaxhybrid_kernels.chunked_backward import chunked_backward
+from jaxhybrid_kernels.gpu.linear_attention import gpu_linear_attention, gpu_refusal, make_plan
 from jaxhybrid_kernels.numerics import state_dtype, target_platform, varying_zero
 from jaxhybrid_kernels.recurrent import recurrent_linear_attention
 from jaxhybrid_kernels.reference import reference_linear_attention
@@ -47,9 +48,11 @@ def linear_attention(
     initial_state:  None (zeros) or [B,N,K,V] float32: the state before the first non-padding token.
     scale:          Python number, K**-0.5 by default.
     chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64, or at most 128
-                    on a GPU unless log_decay is per channel. 128 for "pallas_tpu".
-    implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU), or None:
-                    "recurrent" for one token, else "pallas_tpu" on a TPU if it takes the arguments, else "xla".
+                    on a GPU unless log_decay is per channel. 128 for "pallas_tpu", 64 for "pallas_gpu".
+    implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU),
+                    "pallas_gpu" (Hopper, bfloat16, 64 or 128 channels, no decay per channel, one query per state at
+                    most; interpreted on a CPU; chosen by name only), or None: "recurrent" for
+                    one token, else "pallas_tpu" on a TPU if it takes the arguments, else "xla".
 
     Returns out [B,T,max(Hq,N),V] in v's dtype and the state after the last non-padding token, [B,N,K,V] float32. All
     arguments but segment_ids are differentiable, through both results. Arguments in float64 are computed in float64.
@@ -66,6 +69,10 @@ def linear_attention(
         implementation = "recurrent" if sizes.T == 1 else "pallas_tpu" if on_tpu else "xla"
     if implementation == "pallas_tpu" and refusal is not None:
         raise ValueError(refusal)
+    if implementation == "pallas_gpu":
+        refusal = gpu_refusal(inputs, initial_state, chunk_size, sizes)
+        if refusal is not None:
+            raise ValueError(refusal)
     scale = float(sizes.K**-0.5 if scale is None else scale)
     if implementation == "reference":
         return reference_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)
@@ -78,6 +85,8 @@ def linear_attention(
     inputs, initial_state = jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, initial_state.astype(dtype)))
     if implementation == "pallas_tpu":
         return tpu_linear_attention(make_layout(inputs, scale, sizes), inputs, initial_state)
+    if implementation == "pallas_gpu":
+        return gpu_linear_attention(make_plan(inputs, scale, sizes), sizes, inputs, initial_state)
     per_channel = log_decay is not None and log_decay.ndim == 4
     largest = 128 if target_platform() == "gpu" and not per_channel else 64
     return _chunked(scale, chunk_size or default_chunk_size(sizes.T, largest), sizes, inputs, initial_state)

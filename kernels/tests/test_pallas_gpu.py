@@ -1,0 +1,66 @@
+"""The Hopper kernels: interpreted against the float64 token recurrence, and lowered for CUDA without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jaxhybrid_kernels import linear_attention
+from jaxhybrid_kernels.gpu.plan import Plan
+from jaxhybrid_kernels.gpu.prepare import prepare_kernel
+from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
+
+CASES = {
+    "gated": ("gated_deltanet", {}),
+    "shared keys": ("gated_deltanet", {"N": 2, "K": 128, "V": 128}),
+    "no decay, correlated keys": ("deltanet", {"correlation": 0.9}),
+    "additive": ("linear_attention", {}),
+    "strong decay": ("simple_gla", {"decay": 5.0}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16(suite, name):
+    recurrence, sizes = CASES[name]
+    case = suite.make_case(recurrence, **{"B": 1, "Hq": 1, "Hk": 1, "N": 1, "K": 64, "V": 64} | sizes)
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
+@pytest.mark.parametrize("recurrence", ["simple_gla", "gated_deltanet"])
+def test_packed(suite, recurrence):
+    case = suite.make_case(recurrence, B=1, Hq=1, Hk=1, N=1, K=64, V=64)
+    case.segment_ids = np.repeat([[1, 1, 0, 2, 3, 3, 3, 1, 0, 4]], 13, axis=1)
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
+@pytest.mark.parametrize(("K", "V", "blocks", "delta"), [(128, 128, 2, True), (64, 64, 1, True), (64, 128, 1, False)])
+def test_lowers_for_cuda(K, V, blocks, delta):
+    plan = Plan(B=1, T=256, n=4, Hq=1, Hk=1, N=2, K=K, V=V, scale=1.0, delta=delta, blocks=blocks, interpret=False)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def lower(kernel, *arguments):
+        unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+        export.export(jax.jit(kernel), platforms=["cuda"], disabled_checks=unchecked)(*arguments)
+
+    q, v, float32 = array(1, 256, 1, K), array(1, 256, 2, V), jnp.float32
+    lower(prepare_kernel(plan), q, q, array(1, 2, 4, 4, 64, dtype=float32))
+    matrices, gates = array(1, 2, 4, plan.matrices, 64, 64), array(1, 2, 4, 5, 64, dtype=float32)
+    for reverse in (False, True):
+        kernel = recurrence_kernel(plan, reverse=reverse, keep=True)
+        lower(kernel, q, q, v, matrices, gates, array(1, 2, V, K, dtype=float32))
+
+
+def test_refusals():
+    q = jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="K=48"):
+        linear_attention(q[..., :48], q[..., :48], q, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="v has dtype float32"):
+        linear_attention(q, q, q.astype(jnp.float32), implementation="pallas_gpu")
+    with pytest.raises(ValueError, match=r"log_decay has shape \(1, 4, 1, 64\)"):
+        linear_attention(q, q, q, log_decay=-q, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="Hq=2"):
+        linear_attention(jnp.repeat(q, 2, axis=2), q, q, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="chunk_size=32"):
+        linear_attention(q, q, q, chunk_size=32, implementation="pallas_gpu")
