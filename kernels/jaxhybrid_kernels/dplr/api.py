@@ -42,8 +42,9 @@ def dplr_attention(
     scale:          Python number, K**-0.5 by default.
     chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64. 64 for
                     "pallas_tpu".
-    implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU), or None:
-                    "recurrent" for one token, else "pallas_tpu" on a TPU if it takes the arguments, else "xla".
+    implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels in bfloat16, 128 in float32;
+                    interpreted on a CPU), or None: "recurrent" for one token, else "pallas_tpu" on a TPU if it takes
+                    the arguments, else "xla".
 
     Returns out [B,T,N,V] in v's dtype and the state after the last non-padding token, [B,N,K,V] float32. All arguments
     but segment_ids are differentiable, through both results. Arguments in float64 are computed in float64.

@@ -9,14 +9,18 @@ from jaxhybrid_kernels.dplr.inputs import Inputs
 from jaxhybrid_kernels.dplr.tpu.backward import tpu_backward
 from jaxhybrid_kernels.dplr.tpu.forward import Residuals, tpu_forward
 from jaxhybrid_kernels.dplr.tpu.layout import CHUNK, WIDTHS, Layout
-from jaxhybrid_kernels.numerics import state_dtype
+from jaxhybrid_kernels.numerics import compute_dtype, state_dtype
 
 
 def tpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int | None) -> str | None:
     """Why the kernels cannot take these arguments, naming the argument and its value; None if they can."""
+    dtype = jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v, inputs.a, inputs.b))
+    most = WIDTHS[-1] if dtype == jnp.bfloat16 else WIDTHS[-2]  # more overflow the VMEM of a TPU v4
     for name, letter, array in (("q", "K", inputs.q), ("v", "V", inputs.v)):
-        if array.shape[-1] > WIDTHS[-1]:
-            return f"{name} has {letter}={array.shape[-1]} channels per head, pallas_tpu takes at most {WIDTHS[-1]}."
+        if array.shape[-1] > most:
+            return (
+                f"{name} has {letter}={array.shape[-1]} channels per head, pallas_tpu takes at most {most} in {dtype}."
+            )
     for name, array in (*inputs._replace(segment_ids=None)._asdict().items(), ("initial_state", initial_state)):
         if array is not None and state_dtype(array) == jnp.float64:
             return f"{name} has dtype float64, pallas_tpu computes in float32."

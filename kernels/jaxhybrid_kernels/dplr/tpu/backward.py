@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.dplr.inputs import Inputs
-from jaxhybrid_kernels.dplr.tpu.chunk import Arrays, Chunk, Constants, constants, of_pair, read_pair
+from jaxhybrid_kernels.dplr.tpu.chunk import Arrays, Chunk, Constants, constants, read_pair
 from jaxhybrid_kernels.dplr.tpu.forward import (
     Residuals,
     constant_blocks,
@@ -31,7 +31,7 @@ from jaxhybrid_kernels.dplr.tpu.launch import launch
 from jaxhybrid_kernels.dplr.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back, take_back_state
 from jaxhybrid_kernels.dplr.tpu.levels import Tokens, decay_gradient, move_down, move_up, triangle_gradients
 from jaxhybrid_kernels.tpu.products import product, product_transposed, transposed_product
-from jaxhybrid_kernels.tpu.turns import Chain, take_turns
+from jaxhybrid_kernels.tpu.turns import Chain, abreast, take_turns
 
 
 class Results(NamedTuple):
@@ -114,7 +114,7 @@ def _pair(
     d_solved = solve_pair(transposed_product, inverse, d_updates, chunks)
     yield
     of_group = zip(chunks, entries, updates, d_outs, d_solved, d_vs)
-    yield from of_pair([_group(known, results, d_states, layout, *values) for values in of_group], layout)
+    yield from abreast([_group(known, results, d_states, layout, *values) for values in of_group])
 
 
 def _group(

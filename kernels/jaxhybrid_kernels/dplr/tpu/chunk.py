@@ -68,17 +68,7 @@ def constants(exact: bool) -> Constants:
 def read_pair(arrays: Arrays, known: Constants, pair: int, layout: Layout) -> Chain[list[Chunk]]:
     """The chunk of the pair of heads with that number in a grid step's blocks: of one group or of two."""
     groups = (Lanes(layout.group, first, layout.dtype) for first in range(2 * pair, 2 * pair + 2, layout.group))
-    return (yield from of_pair([_read_group(arrays, known, lanes, layout) for lanes in groups], layout))
-
-
-def of_pair[T](chains: list[Chain[T]], layout: Layout) -> Chain[list[T]]:
-    """The groups of a pair of heads abreast, or one after the other if they are wide."""
-    if not layout.wide:
-        return (yield from abreast(chains))
-    results = []
-    for chain in chains:
-        results.append((yield from chain))
-    return results
+    return (yield from abreast([_read_group(arrays, known, lanes, layout) for lanes in groups]))
 
 
 def _read_group(arrays: Arrays, known: Constants, lanes: Lanes, layout: Layout) -> Chain[Chunk]:

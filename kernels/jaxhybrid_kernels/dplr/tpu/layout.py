@@ -38,11 +38,6 @@ class Layout(NamedTuple):
         return 2 if min(self.K, self.V) < 128 else 1
 
     @property
-    def wide(self) -> bool:
-        """Whether VMEM may not hold what two groups of heads need at a time."""
-        return self.dtype.itemsize * max(self.K, self.V) > 512
-
-    @property
     def chunks(self) -> int:
         return self.T // CHUNK
 
