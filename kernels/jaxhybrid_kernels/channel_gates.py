@@ -37,7 +37,7 @@ def channel_operands(chunks: Chunks, scale: float) -> Operands:
     gram = jnp.where(_same_segment(chunks), _gram(rows, k, levels), 0)
     pair, coupling = (scale * gram).astype(dtype), None
     if chunks.beta is not None:
-        pair, coupling = pair[:, :, :, :-1], jnp.tril(gram[:, :, :, -1], -1)
+        pair, coupling = pair[..., :-1, :], jnp.tril(gram[..., -1, :], -1)
     return Operands(
         (chunks.q * entry[:, :, :, None]).astype(dtype),
         (k * entry).astype(dtype),
@@ -45,7 +45,7 @@ def channel_operands(chunks: Chunks, scale: float) -> Operands:
         None,
         None,
         carry,
-        pair,
+        jnp.moveaxis(pair, 4, 3),
         coupling,
     )
 
@@ -62,35 +62,39 @@ def channel_gradients(
     levels = _levels(chunks.log_decay)
     entry, leaving, _ = _state_gates(chunks, levels[-1])
     rows, k = _rows(chunks)
-    d_gram = scale * gradients.pair
-    d_rows_read = gradients.q_in
+    d_gram = jnp.moveaxis(scale * gradients.pair, 3, 4)
+    d_rows_read = jnp.moveaxis(gradients.q_in, 3, 4)
     if gradients.coupling is not None and gradients.k_in is not None:
-        d_gram = jnp.concatenate([d_gram, jnp.tril(gradients.coupling, -1)[:, :, :, None]], axis=3)
-        d_rows_read = jnp.concatenate([d_rows_read, gradients.k_in[:, :, :, None]], axis=3)
+        d_gram = jnp.concatenate([d_gram, jnp.tril(gradients.coupling, -1)[..., None, :]], axis=-2)
+        d_rows_read = jnp.concatenate([d_rows_read, gradients.k_in[..., None, :]], axis=-2)
     d_rows, d_k = _gram_gradients(jnp.where(_same_segment(chunks), d_gram, 0), rows, k, levels)
-    d_rows = d_rows + d_rows_read * entry[:, :, :, None]
+    d_rows = d_rows + d_rows_read * entry[..., None, :]
     d_k_out = gradients.k_out * leaving
     d_k = d_k + d_k_out
-    d_sum = jnp.sum(rows * d_rows, axis=3) - k * d_k
+    d_sum = jnp.sum(rows * d_rows, axis=-2) - k * d_k
     d_last = jnp.sum(k * d_k_out, axis=3) + gradients.carry[..., 0]
     d_log_decay = lax.cumsum(d_sum, axis=3, reverse=True) + d_last[..., None, :]
     if gradients.coupling is not None:
-        d_rows, d_k = d_rows[:, :, :, :-1], d_k + d_rows[:, :, :, -1]
-    return d_rows, d_k, d_log_decay
+        d_rows, d_k = d_rows[..., :-1, :], d_k + d_rows[..., -1, :]
+    return jnp.moveaxis(d_rows, 4, 3), d_k, d_log_decay
 
 
 def _rows(chunks: Chunks) -> tuple[jax.Array, jax.Array]:
-    """Queries and, with the delta rule, keys, [n,B,N,R or R+1,C,K]; and the keys that they meet. State dtype."""
+    """Queries and, with the delta rule, keys, [n,B,N,C,R or R+1,K]; and the keys that they meet. State dtype.
+
+    The rows of a token lie together, so that those of a run are the rows of one matrix.
+    """
     assert chunks.log_decay is not None
     q, k = (x.astype(chunks.log_decay.dtype) for x in (chunks.q, chunks.k))
-    return (q if chunks.beta is None else jnp.concatenate([q, k[:, :, :, None]], axis=3)), k
+    q = jnp.moveaxis(q, 3, 4)
+    return (q if chunks.beta is None else jnp.concatenate([q, k[..., None, :]], axis=-2)), k
 
 
 def _same_segment(chunks: Chunks) -> jax.Array:
-    """Bool [n,B,1,1,C,C], or one that broadcasts to it."""
+    """Bool [n,B,1,C,1,C], or one that broadcasts to it."""
     if chunks.segment is None:
         return jnp.ones((1,) * 6, bool)
-    return (chunks.segment[..., :, None] == chunks.segment[..., None, :])[:, :, None, None]
+    return (chunks.segment[..., :, None] == chunks.segment[..., None, :])[:, :, None, :, None]
 
 
 def _levels(log_decay: jax.Array) -> list[RunDecay]:
@@ -123,58 +127,58 @@ def _state_gates(chunks: Chunks, whole: RunDecay) -> tuple[jax.Array, jax.Array,
 
 
 def _second_runs(x: jax.Array, size: int) -> jax.Array:
-    """[...,C,K] -> [...,C/(2 size),size,K], the second run of each pair."""
-    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])[..., 1, :, :]
+    """[n,B,N,C,...] -> [n,B,N,C/(2 size),size,...], the second run of each pair."""
+    return x.reshape(*x.shape[:3], -1, 2, size, *x.shape[4:])[:, :, :, :, 1]
 
 
 def _first_runs(x: jax.Array, size: int) -> jax.Array:
-    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])[..., 0, :, :]
+    return x.reshape(*x.shape[:3], -1, 2, size, *x.shape[4:])[:, :, :, :, 0]
 
 
 def _border_gates(level: RunDecay) -> tuple[jax.Array, jax.Array]:
     """For each pair of runs: decay from the border through the second's tokens, and from the first's to the border."""
-    return level.head[..., 1::2, :, :], level.tail[..., 0::2, :, :]
+    return level.head[:, :, :, 1::2], level.tail[:, :, :, 0::2]
 
 
 def _gram(rows: jax.Array, k: jax.Array, levels: list[RunDecay]) -> jax.Array:
-    """rows [n,B,N,R,C,K], k [n,B,N,C,K] -> lower triangle of sum_c rows_ic k_jc exp(G_ic - G_jc), [n,B,N,R,C,C]."""
-    gram = jnp.sum(rows * k[:, :, :, None], axis=-1)[..., None, None]
+    """rows [n,B,N,C,R,K], k [n,B,N,C,K] -> lower triangle of sum_c rows_ic k_jc exp(G_ic - G_jc), [n,B,N,C,R,C]."""
+    gram = jnp.sum(rows * k[..., None, :], axis=-1)[:, :, :, :, None, :, None]
     for level in levels[:-1]:
         size = level.head.shape[-2]
         row_gate, column_gate = _border_gates(level)
-        left = _second_runs(rows, size) * row_gate[:, :, :, None]
+        left = _second_runs(rows, size) * row_gate[..., None, :]
         right = _first_runs(k, size) * column_gate
         if size < SMALL:
-            corner = jnp.sum(left[..., :, None, :] * right[:, :, :, None, :, None, :, :], axis=-1)
+            corner = jnp.sum(left[..., None, :] * right[..., None, None, :, :], axis=-1)
         else:
-            corner = product("nbhrmic,nbhmjc->nbhrmij", left, right)
-        top = jnp.concatenate([gram[..., 0::2, :, :], jnp.zeros_like(corner)], axis=-1)
-        gram = jnp.concatenate([top, jnp.concatenate([corner, gram[..., 1::2, :, :]], axis=-1)], axis=-2)
-    return gram[..., 0, :, :]
+            corner = product("nbhmirc,nbhmjc->nbhmirj", left, right)
+        top = jnp.concatenate([gram[:, :, :, 0::2], jnp.zeros_like(corner)], axis=-1)
+        gram = jnp.concatenate([top, jnp.concatenate([corner, gram[:, :, :, 1::2]], axis=-1)], axis=4)
+    return gram[:, :, :, 0]
 
 
 def _gram_gradients(
     d_gram: jax.Array, rows: jax.Array, k: jax.Array, levels: list[RunDecay]
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `_gram` for its rows [n,B,N,R,C,K] and for k [n,B,N,C,K]; d_gram above the diagonal is not read."""
-    C = k.shape[-2]
-    diagonal = jnp.diagonal(d_gram, axis1=-2, axis2=-1)[..., None]
-    d_rows = diagonal * k[:, :, :, None]
-    d_k = jnp.sum(diagonal * rows, axis=3)
-    for level in levels[:-1]:
+    """Gradients of `_gram` for its rows [n,B,N,C,R,K] and for k [n,B,N,C,K]; d_gram above the diagonal is not read."""
+    d_rows, d_k = jnp.zeros_like(rows), jnp.zeros_like(k)
+    blocks = d_gram[:, :, :, None]  # the blocks on the diagonal, of twice the level's size
+    for level in levels[-2::-1]:
         size = level.head.shape[-2]
         row_gate, column_gate = _border_gates(level)
-        left = _second_runs(rows, size) * row_gate[:, :, :, None]
+        left = _second_runs(rows, size) * row_gate[..., None, :]
         right = _first_runs(k, size) * column_gate
-        blocks = d_gram.reshape(*d_gram.shape[:4], C // (2 * size), 2, size, C // (2 * size), 2, size)
-        corner = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        corner = blocks[..., size:, :, :size]
         if size < SMALL:
-            d_left = jnp.sum(corner[..., None] * right[:, :, :, None, :, None, :, :], axis=-2)
-            d_right = jnp.sum(corner[..., None] * left[..., :, None, :], axis=(3, -3))
+            d_left = jnp.sum(corner[..., None] * right[..., None, None, :, :], axis=-2)
+            d_right = jnp.sum(corner[..., None] * left[..., None, :], axis=(4, 5))
         else:
-            d_left = product("nbhrmij,nbhmjc->nbhrmic", corner, right)
-            d_right = product("nbhrmij,nbhrmic->nbhmjc", corner, left)
-        d_left, d_right = d_left * row_gate[:, :, :, None], d_right * column_gate
-        d_rows = d_rows + jnp.stack([jnp.zeros_like(d_left), d_left], axis=-3).reshape(rows.shape)
-        d_k = d_k + jnp.stack([d_right, jnp.zeros_like(d_right)], axis=-3).reshape(k.shape)
-    return d_rows, d_k
+            d_left = product("nbhmirj,nbhmjc->nbhmirc", corner, right)
+            d_right = product("nbhmirj,nbhmirc->nbhmjc", corner, left)
+        d_left, d_right = d_left * row_gate[..., None, :], d_right * column_gate
+        d_rows = d_rows + jnp.stack([jnp.zeros_like(d_left), d_left], axis=4).reshape(rows.shape)
+        d_k = d_k + jnp.stack([d_right, jnp.zeros_like(d_right)], axis=4).reshape(k.shape)
+        blocks = jnp.stack([blocks[..., :size, :, :size], blocks[..., size:, :, size:]], axis=4)
+        blocks = blocks.reshape(*blocks.shape[:3], -1, *blocks.shape[5:])
+    diagonal = blocks[:, :, :, :, 0]  # [n,B,N,C,R,1]
+    return d_rows + diagonal * k[..., None, :], d_k + jnp.sum(diagonal * rows, axis=-2)
