@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.numerics import target_platform, varying_zero
 from jaxhybrid_kernels.segments import segment_index
+from jaxhybrid_kernels.tpu.short_convolution import convolution_refusal, tpu_short_convolution
 from jaxhybrid_kernels.validation import check_convolution
 
 
@@ -17,18 +19,31 @@ def short_convolution(
     weight_WC: jax.Array,
     segment_ids: jax.Array | None = None,
     initial_state: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """x [B,T,C], weight [W,C] -> (y [B,T,C], state [B,W-1,C]), both in x's dtype; products are summed in float32.
 
     segment_ids int [B,T]: taps stop where the id changes; 0 is padding, whose outputs are 0. Padding belongs at the
     ends or between segments; inside a segment it counts as zero tokens.
     initial_state [B,W-1,C]: the inputs before the first non-padding token, oldest first; None is zeros. The returned
-    state is the same for the token after the last non-padding one. Raises ValueError for shapes that do not agree.
+    state is the same for the token after the last non-padding one.
+    implementation: "xla", "pallas_tpu" (whole lanes of 128 channels; interpreted on a CPU), or None: "pallas_tpu" on a
+    TPU if it takes the arguments, else "xla". Raises ValueError for shapes that do not agree and for what the named
+    implementation does not take.
     """
     check_convolution(x_BTC, weight_WC, segment_ids, initial_state, "initial_state")
+    if implementation not in (None, "xla", "pallas_tpu"):
+        raise ValueError(f"implementation={implementation!r} is unknown; available: xla, pallas_tpu.")
+    refusal = convolution_refusal(x_BTC, weight_WC)
+    if implementation == "pallas_tpu" and refusal is not None:
+        raise ValueError(refusal)
     B, T, C = x_BTC.shape
     reach = weight_WC.shape[0] - 1
     state = jnp.zeros((B, reach, C), x_BTC.dtype) if initial_state is None else initial_state.astype(x_BTC.dtype)
+    if implementation == "pallas_tpu" or (implementation is None and refusal is None and target_platform() == "tpu"):
+        zero = varying_zero(x_BTC, weight_WC, segment_ids, state)
+        x_BTC, weight_WC, state = (x + zero.astype(x.dtype) for x in (x_BTC, weight_WC, state))
+        return tpu_short_convolution(x_BTC, weight_WC, segment_ids, state)
     if segment_ids is None:
         padded = jnp.concatenate([state, x_BTC], axis=1)
         return _taps(padded, weight_WC, T, None).astype(x_BTC.dtype), padded[:, T:]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxhybrid_kernels import dplr_attention, linear_attention
+from jaxhybrid_kernels import dplr_attention, linear_attention, short_convolution
 
 # Two cores, as on TPU v4 and v5p, so that grid steps declared parallel are told apart.
 SIMULATION = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
@@ -45,8 +45,6 @@ def with_gradients(operator, segment_ids, arrays, cotangents):
     ],
 )
 def test_linear_attention(suite, recurrence, sizes):
-    if recurrence in ("gla", "kimi_delta"):
-        pytest.skip("pallas_tpu takes no decay per channel yet")
     case = suite.make_case(recurrence, **({"B": 1} | sizes))
     case.segment_ids = np.where(np.arange(case.tokens) < 70, 3, 5)[None].repeat(case.d_out.shape[0], axis=0)
     arrays, d_out, d_state = jax.tree.map(
@@ -79,6 +77,25 @@ def test_dplr(suite):
 
     actual = simulate(lambda *arguments: run("pallas_tpu", *arguments), segment_ids, arrays, cotangents)
     suite.check(actual, run("reference", segment_ids, arrays, cotangents))
+
+
+def test_short_convolution():
+    rng = np.random.default_rng(0)
+    x, weight, state, d_y, d_final = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((1, 150, 256), (4, 256), (1, 3, 256), (1, 150, 256), (1, 3, 256))
+    )
+    segment_ids = jnp.where(jnp.arange(150) < 70, 3, 5)[None]
+
+    def run(implementation, *arguments):
+        results, pull = jax.vjp(
+            lambda x, weight, state: short_convolution(x, weight, segment_ids, state, implementation), *arguments
+        )
+        return results, pull((d_y, d_final))
+
+    actual = simulate(lambda *arguments: run("pallas_tpu", *arguments), x, weight, state)
+    for value, expected in zip(jax.tree.leaves(actual), jax.tree.leaves(run("xla", x, weight, state))):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("order", ["parallel", "arbitrary"])

@@ -142,7 +142,8 @@ def _convolve(
     names = [name for name, value in optional.items() if value is not None]
 
     def run(x: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, last = short_convolution(x.reshape(-1, T, H * K), rest[-1], **dict(zip(names, rest[:-1])))
+        given: dict[str, Any] = dict(zip(names, rest[:-1]))
+        y, last = short_convolution(x.reshape(-1, T, H * K), rest[-1], **given)
         return y.reshape(-1, T, H, K), last
 
     taps = taps_WHK.reshape(taps_WHK.shape[0], H * K)
