@@ -1,8 +1,11 @@
 """The TPU kernels, interpreted, against the float64 token recurrence. Several chunks of 128 tokens, odd lengths."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import PartitionSpec
 from jaxhybrid_kernels import linear_attention
 
 CASES = {
@@ -49,3 +52,28 @@ def test_refusals():
     q = q[..., :64]
     with pytest.raises(ValueError, match="chunk_size=64"):
         linear_attention(q, q, q, chunk_size=64, implementation="pallas_tpu")
+
+
+def test_sharded(suite):
+    """Inside shard_map, heads over a mesh axis. The interpreter cannot check varying axes, compiled kernels can."""
+    case = suite.make_case("gated_deltanet", 130, B=1)
+    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, k, v, log_decay, beta = (
+        jnp.asarray(case.arrays[name], jnp.float32) for name in ("q", "k", "v", "log_decay", "beta")
+    )
+    heads = PartitionSpec(None, None, "tensor")
+
+    def loss(*arguments):
+        out, state = linear_attention(*arguments, implementation="pallas_tpu")
+        return lax.psum(jnp.sum(out**2) + jnp.sum(state**2), "tensor")
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=heads, out_specs=PartitionSpec(), check_vma=False)
+    actual = jax.jit(jax.grad(sharded, argnums=(0, 3, 4)))(q, k, v, log_decay, beta)
+
+    def plain(*arguments):
+        out, state = linear_attention(*arguments, implementation="xla")
+        return jnp.sum(out**2) + jnp.sum(state**2)
+
+    expected = jax.jit(jax.grad(plain, argnums=(0, 3, 4)))(q, k, v, log_decay, beta)
+    for a, b in zip(actual, expected):
+        assert suite.relative_error(a, b) < 1e-5
