@@ -13,7 +13,7 @@ from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
 CASES = {
     "gated": ("gated_deltanet", {}),
     "shared keys": ("gated_deltanet", {"N": 2, "K": 128, "V": 128}),
-    "no decay, correlated keys": ("deltanet", {"correlation": 0.9}),
+    "no decay, correlated keys": ("deltanet", {"correlation": 0.9, "rate": 2.0}),
     "additive": ("linear_attention", {}),
     "strong decay": ("simple_gla", {"decay": 5.0}),
 }

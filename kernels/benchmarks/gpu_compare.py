@@ -1,0 +1,124 @@
+"""Gated delta attention on one Hopper GPU: "pallas_gpu", "xla" and cuDNN softmax attention in one process.
+
+    python kernels/benchmarks/gpu_compare.py                          # check, then every shape of the table
+    python kernels/benchmarks/gpu_compare.py --check-only             # also on a CPU, interpreted
+    python kernels/benchmarks/gpu_compare.py --shapes 8,4096,16,128   # B,T,H,width
+
+Nothing is timed before both of our forms agree with the float64 token recurrence: cosine above 0.999 of the outputs,
+the state and every gradient. Times are medians over rounds that run all candidates in turn, each a row of calls over
+two sets of inputs, waited for once. A candidate that fails is reported and left out.
+"""
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxhybrid_kernels import linear_attention
+
+SHAPES = ("8,4096,16,128", "1,32768,16,128", "4,8192,32,128", "8,4096,9,64")
+CALLS = 10  # per measurement
+
+
+def make_inputs(B: int, T: int, H: int, K: int, seed: int, recurrence: str) -> dict[str, jax.Array]:
+    """Unit keys and queries, decays with half-lives of tens to hundreds of tokens, rates in (0, 1)."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    q, k, v = (jax.random.normal(key, (B, T, H, K)) for key in keys[:3])
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    inputs = {name: x.astype(jnp.bfloat16) for name, x in (("q", q), ("k", k), ("v", v))}
+    if recurrence != "deltanet":
+        inputs["log_decay"] = -0.03 * jax.random.uniform(keys[3], (B, T, H))
+    if recurrence != "simple_gla":
+        inputs["beta"] = jax.random.uniform(keys[4], (B, T, H))
+    return inputs
+
+
+def softmax(q: jax.Array, k: jax.Array, v: jax.Array, **gates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), jnp.zeros(())
+
+
+def forward(function: Callable[..., Any], inputs: dict[str, jax.Array]) -> Any:
+    return function(**inputs)
+
+
+def with_backward(function: Callable[..., Any], inputs: dict[str, jax.Array]) -> Any:
+    """All gradients for the cotangents v and zero."""
+    (out, state), pull = jax.vjp(lambda inputs: function(**inputs), inputs)
+    return pull((inputs["v"].astype(out.dtype), jnp.zeros_like(state)))[0]
+
+
+def check(implementation: str, T: int, K: int, recurrence: str) -> None:
+    inputs = make_inputs(1, T, 2, K, 7, recurrence)
+    function = partial(linear_attention, implementation=implementation)
+    actual = (jax.jit(partial(forward, function))(inputs), jax.jit(partial(with_backward, function))(inputs))
+    with jax.enable_x64(True):
+        exact = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in inputs.items()}
+        oracle = partial(linear_attention, implementation="reference")
+        expected = (forward(oracle, exact), with_backward(oracle, exact))
+    cosines = []
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
+        cosines.append(float(a @ b / np.sqrt((a @ a) * (b @ b))))
+    verdict = "right" if min(cosines) > 0.999 else "WRONG"
+    print(f"{implementation} {recurrence} T{T} K=V={K}: {verdict}, least cosine {min(cosines):.6f}", flush=True)
+    if verdict == "WRONG":
+        raise SystemExit(1)
+
+
+def median_ms(calls: Mapping[str, tuple[Callable[..., Any], list[Any]]], rounds: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {}
+    for name, (function, sets) in calls.items():
+        try:
+            jax.block_until_ready([function(inputs) for inputs in sets])
+            times[name] = []
+        except Exception:
+            print(f"{name} failed:\n{traceback.format_exc(limit=3)}", flush=True)
+    for _ in range(rounds):
+        for name, measured in times.items():
+            function, sets = calls[name]
+            start = time.perf_counter()
+            for index in range(CALLS):
+                result = function(sets[index % len(sets)])
+            jax.block_until_ready(result)
+            measured.append(1e3 * (time.perf_counter() - start) / CALLS)
+    return {name: float(np.median(measured)) for name, measured in times.items()}
+
+
+def compare(shape: str, recurrence: str, rounds: int) -> None:
+    B, T, H, K = (int(size) for size in shape.split(","))
+    sets = [make_inputs(B, T, H, K, seed, recurrence) for seed in (0, 1)]
+    candidates: dict[str, Callable[..., Any]] = {
+        name: partial(linear_attention, implementation=name) for name in ("pallas_gpu", "xla")
+    }
+    candidates["cuDNN softmax"] = softmax
+    for kind, what in (("forward", forward), ("forward+backward", with_backward)):
+        calls = {name: (jax.jit(partial(what, function)), sets) for name, function in candidates.items()}
+        times = ", ".join(f"{name} {ms:.3f}" for name, ms in median_ms(calls, rounds).items())
+        print(f"B{B} T{T} H{H} K=V={K} {recurrence} {kind}, ms: {times}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,T,H,width")
+    parser.add_argument("--recurrence", default="gated_deltanet", choices=("gated_deltanet", "deltanet", "simple_gla"))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--check-only", action="store_true")
+    args = parser.parse_args()
+
+    on_cpu = jax.default_backend() == "cpu"
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    for K in (64,) if on_cpu else (64, 128):
+        for implementation in ("xla", "pallas_gpu"):
+            check(implementation, 70 if on_cpu else 333, K, args.recurrence)
+    if not args.check_only:
+        for shape in args.shapes:
+            compare(shape, args.recurrence, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
