@@ -56,7 +56,7 @@ def make_layout(inputs: Inputs, scale: float) -> Layout:
     N += N % 2
     dtype = jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v, inputs.a, inputs.b))
     K, V = padded_width(inputs.k.shape[-1]), padded_width(V)
-    most = HEADS if dtype.itemsize * max(K, V) <= 256 else 2  # a TPU v4 has 16 MiB of VMEM
+    most = HEADS if dtype == jnp.bfloat16 and max(K, V) <= 128 else 2  # a TPU v4 has 16 MiB of VMEM
     heads = next(heads for heads in (HEADS, 4, 2) if heads <= most and N % heads == 0)
     return Layout(B, T + -T % CHUNK, N, K, V, heads, scale, dtype, inputs.segment_ids is not None)
 
