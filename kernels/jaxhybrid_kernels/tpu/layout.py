@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxhybrid_kernels.chunk_layout import Inputs
-from jaxhybrid_kernels.numerics import compute_dtype
+from jaxhybrid_kernels.numerics import compute_dtype, target_platform
 from jaxhybrid_kernels.validation import Sizes
 
 CHUNK = 128
 WIDTHS = (64, 128, 256)
 MOST_HEADS = 8  # of 128 channels, per grid step: enough independent chains to hide the latency of each
+CHANNEL_VMEM = (
+    4 * 2**20
+)  # times the size of an element: for one head with a decay per channel, mostly spilled registers
 
 
 class Layout(NamedTuple):
@@ -75,14 +79,17 @@ class Layout(NamedTuple):
 
 def make_layout(inputs: Inputs, scale: float, sizes: Sizes) -> Layout:
     K, V = padded_width(sizes.K), padded_width(sizes.V)
-    heads = _heads_per_step(sizes, K, V)
-    if heads is None:
-        K, V = max(K, 128), max(V, 128)
-        heads = _heads_per_step(sizes, K, V)
-    assert heads is not None  # one head is always possible at full lanes
-    decay = None
+    decay, most = None, MOST_HEADS
+    dtype = jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v))
     if inputs.log_decay is not None:
         decay = "head" if inputs.log_decay.ndim == 3 else "channel"
+    if decay == "channel" and target_platform() == "tpu":
+        most = min(most, pltpu.get_tpu_info().vmem_capacity_bytes // (CHANNEL_VMEM * dtype.itemsize))
+    heads = _heads_per_step(sizes, K, V, most)
+    if heads is None:
+        K, V = max(K, 128), max(V, 128)
+        heads = _heads_per_step(sizes, K, V, most)
+    assert heads is not None  # one head is always possible at full lanes
     return Layout(
         sizes,
         K,
@@ -90,7 +97,7 @@ def make_layout(inputs: Inputs, scale: float, sizes: Sizes) -> Layout:
         heads,
         -(-sizes.T // CHUNK),
         scale,
-        jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v)),
+        dtype,
         inputs.beta is not None,
         decay,
         inputs.segment_ids is not None,
@@ -102,10 +109,9 @@ def padded_width(width: int) -> int:
     return next(w for w in WIDTHS if w >= width)
 
 
-def _heads_per_step(sizes: Sizes, K: int, V: int) -> int | None:
-    """The largest divisor of N, up to a limit, whose blocks of q, k and v are whole lanes and share no head partly."""
-    most = max(MOST_HEADS * 128 // max(K, V, 128), 1)
-    for heads in range(most, 0, -1):
+def _heads_per_step(sizes: Sizes, K: int, V: int, most: int) -> int | None:
+    """The largest divisor of N, up to `most` of 128 channels, whose blocks are whole lanes and share no head partly."""
+    for heads in range(max(most * 128 // max(K, V, 128), 1), 0, -1):
         fits = sizes.N % heads == 0
         for count, width in ((sizes.Hq, K), (sizes.Hk, K), (sizes.N, V), (sizes.out_heads, V)):
             share = -(-sizes.N // count)
