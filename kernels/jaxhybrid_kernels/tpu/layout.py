@@ -18,9 +18,9 @@ from jaxhybrid_kernels.validation import Sizes
 CHUNK = 128
 WIDTHS = (64, 128, 256)
 MOST_HEADS = 8  # of 128 channels, per grid step: enough independent chains to hide the latency of each
-CHANNEL_VMEM = (
-    4 * 2**20
-)  # times the size of an element: for one head with a decay per channel, mostly spilled registers
+MOST_HEADS_TPU7X = 2  # its compiler takes many minutes for more
+# Times the size of an element: for one head with a decay per channel, mostly spilled registers.
+CHANNEL_VMEM = 4 * 2**20
 
 
 class Layout(NamedTuple):
@@ -83,8 +83,12 @@ def make_layout(inputs: Inputs, scale: float, sizes: Sizes) -> Layout:
     dtype = jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v))
     if inputs.log_decay is not None:
         decay = "head" if inputs.log_decay.ndim == 3 else "channel"
-    if decay == "channel" and target_platform() == "tpu":
-        most = min(most, pltpu.get_tpu_info().vmem_capacity_bytes // (CHANNEL_VMEM * dtype.itemsize))
+    if target_platform() == "tpu":
+        chip = pltpu.get_tpu_info()
+        if chip.generation >= 7:
+            most = min(most, MOST_HEADS_TPU7X)
+        if decay == "channel":
+            most = min(most, chip.vmem_capacity_bytes // (CHANNEL_VMEM * dtype.itemsize))
     heads = _heads_per_step(sizes, K, V, most)
     if heads is None:
         K, V = max(K, 128), max(V, 128)
