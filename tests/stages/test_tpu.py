@@ -1,0 +1,90 @@
+"""The alignment step compiled for a TPU slice, on a machine without one: the linear layers' kernels are in it."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+LIBTPU = Path(sys.prefix) / "tpu-compiler/libtpu/libtpu.so"
+
+
+@pytest.mark.skipif(not LIBTPU.exists(), reason="libtpu is not here: `make tpu-compiler`")
+def test_alignment_step_compiles_with_kernels():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_LIBRARY_PATH": str(LIBTPU),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == ["linear_attention_backward", "linear_attention_forward"]
+
+
+def compile_alignment_step():
+    """Prints the names of the kernels in the step for four v5e chips, parameters and batch split over them."""
+    import re
+
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from jaxhybrid.model.config import ModelConfig
+    from jaxhybrid.model.params import abstract
+    from jaxhybrid.model.partition import make_mesh, param_shardings
+    from jaxhybrid.model.transformer import declare
+    from jaxhybrid.settings import MixerConfig
+    from jaxhybrid.stages.align import align_step, linear_mixers
+    from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+    from jaxhybrid.weights.convert import resolve_mixer
+
+    slice_of_four = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = make_mesh(data=1, fsdp=4, devices=slice_of_four.devices)
+    teacher = ModelConfig(
+        family="llama",
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=512,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=128,
+        norm_eps=1e-5,
+        max_position_embeddings=2048,
+        tie_embeddings=True,
+    )
+    mixer = resolve_mixer(teacher, MixerConfig().to_model())
+    student = ModelConfig(**{**vars(teacher), "layer_types": ("gated_deltanet",) * 2, "gated_deltanet": mixer})
+
+    def shapes(config):
+        specs = declare(config)
+        return jax.tree.map(
+            lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+            abstract(specs),
+            param_shardings(specs, mesh),
+        )
+
+    with jax.set_mesh(mesh):
+        mixers = linear_mixers(shapes(student))
+        optimizer = make_optimizer(
+            OptimizerConfig(total_steps=10, learning_rate=1e-3, mixer_learning_rate=1e-3), mixers
+        )
+        state = jax.eval_shape(lambda params: start(params, optimizer), mixers)
+        tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+        step = partial(align_step, teacher_config=teacher, student_config=student, optimizer=optimizer)
+        batch = {"tokens": tokens, "segment_ids": tokens}
+        compiled = jax.jit(step, donate_argnums=0).lower(state, shapes(teacher), batch).compile()
+    print(json.dumps(sorted(set(re.findall(r"linear_attention_(?:forward|backward)", compiled.as_text())))))
+
+
+if __name__ == "__main__":
+    compile_alignment_step()
