@@ -19,8 +19,10 @@ CHUNK = 128
 WIDTHS = (64, 128, 256)
 MOST_HEADS = 8  # of 128 channels, per grid step: enough independent chains to hide the latency of each
 MOST_HEADS_TPU7X = 2  # its compiler takes many minutes for more
-# Times the size of an element: for one head with a decay per channel, mostly spilled registers.
+# Times the size of an element, for one head in a packed backward: with a decay per channel, mostly spilled registers,
+# and without.
 CHANNEL_VMEM = 4 * 2**20
+HEAD_VMEM = 3 * 2**18
 
 
 class Layout(NamedTuple):
@@ -87,8 +89,8 @@ def make_layout(inputs: Inputs, scale: float, sizes: Sizes) -> Layout:
         chip = pltpu.get_tpu_info()
         if chip.generation >= 7:
             most = min(most, MOST_HEADS_TPU7X)
-        if decay == "channel":
-            most = min(most, chip.vmem_capacity_bytes // (CHANNEL_VMEM * dtype.itemsize))
+        vmem = (CHANNEL_VMEM if decay == "channel" else HEAD_VMEM) * dtype.itemsize
+        most = min(most, chip.vmem_capacity_bytes // vmem)
     heads = _heads_per_step(sizes, K, V, most)
     if heads is None:
         K, V = max(K, 128), max(V, 128)
