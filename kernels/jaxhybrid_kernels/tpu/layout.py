@@ -17,7 +17,7 @@ from jaxhybrid_kernels.validation import Sizes
 
 CHUNK = 128
 WIDTHS = (64, 128, 256)
-MOST_HEADS = 8  # of 128 channels, per grid step: enough independent chains to hide the latency of each
+MOST_HEADS = 16  # of 128 channels in bfloat16, a query each, per grid step: independent chains that hide latencies
 MOST_HEADS_TPU7X = 2  # its compiler takes many minutes for more
 # Times the size of an element, for one head in a packed backward: with a decay per channel, mostly spilled registers,
 # and without.
@@ -81,8 +81,9 @@ class Layout(NamedTuple):
 
 def make_layout(inputs: Inputs, scale: float, sizes: Sizes) -> Layout:
     K, V = padded_width(sizes.K), padded_width(sizes.V)
-    decay, most = None, MOST_HEADS
+    decay = None
     dtype = jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v))
+    most = MOST_HEADS * 2 // (dtype.itemsize * sizes.queries_per_state)
     if inputs.log_decay is not None:
         decay = "head" if inputs.log_decay.ndim == 3 else "channel"
     if target_platform() == "tpu":
