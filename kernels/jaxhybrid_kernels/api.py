@@ -86,7 +86,7 @@ def linear_attention(
     if implementation == "pallas_tpu":
         return tpu_linear_attention(make_layout(inputs, scale, sizes), inputs, initial_state)
     if implementation == "pallas_gpu":
-        return gpu_linear_attention(make_plan(inputs, scale, sizes), sizes, inputs, initial_state)
+        return gpu_linear_attention(make_plan(inputs, scale, sizes), inputs, initial_state)
     per_channel = log_decay is not None and log_decay.ndim == 4
     largest = 128 if target_platform() == "gpu" and not per_channel else 64
     return _chunked(scale, chunk_size or default_chunk_size(sizes.T, largest), sizes, inputs, initial_state)

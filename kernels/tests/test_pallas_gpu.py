@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax import export
 from jaxhybrid_kernels import linear_attention
+from jaxhybrid_kernels.gpu.gates import GATES
+from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
 from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
@@ -45,11 +47,13 @@ def test_lowers_for_cuda(K, V, blocks, delta):
         export.export(jax.jit(kernel), platforms=["cuda"], disabled_checks=unchecked)(*arguments)
 
     q, v, float32 = array(1, 256, 1, K), array(1, 256, 2, V), jnp.float32
-    lower(prepare_kernel(plan), q, q, array(1, 2, 4, 4, 64, dtype=float32))
-    matrices, gates = array(1, 2, 4, plan.matrices, 64, 64), array(1, 2, 4, 5, 64, dtype=float32)
+    matrices, gates = array(1, 2, 4, plan.matrices, 64, 64), array(1, 2, 4, GATES, 64, dtype=float32)
+    lower(prepare_kernel(plan), q, q, gates)
     for reverse in (False, True):
         kernel = recurrence_kernel(plan, reverse=reverse, keep=True)
         lower(kernel, q, q, v, matrices, gates, array(1, 2, V, K, dtype=float32))
+    states = array(1, 2, 4, V, K)
+    lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
 
 
 def test_refusals():

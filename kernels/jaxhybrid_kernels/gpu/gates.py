@@ -1,6 +1,14 @@
-"""The gates of all chunks, prepared by XLA: small arrays [B,N,n,rows,64] float32 with tokens last."""
+"""The gates of all chunks, one number per token and head: prepared by XLA for the kernels, and their gradients after.
 
-from typing import NamedTuple
+gates [B,N,n,6,64] float32, tokens last:
+    G        running sum of log_decay inside the chunk
+    segment  changes of segment so far
+    beta
+    row_in   what is left of the state at the chunk's entry when a token reads it
+    row_out  what is left of a token's update at the chunk's end
+    carry    what is left of the entry state at the end, the same number for all tokens
+All are zero, not small, across a change of segment.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +18,20 @@ from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu.plan import CHUNK, Plan
 from jaxhybrid_kernels.segments import segment_index
 
+RUNNING_SUM, SEGMENT, BETA, ROW_IN, ROW_OUT, CARRY = range(6)
+GATES = 6
+TOTAL, LEAVING, UPDATE = range(3)  # rows that the gradients' kernel leaves, see gradients.py
 
-class Gates(NamedTuple):
-    """G is the running sum of log_decay inside the chunk; zero across a change of segment, see head_gates.py."""
-
-    pairs: jax.Array  # [B,N,n,4,64]: beta, G, what G lost by rounding, changes of segment so far
-    steps: jax.Array  # [B,N,n,5,64]: beta, beta row_in, scale row_in, row_out, carry
+# A beta of zero is taken for this one, far below what float32 adds to anything else: the gradient of beta is found from
+# the update divided by beta.
+SMALLEST_BETA = 2.0**-40
 
 
-def make_gates(inputs: Inputs, plan: Plan) -> Gates:
+def make_gates(inputs: Inputs, plan: Plan) -> jax.Array:
     log_decay, beta, segment_ids = inputs.log_decay, inputs.beta, inputs.segment_ids
     shape = (plan.B, plan.N, plan.n, CHUNK)
-    real = None if segment_ids is None else (segment_ids != 0)[..., None]
-
-    def arrange(x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        x = x if real is None else jnp.where(real, x, 0.0)
-        return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, plan.padding), (0, 0))), 1, 2).reshape(shape)
-
-    beta = jnp.ones(shape, jnp.float32) if beta is None else arrange(beta)
-    high = low = jnp.zeros(shape, jnp.float32)
-    if log_decay is not None:
-        high, low = _running_sum(arrange(log_decay))
-    entry, leaving = high, (high[..., -1:] - high) + (low[..., -1:] - low)
+    total = jnp.zeros(shape, jnp.float32) if log_decay is None else running_sum(_by_chunk(log_decay, plan, segment_ids))
+    entry, leaving = total, total[..., -1:] - total
     changes = jnp.zeros(shape, jnp.float32)
     if segment_ids is not None:
         index = jnp.pad(segment_index(segment_ids), ((0, 0), (0, plan.padding)), mode="edge")
@@ -43,19 +42,44 @@ def make_gates(inputs: Inputs, plan: Plan) -> Gates:
         leaving = jnp.where(changes == changes[..., -1:], leaving, -jnp.inf)
     entry = jnp.exp(entry)
     carry = jnp.broadcast_to(entry[..., -1:], shape)
-    pairs = jnp.stack([beta, high, low, changes], axis=3)
-    return Gates(pairs, jnp.stack([beta, beta * entry, plan.scale * entry, jnp.exp(leaving), carry], axis=3))
+    return jnp.stack([total, changes, _beta(beta, plan, segment_ids), entry, jnp.exp(leaving), carry], axis=3)
 
 
-def _running_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cumulative sum along the last axis as an unevaluated sum of two floats, every sum from scratch in one kernel."""
+def gate_gradients(inputs: Inputs, gates: jax.Array, vectors: jax.Array, dots: jax.Array, plan: Plan) -> Inputs:
+    """Gradients of log_decay and beta, None where there is none, from what the gradients' kernel leaves; `inputs` with
+    these two in place."""
+    d_log_decay = d_beta = None
+    if inputs.log_decay is not None:
+        end = jnp.sum(vectors[:, :, :, LEAVING], axis=-1) + gates[:, :, :, CARRY, 0] * jnp.sum(dots, axis=-1)
+        after = jnp.flip(running_sum(jnp.flip(vectors[:, :, :, TOTAL], axis=-1)), axis=-1)
+        d_log_decay = _by_token(after + end[..., None], inputs.log_decay, plan, inputs.segment_ids)
+    if inputs.beta is not None:
+        d_beta = vectors[:, :, :, UPDATE] / gates[:, :, :, BETA] ** 2
+        d_beta = _by_token(d_beta, inputs.beta, plan, inputs.segment_ids)
+    return inputs._replace(log_decay=d_log_decay, beta=d_beta, segment_ids=None)
 
-    def add(a, b):
-        total = a[0] + b[0]
-        back = total - a[0]
-        error = (a[0] - (total - back)) + (b[0] - back)
-        return total, error + a[1] + b[1]
 
-    terms = jnp.where(jnp.tril(jnp.ones((CHUNK, CHUNK), bool)), x[..., None, :], 0.0)
-    zero = jnp.float32(0)
-    return lax.reduce((terms, jnp.zeros_like(terms)), (zero, zero), add, (terms.ndim - 1,))
+def running_sum(x: jax.Array) -> jax.Array:
+    """Sums along the last axis up to each token, every one from scratch: one kernel, and no error that builds up."""
+    return jnp.sum(jnp.where(jnp.tril(jnp.ones((CHUNK, CHUNK), bool)), x[..., None, :], 0.0), axis=-1)
+
+
+def _beta(beta: jax.Array | None, plan: Plan, segment_ids: jax.Array | None) -> jax.Array:
+    if beta is None:
+        return jnp.ones((plan.B, plan.N, plan.n, CHUNK), jnp.float32)
+    beta = _by_chunk(beta, plan, segment_ids)
+    return jnp.where(lax.abs(beta) < SMALLEST_BETA, SMALLEST_BETA, beta)
+
+
+def _by_chunk(x: jax.Array, plan: Plan, segment_ids: jax.Array | None) -> jax.Array:
+    """[B,T,N] -> [B,N,n,64] float32, zero on padding."""
+    x = x.astype(jnp.float32)
+    x = x if segment_ids is None else jnp.where((segment_ids != 0)[..., None], x, 0.0)
+    x = jnp.pad(x, ((0, 0), (0, plan.padding), (0, 0)))
+    return jnp.swapaxes(x, 1, 2).reshape(plan.B, plan.N, plan.n, CHUNK)
+
+
+def _by_token(x: jax.Array, like: jax.Array, plan: Plan, segment_ids: jax.Array | None) -> jax.Array:
+    """[B,N,n,64] -> [B,T,N] in the dtype of `like`, zero on padding."""
+    x = jnp.swapaxes(x.reshape(plan.B, plan.N, plan.n * CHUNK), 1, 2)[:, : plan.T].astype(like.dtype)
+    return x if segment_ids is None else jnp.where((segment_ids != 0)[..., None], x, 0)

@@ -1,14 +1,14 @@
 """Linear attention by the Hopper kernels, with its custom gradient, and what they refuse."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxhybrid_kernels.chunk_layout import Inputs, chunk_output_gradient, make_chunks
-from jaxhybrid_kernels.chunked import Residuals, chunk_operands
-from jaxhybrid_kernels.chunked_backward import StepGradients, input_gradients
-from jaxhybrid_kernels.gpu.gates import make_gates
+from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.gpu.gates import gate_gradients, make_gates
+from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
 from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
@@ -66,24 +66,31 @@ def make_plan(inputs: Inputs, scale: float, sizes: Sizes) -> Plan:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def gpu_linear_attention(
-    plan: Plan, sizes: Sizes, inputs: Inputs, initial_state: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gpu_linear_attention(plan: Plan, inputs: Inputs, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(out, final state), see `linear_attention`; initial_state [B,N,K,V] float32."""
     return _compute(plan, inputs, initial_state, keep=False)[0]
 
 
+class Residuals(NamedTuple):
+    """What the backward keeps beside the inputs, bfloat16."""
+
+    matrices: jax.Array  # [B,N,n,1 or 2,64,64]
+    states: jax.Array  # [B,N,n,V,K] entry states
+    updates: jax.Array | None  # [B,T,N,V] in whole chunks; None without the delta rule: they are v
+
+
 def _compute(
     plan: Plan, inputs: Inputs, initial_state: jax.Array, keep: bool
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    """((out, final state), (matrices, entry states if kept))."""
+) -> tuple[tuple[jax.Array, jax.Array], Residuals | None]:
+    """((out, final state), what the backward needs if keep)."""
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
     gates = make_gates(inputs, plan)
-    matrices = prepare_kernel(plan)(q, k, gates.pairs)
+    matrices = prepare_kernel(plan)(q, k, gates)
     kernel = recurrence_kernel(plan, reverse=False, keep=keep)
-    out, final, *states = kernel(q, k, v, matrices, gates.steps, jnp.swapaxes(initial_state, 2, 3))
-    return (out[:, : plan.T], jnp.swapaxes(final, 2, 3)), (matrices, *states)
+    out, final, *kept = kernel(q, k, v, matrices, gates, jnp.swapaxes(initial_state, 2, 3))
+    residuals = Residuals(matrices, kept[0], kept[1] if plan.delta else None) if keep else None
+    return (out[:, : plan.T], jnp.swapaxes(final, 2, 3)), residuals
 
 
 def _whole_chunks(x: jax.Array, segment_ids: jax.Array | None, plan: Plan) -> jax.Array:
@@ -93,40 +100,39 @@ def _whole_chunks(x: jax.Array, segment_ids: jax.Array | None, plan: Plan) -> ja
 
 
 def _forward(
-    plan: Plan, sizes: Sizes, inputs: Inputs, initial_state: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Inputs, tuple[jax.Array, ...]]]:
+    plan: Plan, inputs: Inputs, initial_state: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Inputs, Residuals | None]]:
     results, kept = _compute(plan, inputs, initial_state, keep=True)
     return results, (inputs, kept)
 
 
 def _backward(
-    plan: Plan, sizes: Sizes, kept: tuple[Inputs, tuple[jax.Array, ...]], gradients: tuple[jax.Array, jax.Array]
+    plan: Plan, kept: tuple[Inputs, Residuals], gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[Inputs, jax.Array]:
-    """The reverse recurrence in a kernel of its own, what follows from it in XLA."""
-    inputs, (matrices, states) = kept
+    inputs, residuals = kept
     d_out, d_final = gradients
-    d_out = d_out.astype(jnp.bfloat16)
-    q, k, x = (_whole_chunks(a, inputs.segment_ids, plan) for a in (inputs.q, inputs.k, d_out))
+    given = (inputs.q, inputs.k, inputs.v, d_out.astype(jnp.bfloat16))
+    q, k, v, d_out = (_whole_chunks(x, inputs.segment_ids, plan) for x in given)
+    gates = make_gates(inputs, plan)
     kernel = recurrence_kernel(plan, reverse=True, keep=True)
-    d_updates, d_initial, d_exits = kernel(
-        q, k, x, matrices, make_gates(inputs, plan).steps, jnp.swapaxes(d_final, 2, 3)
+    d_v, d_initial, d_states = kernel(q, k, d_out, residuals.matrices, gates, jnp.swapaxes(d_final, 2, 3))
+    updates = v if residuals.updates is None else residuals.updates
+    kernel = gradients_kernel(plan)
+    d_q, d_k, vectors, dots = kernel(q, k, updates, d_v, d_out, residuals.states, d_states, gates)
+    d_inputs = gate_gradients(inputs, gates, vectors, dots, plan)
+    d_q, d_k, d_v = (
+        _like(gradient, x, inputs.segment_ids) for gradient, x in ((d_q, inputs.q), (d_k, inputs.k), (d_v, inputs.v))
     )
-    chunks = make_chunks(inputs, CHUNK, sizes)
-    operands = chunk_operands(chunks, plan.scale)
-    inverse = _chunk_first(matrices[:, :, :, 1]).astype(jnp.float32) if plan.delta else None
-    residuals = Residuals(_chunk_first(states).swapaxes(3, 4), inverse)
-    steps = StepGradients(
-        chunk_output_gradient(d_out, inputs.segment_ids, CHUNK, jnp.bfloat16, sizes),
-        _chunk_first(d_exits).swapaxes(3, 4),
-        jnp.transpose(d_updates.reshape(plan.B, plan.n, CHUNK, plan.N, plan.V), (1, 0, 3, 2, 4)),
-    )
-    d_inputs = input_gradients(inputs, chunks, operands, residuals, steps, plan.scale, sizes)
-    return d_inputs, jnp.swapaxes(d_initial, 2, 3)
+    return d_inputs._replace(q=d_q, k=d_k, v=d_v), jnp.swapaxes(d_initial, 2, 3)
 
 
-def _chunk_first(x: jax.Array) -> jax.Array:
-    """[B,N,n,...] -> [n,B,N,...]."""
-    return jnp.moveaxis(x, 2, 0)
+def _like(gradient: jax.Array, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """One gradient per value head in whole chunks -> that of x [B,T,heads,width]; zero on padding."""
+    B, T, heads, width = x.shape
+    gradient = gradient[:, :T]
+    if heads != gradient.shape[2]:
+        gradient = gradient.reshape(B, T, heads, -1, width).astype(jnp.float32).sum(axis=3).astype(x.dtype)
+    return zero_padding(gradient, segment_ids)
 
 
 gpu_linear_attention.defvjp(_forward, _backward)

@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.gpu.gates import BETA, RUNNING_SUM, SEGMENT
 from jaxhybrid_kernels.gpu.plan import CHUNK, Plan
 from jaxhybrid_kernels.gpu.products import (
     along_columns,
@@ -26,33 +27,31 @@ from jaxhybrid_kernels.gpu.products import (
     split,
 )
 
+GATES_READ = 3  # the first three
+
 
 def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
-    """(q, k, gates [B,N,n,4,64]) -> bfloat16 [B,N,n,1 or 2,64,64]: pair, and the inverse for the delta rule.
-
-    Gates: beta, G, what G lost by rounding, changes of segment so far.
-    """
+    """(q, k, gates [B,N,n,6,64]) -> bfloat16 [B,N,n,1 or 2,64,64]: pair, and the inverse for the delta rule."""
     interpret = plan.interpret
 
     def body(q, k, gates, out, q_block, k_block, gate, result, high, low, strict_high, strict_low, loaded):
         c, head, b = lax.axis_index("chunk"), lax.axis_index("head"), lax.axis_index("batch")
         tokens = pl.ds(c * CHUNK, CHUNK)
-        plgpu.copy_gmem_to_smem(gates.at[b, head, c], gate, loaded)
+        plgpu.copy_gmem_to_smem(gates.at[b, head, c, pl.ds(0, GATES_READ)], gate, loaded)
         plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head)], k_block, loaded)
         plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head)], q_block, loaded)
         plgpu.barrier_wait(loaded)
 
         row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=plgpu.Layout.WGMMA)
         column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1, layout=plgpu.Layout.WGMMA)
-        difference = along_rows(rows(gate.at[1]), CHUNK) - along_columns(columns(gate.at[1]))
-        difference = difference + (along_rows(rows(gate.at[2]), CHUNK) - along_columns(columns(gate.at[2])))
-        same = along_rows(rows(gate.at[3]), CHUNK) == along_columns(columns(gate.at[3]))
+        difference = along_rows(rows(gate.at[RUNNING_SUM]), CHUNK) - along_columns(columns(gate.at[RUNNING_SUM]))
+        same = along_rows(rows(gate.at[SEGMENT]), CHUNK) == along_columns(columns(gate.at[SEGMENT]))
         decay = jnp.exp(jnp.where((row >= column) & same, difference, -jnp.inf))
         scores = multiply(q_block, k_block.transpose((1, 0)), interpret=interpret)
         result[...] = (scores * decay * plan.scale).astype(jnp.bfloat16)
         if plan.delta:
             gram = multiply(k_block, k_block.transpose((1, 0)), interpret=interpret) * decay
-            strict = jnp.where(row > column, gram * along_rows(rows(gate.at[0]), CHUNK), 0.0)
+            strict = jnp.where(row > column, gram * along_rows(rows(gate.at[BETA]), CHUNK), 0.0)
             upper, lower = split(strict)
             strict_high[...] = upper
             strict_low[...] = lower
@@ -79,12 +78,12 @@ def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
         scratch_types=[
             shared(CHUNK, plan.K),
             shared(CHUNK, plan.K),
-            plgpu.SMEM((4, CHUNK), jnp.float32),
+            plgpu.SMEM((GATES_READ, CHUNK), jnp.float32),
             *[shared(CHUNK, CHUNK)] * 5,
             plgpu.Barrier(num_arrivals=3),
         ],
-        grid=(plan.n, plan.N, plan.B),
-        grid_names=("chunk", "head", "batch"),
+        grid=(plan.B, plan.n, plan.N),  # the last axis varies fastest: heads lie side by side in memory
+        grid_names=("batch", "chunk", "head"),
         # Inferring the layouts of so many elementwise steps takes minutes; they are all given here.
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else None,

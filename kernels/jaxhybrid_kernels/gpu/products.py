@@ -29,6 +29,19 @@ def multiply(left: Any, right: Any, *, interpret: bool) -> jax.Array:
     return pl.run_scoped(fresh, _sums(left, right))
 
 
+def multiply_all(*terms: tuple[Any, Any], interpret: bool) -> list[jax.Array]:
+    """left @ right of every term, all issued together."""
+    if interpret:
+        return [_interpreted(*term) for term in terms]
+
+    def fresh(*totals):
+        for total, term in zip(totals, terms, strict=True):
+            plgpu.wgmma(total, *term)
+        return [total[...] for total in totals]
+
+    return pl.run_scoped(fresh, *(_sums(*term) for term in terms))
+
+
 def multiply_both(
     left: Any, first: Any, second: Any, meanwhile: Callable[[jax.Array], jax.Array], *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -88,13 +101,13 @@ def _interpreted(left: Any, right: Any) -> jax.Array:
 
 
 def rows(vector: Any) -> jax.Array:
-    """[64] of shared memory, one number per row of a product's result."""
-    return plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(1))
+    """[64] of memory, one number per row of a product's result."""
+    return plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def columns(vector: Any) -> jax.Array:
-    """[64] of shared memory, one number per column of a product's result."""
-    return plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(0))
+    """[64] of memory, one number per column of a product's result."""
+    return plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
 def along_rows(vector: jax.Array, width: int) -> jax.Array:

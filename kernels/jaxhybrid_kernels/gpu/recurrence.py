@@ -3,10 +3,10 @@
 Each consumer warpgroup holds 64 rows of the transposed state S' [V,K] in registers from the first chunk to the last and
 needs nothing of the others, so all products of a chunk have their left operand in registers and none of them waits for
 shared memory to be written. With the gates of gates.py as columns, one number per token:
-    forward:   U' = (beta v' - beta row_in (S' k')) inverse'      O' = scale row_in (S' q') + U' pair'
+    forward:   U' = beta (v' - row_in (S' k')) inverse'           O' = scale row_in (S' q') + U' pair'
                S' <- carry S' + (row_out U') k
-    backward:  dU' = row_out (dS' k') + dO' pair                  dZ' = dU' inverse
-               dS' <- carry dS' + (scale row_in dO') q - (beta row_in dZ') k
+    backward:  dU' = row_out (dS' k') + dO' pair                  dV' = beta (dU' inverse)
+               dS' <- carry dS' + (scale row_in dO') q - (row_in dV') k
 One more warpgroup brings the operands of the next chunks to shared memory.
 """
 
@@ -19,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.gpu.gates import BETA, CARRY, GATES, ROW_IN, ROW_OUT
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.products import (
     accumulate,
@@ -31,6 +32,7 @@ from jaxhybrid_kernels.gpu.products import (
     shared,
 )
 
+FIRST_GATE = BETA  # the gates from here on are read
 SHARED_BYTES = 227 * 1024
 LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # per thread; three warpgroups share 65,536
 
@@ -43,26 +45,32 @@ class Chunk(NamedTuple):
     x: Any  # [64,64]: this warpgroup's columns
     pair: Any  # [64,64]
     inverse: Any  # [64,64]; None for the additive rule
-    gates: Any  # [5,64]
+    gates: Any  # [4,64]
 
-    def column(self, gate: int) -> jax.Array:
-        return along_columns(columns(self.gates.at[gate]))
+    def gate(self, name: int) -> jax.Array:
+        return columns(self.gates.at[name - FIRST_GATE])
+
+    def carry(self, width: int) -> jax.Array:
+        return along_rows(rows(self.gates.at[CARRY - FIRST_GATE]), width)
 
 
 def recurrence_kernel(plan: Plan, reverse: bool, keep: bool) -> Callable[..., list[jax.Array]]:
-    """(q, k, x [B,T,N,V], matrices, gates, start [B,N,V,K]) -> y [B,T,N,V], last [B,N,V,K], states [B,N,n,V,K] if keep.
+    """(q, k, x [B,T,N,V], matrices, gates, start [B,N,V,K]) -> y [B,T,N,V], last [B,N,V,K] and if keep states [B,N,n,V,K].
 
-    Forwards x = v, y = out and the states kept are those at the chunks' entries; in reverse x is the gradient of out,
-    y that of the solved updates (dZ), and the states are the gradients at the chunks' exits. T in whole chunks.
+    Forwards x = v, y = out, and the states kept are those at the chunks' entries; with the delta rule the updates U
+    [B,T,N,V] are kept too. In reverse x is the gradient of out, y that of v, and the states are the gradients at the
+    chunks' exits. T in whole chunks.
     """
     n, K, V, blocks = plan.n, plan.K, plan.V, plan.blocks
     width = blocks * BLOCK
-    stages = _stages(plan, keep)
+    keep_updates = keep and plan.delta and not reverse
+    stages = _stages(plan, keep, keep_updates)
     advance = _backward if reverse else _forward
 
     def body(
-        q, k, x, matrices, gates, start, y, last, *states,
-        q_ring, k_ring, x_ring, pair_ring, gates_ring, y_block, loaded, consumed, inverse_ring=None, state_block=None,
+        q, k, x, matrices, gates, start, y, last, *kept,
+        q_ring, k_ring, x_ring, pair_ring, gates_ring, y_block, loaded, consumed,
+        inverse_ring=None, state_block=None, update_block=None,
     ):  # fmt: skip
         b, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
         group = lax.axis_index("group")
@@ -77,7 +85,7 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool) -> Callable[..., li
             c = position(step)
             tokens, barrier = pl.ds(c * CHUNK, CHUNK), loaded.at[slot]
             plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head)], k_ring.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gates.at[b, head, c], gates_ring.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(gates.at[b, head, c, pl.ds(FIRST_GATE, GATES - FIRST_GATE)], gates_ring.at[slot], barrier)
             for i in range(blocks):
                 columns_of = pl.ds(part * width + i * BLOCK, BLOCK)
                 plgpu.copy_gmem_to_smem(x.at[b, tokens, head, columns_of], x_ring.at[slot, i], barrier)
@@ -120,13 +128,18 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool) -> Callable[..., li
                     inverse_ring.at[slot] if plan.delta else None,
                     gates_ring.at[slot],
                 )
-                state, result = advance(plan, operands, state, entry)
+                state, result, update = advance(plan, operands, state, entry)
                 plgpu.barrier_arrive(consumed.at[slot])
                 y_block.at[group].transpose((1, 0))[...] = result.astype(jnp.bfloat16)
+                if keep_updates:
+                    update_block.at[group].transpose((1, 0))[...] = update
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_block.at[group], y.at[b, pl.ds(c * CHUNK, CHUNK), head, own])
+                tokens = pl.ds(c * CHUNK, CHUNK)
+                plgpu.copy_smem_to_gmem(y_block.at[group], y.at[b, tokens, head, own])
                 if keep:
-                    plgpu.copy_smem_to_gmem(state_block.at[group], states[0].at[b, head, c, own])
+                    plgpu.copy_smem_to_gmem(state_block.at[group], kept[0].at[b, head, c, own])
+                if keep_updates:
+                    plgpu.copy_smem_to_gmem(update_block.at[group], kept[1].at[b, tokens, head, own])
                 return state
 
             first = plgpu.load(start.at[b, head, own], layout=plgpu.Layout.WGMMA, optimized=False)
@@ -140,7 +153,7 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool) -> Callable[..., li
         "k_ring": shared(stages, CHUNK, K),
         "x_ring": shared(stages, blocks, CHUNK, BLOCK),
         "pair_ring": shared(stages, CHUNK, CHUNK),
-        "gates_ring": plgpu.SMEM((stages, 5, CHUNK), jnp.float32),
+        "gates_ring": plgpu.SMEM((stages, GATES - FIRST_GATE, CHUNK), jnp.float32),
         "y_block": shared(blocks, CHUNK, BLOCK),
         "loaded": plgpu.Barrier(num_arrivals=3 + plan.matrices + blocks, num_barriers=stages),
         "consumed": plgpu.Barrier(num_arrivals=blocks, num_barriers=stages),
@@ -150,6 +163,9 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool) -> Callable[..., li
     if keep:
         results.append(jax.ShapeDtypeStruct((plan.B, plan.N, n, V, K), jnp.bfloat16))
         scratch["state_block"] = shared(blocks, BLOCK, K)
+    if keep_updates:
+        results.append(jax.ShapeDtypeStruct((plan.B, n * CHUNK, plan.N, V), jnp.bfloat16))
+        scratch["update_block"] = shared(blocks, CHUNK, BLOCK)
     return plgpu.kernel(
         body,
         out_type=results,
@@ -163,13 +179,14 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool) -> Callable[..., li
     )
 
 
-def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(S' after the chunk, O' [64,64])."""
+def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: jax.Array) -> tuple[jax.Array, ...]:
+    """(S' after the chunk, O' [64,64], U' [64,64] bfloat16)."""
     keys, queries = chunk.k.transpose((1, 0)), chunk.q.transpose((1, 0))
     values = plgpu.load(chunk.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
     def solve(predicted: jax.Array) -> jax.Array:
-        innovation = values * chunk.column(0) - predicted * chunk.column(1)
+        beta = chunk.gate(BETA)
+        innovation = values * along_columns(beta) - predicted * along_columns(beta * chunk.gate(ROW_IN))
         right = chunk.inverse.transpose((1, 0))
         return multiply(innovation.astype(jnp.bfloat16), right, interpret=plan.interpret)
 
@@ -177,32 +194,37 @@ def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: jax.Array) -> tu
         update, read = multiply_both(entry, keys, queries, solve, interpret=plan.interpret)
     else:
         update, read = values, multiply(entry, queries, interpret=plan.interpret)
-    written = (update * chunk.column(3)).astype(jnp.bfloat16)
+    written = (update * along_columns(chunk.gate(ROW_OUT))).astype(jnp.bfloat16)
+    update = update.astype(jnp.bfloat16)
     state, result = accumulate(
-        (state * along_rows(rows(chunk.gates.at[4]), plan.K), [(written, chunk.k)]),
-        (read * chunk.column(2), [(update.astype(jnp.bfloat16), chunk.pair.transpose((1, 0)))]),
+        (state * chunk.carry(plan.K), [(written, chunk.k)]),
+        (read * along_columns(chunk.gate(ROW_IN) * plan.scale), [(update, chunk.pair.transpose((1, 0)))]),
         interpret=plan.interpret,
     )
-    return state, result
+    return state, result, update
 
 
-def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(dS' before the chunk, dZ' [64,64]); dU' in place of dZ' for the additive rule."""
-    from_state = multiply(d_exit, chunk.k.transpose((1, 0)), interpret=plan.interpret) * chunk.column(3)
+def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, ...]:
+    """(dS' before the chunk, dV' [64,64], None)."""
+    row_in = chunk.gate(ROW_IN)
+    from_state = multiply(d_exit, chunk.k.transpose((1, 0)), interpret=plan.interpret)
     d_out = plgpu.load(chunk.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA)
-    (d_update,) = accumulate((from_state, [(d_out, chunk.pair)]), interpret=plan.interpret)
-    d_read = d_out.astype(jnp.float32) * chunk.column(2)
+    (d_value,) = accumulate(
+        (from_state * along_columns(chunk.gate(ROW_OUT)), [(d_out, chunk.pair)]), interpret=plan.interpret
+    )
+    d_read = d_out.astype(jnp.float32) * along_columns(row_in * plan.scale)
     terms = [(d_read.astype(jnp.bfloat16), chunk.q)]
     if plan.delta:
-        d_update = multiply(d_update.astype(jnp.bfloat16), chunk.inverse, interpret=plan.interpret)
-        terms.append(((-d_update * chunk.column(1)).astype(jnp.bfloat16), chunk.k))
-    carried = d_state * along_rows(rows(chunk.gates.at[4]), plan.K)
-    (d_state,) = accumulate((carried, terms), interpret=plan.interpret)
-    return d_state, d_update
+        d_value = multiply(d_value.astype(jnp.bfloat16), chunk.inverse, interpret=plan.interpret)
+        d_value = d_value * along_columns(chunk.gate(BETA))
+        terms.append(((-d_value * along_columns(row_in)).astype(jnp.bfloat16), chunk.k))
+    (d_state,) = accumulate((d_state * chunk.carry(plan.K), terms), interpret=plan.interpret)
+    return d_state, d_value, None
 
 
-def _stages(plan: Plan, keep: bool) -> int:
+def _stages(plan: Plan, keep: bool, keep_updates: bool) -> int:
     """Chunks under way: as many as fit in shared memory, three at most."""
-    per_stage = 2 * CHUNK * (2 * plan.K + plan.blocks * BLOCK + plan.matrices * CHUNK) + 4 * 5 * CHUNK
-    fixed = 2 * plan.blocks * BLOCK * (CHUNK + (plan.K if keep else 0)) + 4096  # reductions and barriers
+    per_stage = 2 * CHUNK * (2 * plan.K + plan.blocks * BLOCK + plan.matrices * CHUNK) + 4 * GATES * CHUNK
+    outputs = CHUNK * (2 if keep_updates else 1) + (plan.K if keep else 0)
+    fixed = 2 * plan.blocks * BLOCK * outputs + 4096  # reductions and barriers
     return min((SHARED_BYTES - fixed) // per_stage, 3, plan.n)
