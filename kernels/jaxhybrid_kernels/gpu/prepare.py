@@ -1,9 +1,10 @@
 """What a chunk needs that does not depend on the state, all chunks at once, one warpgroup each.
 
     pair = scale tril(Q K') D        inverse = (I + tril(diag(beta) K K' D, -1))^-1
-with D_ij = exp(G_i - G_j) inside a segment. The inverse grows from diagonal blocks of 1 to 64 tokens: if X inverts the
-blocks of one size, X - mask(X N) X inverts those of twice the size, mask keeping the new blocks below the diagonal.
-Each step is exact up to rounding, powers of N never appear, and operands are split into two bfloat16 numbers each.
+with D_ij = exp(G_i - G_j) inside a segment. The inverse starts from its diagonal blocks of 16 tokens and doubles twice:
+if X inverts the blocks of one size, X - mask(X N) X inverts those of twice the size, mask keeping the new blocks below
+the diagonal. Each step is exact up to rounding, powers of N never appear, and operands are split into two bfloat16
+numbers each.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.gpu.diagonal_inverse import invert_diagonal
 from jaxhybrid_kernels.gpu.gates import BETA, RUNNING_SUM, SEGMENT
 from jaxhybrid_kernels.gpu.plan import CHUNK, Plan
 from jaxhybrid_kernels.gpu.products import (
@@ -55,8 +57,8 @@ def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
             upper, lower = split(strict)
             strict_high[...] = upper
             strict_low[...] = lower
-            solved = jnp.where(_joins(row, column, 1), -strict, 0.0) + jnp.where(row == column, 1.0, 0.0)
-            for size in (2, 4, 8, 16, 32):
+            solved = invert_diagonal(strict, interpret=interpret)
+            for size in (16, 32):
                 upper, lower = split(solved)
                 high[...] = upper
                 low[...] = lower

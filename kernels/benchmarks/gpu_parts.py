@@ -1,0 +1,86 @@
+"""Times the Hopper kernels one by one, on a GPU.
+
+    python kernels/benchmarks/gpu_parts.py                         # B8 T4096 H16 K=V=128, gated delta rule
+    python kernels/benchmarks/gpu_parts.py --shape 8,4096,9,64
+
+Each is called in a row of calls over the same arrays, waited for once; the median of ten rows. The floor is what it reads
+and writes, once each, at the copy rate measured on the same device.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gpu_compare import make_inputs
+from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.gpu.gates import gate_gradients, make_gates
+from jaxhybrid_kernels.gpu.gradients import gradients_kernel
+from jaxhybrid_kernels.gpu.linear_attention import make_plan
+from jaxhybrid_kernels.gpu.prepare import prepare_kernel
+from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
+from jaxhybrid_kernels.validation import check_sequence
+
+CALLS = 20
+
+
+def median_ms(function: Callable[..., Any], *arguments: Any) -> float:
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        times.append(1e3 * (time.perf_counter() - start) / CALLS)
+    return float(np.median(times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="8,4096,16,128", metavar="B,T,H,width")
+    parser.add_argument("--recurrence", default="gated_deltanet", choices=("gated_deltanet", "deltanet", "simple_gla"))
+    args = parser.parse_args()
+    B, T, H, K = (int(size) for size in args.shape.split(","))
+
+    x = jnp.ones(2**29, jnp.bfloat16)
+    rate = 2 * x.nbytes / median_ms(jax.jit(lambda x: x + 1), x)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {rate / 1e9:.2f} TB/s")
+
+    given = make_inputs(B, T, H, K, 0, args.recurrence)
+    inputs = Inputs(given["q"], given["k"], given["v"], given.get("log_decay"), given.get("beta"), None)
+    sizes = check_sequence(*inputs[:5], None, None)
+    plan = make_plan(inputs, K**-0.5, sizes)
+    total = 0.0
+
+    def measure(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        nonlocal total
+        compiled = jax.jit(function)
+        results = compiled(*arguments)
+        moved = sum(a.nbytes for a in jax.tree.leaves((arguments, results)))
+        ms = median_ms(compiled, *arguments)
+        total += ms
+        print(f"{name:12} {ms:.3f} ms, floor {moved / rate:.3f} ms", flush=True)
+        return results
+
+    q, k, v = inputs.q, inputs.k, inputs.v
+    zero = jnp.zeros((B, H, K, K), jnp.float32)
+    gates = measure("gates", lambda inputs: make_gates(inputs, plan), inputs)
+    matrices = measure("prepare", prepare_kernel(plan), q, k, gates)
+    measure("forward", recurrence_kernel(plan, reverse=False, keep=False), q, k, v, matrices, gates, zero)
+    print(f"inference    {total:.3f} ms")
+    kept = measure("forward kept", recurrence_kernel(plan, reverse=False, keep=True), q, k, v, matrices, gates, zero)
+    out, _, states, *updates = kept
+    reverse = recurrence_kernel(plan, reverse=True, keep=True)
+    d_v, _, d_states = measure("reverse", reverse, q, k, out, matrices, gates, zero)
+    u = updates[0] if updates else v
+    found = measure("gradients", gradients_kernel(plan), q, k, u, d_v, out, states, d_states, gates)
+    measure("gate grads", lambda *args: gate_gradients(*args, plan)[3:5], inputs, gates, *found[2:])
+    print(f"all of this  {total:.3f} ms, forward counted twice")
+
+
+if __name__ == "__main__":
+    main()
