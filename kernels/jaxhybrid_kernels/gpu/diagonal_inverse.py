@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, nvvm, vector
+from jax._src.lib.mlir.dialects import arith, math, nvvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 
 from jaxhybrid_kernels.gpu.plan import CHUNK
@@ -73,9 +73,9 @@ def _substitute(_: Any, strict: Any) -> Any:
         holder = arith.addi(in_quad, integer(4 * where))
         pivot = {(t, e): shuffled(x[t, tile, e], holder, WITHIN_WARP) for t in range(tile + 1) for e in (0, 1)}
         for h in range(tile, 2):
-            factor = shuffled(n[tile, h, where % 2], integer(where // 2), WITHIN_FOUR_LANES)
+            factor = arith.negf(shuffled(n[tile, h, where % 2], integer(where // 2), WITHIN_FOUR_LANES))
             for t, e in pivot:
-                x[t, h, e] = arith.subf(x[t, h, e], arith.mulf(factor, pivot[t, e]))
+                x[t, h, e] = math.fma(factor, pivot[t, e], x[t, h, e])
 
     results = np.empty_like(registers)
     pair_type = ir.VectorType.get((2,), f32)

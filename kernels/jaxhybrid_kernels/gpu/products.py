@@ -11,6 +11,8 @@ import jax.numpy as jnp
 # How the tensor cores read shared memory.
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
+UPPER_HALF = -0x10000  # of a float32: sign, exponent and the first seven bits, a bfloat16
+
 
 def shared(*shape: int) -> Any:
     """A bfloat16 operand of products in shared memory."""
@@ -75,9 +77,9 @@ def _sums(left: Any, right: Any) -> Any:
 
 
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two bfloat16 numbers whose sum is x to 16 bits."""
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    """Two bfloat16 numbers whose sum is x to 16 bits: its upper half as it is, and the rest rounded."""
+    upper = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & UPPER_HALF, jnp.float32)
+    return upper.astype(jnp.bfloat16), (x - upper).astype(jnp.bfloat16)
 
 
 def multiply_split(left: jax.Array, high: Any, low: Any, *, interpret: bool) -> jax.Array:
