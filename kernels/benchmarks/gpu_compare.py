@@ -52,8 +52,8 @@ def with_backward(function: Callable[..., Any], inputs: dict[str, jax.Array]) ->
     return pull((inputs["v"].astype(out.dtype), jnp.zeros_like(state)))[0]
 
 
-def check(implementation: str, T: int, K: int, recurrence: str) -> None:
-    inputs = make_inputs(1, T, 2, K, 7, recurrence)
+def check(implementation: str, B: int, T: int, H: int, K: int, recurrence: str) -> None:
+    inputs = make_inputs(B, T, H, K, 7, recurrence)
     function = partial(linear_attention, implementation=implementation)
     actual = (jax.jit(partial(forward, function))(inputs), jax.jit(partial(with_backward, function))(inputs))
     with jax.enable_x64(True):
@@ -65,7 +65,7 @@ def check(implementation: str, T: int, K: int, recurrence: str) -> None:
         a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
         cosines.append(float(a @ b / np.sqrt((a @ a) * (b @ b))))
     verdict = "right" if min(cosines) > 0.999 else "WRONG"
-    print(f"{implementation} {recurrence} T{T} K=V={K}: {verdict}, least cosine {min(cosines):.6f}", flush=True)
+    print(f"{implementation} {recurrence} B{B} T{T} H{H} K=V={K}: {verdict}, least cosine {min(cosines):.6f}", flush=True)
     if verdict == "WRONG":
         raise SystemExit(1)
 
@@ -113,8 +113,9 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     for K in (64,) if on_cpu else (64, 128):
-        for implementation in ("xla", "pallas_gpu"):
-            check(implementation, 70 if on_cpu else 333, K, args.recurrence)
+        for B, H in ((1, 2),) if on_cpu else ((1, 2), (4, 32)):  # few thread blocks, and enough to fill a GPU
+            for implementation in ("xla", "pallas_gpu"):
+                check(implementation, B, 70 if on_cpu else 333, H, K, args.recurrence)
     if not args.check_only:
         for shape in args.shapes:
             compare(shape, args.recurrence, args.rounds)

@@ -70,16 +70,17 @@ def main() -> None:
     zero = jnp.zeros((B, H, K, K), jnp.float32)
     gates = measure("gates", lambda inputs: make_gates(inputs, plan), inputs)
     matrices = measure("prepare", prepare_kernel(plan), q, k, gates)
-    measure("forward", recurrence_kernel(plan, reverse=False, keep=False), q, k, v, matrices, gates, zero)
+    measure("forward", recurrence_kernel(plan, reverse=False, keep=False), q, k, v, gates, zero, matrices)
     print(f"inference    {total:.3f} ms")
-    kept = measure("forward kept", recurrence_kernel(plan, reverse=False, keep=True), q, k, v, matrices, gates, zero)
+    measure("fused", recurrence_kernel(plan, reverse=False, keep=False, fused=True), q, k, v, gates, zero)
+    measure("fused kept", recurrence_kernel(plan, reverse=False, keep=True, fused=True), q, k, v, gates, zero)
+    kept = measure("forward kept", recurrence_kernel(plan, reverse=False, keep=True), q, k, v, gates, zero, matrices)
     out, _, states, *updates = kept
     reverse = recurrence_kernel(plan, reverse=True, keep=True)
-    d_v, _, d_states = measure("reverse", reverse, q, k, out, matrices, gates, zero)
+    d_v, _, d_states = measure("reverse", reverse, q, k, out, gates, zero, matrices)
     u = updates[0] if updates else v
     found = measure("gradients", gradients_kernel(plan), q, k, u, d_v, out, states, d_states, gates)
     measure("gate grads", lambda *args: gate_gradients(*args, plan)[3:5], inputs, gates, *found[2:])
-    print(f"all of this  {total:.3f} ms, forward counted twice")
 
 
 if __name__ == "__main__":

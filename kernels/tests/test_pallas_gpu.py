@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 from jaxhybrid_kernels import linear_attention
+from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 from jaxhybrid_kernels.gpu.gates import GATES
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import Plan
@@ -28,8 +29,11 @@ def test_bfloat16(suite, name):
     suite.check_bfloat16(case, "pallas_gpu")
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("recurrence", ["simple_gla", "gated_deltanet"])
-def test_packed(suite, recurrence):
+def test_packed(suite, recurrence, fused, monkeypatch):
+    monkeypatch.setattr(gpu_linear_attention, "FILLED", 1 if fused else 100)
+    jax.clear_caches()
     case = suite.make_case(recurrence, B=1, Hq=1, Hk=1, N=1, K=64, V=64)
     case.segment_ids = np.repeat([[1, 1, 0, 2, 3, 3, 3, 1, 0, 4]], 13, axis=1)
     suite.check_bfloat16(case, "pallas_gpu")
@@ -37,7 +41,7 @@ def test_packed(suite, recurrence):
 
 @pytest.mark.parametrize(("K", "V", "blocks", "delta"), [(128, 128, 2, True), (64, 64, 1, True), (64, 128, 1, False)])
 def test_lowers_for_cuda(K, V, blocks, delta):
-    plan = Plan(B=1, T=256, n=4, Hq=1, Hk=1, N=2, K=K, V=V, scale=1.0, delta=delta, blocks=blocks, interpret=False)
+    plan = Plan(B=1, T=256, n=4, Hq=1, Hk=1, N=2, K=K, V=V, scale=1.0, delta=delta, blocks=blocks, fused=False, interpret=False)
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -51,7 +55,8 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     lower(prepare_kernel(plan), q, q, gates)
     for reverse in (False, True):
         kernel = recurrence_kernel(plan, reverse=reverse, keep=True)
-        lower(kernel, q, q, v, matrices, gates, array(1, 2, V, K, dtype=float32))
+        lower(kernel, q, q, v, gates, array(1, 2, V, K, dtype=float32), matrices)
+    lower(recurrence_kernel(plan, reverse=False, keep=True, fused=True), q, q, v, gates, array(1, 2, V, K, dtype=float32))
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
 

@@ -19,6 +19,7 @@ from jaxhybrid_kernels.validation import Sizes
 WIDTHS = (64, 128)
 HOPPER = "9.0"
 MULTIPROCESSORS = 132
+FILLED = 100  # thread blocks that leave few multiprocessors idle
 
 
 def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int | None, sizes: Sizes) -> str | None:
@@ -62,6 +63,7 @@ def make_plan(inputs: Inputs, scale: float, sizes: Sizes) -> Plan:
         scale=scale,
         delta=inputs.beta is not None,
         blocks=blocks,
+        fused=sizes.B * sizes.N >= FILLED,
         interpret=target_platform() == "cpu",
     )
 
@@ -73,8 +75,9 @@ def gpu_linear_attention(plan: Plan, inputs: Inputs, initial_state: jax.Array) -
 
 
 class Residuals(NamedTuple):
-    """What the backward keeps beside the inputs, bfloat16."""
+    """What the backward keeps beside the inputs, bfloat16 but for the gates."""
 
+    gates: jax.Array  # [B,N,n,6,64]
     matrices: jax.Array  # [B,N,n,1 or 2,64,64]
     states: jax.Array  # [B,N,n,V,K] entry states
     updates: jax.Array | None  # [B,T,N,V] in whole chunks; None without the delta rule: they are v
@@ -86,10 +89,13 @@ def _compute(
     """((out, final state), what the backward needs if keep)."""
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
     gates = make_gates(inputs, plan)
-    matrices = prepare_kernel(plan)(q, k, gates)
-    kernel = recurrence_kernel(plan, reverse=False, keep=keep)
-    out, final, *kept = kernel(q, k, v, matrices, gates, jnp.swapaxes(initial_state, 2, 3))
-    residuals = Residuals(matrices, kept[0], kept[1] if plan.delta else None) if keep else None
+    given = () if plan.fused else (prepare_kernel(plan)(q, k, gates),)
+    kernel = recurrence_kernel(plan, reverse=False, keep=keep, fused=plan.fused)
+    out, final, *kept = kernel(q, k, v, gates, jnp.swapaxes(initial_state, 2, 3), *given)
+    residuals = None
+    if keep:
+        states, matrices, updates = (*kept[:1], *given, *kept[1:], *(() if plan.delta else (None,)))
+        residuals = Residuals(gates, matrices, states, updates)
     return (out[:, : plan.T], jnp.swapaxes(final, 2, 3)), residuals
 
 
@@ -113,9 +119,9 @@ def _backward(
     d_out, d_final = gradients
     given = (inputs.q, inputs.k, inputs.v, d_out.astype(jnp.bfloat16))
     q, k, v, d_out = (_whole_chunks(x, inputs.segment_ids, plan) for x in given)
-    gates = make_gates(inputs, plan)
+    gates = residuals.gates
     kernel = recurrence_kernel(plan, reverse=True, keep=True)
-    d_v, d_initial, d_states = kernel(q, k, d_out, residuals.matrices, gates, jnp.swapaxes(d_final, 2, 3))
+    d_v, d_initial, d_states = kernel(q, k, d_out, gates, jnp.swapaxes(d_final, 2, 3), residuals.matrices)
     updates = v if residuals.updates is None else residuals.updates
     kernel = gradients_kernel(plan)
     d_q, d_k, vectors, dots = kernel(q, k, updates, d_v, d_out, residuals.states, d_states, gates)

@@ -22,6 +22,7 @@ class Plan(NamedTuple):
     scale: float
     delta: bool
     blocks: int  # consumer warpgroups per thread block
+    fused: bool  # the forward recurrence makes its own matrices, see recurrence.py
     interpret: bool
 
     def query_head(self, head: jax.Array) -> jax.Array:

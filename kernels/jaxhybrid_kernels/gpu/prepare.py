@@ -1,4 +1,4 @@
-"""What a chunk needs that does not depend on the state, all chunks at once, one warpgroup each.
+"""What a chunk needs that does not depend on the state: by one warpgroup a chunk, all chunks at once.
 
     pair = scale tril(Q K') D        inverse = (I + tril(diag(beta) K K' D, -1))^-1
 with D_ij = exp(G_i - G_j) inside a segment. The inverse starts from its diagonal blocks of 16 tokens and doubles twice:
@@ -8,6 +8,7 @@ numbers each.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -32,46 +33,64 @@ from jaxhybrid_kernels.gpu.products import (
 GATES_READ = 3  # the first three
 
 
+class Workspace(NamedTuple):
+    """Shared memory for the operands of the inverse's products, [64,64] each."""
+
+    strict_high: Any
+    strict_low: Any
+    high: Any
+    low: Any
+
+
+def workspace() -> Workspace:
+    return Workspace(*[shared(CHUNK, CHUNK)] * 4)
+
+
+def chunk_matrices(plan: Plan, q: Any, k: Any, gates: Any, pair: Any, work: Workspace) -> jax.Array | None:
+    """Writes pair [64,64] and returns the inverse (None for the additive rule), bfloat16 in registers.
+
+    All arguments lie in shared memory; what is written there is not committed.
+    """
+    interpret = plan.interpret
+    row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=plgpu.Layout.WGMMA)
+    column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1, layout=plgpu.Layout.WGMMA)
+    difference = along_rows(rows(gates.at[RUNNING_SUM]), CHUNK) - along_columns(columns(gates.at[RUNNING_SUM]))
+    same = along_rows(rows(gates.at[SEGMENT]), CHUNK) == along_columns(columns(gates.at[SEGMENT]))
+    decay = jnp.exp(jnp.where((row >= column) & same, difference, -jnp.inf))
+    scores = multiply(q, k.transpose((1, 0)), interpret=interpret)
+    pair[...] = (scores * decay * plan.scale).astype(jnp.bfloat16)
+    if not plan.delta:
+        return None
+    gram = multiply(k, k.transpose((1, 0)), interpret=interpret) * decay
+    strict = jnp.where(row > column, gram * along_rows(rows(gates.at[BETA]), CHUNK), 0.0)
+    work.strict_high[...], work.strict_low[...] = split(strict)
+    inverse = invert_diagonal(strict, interpret=interpret)
+    for size in (16, 32):
+        work.high[...], work.low[...] = split(inverse)
+        plgpu.commit_smem()
+        below = multiply_split(inverse, work.strict_high, work.strict_low, interpret=interpret)
+        below = jnp.where(_joins(row, column, size), below, 0.0)
+        inverse = inverse - multiply_split(below, work.high, work.low, interpret=interpret)
+    return inverse.astype(jnp.bfloat16)
+
+
 def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
     """(q, k, gates [B,N,n,6,64]) -> bfloat16 [B,N,n,1 or 2,64,64]: pair, and the inverse for the delta rule."""
-    interpret = plan.interpret
 
-    def body(q, k, gates, out, q_block, k_block, gate, result, high, low, strict_high, strict_low, loaded):
-        c, head, b = lax.axis_index("chunk"), lax.axis_index("head"), lax.axis_index("batch")
+    def body(q, k, gates, out, q_block, k_block, gate, pair, work, loaded):
+        b, c, head = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("head")
         tokens = pl.ds(c * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(gates.at[b, head, c, pl.ds(0, GATES_READ)], gate, loaded)
         plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head)], k_block, loaded)
         plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head)], q_block, loaded)
         plgpu.barrier_wait(loaded)
-
-        row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=plgpu.Layout.WGMMA)
-        column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1, layout=plgpu.Layout.WGMMA)
-        difference = along_rows(rows(gate.at[RUNNING_SUM]), CHUNK) - along_columns(columns(gate.at[RUNNING_SUM]))
-        same = along_rows(rows(gate.at[SEGMENT]), CHUNK) == along_columns(columns(gate.at[SEGMENT]))
-        decay = jnp.exp(jnp.where((row >= column) & same, difference, -jnp.inf))
-        scores = multiply(q_block, k_block.transpose((1, 0)), interpret=interpret)
-        result[...] = (scores * decay * plan.scale).astype(jnp.bfloat16)
+        inverse = chunk_matrices(plan, q_block, k_block, gate, pair, work)
         if plan.delta:
-            gram = multiply(k_block, k_block.transpose((1, 0)), interpret=interpret) * decay
-            strict = jnp.where(row > column, gram * along_rows(rows(gate.at[BETA]), CHUNK), 0.0)
-            upper, lower = split(strict)
-            strict_high[...] = upper
-            strict_low[...] = lower
-            solved = invert_diagonal(strict, interpret=interpret)
-            for size in (16, 32):
-                upper, lower = split(solved)
-                high[...] = upper
-                low[...] = lower
-                plgpu.commit_smem()
-                below = multiply_split(solved, strict_high, strict_low, interpret=interpret)
-                below = jnp.where(_joins(row, column, size), below, 0.0)
-                solved = solved - multiply_split(below, high, low, interpret=interpret)
-            high[...] = solved.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(high, out.at[b, head, c, 1])
-        else:
-            plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(result, out.at[b, head, c, 0])
+            work.high[...] = inverse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(pair, out.at[b, head, c, 0])
+        if plan.delta:
+            plgpu.copy_smem_to_gmem(work.high, out.at[b, head, c, 1])
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -81,14 +100,14 @@ def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
             shared(CHUNK, plan.K),
             shared(CHUNK, plan.K),
             plgpu.SMEM((GATES_READ, CHUNK), jnp.float32),
-            *[shared(CHUNK, CHUNK)] * 5,
+            shared(CHUNK, CHUNK),
+            workspace(),
             plgpu.Barrier(num_arrivals=3),
         ],
         grid=(plan.B, plan.n, plan.N),  # the last axis varies fastest: heads lie side by side in memory
         grid_names=("batch", "chunk", "head"),
-        # Inferring the layouts of so many elementwise steps takes minutes; they are all given here.
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
 
 

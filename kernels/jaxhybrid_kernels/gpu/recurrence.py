@@ -7,7 +7,8 @@ shared memory to be written. With the gates of gates.py as columns, one number p
                S' <- carry S' + (row_out U') k
     backward:  dU' = row_out (dS' k') + dO' pair                  dV' = beta (dU' inverse)
                dS' <- carry dS' + (scale row_in dO') q - (row_in dV') k
-One more warpgroup brings the operands of the next chunks to shared memory.
+One more warpgroup brings the operands of the next chunks to shared memory. Forwards, when there are thread blocks enough
+to fill the GPU, yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from jax import lax
 
 from jaxhybrid_kernels.gpu.gates import BETA, CARRY, GATES, ROW_IN, ROW_OUT
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
+from jaxhybrid_kernels.gpu.prepare import chunk_matrices, workspace
 from jaxhybrid_kernels.gpu.products import (
     accumulate,
     along_columns,
@@ -32,9 +34,15 @@ from jaxhybrid_kernels.gpu.products import (
     shared,
 )
 
-FIRST_GATE = BETA  # the gates from here on are read
 SHARED_BYTES = 227 * 1024
-LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # per thread; three warpgroups share 65,536
+
+
+class Registers(NamedTuple):
+    """Per thread; the warpgroups of a multiprocessor share 512 of them."""
+
+    loader: int
+    preparer: int
+    consumer: int
 
 
 class Chunk(NamedTuple):
@@ -45,33 +53,33 @@ class Chunk(NamedTuple):
     x: Any  # [64,64]: this warpgroup's columns
     pair: Any  # [64,64]
     inverse: Any  # [64,64]; None for the additive rule
-    gates: Any  # [4,64]
+    gates: Any  # [6,64]
 
     def gate(self, name: int) -> jax.Array:
-        return columns(self.gates.at[name - FIRST_GATE])
+        return columns(self.gates.at[name])
 
     def carry(self, width: int) -> jax.Array:
-        return along_rows(rows(self.gates.at[CARRY - FIRST_GATE]), width)
+        return along_rows(rows(self.gates.at[CARRY]), width)
 
 
-def recurrence_kernel(plan: Plan, reverse: bool, keep: bool) -> Callable[..., list[jax.Array]]:
-    """(q, k, x [B,T,N,V], matrices, gates, start [B,N,V,K]) -> y [B,T,N,V], last [B,N,V,K] and if keep states [B,N,n,V,K].
+def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False) -> Callable[..., list[jax.Array]]:
+    """(q, k, x [B,T,N,V], gates, start [B,N,V,K], matrices) -> y [B,T,N,V], last [B,N,V,K] and more if keep.
 
-    Forwards x = v, y = out, and the states kept are those at the chunks' entries; with the delta rule the updates U
-    [B,T,N,V] are kept too. In reverse x is the gradient of out, y that of v, and the states are the gradients at the
-    chunks' exits. T in whole chunks.
+    Forwards x = v, y = out, and kept are the states at the chunks' entries [B,N,n,V,K], the matrices if they are made
+    here (fused: they are no argument then), and with the delta rule the updates U [B,T,N,V]. In reverse x is the
+    gradient of out, y that of v, and kept are the gradients of the states at the chunks' exits. T in whole chunks.
     """
     n, K, V, blocks = plan.n, plan.K, plan.V, plan.blocks
     width = blocks * BLOCK
     keep_updates = keep and plan.delta and not reverse
-    stages = _stages(plan, keep, keep_updates)
+    stages = _stages(plan, keep, keep_updates, fused)
+    registers = _registers(blocks, fused)
     advance = _backward if reverse else _forward
 
-    def body(
-        q, k, x, matrices, gates, start, y, last, *kept,
-        q_ring, k_ring, x_ring, pair_ring, gates_ring, y_block, loaded, consumed,
-        inverse_ring=None, state_block=None, update_block=None,
-    ):  # fmt: skip
+    def body(*refs, s):
+        q, k, x, gates, start, *refs = refs
+        given, (y, last, *refs) = (None, refs) if fused else (refs[0], refs[1:])
+        kept = dict(zip(outputs, refs, strict=True))
         b, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
         group = lax.axis_index("group")
 
@@ -83,103 +91,149 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool) -> Callable[..., li
 
         def load(step, slot):
             c = position(step)
-            tokens, barrier = pl.ds(c * CHUNK, CHUNK), loaded.at[slot]
-            plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head)], k_ring.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gates.at[b, head, c, pl.ds(FIRST_GATE, GATES - FIRST_GATE)], gates_ring.at[slot], barrier)
+            tokens, barrier = pl.ds(c * CHUNK, CHUNK), s["loaded"].at[slot]
+            plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head)], s["k"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(gates.at[b, head, c], s["gates"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head)], s["q"].at[slot], barrier)
             for i in range(blocks):
                 columns_of = pl.ds(part * width + i * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(x.at[b, tokens, head, columns_of], x_ring.at[slot, i], barrier)
-            plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head)], q_ring.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(matrices.at[b, head, c, 0], pair_ring.at[slot], barrier)
-            if plan.delta:
-                plgpu.copy_gmem_to_smem(matrices.at[b, head, c, 1], inverse_ring.at[slot], barrier)
+                plgpu.copy_gmem_to_smem(x.at[b, tokens, head, columns_of], s["x"].at[slot, i], barrier)
+            if not fused:
+                plgpu.copy_gmem_to_smem(given.at[b, head, c, 0], s["pair"].at[slot], barrier)
+                if plan.delta:
+                    plgpu.copy_gmem_to_smem(given.at[b, head, c, 1], s["inverse"].at[slot], barrier)
 
         @pl.when(group == blocks)
         def produce():
-            if blocks > 1:
-                plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            if registers:
+                plgpu.set_max_registers(registers.loader, action="decrease")
             for step in range(stages):
                 load(step, step)
 
             @pl.loop(stages, n)
             def _(step):
                 slot = slot_of(step)
-                plgpu.barrier_wait(consumed.at[slot])
+                plgpu.barrier_wait(s["consumed"].at[slot])
                 load(step, slot)
+
+        if fused:
+
+            @pl.when(group == blocks + 1)
+            def prepare():
+                plgpu.set_max_registers(registers.preparer, action="increase")
+
+                @pl.loop(0, n)
+                def _(step):
+                    slot = slot_of(step)
+                    plgpu.barrier_wait(s["loaded"].at[slot])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    operands = (s["q"].at[slot], s["k"].at[slot], s["gates"].at[slot], s["pair"].at[slot])
+                    inverse = chunk_matrices(plan, *operands, s["work"])
+                    plgpu.barrier_arrive(s["consumed"].at[slot])
+                    if plan.delta:
+
+                        @pl.when(step > 0)
+                        def _():  # there is room for one inverse only
+                            plgpu.barrier_wait(s["consumed"].at[slot_of(step + stages - 1)])
+
+                        s["inverse"].at[0][...] = inverse
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(s["prepared"].at[slot])
+                    if keep:
+                        plgpu.copy_smem_to_gmem(s["pair"].at[slot], kept["matrices"].at[b, head, step, 0])
+                        if plan.delta:
+                            plgpu.copy_smem_to_gmem(s["inverse"].at[0], kept["matrices"].at[b, head, step, 1])
+
+                plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group < blocks)
         def consume():
-            if blocks > 1:
-                plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            if registers:
+                plgpu.set_max_registers(registers.consumer, action="increase")
             own = pl.ds(part * width + group * BLOCK, BLOCK)
 
             def chunk_step(step, state):
                 c, slot = position(step), slot_of(step)
                 entry = state.astype(jnp.bfloat16)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                if keep:
-                    state_block.at[group][...] = entry
-                plgpu.barrier_wait(loaded.at[slot])
+                if "state" in s:
+                    s["state"].at[group][...] = entry
+                plgpu.barrier_wait(s["loaded"].at[slot])
                 operands = Chunk(
-                    q_ring.at[slot],
-                    k_ring.at[slot],
-                    x_ring.at[slot, group],
-                    pair_ring.at[slot],
-                    inverse_ring.at[slot] if plan.delta else None,
-                    gates_ring.at[slot],
+                    s["q"].at[slot],
+                    s["k"].at[slot],
+                    s["x"].at[slot, group],
+                    s["pair"].at[slot],
+                    s["inverse"].at[0 if fused else slot] if plan.delta else None,
+                    s["gates"].at[slot],
                 )
+                if fused:  # with so many warpgroups the registers do not suffice
+                    plgpu.commit_smem()
+                    entry = s["state"].at[group]
+                    plgpu.barrier_wait(s["prepared"].at[slot])
                 state, result, update = advance(plan, operands, state, entry)
-                plgpu.barrier_arrive(consumed.at[slot])
-                y_block.at[group].transpose((1, 0))[...] = result.astype(jnp.bfloat16)
+                plgpu.barrier_arrive(s["consumed"].at[slot])
+                s["y"].at[group].transpose((1, 0))[...] = result.astype(jnp.bfloat16)
                 if keep_updates:
-                    update_block.at[group].transpose((1, 0))[...] = update
+                    s["updates"].at[group].transpose((1, 0))[...] = update
                 plgpu.commit_smem()
                 tokens = pl.ds(c * CHUNK, CHUNK)
-                plgpu.copy_smem_to_gmem(y_block.at[group], y.at[b, tokens, head, own])
+                plgpu.copy_smem_to_gmem(s["y"].at[group], y.at[b, tokens, head, own])
                 if keep:
-                    plgpu.copy_smem_to_gmem(state_block.at[group], kept[0].at[b, head, c, own])
+                    plgpu.copy_smem_to_gmem(s["state"].at[group], kept["states"].at[b, head, c, own])
                 if keep_updates:
-                    plgpu.copy_smem_to_gmem(update_block.at[group], kept[1].at[b, tokens, head, own])
+                    plgpu.copy_smem_to_gmem(s["updates"].at[group], kept["updates"].at[b, tokens, head, own])
                 return state
 
             first = plgpu.load(start.at[b, head, own], layout=plgpu.Layout.WGMMA, optimized=False)
             last[b, head, own] = lax.fori_loop(0, n, chunk_step, first)
             plgpu.wait_smem_to_gmem(0)
 
-    state = jax.ShapeDtypeStruct((plan.B, plan.N, V, K), jnp.float32)
-    results = [jax.ShapeDtypeStruct((plan.B, n * CHUNK, plan.N, V), jnp.bfloat16), state]
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    outputs = {}
     scratch = {
-        "q_ring": shared(stages, CHUNK, K),
-        "k_ring": shared(stages, CHUNK, K),
-        "x_ring": shared(stages, blocks, CHUNK, BLOCK),
-        "pair_ring": shared(stages, CHUNK, CHUNK),
-        "gates_ring": plgpu.SMEM((stages, GATES - FIRST_GATE, CHUNK), jnp.float32),
-        "y_block": shared(blocks, CHUNK, BLOCK),
-        "loaded": plgpu.Barrier(num_arrivals=3 + plan.matrices + blocks, num_barriers=stages),
-        "consumed": plgpu.Barrier(num_arrivals=blocks, num_barriers=stages),
+        "q": shared(stages, CHUNK, K),
+        "k": shared(stages, CHUNK, K),
+        "x": shared(stages, blocks, CHUNK, BLOCK),
+        "pair": shared(stages, CHUNK, CHUNK),
+        "gates": plgpu.SMEM((stages, GATES, CHUNK), jnp.float32),
+        "y": shared(blocks, CHUNK, BLOCK),
+        "loaded": plgpu.Barrier(num_arrivals=3 + blocks + (0 if fused else plan.matrices), num_barriers=stages),
+        "consumed": plgpu.Barrier(num_arrivals=blocks + fused, num_barriers=stages),
     }
     if plan.delta:
-        scratch["inverse_ring"] = shared(stages, CHUNK, CHUNK)
+        scratch["inverse"] = shared(1 if fused else stages, CHUNK, CHUNK)
     if keep:
-        results.append(jax.ShapeDtypeStruct((plan.B, plan.N, n, V, K), jnp.bfloat16))
-        scratch["state_block"] = shared(blocks, BLOCK, K)
+        outputs["states"] = array(plan.B, plan.N, n, V, K)
+    if keep or fused:
+        scratch["state"] = shared(blocks, BLOCK, K)
+    if fused:
+        if keep:
+            outputs["matrices"] = array(plan.B, plan.N, n, plan.matrices, CHUNK, CHUNK)
+        scratch |= {"work": workspace(), "prepared": plgpu.Barrier(num_barriers=stages)}
     if keep_updates:
-        results.append(jax.ShapeDtypeStruct((plan.B, n * CHUNK, plan.N, V), jnp.bfloat16))
-        scratch["update_block"] = shared(blocks, CHUNK, BLOCK)
+        outputs["updates"] = array(plan.B, n * CHUNK, plan.N, V)
+        scratch["updates"] = shared(blocks, CHUNK, BLOCK)
     return plgpu.kernel(
         body,
-        out_type=results,
-        scratch_types=scratch,
+        out_type=[
+            array(plan.B, n * CHUNK, plan.N, V),
+            array(plan.B, plan.N, V, K, dtype=jnp.float32),
+            *outputs.values(),
+        ],
+        scratch_types={"s": scratch},
         grid=(V // width, plan.N, plan.B),
         grid_names=("part", "head", "batch"),
-        num_threads=blocks + 1,
+        num_threads=blocks + 1 + fused,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
 
 
-def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: jax.Array) -> tuple[jax.Array, ...]:
+def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
     """(S' after the chunk, O' [64,64], U' [64,64] bfloat16)."""
     keys, queries = chunk.k.transpose((1, 0)), chunk.q.transpose((1, 0))
     values = plgpu.load(chunk.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -222,9 +276,21 @@ def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -
     return d_state, d_value, None
 
 
-def _stages(plan: Plan, keep: bool, keep_updates: bool) -> int:
+def _registers(blocks: int, fused: bool) -> Registers | None:
+    """None where nobody needs more than an even share."""
+    if fused:
+        return Registers(24, 152, 168) if blocks == 2 else Registers(40, 232, 232)
+    return Registers(40, 0, 232) if blocks == 2 else None
+
+
+def _stages(plan: Plan, keep: bool, keep_updates: bool, fused: bool) -> int:
     """Chunks under way: as many as fit in shared memory, three at most."""
-    per_stage = 2 * CHUNK * (2 * plan.K + plan.blocks * BLOCK + plan.matrices * CHUNK) + 4 * GATES * CHUNK
-    outputs = CHUNK * (2 if keep_updates else 1) + (plan.K if keep else 0)
-    fixed = 2 * plan.blocks * BLOCK * outputs + 4096  # reductions and barriers
+    matrix = 2 * CHUNK * CHUNK
+    per_stage = 2 * CHUNK * (2 * plan.K + plan.blocks * BLOCK) + matrix + 4 * GATES * CHUNK
+    outputs = CHUNK * (2 if keep_updates else 1) + (plan.K if keep or fused else 0)
+    fixed = 2 * plan.blocks * BLOCK * outputs + 1024  # barriers, alignment
+    if fused:
+        fixed += 5 * matrix
+    elif plan.delta:
+        per_stage += matrix
     return min((SHARED_BYTES - fixed) // per_stage, 3, plan.n)
