@@ -60,8 +60,8 @@ def gate_gradients(inputs: Inputs, gates: jax.Array, vectors: jax.Array, dots: j
 
 
 def running_sum(x: jax.Array) -> jax.Array:
-    """Sums along the last axis up to each token, every one from scratch: one kernel, and no error that builds up."""
-    return jnp.sum(jnp.where(jnp.tril(jnp.ones((CHUNK, CHUNK), bool)), x[..., None, :], 0.0), axis=-1)
+    """Sums along the last axis up to each token, as a product: on a GPU faster than a scan."""
+    return jnp.einsum("...j,ij->...i", x, jnp.tril(jnp.ones((CHUNK, CHUNK), x.dtype)), precision=lax.Precision.HIGHEST)
 
 
 def _beta(beta: jax.Array | None, plan: Plan, segment_ids: jax.Array | None) -> jax.Array:

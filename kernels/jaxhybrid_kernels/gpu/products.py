@@ -1,4 +1,4 @@
-"""Matrix products of one warpgroup: bfloat16 operands, float32 sums in registers, 64 rows or a multiple."""
+"""Matrix products of one warpgroup: operands of 16 bits, float32 sums in registers, 64 rows or a multiple."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,11 @@ import jax.numpy as jnp
 # How the tensor cores read shared memory.
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
-UPPER_HALF = -0x10000  # of a float32: sign, exponent and the first seven bits, a bfloat16
 
 
-def shared(*shape: int) -> Any:
-    """A bfloat16 operand of products in shared memory."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED)
+def shared(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """An operand of products in shared memory."""
+    return plgpu.SMEM(shape, dtype, transforms=TILED)
 
 
 def multiply(left: Any, right: Any, *, interpret: bool) -> jax.Array:
@@ -45,18 +44,18 @@ def multiply_all(*terms: tuple[Any, Any], interpret: bool) -> list[jax.Array]:
 
 
 def multiply_both(
-    left: Any, first: Any, second: Any, meanwhile: Callable[[jax.Array], jax.Array], *, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
-    """(meanwhile(left @ first), left @ second): the second product is under way while the first is used."""
+    first: tuple[Any, Any], second: tuple[Any, Any], meanwhile: Callable[[jax.Array], Any], *, interpret: bool
+) -> tuple[Any, jax.Array]:
+    """(meanwhile(first product), second product): the second is under way while the first is used."""
     if interpret:
-        return meanwhile(_interpreted(left, first)), _interpreted(left, second)
+        return meanwhile(_interpreted(*first)), _interpreted(*second)
 
     def fresh(one, two):
-        plgpu.wgmma(one, left, first)
-        plgpu.wgmma(two, left, second)
+        plgpu.wgmma(one, *first)
+        plgpu.wgmma(two, *second)
         return meanwhile(plgpu.wgmma_accumulator_load(one, wait_n=1)), two[...]
 
-    return pl.run_scoped(fresh, _sums(left, first), _sums(left, second))
+    return pl.run_scoped(fresh, _sums(*first), _sums(*second))
 
 
 def accumulate(*sums: tuple[jax.Array, list[tuple[Any, Any]]], interpret: bool) -> tuple[jax.Array, ...]:
@@ -74,27 +73,6 @@ def accumulate(*sums: tuple[jax.Array, list[tuple[Any, Any]]], interpret: bool) 
 
 def _sums(left: Any, right: Any) -> Any:
     return plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32)
-
-
-def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two bfloat16 numbers whose sum is x to 16 bits: its upper half as it is, and the rest rounded."""
-    upper = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & UPPER_HALF, jnp.float32)
-    return upper.astype(jnp.bfloat16), (x - upper).astype(jnp.bfloat16)
-
-
-def multiply_split(left: jax.Array, high: Any, low: Any, *, interpret: bool) -> jax.Array:
-    """left @ (high + low) to 16 bits, left float32 in registers."""
-    upper, lower = split(left)
-    if interpret:
-        return _interpreted(upper, low) + _interpreted(lower, high) + _interpreted(upper, high)
-
-    def fresh(total):
-        plgpu.wgmma(total, upper, low)
-        plgpu.wgmma(total, lower, high)
-        plgpu.wgmma(total, upper, high)
-        return total[...]
-
-    return pl.run_scoped(fresh, _sums(left, high))
 
 
 def _interpreted(left: Any, right: Any) -> jax.Array:

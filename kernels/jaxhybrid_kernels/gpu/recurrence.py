@@ -131,18 +131,13 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
                     inverse = chunk_matrices(plan, *operands, s["work"])
                     plgpu.barrier_arrive(s["consumed"].at[slot])
                     if plan.delta:
-
-                        @pl.when(step > 0)
-                        def _():  # there is room for one inverse only
-                            plgpu.barrier_wait(s["consumed"].at[slot_of(step + stages - 1)])
-
-                        s["inverse"].at[0][...] = inverse
+                        s["inverse"].at[slot][...] = inverse
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(s["prepared"].at[slot])
                     if keep:
                         plgpu.copy_smem_to_gmem(s["pair"].at[slot], kept["matrices"].at[b, head, step, 0])
                         if plan.delta:
-                            plgpu.copy_smem_to_gmem(s["inverse"].at[0], kept["matrices"].at[b, head, step, 1])
+                            plgpu.copy_smem_to_gmem(s["inverse"].at[slot], kept["matrices"].at[b, head, step, 1])
 
                 plgpu.wait_smem_to_gmem(0)
 
@@ -164,7 +159,7 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
                     s["k"].at[slot],
                     s["x"].at[slot, group],
                     s["pair"].at[slot],
-                    s["inverse"].at[0 if fused else slot] if plan.delta else None,
+                    s["inverse"].at[slot] if plan.delta else None,
                     s["gates"].at[slot],
                 )
                 if fused:  # with so many warpgroups the registers do not suffice
@@ -204,7 +199,7 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
         "consumed": plgpu.Barrier(num_arrivals=blocks + fused, num_barriers=stages),
     }
     if plan.delta:
-        scratch["inverse"] = shared(1 if fused else stages, CHUNK, CHUNK)
+        scratch["inverse"] = shared(stages, CHUNK, CHUNK)
     if keep:
         outputs["states"] = array(plan.B, plan.N, n, V, K)
     if keep or fused:
@@ -236,22 +231,30 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
 def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
     """(S' after the chunk, O' [64,64], U' [64,64] bfloat16)."""
     keys, queries = chunk.k.transpose((1, 0)), chunk.q.transpose((1, 0))
-    values = plgpu.load(chunk.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
-    def solve(predicted: jax.Array) -> jax.Array:
+    def values() -> jax.Array:
+        return plgpu.load(chunk.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+    def written(update: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (update * along_columns(chunk.gate(ROW_OUT))).astype(jnp.bfloat16), update.astype(jnp.bfloat16)
+
+    def innovation(predicted: jax.Array) -> jax.Array:
         beta = chunk.gate(BETA)
-        innovation = values * along_columns(beta) - predicted * along_columns(beta * chunk.gate(ROW_IN))
-        right = chunk.inverse.transpose((1, 0))
-        return multiply(innovation.astype(jnp.bfloat16), right, interpret=plan.interpret)
+        new = values() * along_columns(beta) - predicted * along_columns(beta * chunk.gate(ROW_IN))
+        return new.astype(jnp.bfloat16)
 
-    if plan.delta:
-        update, read = multiply_both(entry, keys, queries, solve, interpret=plan.interpret)
+    if not plan.delta:
+        (left, update), read = written(values()), multiply(entry, queries, interpret=plan.interpret)
+    elif plan.fused:
+        # One result less at a time than below.
+        new = innovation(multiply(entry, keys, interpret=plan.interpret))
+        solve = (new, chunk.inverse.transpose((1, 0)))
+        (left, update), read = multiply_both(solve, (entry, queries), written, interpret=plan.interpret)
     else:
-        update, read = values, multiply(entry, queries, interpret=plan.interpret)
-    written = (update * along_columns(chunk.gate(ROW_OUT))).astype(jnp.bfloat16)
-    update = update.astype(jnp.bfloat16)
+        new, read = multiply_both((entry, keys), (entry, queries), innovation, interpret=plan.interpret)
+        left, update = written(multiply(new, chunk.inverse.transpose((1, 0)), interpret=plan.interpret))
     state, result = accumulate(
-        (state * chunk.carry(plan.K), [(written, chunk.k)]),
+        (state * chunk.carry(plan.K), [(left, chunk.k)]),
         (read * along_columns(chunk.gate(ROW_IN) * plan.scale), [(update, chunk.pair.transpose((1, 0)))]),
         interpret=plan.interpret,
     )
@@ -279,18 +282,14 @@ def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -
 def _registers(blocks: int, fused: bool) -> Registers | None:
     """None where nobody needs more than an even share."""
     if fused:
-        return Registers(24, 152, 168) if blocks == 2 else Registers(40, 232, 232)
+        return Registers(24, 136, 176) if blocks == 2 else Registers(40, 232, 232)
     return Registers(40, 0, 232) if blocks == 2 else None
 
 
 def _stages(plan: Plan, keep: bool, keep_updates: bool, fused: bool) -> int:
     """Chunks under way: as many as fit in shared memory, three at most."""
     matrix = 2 * CHUNK * CHUNK
-    per_stage = 2 * CHUNK * (2 * plan.K + plan.blocks * BLOCK) + matrix + 4 * GATES * CHUNK
+    per_stage = 2 * CHUNK * (2 * plan.K + plan.blocks * BLOCK) + plan.matrices * matrix + 4 * GATES * CHUNK
     outputs = CHUNK * (2 if keep_updates else 1) + (plan.K if keep or fused else 0)
-    fixed = 2 * plan.blocks * BLOCK * outputs + 1024  # barriers, alignment
-    if fused:
-        fixed += 5 * matrix
-    elif plan.delta:
-        per_stage += matrix
+    fixed = 2 * plan.blocks * BLOCK * outputs + (2 * matrix if fused else 0) + 1024  # barriers, alignment
     return min((SHARED_BYTES - fixed) // per_stage, 3, plan.n)
