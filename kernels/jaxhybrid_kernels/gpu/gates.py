@@ -12,6 +12,7 @@ All are zero, not small, across a change of segment.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxhybrid_kernels.chunk_layout import Inputs
@@ -51,7 +52,7 @@ def gate_gradients(inputs: Inputs, gates: jax.Array, vectors: jax.Array, dots: j
     d_log_decay = d_beta = None
     if inputs.log_decay is not None:
         end = jnp.sum(vectors[:, :, :, LEAVING], axis=-1) + gates[:, :, :, CARRY, 0] * jnp.sum(dots, axis=-1)
-        after = jnp.flip(running_sum(jnp.flip(vectors[:, :, :, TOTAL], axis=-1)), axis=-1)
+        after = running_sum(vectors[:, :, :, TOTAL], from_end=True)
         d_log_decay = _by_token(after + end[..., None], inputs.log_decay, plan, inputs.segment_ids)
     if inputs.beta is not None:
         d_beta = vectors[:, :, :, UPDATE] / gates[:, :, :, BETA] ** 2
@@ -59,9 +60,10 @@ def gate_gradients(inputs: Inputs, gates: jax.Array, vectors: jax.Array, dots: j
     return inputs._replace(log_decay=d_log_decay, beta=d_beta, segment_ids=None)
 
 
-def running_sum(x: jax.Array) -> jax.Array:
-    """Sums along the last axis up to each token, as a product: on a GPU faster than a scan."""
-    return jnp.einsum("...j,ij->...i", x, jnp.tril(jnp.ones((CHUNK, CHUNK), x.dtype)), precision=lax.Precision.HIGHEST)
+def running_sum(x: jax.Array, from_end: bool = False) -> jax.Array:
+    """Sums along the last axis up to each token, or from it on, as a product: on a GPU faster than a scan."""
+    lower = np.tril(np.ones((CHUNK, CHUNK), np.float32))
+    return jnp.einsum("...j,ij->...i", x, lower.T if from_end else lower, precision=lax.Precision.HIGHEST)
 
 
 def _beta(beta: jax.Array | None, plan: Plan, segment_ids: jax.Array | None) -> jax.Array:
