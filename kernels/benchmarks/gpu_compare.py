@@ -65,7 +65,9 @@ def check(implementation: str, B: int, T: int, H: int, K: int, recurrence: str) 
         a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
         cosines.append(float(a @ b / np.sqrt((a @ a) * (b @ b))))
     verdict = "right" if min(cosines) > 0.999 else "WRONG"
-    print(f"{implementation} {recurrence} B{B} T{T} H{H} K=V={K}: {verdict}, least cosine {min(cosines):.6f}", flush=True)
+    print(
+        f"{implementation} {recurrence} B{B} T{T} H{H} K=V={K}: {verdict}, least cosine {min(cosines):.6f}", flush=True
+    )
     if verdict == "WRONG":
         raise SystemExit(1)
 

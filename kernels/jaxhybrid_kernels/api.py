@@ -51,8 +51,8 @@ def linear_attention(
                     on a GPU unless log_decay is per channel. 128 for "pallas_tpu", 64 for "pallas_gpu".
     implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU),
                     "pallas_gpu" (Hopper, bfloat16, 64 or 128 channels, no decay per channel, one query per state at
-                    most; interpreted on a CPU; chosen by name only), or None: "recurrent" for
-                    one token, else "pallas_tpu" on a TPU if it takes the arguments, else "xla".
+                    most; interpreted on a CPU), or None: "recurrent" for one token, else "pallas_tpu" on a TPU or
+                    "pallas_gpu" on a GPU if it takes the arguments, else "xla".
 
     Returns out [B,T,max(Hq,N),V] in v's dtype and the state after the last non-padding token, [B,N,K,V] float32. All
     arguments but segment_ids are differentiable, through both results. Arguments in float64 are computed in float64.
@@ -63,14 +63,13 @@ def linear_attention(
     check_scale(scale)
     sizes = check_sequence(q, k, v, log_decay, beta, segment_ids, initial_state)
     inputs = Inputs(q, k, v, log_decay, beta, segment_ids)
-    refusal = tpu_refusal(inputs, initial_state, chunk_size, sizes)
+    refusals = {"pallas_tpu": tpu_refusal, "pallas_gpu": gpu_refusal}
     if implementation is None:
-        on_tpu = target_platform() == "tpu" and refusal is None
-        implementation = "recurrent" if sizes.T == 1 else "pallas_tpu" if on_tpu else "xla"
-    if implementation == "pallas_tpu" and refusal is not None:
-        raise ValueError(refusal)
-    if implementation == "pallas_gpu":
-        refusal = gpu_refusal(inputs, initial_state, chunk_size, sizes)
+        own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(target_platform())
+        takes = own is not None and refusals[own](inputs, initial_state, chunk_size, sizes) is None
+        implementation = "recurrent" if sizes.T == 1 else own if takes else "xla"
+    elif implementation in refusals:
+        refusal = refusals[implementation](inputs, initial_state, chunk_size, sizes)
         if refusal is not None:
             raise ValueError(refusal)
     scale = float(sizes.K**-0.5 if scale is None else scale)

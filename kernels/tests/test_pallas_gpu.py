@@ -41,7 +41,9 @@ def test_packed(suite, recurrence, fused, monkeypatch):
 
 @pytest.mark.parametrize(("K", "V", "blocks", "delta"), [(128, 128, 2, True), (64, 64, 1, True), (64, 128, 1, False)])
 def test_lowers_for_cuda(K, V, blocks, delta):
-    plan = Plan(B=1, T=256, n=4, Hq=1, Hk=1, N=2, K=K, V=V, scale=1.0, delta=delta, blocks=blocks, fused=False, interpret=False)
+    plan = Plan(
+        B=1, T=256, n=4, Hq=1, Hk=1, N=2, K=K, V=V, scale=1.0, delta=delta, blocks=blocks, fused=False, interpret=False
+    )
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -56,7 +58,9 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     for reverse in (False, True):
         kernel = recurrence_kernel(plan, reverse=reverse, keep=True)
         lower(kernel, q, q, v, gates, array(1, 2, V, K, dtype=float32), matrices)
-    lower(recurrence_kernel(plan, reverse=False, keep=True, fused=True), q, q, v, gates, array(1, 2, V, K, dtype=float32))
+    lower(
+        recurrence_kernel(plan, reverse=False, keep=True, fused=True), q, q, v, gates, array(1, 2, V, K, dtype=float32)
+    )
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.gpu.gates import LEAVING, ROW_IN, ROW_OUT, RUNNING_SUM, SEGMENT, TOTAL, UPDATE
+from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.products import accumulate, along_columns, along_rows, columns, multiply_all, rows, shared
 
@@ -75,11 +76,15 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             return jnp.where(row <= column if diagonal else row < column, x, 0.0).astype(jnp.bfloat16)
 
         plgpu.barrier_wait(first)
-        x, x_turned = multiply_all((d_out_block, _turned(u_block)), (u_block, _turned(d_out_block)), interpret=interpret)
+        x, x_turned = multiply_all(
+            (d_out_block, _turned(u_block)), (u_block, _turned(d_out_block)), interpret=interpret
+        )
         weight = decay * plan.scale
         x, x_turned = below(x * weight, True), above(x_turned * weight, True)
         if delta:
-            y, y_turned = multiply_all((d_v_block, _turned(u_block)), (u_block, _turned(d_v_block)), interpret=interpret)
+            y, y_turned = multiply_all(
+                (d_v_block, _turned(u_block)), (u_block, _turned(d_v_block)), interpret=interpret
+            )
             vectors[b, head, c, UPDATE] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
             y, y_turned = below(-y * decay, False), above(-y_turned * decay, False)
 
@@ -123,9 +128,10 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.wait_smem_to_gmem(0)
 
     gradient = jax.ShapeDtypeStruct((plan.B, n * CHUNK, plan.N, K), jnp.bfloat16)
-    return plgpu.kernel(
+    return kernel(
         body,
-        out_type=[
+        plan,
+        [
             gradient,
             gradient,
             jax.ShapeDtypeStruct((plan.B, plan.N, n, 3, CHUNK), jnp.float32),
@@ -141,8 +147,6 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         ],
         grid=(plan.B, n, plan.N),
         grid_names=("batch", "chunk", "head"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
 
 

@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxhybrid_kernels.gpu.diagonal_inverse import invert_diagonal
 from jaxhybrid_kernels.gpu.gates import BETA, RUNNING_SUM, SEGMENT
+from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.plan import CHUNK, Plan
 from jaxhybrid_kernels.gpu.products import (
     accumulate,
@@ -92,9 +93,10 @@ def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
             plgpu.copy_smem_to_gmem(inverse, out.at[b, head, c, 1])
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    run = kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((plan.B, plan.N, plan.n, plan.matrices, CHUNK, CHUNK), jnp.bfloat16),
+        plan,
+        [jax.ShapeDtypeStruct((plan.B, plan.N, plan.n, plan.matrices, CHUNK, CHUNK), jnp.bfloat16)],
         scratch_types=[
             shared(CHUNK, plan.K),
             shared(CHUNK, plan.K),
@@ -105,9 +107,8 @@ def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
         ],
         grid=(plan.B, plan.n, plan.N),  # the last axis varies fastest: heads lie side by side in memory
         grid_names=("batch", "chunk", "head"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
+    return lambda *operands: run(*operands)[0]
 
 
 def _joins(row: jax.Array, column: jax.Array, size: int) -> jax.Array:

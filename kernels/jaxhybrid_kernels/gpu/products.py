@@ -12,7 +12,6 @@ import jax.numpy as jnp
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 
 
-
 def shared(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     """An operand of products in shared memory."""
     return plgpu.SMEM(shape, dtype, transforms=TILED)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.gpu.gates import BETA, CARRY, GATES, ROW_IN, ROW_OUT
+from jaxhybrid_kernels.gpu.launch import kernel, unmarked
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import chunk_matrices, workspace
 from jaxhybrid_kernels.gpu.products import (
@@ -180,7 +181,7 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
                     plgpu.copy_smem_to_gmem(s["updates"].at[group], kept["updates"].at[b, tokens, head, own])
                 return state
 
-            first = plgpu.load(start.at[b, head, own], layout=plgpu.Layout.WGMMA, optimized=False)
+            first = unmarked(plgpu.load(start.at[b, head, own], layout=plgpu.Layout.WGMMA, optimized=False))
             last[b, head, own] = lax.fori_loop(0, n, chunk_step, first)
             plgpu.wait_smem_to_gmem(0)
 
@@ -211,9 +212,10 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
     if keep_updates:
         outputs["updates"] = array(plan.B, n * CHUNK, plan.N, V)
         scratch["updates"] = shared(blocks, CHUNK, BLOCK)
-    return plgpu.kernel(
+    return kernel(
         body,
-        out_type=[
+        plan,
+        [
             array(plan.B, n * CHUNK, plan.N, V),
             array(plan.B, plan.N, V, K, dtype=jnp.float32),
             *outputs.values(),
@@ -223,8 +225,6 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
         grid_names=("part", "head", "batch"),
         num_threads=blocks + 1 + fused,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
 
 
