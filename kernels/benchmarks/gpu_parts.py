@@ -3,8 +3,8 @@
     python kernels/benchmarks/gpu_parts.py                         # B8 T4096 H16 K=V=128, gated delta rule
     python kernels/benchmarks/gpu_parts.py --shape 8,4096,9,64
 
-Each is called in a row of calls over the same arrays, waited for once; the median of ten rows. The floor is what it reads
-and writes, once each, at the copy rate measured on the same device.
+Each is called in a row of calls over the same arrays, waited for once; the median of ten rows. The floor is what it
+reads and writes, once each, at the copy rate measured on the same device.
 """
 
 import argparse
@@ -70,13 +70,13 @@ def main() -> None:
     zero = jnp.zeros((B, H, K, K), jnp.float32)
     gates = measure("gates", lambda inputs: make_gates(inputs, plan), inputs)
     matrices = measure("prepare", prepare_kernel(plan), q, k, gates)
-    measure("forward", recurrence_kernel(plan, reverse=False, keep=False), q, k, v, gates, zero, matrices)
+    measure("forward", recurrence_kernel(plan, keep=False), q, k, v, gates, zero, matrices)
     print(f"inference    {total:.3f} ms")
-    measure("fused", recurrence_kernel(plan, reverse=False, keep=False, fused=True), q, k, v, gates, zero)
-    measure("fused kept", recurrence_kernel(plan, reverse=False, keep=True, fused=True), q, k, v, gates, zero)
-    kept = measure("forward kept", recurrence_kernel(plan, reverse=False, keep=True), q, k, v, gates, zero, matrices)
+    measure("fused", recurrence_kernel(plan, keep=False, fused=True), q, k, v, gates, zero)
+    measure("fused kept", recurrence_kernel(plan, keep=True, fused=True), q, k, v, gates, zero)
+    kept = measure("forward kept", recurrence_kernel(plan, keep=True), q, k, v, gates, zero, matrices)
     out, _, states, *updates = kept
-    reverse = recurrence_kernel(plan, reverse=True, keep=True)
+    reverse = recurrence_kernel(plan, keep=True, reverse=True)
     d_v, _, d_states = measure("reverse", reverse, q, k, out, gates, zero, matrices)
     u = updates[0] if updates else v
     found = measure("gradients", gradients_kernel(plan), q, k, u, d_v, out, states, d_states, gates)

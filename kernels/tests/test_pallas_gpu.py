@@ -55,12 +55,10 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     q, v, float32 = array(1, 256, 1, K), array(1, 256, 2, V), jnp.float32
     matrices, gates = array(1, 2, 4, plan.matrices, 64, 64), array(1, 2, 4, GATES, 64, dtype=float32)
     lower(prepare_kernel(plan), q, q, gates)
-    for reverse in (False, True):
-        kernel = recurrence_kernel(plan, reverse=reverse, keep=True)
-        lower(kernel, q, q, v, gates, array(1, 2, V, K, dtype=float32), matrices)
-    lower(
-        recurrence_kernel(plan, reverse=False, keep=True, fused=True), q, q, v, gates, array(1, 2, V, K, dtype=float32)
-    )
+    start = array(1, 2, V, K, dtype=float32)
+    lower(recurrence_kernel(plan, keep=True), q, q, v, gates, start, matrices)
+    lower(recurrence_kernel(plan, keep=True, fused=True), q, q, v, gates, start)
+    lower(recurrence_kernel(plan, keep=True, reverse=True), q, q, v, gates, start, matrices)
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
 

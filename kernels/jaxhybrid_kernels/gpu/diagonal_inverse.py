@@ -1,4 +1,4 @@
-"""Inverses of the 16 x 16 blocks on the diagonal of I + N, N [64,64] strictly lower, by forward substitution in float32.
+"""Inverses of the 16 x 16 diagonal blocks of I + N, N [64,64] strictly lower, by forward substitution in float32.
 
 A product's result gives every warp 16 whole rows, so that each warp holds the block of its rows and solves it alone:
 row j of the inverse is final once the rows before it are taken off, and goes to the rows below through shuffles.
@@ -26,7 +26,7 @@ def invert_diagonal(strict: jax.Array, *, interpret: bool) -> jax.Array:
     if interpret:
         return _interpreted(strict)
     layout = plgpu.Layout.WGMMA
-    shape = plgpu.ShapeDtypeStruct((CHUNK, CHUNK), jnp.float32, layout=layout)
+    shape = plgpu.ShapeDtypeStruct((CHUNK, CHUNK), jnp.dtype(jnp.float32), layout=layout)
     return plgpu.inline_mgpu(arg_types=(layout,), return_type=shape)(_substitute)(strict)
 
 
@@ -36,10 +36,10 @@ def _substitute(_: Any, strict: Any) -> Any:
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
 
     def integer(value: int) -> ir.Value:
-        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+        return mgpu.c(value, i32)
 
     def real(value: float) -> ir.Value:
-        return arith.constant(f32, ir.FloatAttr.get(f32, value))
+        return mgpu.c(value, f32)
 
     def element(pair: ir.Value, e: int) -> ir.Value:
         return vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([e]))

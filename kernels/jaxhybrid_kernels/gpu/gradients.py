@@ -88,12 +88,14 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             vectors[b, head, c, UPDATE] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
             y, y_turned = below(-y * decay, False), above(-y_turned * decay, False)
 
-        total = leaving = dot = None
+        totals: list[jax.Array] = []
+        leaving: list[jax.Array] = []
+        dots_by_row: list[list[jax.Array]] = []
         for half in range(halves):
             part = pl.ds(half * BLOCK, BLOCK)
             keys, queries = k_block.at[half], q_block.at[half]
             plgpu.barrier_wait(entered)
-            dot = _add(dot, [_row_sums(_rows(state, i), _load(_rows(d_state, i))) for i in range(V // BLOCK)])
+            dots_by_row.append([_row_sums(_rows(state, i), _load(_rows(d_state, i))) for i in range(V // BLOCK)])
             products = [(d_out_block, state), (u_block, d_state)] + ([(d_v_block, state)] if delta else [])
             read, written, *predicted = multiply_all(*products, interpret=interpret)
             if half + 1 < halves:
@@ -101,7 +103,7 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             if half == 0:
                 plgpu.barrier_wait(second)
             written = written * along_rows(row_out, BLOCK)
-            leaving = _add(leaving, [_row_sums(keys, written)])
+            leaving.append(_row_sums(keys, written))
             sums = [
                 (read * along_rows(row_in * plan.scale, BLOCK), [(x, keys)]),
                 (written, [(x_turned, queries)] + ([(y_turned, keys)] if delta else [])),
@@ -115,16 +117,16 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
                 as_key = as_key + as_query[0]
             else:
                 moved = moved - _row_sums(keys, as_key)
-            total = _add(total, [moved])
+            totals.append(moved)
             queries[...] = d_query.astype(jnp.bfloat16)
             keys[...] = as_key.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(queries, d_q.at[b, tokens, head, part])
             plgpu.copy_smem_to_gmem(keys, d_k.at[b, tokens, head, part])
-        vectors[b, head, c, TOTAL] = total[0]
-        vectors[b, head, c, LEAVING] = leaving[0]
+        vectors[b, head, c, TOTAL] = sum(totals)
+        vectors[b, head, c, LEAVING] = sum(leaving)
         for i in range(V // BLOCK):
-            dots[b, head, c, pl.ds(i * BLOCK, BLOCK)] = dot[i]
+            dots[b, head, c, pl.ds(i * BLOCK, BLOCK)] = sum(by_row[i] for by_row in dots_by_row)
         plgpu.wait_smem_to_gmem(0)
 
     gradient = jax.ShapeDtypeStruct((plan.B, n * CHUNK, plan.N, K), jnp.bfloat16)
@@ -165,7 +167,3 @@ def _load(block: Any) -> jax.Array:
 def _row_sums(block: Any, x: jax.Array) -> jax.Array:
     """Row sums of block * x: [64]; block in shared memory, x as a product's result."""
     return jnp.sum(_load(block) * x, axis=1)
-
-
-def _add(total: list[jax.Array] | None, terms: list[jax.Array]) -> list[jax.Array]:
-    return terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]

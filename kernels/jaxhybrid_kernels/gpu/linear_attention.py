@@ -89,13 +89,17 @@ def _compute(
     """((out, final state), what the backward needs if keep)."""
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
     gates = make_gates(inputs, plan)
-    given = () if plan.fused else (prepare_kernel(plan)(q, k, gates),)
-    kernel = recurrence_kernel(plan, reverse=False, keep=keep, fused=plan.fused)
-    out, final, *kept = kernel(q, k, v, gates, jnp.swapaxes(initial_state, 2, 3), *given)
+    start = jnp.swapaxes(initial_state, 2, 3)
+    if plan.fused:
+        out, final, *kept = recurrence_kernel(plan, keep=keep, fused=True)(q, k, v, gates, start)
+    else:
+        matrices = prepare_kernel(plan)(q, k, gates)
+        out, final, *kept = recurrence_kernel(plan, keep=keep)(q, k, v, gates, start, matrices)
+        kept[1:1] = [matrices]
     residuals = None
     if keep:
-        states, matrices, updates = (*kept[:1], *given, *kept[1:], *(() if plan.delta else (None,)))
-        residuals = Residuals(gates, matrices, states, updates)
+        states, matrices, *updates = kept
+        residuals = Residuals(gates, matrices, states, updates[0] if updates else None)
     return (out[:, : plan.T], jnp.swapaxes(final, 2, 3)), residuals
 
 
@@ -120,7 +124,7 @@ def _backward(
     given = (inputs.q, inputs.k, inputs.v, d_out.astype(jnp.bfloat16))
     q, k, v, d_out = (_whole_chunks(x, inputs.segment_ids, plan) for x in given)
     gates = residuals.gates
-    kernel = recurrence_kernel(plan, reverse=True, keep=True)
+    kernel = recurrence_kernel(plan, keep=True, reverse=True)
     d_v, d_initial, d_states = kernel(q, k, d_out, gates, jnp.swapaxes(d_final, 2, 3), residuals.matrices)
     updates = v if residuals.updates is None else residuals.updates
     kernel = gradients_kernel(plan)

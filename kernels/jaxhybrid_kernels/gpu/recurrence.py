@@ -7,8 +7,8 @@ shared memory to be written. With the gates of gates.py as columns, one number p
                S' <- carry S' + (row_out U') k
     backward:  dU' = row_out (dS' k') + dO' pair                  dV' = beta (dU' inverse)
                dS' <- carry dS' + (scale row_in dO') q - (row_in dV') k
-One more warpgroup brings the operands of the next chunks to shared memory. Forwards, when there are thread blocks enough
-to fill the GPU, yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile.
+One more warpgroup brings the operands of the next chunks to shared memory. Forwards, with thread blocks enough to fill
+the GPU, yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,9 @@ class Chunk(NamedTuple):
         return along_rows(rows(self.gates.at[CARRY]), width)
 
 
-def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False) -> Callable[..., list[jax.Array]]:
+def recurrence_kernel(
+    plan: Plan, keep: bool, reverse: bool = False, fused: bool = False
+) -> Callable[..., list[jax.Array]]:
     """(q, k, x [B,T,N,V], gates, start [B,N,V,K], matrices) -> y [B,T,N,V], last [B,N,V,K] and more if keep.
 
     Forwards x = v, y = out, and kept are the states at the chunks' entries [B,N,n,V,K], the matrices if they are made
@@ -75,12 +77,12 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
     keep_updates = keep and plan.delta and not reverse
     stages = _stages(plan, keep, keep_updates, fused)
     registers = _registers(blocks, fused)
-    advance = _backward if reverse else _forward
+    advance: Callable[..., tuple[jax.Array, jax.Array, Any]] = _backward if reverse else _forward
 
-    def body(*refs, s):
-        q, k, x, gates, start, *refs = refs
-        given, (y, last, *refs) = (None, refs) if fused else (refs[0], refs[1:])
-        kept = dict(zip(outputs, refs, strict=True))
+    def body(q, k, x, gates, start, *refs, s):
+        given, *results = (None, *refs) if fused else refs
+        y, last, *more = results
+        kept: dict[str, Any] = dict(zip(outputs, more, strict=True))
         b, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
         group = lax.axis_index("group")
 
@@ -99,14 +101,14 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
             for i in range(blocks):
                 columns_of = pl.ds(part * width + i * BLOCK, BLOCK)
                 plgpu.copy_gmem_to_smem(x.at[b, tokens, head, columns_of], s["x"].at[slot, i], barrier)
-            if not fused:
+            if given is not None:
                 plgpu.copy_gmem_to_smem(given.at[b, head, c, 0], s["pair"].at[slot], barrier)
                 if plan.delta:
                     plgpu.copy_gmem_to_smem(given.at[b, head, c, 1], s["inverse"].at[slot], barrier)
 
         @pl.when(group == blocks)
         def produce():
-            if registers:
+            if registers is not None:
                 plgpu.set_max_registers(registers.loader, action="decrease")
             for step in range(stages):
                 load(step, step)
@@ -117,7 +119,7 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
                 plgpu.barrier_wait(s["consumed"].at[slot])
                 load(step, slot)
 
-        if fused:
+        if fused and registers is not None:
 
             @pl.when(group == blocks + 1)
             def prepare():
@@ -144,7 +146,7 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
 
         @pl.when(group < blocks)
         def consume():
-            if registers:
+            if registers is not None:
                 plgpu.set_max_registers(registers.consumer, action="increase")
             own = pl.ds(part * width + group * BLOCK, BLOCK)
 
@@ -228,7 +230,7 @@ def recurrence_kernel(plan: Plan, reverse: bool, keep: bool, fused: bool = False
     )
 
 
-def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
+def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(S' after the chunk, O' [64,64], U' [64,64] bfloat16)."""
     keys, queries = chunk.k.transpose((1, 0)), chunk.q.transpose((1, 0))
 
@@ -261,7 +263,7 @@ def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[ja
     return state, result, update
 
 
-def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, ...]:
+def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     """(dS' before the chunk, dV' [64,64], None)."""
     row_in = chunk.gate(ROW_IN)
     from_state = multiply(d_exit, chunk.k.transpose((1, 0)), interpret=plan.interpret)
