@@ -5,7 +5,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 UV_FETCH := $(filter .uv/bin/uv,$(UV))
 
-.PHONY: demo test test-slow lint bench bench-kernels setup tpu-compiler
+.PHONY: demo test test-slow test-gpu lint bench bench-kernels setup tpu-compiler
 
 demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid, in minutes, on a CPU
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
@@ -18,6 +18,10 @@ test: ## the test suite, about ten minutes on two cores
 test-slow: ## long studies that `make test` leaves out
 	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch"
 	$(RUN) pytest -m slow $(ARGS)
+
+test-gpu: ## the Hopper kernels on a Hopper GPU, every gradient against float64
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra cuda13"
+	$(RUN) pytest -m gpu kernels/tests $(ARGS)
 
 lint: ## style, types and the direction of imports
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch"

@@ -1,0 +1,106 @@
+"""The Hopper kernels on a Hopper GPU, by `make test-gpu`: every gradient against the float64 token recurrence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxhybrid_kernels import linear_attention
+
+pytestmark = pytest.mark.gpu
+
+SCALAR = ["linear_attention", "simple_gla", "deltanet", "gated_deltanet"]
+SMALL = {"B": 2, "Hq": 2, "Hk": 2, "N": 2, "K": 64, "V": 64}
+FILLING = {"B": 8, "Hq": 16, "Hk": 16, "N": 16}  # thread blocks enough for the forward that makes its own matrices
+
+
+@pytest.mark.parametrize("filling", [{}, FILLING], ids=["few", "filling"])
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (64, 128), (128, 64)])
+@pytest.mark.parametrize("recurrence", SCALAR)
+def test_recurrences_and_widths(suite, recurrence, K, V, filling):
+    suite.check_bfloat16(suite.make_case(recurrence, **SMALL | {"K": K, "V": V} | filling), "pallas_gpu")
+
+
+@pytest.mark.parametrize("T", [2, 17, 63, 64, 65, 127, 128, 129, 512])
+def test_lengths(suite, T):
+    suite.check_bfloat16(suite.make_case("gated_deltanet", T, **SMALL), "pallas_gpu")
+
+
+def test_long(suite):
+    suite.check_bfloat16(suite.make_case("gated_deltanet", 4096, **SMALL | {"K": 128, "V": 128}), "pallas_gpu")
+
+
+@pytest.mark.parametrize("filling", [{}, FILLING], ids=["few", "filling"])
+@pytest.mark.parametrize("recurrence", SCALAR)
+def test_packed_and_padded(suite, recurrence, filling):
+    case = suite.make_case(recurrence, **SMALL | filling)
+    row = np.repeat([0, 1, 1, 0, 2, 3, 3, 3, 1, 4], 13)
+    case.segment_ids = np.stack([np.roll(row, 7 * b) for b in range(case.d_out.shape[0])])
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
+@pytest.mark.parametrize("filling", [{}, FILLING], ids=["few", "filling"])
+def test_left_padding_equals_none(suite, filling):
+    case = suite.make_case("gated_deltanet", 70, **SMALL | filling)
+    arrays = {n: jnp.asarray(a, jnp.bfloat16 if n in "qkv" else jnp.float32) for n, a in case.arrays.items()}
+
+    def pad(x):
+        return jnp.concatenate([jnp.full_like(x[:, :33], jnp.nan), x], axis=1)
+
+    padded = {n: a if n == "initial_state" else pad(a) for n, a in arrays.items()}
+    ids = jnp.ones(case.d_out.shape[:2], jnp.int32)
+    ids = jnp.concatenate([jnp.zeros_like(ids[:, :33]), ids], axis=1)
+    out, state = linear_attention(**arrays, implementation="pallas_gpu")
+    out_padded, state_padded = linear_attention(**padded, segment_ids=ids, implementation="pallas_gpu")
+    assert jnp.all(out_padded[:, :33] == 0)
+    assert suite.relative_error(out_padded[:, 33:], out) < 0.02
+    assert suite.relative_error(state_padded, state) < 0.02
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 4), (2, 1, 4), (4, 2, 4), (2, 2, 128)], ids=str)
+def test_shared_heads(suite, heads):
+    Hq, Hk, N = heads
+    suite.check_bfloat16(suite.make_case("gated_deltanet", **SMALL | {"Hq": Hq, "Hk": Hk, "N": N}), "pallas_gpu")
+
+
+@pytest.mark.parametrize("filling", [{}, FILLING], ids=["few", "filling"])
+@pytest.mark.parametrize(("correlation", "rate"), [(0.9, 1.0), (0.9, 2.0), (0.99, 1.0)])
+@pytest.mark.parametrize("recurrence", ["deltanet", "gated_deltanet"])
+def test_correlated_keys(suite, recurrence, correlation, rate, filling):
+    case = suite.make_case(recurrence, **SMALL | filling, correlation=correlation, rate=rate, decay=0.01)
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-3, 5.0, 100.0])
+@pytest.mark.parametrize("recurrence", ["simple_gla", "gated_deltanet"])
+def test_decays(suite, recurrence, decay):
+    case = suite.make_case(recurrence, **SMALL, decay=decay)
+    if decay == 100.0:  # nothing of what it decays is left, and no gradient of it to compare
+        case.d_state[:] = 0
+        (out, _), gradients = suite.run(case, "pallas_gpu", jnp.bfloat16)
+        assert all(bool(jnp.all(jnp.isfinite(x))) for x in (out, *gradients.values()))
+        return
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_beta_at_the_ends(suite, beta):
+    case = suite.make_case("gated_deltanet", **SMALL)
+    case.arrays["beta"][:, ::3] = beta
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
+def test_zero_rows(suite):
+    case = suite.make_case("gated_deltanet", **SMALL)
+    for name in ("q", "k", "v"):
+        case.arrays[name][:, 5::7] = 0
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
+@pytest.mark.parametrize("filling", [{}, FILLING], ids=["few", "filling"])
+def test_same_bits_every_time(suite, filling):
+    """A race between the copy engine, the tensor cores and the threads would show as bits that change."""
+    case = suite.make_case("gated_deltanet", 1000, **SMALL | {"K": 128, "V": 128} | filling)
+    first = suite.run(case, "pallas_gpu", jnp.bfloat16)
+    for _ in range(10):
+        again = suite.run(case, "pallas_gpu", jnp.bfloat16)
+        assert all(bool(jnp.all(a == b)) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(first)))
