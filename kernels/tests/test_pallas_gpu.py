@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 from jaxhybrid_kernels import linear_attention
+from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 from jaxhybrid_kernels.gpu.gates import GATES
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
@@ -39,6 +40,12 @@ def test_packed(suite, recurrence, fused, monkeypatch):
     suite.check_bfloat16(case, "pallas_gpu")
 
 
+def lower(function, *arguments):
+    """For CUDA, without a GPU."""
+    unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    export.export(jax.jit(function), platforms=["cuda"], disabled_checks=unchecked)(*arguments)
+
+
 @pytest.mark.parametrize(("K", "V", "blocks", "delta"), [(128, 128, 2, True), (64, 64, 1, True), (64, 128, 1, False)])
 def test_lowers_for_cuda(K, V, blocks, delta):
     plan = Plan(
@@ -47,10 +54,6 @@ def test_lowers_for_cuda(K, V, blocks, delta):
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
-
-    def lower(kernel, *arguments):
-        unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-        export.export(jax.jit(kernel), platforms=["cuda"], disabled_checks=unchecked)(*arguments)
 
     q, v, float32 = array(1, 256, 1, K), array(1, 256, 2, V), jnp.float32
     matrices, gates = array(1, 2, 4, plan.matrices, 64, 64), array(1, 2, 4, GATES, 64, dtype=float32)
@@ -61,6 +64,33 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     lower(recurrence_kernel(plan, keep=True, reverse=True), q, q, v, gates, start, matrices)
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_lowers_inside_shard_map_under_checkpoint(fused):
+    """With manual axes checked, which the interpreter cannot do; both directions."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sizes = {"B": 1, "T": 128, "n": 2, "Hq": 1, "Hk": 1, "N": 2, "K": 64, "V": 64}
+    plan = Plan(**sizes, scale=1.0, delta=True, blocks=1, fused=fused, interpret=False)
+
+    def local(q, k, v, log_decay, beta, state):
+        inputs = Inputs(q, k, v, log_decay, beta, None)
+        out, final = jax.checkpoint(gpu_linear_attention.gpu_linear_attention, static_argnums=0)(plan, inputs, state)
+        return out.astype(jnp.float32), final
+
+    def loss(*arguments):
+        split = jax.P("data")
+        out, final = jax.shard_map(local, mesh=mesh, in_specs=(split,) * 6, out_specs=(split, split))(*arguments)
+        return jnp.sum(out**2) + jnp.sum(final)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P("data")))
+
+    float32 = jnp.float32
+    narrow, state = array(2, 128, 2, dtype=float32), array(2, 2, 64, 64, dtype=float32)
+    q, v = array(2, 128, 1, 64), array(2, 128, 2, 64)
+    with jax.set_mesh(mesh):
+        lower(jax.grad(loss, argnums=tuple(range(6))), q, q, v, narrow, narrow, state)
 
 
 def test_refusals():
