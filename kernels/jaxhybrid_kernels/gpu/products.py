@@ -29,6 +29,20 @@ def multiply(left: Any, right: Any, *, interpret: bool) -> jax.Array:
     return pl.run_scoped(fresh, _sums(left, right))
 
 
+def multiply_sum(*terms: tuple[Any, Any], interpret: bool) -> jax.Array:
+    """The sum of left @ right over the terms."""
+    if interpret:
+        products = [_interpreted(*term) for term in terms]
+        return sum(products[1:], products[0])
+
+    def fresh(total):
+        for left, right in terms:
+            plgpu.wgmma(total, left, right)
+        return total[...]
+
+    return pl.run_scoped(fresh, _sums(*terms[0]))
+
+
 def multiply_all(*terms: tuple[Any, Any], interpret: bool) -> list[jax.Array]:
     """left @ right of every term, all issued together."""
     if interpret:

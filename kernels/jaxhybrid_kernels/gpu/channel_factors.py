@@ -1,0 +1,67 @@
+"""Decays per channel between tokens of a chunk, as factors that never exceed one.
+
+exp(G_i - G_j), G the running sum of log_decay, has to be split between the operands of a product, and neither exp(G) nor
+exp(-G) has a bound. It can be split around a border between j and i. So the triangle is filled by halves: for runs of
+32, 16, ..., 1 tokens, the second run of a pair of runs meets the first around the border between them,
+    exp(G_i - G_j) = exp(sum from the border through i) exp(sum after j until the border).
+All these sums are products of a matrix of zeros and ones with log_decay, of which two bfloat16 parts are taken (17 bits of
+each decay): no differences, hence nothing cancels and no exponent is above zero.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxhybrid_kernels.gpu.plan import CHUNK
+from jaxhybrid_kernels.gpu.products import multiply_sum
+
+RUNS = (32, 16, 8, 4, 2, 1)
+LOG2_E = float(np.log2(np.e))
+
+
+def indices() -> tuple[jax.Array, jax.Array]:
+    """Row and column of the elements of a [64,64] product's result."""
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+    )
+    return row, column
+
+
+def split(x: jax.Array, high: Any, low: Any) -> None:
+    """Writes the two bfloat16 parts of x [64,64]."""
+    rounded = x.astype(jnp.bfloat16)
+    high[...] = rounded
+    low[...] = (x - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def ones_where(condition: jax.Array) -> jax.Array:
+    return jnp.where(condition, 1.0, 0.0).astype(jnp.bfloat16)
+
+
+def to_border(row: jax.Array, column: jax.Array, size: int) -> jax.Array:
+    """[64,64] bfloat16: ones at the tokens between row and the border of its pair of runs of `size` tokens.
+
+    These are the tokens of its own run through row in a second run, and after row in a first one.
+    """
+    first = (row & size) - size  # negative in first runs, zero in second ones
+    return ones_where(((row ^ column) < size) & (((row - column) ^ first) >= 0))
+
+
+def factors(summed: jax.Array, decay: tuple[Any, Any], *, interpret: bool) -> jax.Array:
+    """exp of sums of log_decay: one sum per row and channel over the tokens where `summed` [64,64] has ones; decay the
+    two parts of log2(e) log_decay [64,64] in shared memory."""
+    return lax.exp2(multiply_sum(*((summed, part) for part in decay), interpret=interpret))
+
+
+def load(block: Any) -> jax.Array:
+    """A block of shared memory as a product's result in float32."""
+    return plgpu.load(block, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def log_decay(decay: Any) -> jax.Array:
+    """log2(e) log_decay [64,64] from the GPU's memory; float32."""
+    return plgpu.load(decay, layout=plgpu.Layout.WGMMA, optimized=False) * LOG2_E
