@@ -20,6 +20,8 @@ from jaxhybrid_kernels.gpu.plan import CHUNK
 from jaxhybrid_kernels.gpu.products import multiply_sum
 
 RUNS = (32, 16, 8, 4, 2, 1)
+LEVELS = len(RUNS)
+THROUGH, AFTER, MEETING = LEVELS, LEVELS + 1, LEVELS + 2  # where the matrices of `selections` start
 LOG2_E = float(np.log2(np.e))
 
 
@@ -38,17 +40,22 @@ def split(x: jax.Array, high: Any, low: Any) -> None:
     low[...] = (x - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def ones_where(condition: jax.Array) -> jax.Array:
-    return jnp.where(condition, 1.0, 0.0).astype(jnp.bfloat16)
+def selections() -> jax.Array:
+    """[14,64,64] bfloat16 of zeros and ones. By level: which tokens lie between a row's token and the border of its pair
+    of runs, those of its own run through it in a second run and after it in a first one; then the tokens through the
+    row's, those after it; then, by level, the columns whose tokens meet the row's.
 
-
-def to_border(row: jax.Array, column: jax.Array, size: int) -> jax.Array:
-    """[64,64] bfloat16: ones at the tokens between row and the border of its pair of runs of `size` tokens.
-
-    These are the tokens of its own run through row in a second run, and after row in a first one.
+    A kernel reads them faster than it makes them.
     """
-    first = (row & size) - size  # negative in first runs, zero in second ones
-    return ones_where(((row ^ column) < size) & (((row - column) ^ first) >= 0))
+    row, column = np.arange(CHUNK)[:, None], np.arange(CHUNK)
+    apart = row ^ column
+    until = [(apart < size) & np.where(row & size, column <= row, column > row) for size in RUNS]
+    meets = [(apart >= size) & (apart < 2 * size) for size in RUNS]
+    return jnp.asarray(np.stack([*until, column <= row, column > row, *meets]), jnp.bfloat16)
+
+
+def selection(matrices: Any, index: int | jax.Array) -> jax.Array:
+    return plgpu.load(matrices.at[index], layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def factors(summed: jax.Array, decay: tuple[Any, Any], *, interpret: bool) -> jax.Array:

@@ -20,9 +20,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.channel_factors import RUNS, factors, indices, load, log_decay, ones_where, split, to_border
+from jaxhybrid_kernels.gpu.channel_factors import (
+    AFTER,
+    LEVELS,
+    MEETING,
+    RUNS,
+    THROUGH,
+    factors,
+    indices,
+    load,
+    log_decay,
+    selection,
+    selections,
+    split,
+)
 from jaxhybrid_kernels.gpu.gates import ROW_IN, ROW_OUT, SEGMENT
-from jaxhybrid_kernels.gpu.launch import kernel
+from jaxhybrid_kernels.gpu.launch import kernel, unmarked
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply_sum, rows, shared
 
@@ -35,98 +48,102 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     """
     n, K, V, N, delta, interpret = plan.n, plan.K, plan.V, plan.N, plan.delta, plan.interpret
     halves, wide = K // BLOCK, range(V // BLOCK)
-    given = 3 if delta else 2  # blocks with a value's width: d_out, u, d_v
-    freed = (given + 2) * len(wide)
-    tiles_needed = freed + max(0, given + 4 - freed)
+    given = 3 if delta else 2  # with a value's width: d_out, u, d_v
+    extra = 4 - 2 * len(wide)
+    tiles_needed = (given + 2) * len(wide) + extra
 
-    def body(q, k, u, d_v, d_out, states, d_states, decays, gates, carry, d_q, d_k, d_decays, updates, *scratch):
-        tiles, q_block, k_block, high, low, first, second, entered = scratch
+    def body(q, k, u, d_v, d_out, states, d_states, decays, gates, carry, constants, *refs):
+        d_q, d_k, d_decays, updates, tiles, q_block, k_block, high, low, loaded = refs
         b, c, place = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("part")
         head, half = lax.div(place, jnp.int32(halves)), lax.rem(place, jnp.int32(halves))
         tokens, part = pl.ds(c * CHUNK, CHUNK), pl.ds(half * BLOCK, BLOCK)
-        tile = iter(range(tiles_needed))
-        d_outs, us, state, d_state, *d_vs = ([tiles.at[next(tile)] for _ in wide] for _ in range(given + 2))
-        d_vs = d_vs[0] if delta else []
-        of_values = [(d_out, d_outs), (u, us)] + ([(d_v, d_vs)] if delta else [])
-        for source, blocks in of_values:
-            for i in wide:
-                plgpu.copy_gmem_to_smem(source.at[b, tokens, head, pl.ds(i * BLOCK, BLOCK)], blocks[i], first)
-        for source, blocks in ((states, state), (d_states, d_state)):
-            for i in wide:
-                plgpu.copy_gmem_to_smem(source.at[b, head, c, pl.ds(i * BLOCK, BLOCK), part], blocks[i], entered)
-        plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), part], k_block, second)
-        plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block, second)
+        tile = iter([tiles.at[i] for i in range(tiles_needed)])
+        d_outs, us, state, d_state, *d_vs = ([next(tile) for _ in wide] for _ in range(given + 2))
+        # Tiles that are free once the states' gradient, once the states and once the rest has been used.
+        free = [*d_state, *tile, *state, d_outs[0], us[0], *[block[0] for block in d_vs]]
+
+        of_values = [(d_out, d_outs), (u, us), *([(d_v, *d_vs)] if delta else [])]
+        for i in wide:
+            values = pl.ds(i * BLOCK, BLOCK)
+            for source, blocks in of_values:
+                plgpu.copy_gmem_to_smem(source.at[b, tokens, head, values], blocks[i], loaded)
+            for source, blocks in ((states, state), (d_states, d_state)):
+                plgpu.copy_gmem_to_smem(source.at[b, head, c, values, part], blocks[i], loaded)
+        plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), part], k_block, loaded)
+        plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block, loaded)
         split(log_decay(decays.at[b, tokens, head, part]), high, low)
         plgpu.commit_smem()
-        decay = high, low
+        decay, own = (high, low), gates.at[b, head, c]
 
-        own = gates.at[b, head, c]
-        row, column = indices()
-        same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
-
-        def product(left, right, turned):
-            right = [block.transpose((1, 0)) for block in right] if turned else right
+        def product(left, right):
             return multiply_sum(*zip(left, right, strict=True), interpret=interpret)
 
-        plgpu.barrier_wait(first)
-        x = product(d_outs, us, True) * plan.scale
-        diagonal = jnp.sum(jnp.where(row == column, x, 0.0), axis=1)
-        x = jnp.where((row > column) & same, x, 0.0).astype(jnp.bfloat16)
-        x_turned = product(us, d_outs, True) * plan.scale
-        x_turned = jnp.where((row < column) & same, x_turned, 0.0).astype(jnp.bfloat16)
-        if delta:
-            y = product(d_vs, us, True)
-            updates[b, head, c] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
-            y = jnp.where(row > column, y, product(us, d_vs, True))
-            y = jnp.where((row != column) & same, -y, 0.0).astype(jnp.bfloat16)
+        def turned(blocks):
+            return [block.transpose((1, 0)) for block in blocks]
 
-        plgpu.barrier_wait(entered)
-        moved = load(state[0]) * load(d_state[0])
-        for i in wide[1:]:
-            moved = moved + load(state[i]) * load(d_state[i])
+        plgpu.barrier_wait(loaded)
+        moved = sum((load(state[i]) * load(d_state[i]) for i in wide[1:]), load(state[0]) * load(d_state[0]))
         moved = moved * along_columns(columns(carry.at[b, head, c, part]))
-        plgpu.barrier_wait(second)
-        leaving = factors(ones_where(column > row), decay, interpret=interpret)
-        d_key = product(us, d_state, False) * leaving * along_rows(rows(own.at[ROW_OUT]), BLOCK)
-        before = moved + load(k_block) * d_key
-        entry = factors(ones_where(column <= row), decay, interpret=interpret)
+        leaving = factors(selection(constants, AFTER), decay, interpret=interpret)
+        d_key = product(us, d_state) * leaving * along_rows(rows(own.at[ROW_OUT]), BLOCK)
+        before_high, before_low, *free = free
+        split(moved + load(k_block) * d_key, before_high, before_low)
+        entry = factors(selection(constants, THROUGH), decay, interpret=interpret)
         entry = entry * along_rows(rows(own.at[ROW_IN]), BLOCK)
-        d_query = product(d_outs, state, False) * entry * plan.scale
+        d_query = product(d_outs, state) * entry * plan.scale
         moved = moved + load(q_block) * d_query
         if delta:
-            predicted = product(d_vs, state, False) * entry
+            predicted = product(*d_vs, state) * entry
             moved = moved - load(k_block) * predicted
             d_key = d_key - predicted
 
-        # From here on the operands' tiles are free.
-        queries, keys, before_high, before_low, *weights = (tiles.at[i] for i in range(given + 4))
-        split(before, before_high, before_low)
-        for block, weight in zip(weights, (x, x_turned, *([y] if delta else [])), strict=True):
-            block[...] = weight
-        for size in RUNS:
-            factor = factors(to_border(row, column, size), decay, interpret=interpret)
+        row, column = indices()
+        same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
+        x_block, x_turned_block, *free = free
+        x = product(d_outs, turned(us)) * plan.scale
+        diagonal = along_rows(jnp.sum(jnp.where(row == column, x, 0.0), axis=1), BLOCK)
+        d_query, d_key = d_query + diagonal * load(k_block), d_key + diagonal * load(q_block)
+        x_block[...] = jnp.where((row > column) & same, x, 0.0).astype(jnp.bfloat16)
+        x = product(us, turned(d_outs)) * plan.scale
+        x_turned_block[...] = jnp.where((row < column) & same, x, 0.0).astype(jnp.bfloat16)
+        y_blocks = []
+        if delta:
+            y = product(*d_vs, turned(us))
+            updates[b, head, c] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
+            y = jnp.where(row > column, y, product(us, turned(*d_vs)))
+            y_blocks, free = free[:1], free[1:]
+            y_blocks[0][...] = jnp.where((row != column) & same, -y, 0.0).astype(jnp.bfloat16)
+        queries, keys = free
+
+        def level(index, sums):
+            d_query, d_key, moved = sums
+            factor = factors(selection(constants, index), decay, interpret=interpret)
             queries[...] = (load(q_block) * factor).astype(jnp.bfloat16)
             keys[...] = (load(k_block) * factor).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            apart = row ^ column
-            here = (apart >= size) & (apart < 2 * size)
-            x, x_turned, *y = (jnp.where(here, load(block), 0.0).astype(jnp.bfloat16) for block in weights)
-            change = multiply_sum((x, keys), interpret=interpret)
+            meeting = selection(constants, MEETING + index)
+
+            def of_level(block):
+                return plgpu.load(block, layout=plgpu.Layout.WGMMA) * meeting
+
+            change = multiply_sum((of_level(x_block), keys), interpret=interpret)
             d_query = d_query + factor * change
             moved = moved + load(queries) * change
-            change = multiply_sum((x_turned, queries), *[(weight, keys) for weight in y], interpret=interpret)
+            terms = [(of_level(x_turned_block), queries), *[(of_level(block), keys) for block in y_blocks]]
+            change = multiply_sum(*terms, interpret=interpret)
             d_key = d_key + factor * change
-            reads = (row & size) != 0
+            reads = (row & lax.shift_right_logical(jnp.int32(RUNS[0]), index)) != 0
             moved = moved + load(keys) * jnp.where(reads, change, -change)
-        diagonal = along_rows(diagonal, BLOCK)
-        d_query, d_key = d_query + diagonal * load(k_block), d_key + diagonal * load(q_block)
+            return d_query, d_key, moved
+
+        d_query, d_key, moved = lax.fori_loop(0, LEVELS, level, (d_query, d_key, unmarked(moved)))
         q_block[...] = d_query.astype(jnp.bfloat16)
         k_block[...] = d_key.astype(jnp.bfloat16)
         split(moved, queries, keys)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_block, d_q.at[b, tokens, head, part])
         plgpu.copy_smem_to_gmem(k_block, d_k.at[b, tokens, head, part])
-        after, earlier = ones_where(column >= row), ones_where(column < row)
+        after, earlier = ((condition).astype(jnp.bfloat16) for condition in (column >= row, column < row))
         terms = [(after, queries), (after, keys), (earlier, before_high), (earlier, before_low)]
         d_decays[b, tokens, head, part] = multiply_sum(*terms, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)
@@ -135,7 +152,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     tokens = (plan.B, n * CHUNK, N, K)
-    return kernel(
+    run = kernel(
         body,
         plan,
         [
@@ -147,10 +164,9 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         scratch_types=[
             shared(tiles_needed, CHUNK, BLOCK),
             *[shared(CHUNK, BLOCK)] * 4,
-            plgpu.Barrier(num_arrivals=given * len(wide)),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2 * len(wide)),
+            plgpu.Barrier(num_arrivals=(given + 2) * len(wide) + 2),
         ],
         grid=(plan.B, n, N * halves),
         grid_names=("batch", "chunk", "part"),
     )
+    return lambda *operands: run(*operands, selections())

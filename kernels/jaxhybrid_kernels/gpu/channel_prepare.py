@@ -15,8 +15,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.channel_factors import RUNS, factors, indices, load, log_decay, ones_where, split, to_border
-from jaxhybrid_kernels.gpu.gates import BETA, CARRY, GATES, ROW_IN, ROW_OUT, SEGMENT
+from jaxhybrid_kernels.gpu.channel_factors import (
+    AFTER,
+    LEVELS,
+    THROUGH,
+    factors,
+    indices,
+    load,
+    log_decay,
+    selection,
+    selections,
+    split,
+)
+from jaxhybrid_kernels.gpu.gates import BETA, CARRY, ROW_IN, ROW_OUT, SEGMENT
 from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import invert, workspace
@@ -32,7 +43,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     n, K, N, delta, interpret = plan.n, plan.K, plan.N, plan.delta, plan.interpret
     halves = range(K // BLOCK)
 
-    def body(q, k, decays, gates, q_in, k_in, k_out, carry, matrices, *scratch):
+    def body(q, k, decays, gates, constants, q_in, k_in, k_out, carry, matrices, *scratch):
         q_blocks, k_blocks, high, low, gated, work, loaded = scratch
         b, c, head = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("head")
         tokens = pl.ds(c * CHUNK, CHUNK)
@@ -47,9 +58,9 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
 
         row, column = indices()
         own = gates.at[b, head, c]
-        pair = gram = None
-        for size in RUNS:
-            summed = to_border(row, column, size)
+
+        def level(index, sums):
+            summed = selection(constants, index)
             queries = []
             for half in halves:
                 factor = factors(summed, (high.at[half], low.at[half]), interpret=interpret)
@@ -58,20 +69,23 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.commit_smem()
             keys = [gated.at[half] for half in halves]
             turned = [key.transpose((1, 0)) for key in keys]
-            level = multiply_sum(*zip(queries, turned, strict=True), interpret=interpret)
-            pair = level if pair is None else jnp.where((row ^ column) < 2 * size, level, pair)
-            if delta:
-                level = multiply_sum(*zip(keys, turned, strict=True), interpret=interpret)
-                gram = level if gram is None else jnp.where((row ^ column) < 2 * size, level, gram)
+            inside = (row ^ column) < lax.shift_right_logical(jnp.int32(CHUNK), index)
+            lefts = [queries, keys] if delta else [queries]
+            return [
+                jnp.where(inside, multiply_sum(*zip(left, turned, strict=True), interpret=interpret), sum)
+                for left, sum in zip(lefts, sums, strict=True)
+            ]
+
+        zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), plgpu.Layout.WGMMA)
+        pair, *gram = lax.fori_loop(0, LEVELS, level, [zero] * plan.matrices)
         same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
         ungated = [load(q_blocks.at[half]) * load(k_blocks.at[half]) for half in halves]
         diagonal = along_rows(jnp.sum(sum(ungated[1:], ungated[0]), axis=1), CHUNK)
         pair = jnp.where(row == column, diagonal, pair)
         pair = jnp.where((row >= column) & same, pair * plan.scale, 0.0).astype(jnp.bfloat16)
 
-        outward, inward = ones_where(column > row), ones_where(column <= row)
         row_in, row_out = rows(own.at[ROW_IN]), rows(own.at[ROW_OUT])
-        gated.at[0][...] = ones_where(column >= 0)
+        gated.at[0][...] = (row >= 0).astype(jnp.bfloat16)
         plgpu.commit_smem()
         for half in halves:
             decay = high.at[half], low.at[half]
@@ -80,8 +94,8 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             # All columns are alike.
             carry[b, head, c, parts[half]] = jnp.max(total, axis=1) * rows(own.at[CARRY])
             keys = load(k_blocks.at[half])
-            leaving = factors(outward, decay, interpret=interpret) * along_rows(row_out, BLOCK)
-            entry = factors(inward, decay, interpret=interpret) * along_rows(row_in, BLOCK)
+            leaving = factors(selection(constants, AFTER), decay, interpret=interpret) * along_rows(row_out, BLOCK)
+            entry = factors(selection(constants, THROUGH), decay, interpret=interpret) * along_rows(row_in, BLOCK)
             high.at[half][...] = (keys * leaving).astype(jnp.bfloat16)
             if delta:
                 k_blocks.at[half][...] = (keys * entry).astype(jnp.bfloat16)
@@ -95,7 +109,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_smem_to_gmem(high.at[half], k_out.at[b, tokens, head, parts[half]])
         plgpu.copy_smem_to_gmem(gated.at[0], matrices.at[b, head, c, 0])
         if delta:
-            strict = jnp.where((row > column) & same, gram * along_rows(rows(own.at[BETA]), CHUNK), 0.0)
+            strict = jnp.where((row > column) & same, gram[0] * along_rows(rows(own.at[BETA]), CHUNK), 0.0)
             low.at[0][...] = invert(strict, row, column, work, interpret=interpret)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(low.at[0], matrices.at[b, head, c, 1])
@@ -104,7 +118,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     def array(*shape: int, dtype: type = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    return kernel(
+    run = kernel(
         body,
         plan,
         [
@@ -120,3 +134,4 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         grid=(plan.B, n, N),
         grid_names=("batch", "chunk", "head"),
     )
+    return lambda *operands: run(*operands, selections())
