@@ -4,7 +4,7 @@ exp(G_i - G_j), G the running sum of log_decay, has to be split between the oper
 exp(-G) has a bound. It can be split around a border between j and i. So the triangle is filled by halves: for runs of
 32, 16, ..., 1 tokens, the second run of a pair of runs meets the first around the border between them,
     exp(G_i - G_j) = exp(sum from the border through i) exp(sum after j until the border).
-All these sums are products of a matrix of zeros and ones with log_decay, of which two bfloat16 parts are taken (17 bits of
+All these sums are products of a matrix of zeros and ones with log_decay, of which two bfloat16 parts are taken (16 bits of
 each decay): no differences, hence nothing cancels and no exponent is above zero.
 """
 
@@ -17,11 +17,13 @@ import numpy as np
 from jax import lax
 
 from jaxhybrid_kernels.gpu.plan import CHUNK
-from jaxhybrid_kernels.gpu.products import multiply_sum
+from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply_sums, rows
 
 RUNS = (32, 16, 8, 4, 2, 1)
 LEVELS = len(RUNS)
-THROUGH, AFTER, MEETING = LEVELS, LEVELS + 1, LEVELS + 2  # where the matrices of `selections` start
+MEETING = LEVELS  # where these begin in `selections`
+THROUGH, FROM, BEFORE, AFTER, ITSELF = range(2 * LEVELS, 2 * LEVELS + 5)
+UPPER_HALF = -0x10000  # of a float32: sign, exponent and the first seven bits, a bfloat16
 LOG2_E = float(np.log2(np.e))
 
 
@@ -34,16 +36,16 @@ def indices() -> tuple[jax.Array, jax.Array]:
 
 
 def split(x: jax.Array, high: Any, low: Any) -> None:
-    """Writes the two bfloat16 parts of x [64,64]."""
-    rounded = x.astype(jnp.bfloat16)
-    high[...] = rounded
-    low[...] = (x - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+    """Writes two bfloat16 parts of x [64,64] with 16 bits together: its upper half as it is, and the rest rounded."""
+    upper = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & UPPER_HALF, jnp.float32)
+    high[...] = upper.astype(jnp.bfloat16)
+    low[...] = (x - upper).astype(jnp.bfloat16)
 
 
 def selections() -> jax.Array:
-    """[14,64,64] bfloat16 of zeros and ones. By level: which tokens lie between a row's token and the border of its pair
-    of runs, those of its own run through it in a second run and after it in a first one; then the tokens through the
-    row's, those after it; then, by level, the columns whose tokens meet the row's.
+    """[17,64,64] bfloat16 of zeros and ones. By level: which tokens lie between a row's token and the border of its pair
+    of runs, those of its own run through it in a second run and after it in a first one; then, by level, those that the
+    row's token meets; then those through it, from it on, before it, after it, and itself.
 
     A kernel reads them faster than it makes them.
     """
@@ -51,17 +53,30 @@ def selections() -> jax.Array:
     apart = row ^ column
     until = [(apart < size) & np.where(row & size, column <= row, column > row) for size in RUNS]
     meets = [(apart >= size) & (apart < 2 * size) for size in RUNS]
-    return jnp.asarray(np.stack([*until, column <= row, column > row, *meets]), jnp.bfloat16)
+    triangles = [column <= row, column >= row, column < row, column > row, column == row]
+    return jnp.asarray(np.stack([*until, *meets, *triangles]), jnp.bfloat16)
 
 
 def selection(matrices: Any, index: int | jax.Array) -> jax.Array:
     return plgpu.load(matrices.at[index], layout=plgpu.Layout.WGMMA, optimized=False)
 
 
+def same_segment(segment: Any) -> jax.Array:
+    """[64,64] bfloat16: ones where both tokens are of one segment; segment [64] in memory."""
+    same = along_rows(rows(segment), CHUNK) == along_columns(columns(segment))
+    return jnp.where(same, 1.0, 0.0).astype(jnp.bfloat16)
+
+
 def factors(summed: jax.Array, decay: tuple[Any, Any], *, interpret: bool) -> jax.Array:
     """exp of sums of log_decay: one sum per row and channel over the tokens where `summed` [64,64] has ones; decay the
     two parts of log2(e) log_decay [64,64] in shared memory."""
-    return lax.exp2(multiply_sum(*((summed, part) for part in decay), interpret=interpret))
+    return all_factors([(summed, decay)], interpret=interpret)[0]
+
+
+def all_factors(sums: list[tuple[jax.Array, tuple[Any, Any]]], *, interpret: bool) -> list[jax.Array]:
+    """`factors` of several, issued together."""
+    terms = [[(summed, part) for part in decay] for summed, decay in sums]
+    return [lax.exp2(total) for total in multiply_sums(*terms, interpret=interpret)]
 
 
 def load(block: Any) -> jax.Array:

@@ -22,14 +22,18 @@ from jax import lax
 
 from jaxhybrid_kernels.gpu.channel_factors import (
     AFTER,
+    BEFORE,
+    FROM,
     LEVELS,
     MEETING,
     RUNS,
     THROUGH,
+    all_factors,
     factors,
     indices,
     load,
     log_decay,
+    same_segment,
     selection,
     selections,
     split,
@@ -57,18 +61,18 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         b, c, place = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("part")
         head, half = lax.div(place, jnp.int32(halves)), lax.rem(place, jnp.int32(halves))
         tokens, part = pl.ds(c * CHUNK, CHUNK), pl.ds(half * BLOCK, BLOCK)
-        tile = iter([tiles.at[i] for i in range(tiles_needed)])
-        d_outs, us, state, d_state, *d_vs = ([next(tile) for _ in wide] for _ in range(given + 2))
+        tile = [tiles.at[pl.ds(i * BLOCK, BLOCK)] for i in range(tiles_needed)]
+        state, d_state, d_outs, us, *d_vs = (tile[i * len(wide) : (i + 1) * len(wide)] for i in range(given + 2))
         # Tiles that are free once the states' gradient, once the states and once the rest has been used.
-        free = [*d_state, *tile, *state, d_outs[0], us[0], *[block[0] for block in d_vs]]
+        free = [*d_state, *tile[(given + 2) * len(wide) :], *state, d_outs[0], us[0], *[block[0] for block in d_vs]]
 
+        for place, source in enumerate((states, d_states)):
+            plgpu.copy_gmem_to_smem(source.at[b, head, c, :, part], tiles.at[pl.ds(place * V, V)], loaded)
         of_values = [(d_out, d_outs), (u, us), *([(d_v, *d_vs)] if delta else [])]
         for i in wide:
             values = pl.ds(i * BLOCK, BLOCK)
             for source, blocks in of_values:
                 plgpu.copy_gmem_to_smem(source.at[b, tokens, head, values], blocks[i], loaded)
-            for source, blocks in ((states, state), (d_states, d_state)):
-                plgpu.copy_gmem_to_smem(source.at[b, head, c, values, part], blocks[i], loaded)
         plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), part], k_block, loaded)
         plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block, loaded)
         split(log_decay(decays.at[b, tokens, head, part]), high, low)
@@ -84,11 +88,11 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.barrier_wait(loaded)
         moved = sum((load(state[i]) * load(d_state[i]) for i in wide[1:]), load(state[0]) * load(d_state[0]))
         moved = moved * along_columns(columns(carry.at[b, head, c, part]))
-        leaving = factors(selection(constants, AFTER), decay, interpret=interpret)
+        spans = [(selection(constants, span), decay) for span in (AFTER, THROUGH)]
+        leaving, entry = all_factors(spans, interpret=interpret)
         d_key = product(us, d_state) * leaving * along_rows(rows(own.at[ROW_OUT]), BLOCK)
         before_high, before_low, *free = free
         split(moved + load(k_block) * d_key, before_high, before_low)
-        entry = factors(selection(constants, THROUGH), decay, interpret=interpret)
         entry = entry * along_rows(rows(own.at[ROW_IN]), BLOCK)
         d_query = product(d_outs, state) * entry * plan.scale
         moved = moved + load(q_block) * d_query
@@ -98,21 +102,22 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             d_key = d_key - predicted
 
         row, column = indices()
-        same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
+        same = same_segment(own.at[SEGMENT])
+        below, above = (selection(constants, triangle) * same for triangle in (BEFORE, AFTER))
         x_block, x_turned_block, *free = free
         x = product(d_outs, turned(us)) * plan.scale
         diagonal = along_rows(jnp.sum(jnp.where(row == column, x, 0.0), axis=1), BLOCK)
         d_query, d_key = d_query + diagonal * load(k_block), d_key + diagonal * load(q_block)
-        x_block[...] = jnp.where((row > column) & same, x, 0.0).astype(jnp.bfloat16)
+        x_block[...] = x.astype(jnp.bfloat16) * below
         x = product(us, turned(d_outs)) * plan.scale
-        x_turned_block[...] = jnp.where((row < column) & same, x, 0.0).astype(jnp.bfloat16)
+        x_turned_block[...] = x.astype(jnp.bfloat16) * above
         y_blocks = []
         if delta:
             y = product(*d_vs, turned(us))
             updates[b, head, c] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
-            y = jnp.where(row > column, y, product(us, turned(*d_vs)))
+            y, y_turned = ((-z).astype(jnp.bfloat16) for z in (y, product(us, turned(*d_vs))))
             y_blocks, free = free[:1], free[1:]
-            y_blocks[0][...] = jnp.where((row != column) & same, -y, 0.0).astype(jnp.bfloat16)
+            y_blocks[0][...] = y * below + y_turned * above
         queries, keys = free
 
         def level(index, sums):
@@ -143,7 +148,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_block, d_q.at[b, tokens, head, part])
         plgpu.copy_smem_to_gmem(k_block, d_k.at[b, tokens, head, part])
-        after, earlier = ((condition).astype(jnp.bfloat16) for condition in (column >= row, column < row))
+        after, earlier = selection(constants, FROM), selection(constants, BEFORE)
         terms = [(after, queries), (after, keys), (earlier, before_high), (earlier, before_low)]
         d_decays[b, tokens, head, part] = multiply_sum(*terms, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)
@@ -162,9 +167,9 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             array(plan.B, N, n, CHUNK),
         ],
         scratch_types=[
-            shared(tiles_needed, CHUNK, BLOCK),
+            shared(tiles_needed * BLOCK, BLOCK),
             *[shared(CHUNK, BLOCK)] * 4,
-            plgpu.Barrier(num_arrivals=(given + 2) * len(wide) + 2),
+            plgpu.Barrier(num_arrivals=given * len(wide) + 4),
         ],
         grid=(plan.B, n, N * halves),
         grid_names=("batch", "chunk", "part"),

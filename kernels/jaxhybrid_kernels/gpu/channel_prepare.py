@@ -17,12 +17,15 @@ from jax import lax
 
 from jaxhybrid_kernels.gpu.channel_factors import (
     AFTER,
+    BEFORE,
+    ITSELF,
     LEVELS,
     THROUGH,
-    factors,
+    all_factors,
     indices,
     load,
     log_decay,
+    same_segment,
     selection,
     selections,
     split,
@@ -31,7 +34,7 @@ from jaxhybrid_kernels.gpu.gates import BETA, CARRY, ROW_IN, ROW_OUT, SEGMENT
 from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import invert, workspace
-from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply_sum, rows, shared
+from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply_sum, multiply_sums, rows, shared
 
 
 def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
@@ -43,7 +46,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     n, K, N, delta, interpret = plan.n, plan.K, plan.N, plan.delta, plan.interpret
     halves = range(K // BLOCK)
 
-    def body(q, k, decays, gates, constants, q_in, k_in, k_out, carry, matrices, *scratch):
+    def body(q, k, log_decays, gates, constants, q_in, k_in, k_out, carry, matrices, *scratch):
         q_blocks, k_blocks, high, low, gated, work, loaded = scratch
         b, c, head = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("head")
         tokens = pl.ds(c * CHUNK, CHUNK)
@@ -52,18 +55,19 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), parts[half]], k_blocks.at[half], loaded)
             plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), parts[half]], q_blocks.at[half], loaded)
         for half in halves:
-            split(log_decay(decays.at[b, tokens, head, parts[half]]), high.at[half], low.at[half])
+            split(log_decay(log_decays.at[b, tokens, head, parts[half]]), high.at[half], low.at[half])
         plgpu.commit_smem()
         plgpu.barrier_wait(loaded)
 
         row, column = indices()
         own = gates.at[b, head, c]
 
+        decays = [(high.at[half], low.at[half]) for half in halves]
+
         def level(index, sums):
             summed = selection(constants, index)
             queries = []
-            for half in halves:
-                factor = factors(summed, (high.at[half], low.at[half]), interpret=interpret)
+            for half, factor in enumerate(all_factors([(summed, decay) for decay in decays], interpret=interpret)):
                 queries.append((load(q_blocks.at[half]) * factor).astype(jnp.bfloat16))
                 gated.at[half][...] = (load(k_blocks.at[half]) * factor).astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -71,31 +75,29 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             turned = [key.transpose((1, 0)) for key in keys]
             inside = (row ^ column) < lax.shift_right_logical(jnp.int32(CHUNK), index)
             lefts = [queries, keys] if delta else [queries]
-            return [
-                jnp.where(inside, multiply_sum(*zip(left, turned, strict=True), interpret=interpret), sum)
-                for left, sum in zip(lefts, sums, strict=True)
-            ]
+            new = multiply_sums(*(list(zip(left, turned, strict=True)) for left in lefts), interpret=interpret)
+            return [jnp.where(inside, x, before) for x, before in zip(new, sums, strict=True)]
 
         zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), plgpu.Layout.WGMMA)
         pair, *gram = lax.fori_loop(0, LEVELS, level, [zero] * plan.matrices)
-        same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
         ungated = [load(q_blocks.at[half]) * load(k_blocks.at[half]) for half in halves]
-        diagonal = along_rows(jnp.sum(sum(ungated[1:], ungated[0]), axis=1), CHUNK)
-        pair = jnp.where(row == column, diagonal, pair)
-        pair = jnp.where((row >= column) & same, pair * plan.scale, 0.0).astype(jnp.bfloat16)
+        diagonal = along_rows(jnp.sum(sum(ungated[1:], ungated[0]), axis=1) * plan.scale, CHUNK).astype(jnp.bfloat16)
+        below = selection(constants, BEFORE) * same_segment(own.at[SEGMENT])
+        pair = (pair * plan.scale).astype(jnp.bfloat16) * below + diagonal * selection(constants, ITSELF)
 
         row_in, row_out = rows(own.at[ROW_IN]), rows(own.at[ROW_OUT])
         gated.at[0][...] = (row >= 0).astype(jnp.bfloat16)
         plgpu.commit_smem()
         for half in halves:
-            decay = high.at[half], low.at[half]
+            decay = decays[half]
             turned = [part.transpose((1, 0)) for part in decay]
-            total = lax.exp2(multiply_sum(*((part, gated.at[0]) for part in turned), interpret=interpret))
+            total = multiply_sum(*((part, gated.at[0]) for part in turned), interpret=interpret)
             # All columns are alike.
-            carry[b, head, c, parts[half]] = jnp.max(total, axis=1) * rows(own.at[CARRY])
+            carry[b, head, c, parts[half]] = lax.exp2(jnp.max(total, axis=1)) * rows(own.at[CARRY])
             keys = load(k_blocks.at[half])
-            leaving = factors(selection(constants, AFTER), decay, interpret=interpret) * along_rows(row_out, BLOCK)
-            entry = factors(selection(constants, THROUGH), decay, interpret=interpret) * along_rows(row_in, BLOCK)
+            spans = [(selection(constants, span), decay) for span in (AFTER, THROUGH)]
+            leaving, entry = all_factors(spans, interpret=interpret)
+            leaving, entry = leaving * along_rows(row_out, BLOCK), entry * along_rows(row_in, BLOCK)
             high.at[half][...] = (keys * leaving).astype(jnp.bfloat16)
             if delta:
                 k_blocks.at[half][...] = (keys * entry).astype(jnp.bfloat16)
@@ -109,6 +111,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_smem_to_gmem(high.at[half], k_out.at[b, tokens, head, parts[half]])
         plgpu.copy_smem_to_gmem(gated.at[0], matrices.at[b, head, c, 0])
         if delta:
+            same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
             strict = jnp.where((row > column) & same, gram[0] * along_rows(rows(own.at[BETA]), CHUNK), 0.0)
             low.at[0][...] = invert(strict, row, column, work, interpret=interpret)
             plgpu.commit_smem()
