@@ -81,7 +81,11 @@ def all_factors(sums: list[tuple[jax.Array, tuple[Any, Any]]], *, interpret: boo
 
 def load(block: Any) -> jax.Array:
     """A block of shared memory as a product's result in float32."""
-    return plgpu.load(block, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+    return load_rounded(block).astype(jnp.float32)
+
+
+def load_rounded(block: Any) -> jax.Array:
+    return plgpu.load(block, layout=plgpu.Layout.WGMMA)
 
 
 def log_decay(decay: Any) -> jax.Array:

@@ -32,6 +32,7 @@ from jaxhybrid_kernels.gpu.channel_factors import (
     factors,
     indices,
     load,
+    load_rounded,
     log_decay,
     same_segment,
     selection,
@@ -123,13 +124,14 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         def level(index, sums):
             d_query, d_key, moved = sums
             factor = factors(selection(constants, index), decay, interpret=interpret)
-            queries[...] = (load(q_block) * factor).astype(jnp.bfloat16)
-            keys[...] = (load(k_block) * factor).astype(jnp.bfloat16)
+            factor_r = factor.astype(jnp.bfloat16)
+            queries[...] = load_rounded(q_block) * factor_r
+            keys[...] = load_rounded(k_block) * factor_r
             plgpu.commit_smem()
             meeting = selection(constants, MEETING + index)
 
             def of_level(block):
-                return plgpu.load(block, layout=plgpu.Layout.WGMMA) * meeting
+                return load_rounded(block) * meeting
 
             change = multiply_sum((of_level(x_block), keys), interpret=interpret)
             d_query = d_query + factor * change

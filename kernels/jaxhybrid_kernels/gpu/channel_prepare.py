@@ -24,6 +24,7 @@ from jaxhybrid_kernels.gpu.channel_factors import (
     all_factors,
     indices,
     load,
+    load_rounded,
     log_decay,
     same_segment,
     selection,
@@ -68,8 +69,9 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             summed = selection(constants, index)
             queries = []
             for half, factor in enumerate(all_factors([(summed, decay) for decay in decays], interpret=interpret)):
-                queries.append((load(q_blocks.at[half]) * factor).astype(jnp.bfloat16))
-                gated.at[half][...] = (load(k_blocks.at[half]) * factor).astype(jnp.bfloat16)
+                factor = factor.astype(jnp.bfloat16)
+                queries.append(load_rounded(q_blocks.at[half]) * factor)
+                gated.at[half][...] = load_rounded(k_blocks.at[half]) * factor
             plgpu.commit_smem()
             keys = [gated.at[half] for half in halves]
             turned = [key.transpose((1, 0)) for key in keys]
