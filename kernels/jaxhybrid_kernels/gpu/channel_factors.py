@@ -4,8 +4,9 @@ exp(G_i - G_j), G the running sum of log_decay, has to be split between the oper
 exp(-G) has a bound. It can be split around a border between j and i. So the triangle is filled by halves: for runs of
 32, 16, ..., 1 tokens, the second run of a pair of runs meets the first around the border between them,
     exp(G_i - G_j) = exp(sum from the border through i) exp(sum after j until the border).
-All these sums are products of a matrix of zeros and ones with log_decay, of which two bfloat16 parts are taken (16 bits of
-each decay): no differences, hence nothing cancels and no exponent is above zero.
+All these sums are products of a matrix of zeros and ones with log_decay in float16: no differences, hence nothing cancels
+and no exponent is above zero. Eleven bits of log_decay move a factor by 2^-12 of its own logarithm, less than the rounding of
+the operands to bfloat16 where it is not small.
 """
 
 from typing import Any
@@ -21,8 +22,9 @@ from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, m
 
 RUNS = (32, 16, 8, 4, 2, 1)
 LEVELS = len(RUNS)
-MEETING = LEVELS  # where these begin in `selections`
-THROUGH, FROM, BEFORE, AFTER, ITSELF = range(2 * LEVELS, 2 * LEVELS + 5)
+THROUGH, AFTER = LEVELS, LEVELS + 1  # in `spans`, behind one matrix a level
+FROM, ABOVE, BELOW, DIAGONAL = range(LEVELS, LEVELS + 4)  # in `masks`, likewise
+LEAST = -6e4  # a float16 whose exponential is zero in float32
 UPPER_HALF = -0x10000  # of a float32: sign, exponent and the first seven bits, a bfloat16
 LOG2_E = float(np.log2(np.e))
 
@@ -42,19 +44,29 @@ def split(x: jax.Array, high: Any, low: Any) -> None:
     low[...] = (x - upper).astype(jnp.bfloat16)
 
 
-def selections() -> jax.Array:
-    """[17,64,64] bfloat16 of zeros and ones. By level: which tokens lie between a row's token and the border of its pair
-    of runs, those of its own run through it in a second run and after it in a first one; then, by level, those that the
-    row's token meets; then those through it, from it on, before it, after it, and itself.
+def spans() -> jax.Array:
+    """[8,64,64] float16 of zeros and ones, by row the tokens whose decays are summed up. By level: those between the row's
+    token and the border of its pair of runs, in its own run through it in a second run and after it in a first one; then
+    those through it and those after it.
 
-    A kernel reads them faster than it makes them.
+    A kernel reads such matrices faster than it makes them.
     """
-    row, column = np.arange(CHUNK)[:, None], np.arange(CHUNK)
-    apart = row ^ column
+    row, column, apart = _indices()
     until = [(apart < size) & np.where(row & size, column <= row, column > row) for size in RUNS]
+    return jnp.asarray(np.stack([*until, column <= row, column > row]), jnp.float16)
+
+
+def masks() -> jax.Array:
+    """[10,64,64] bfloat16 of zeros and ones. By level, the tokens that meet; then those not before a row's, the triangles
+    above and below the diagonal, and the diagonal."""
+    row, column, apart = _indices()
     meets = [(apart >= size) & (apart < 2 * size) for size in RUNS]
-    triangles = [column <= row, column >= row, column < row, column > row, column == row]
-    return jnp.asarray(np.stack([*until, *meets, *triangles]), jnp.bfloat16)
+    return jnp.asarray(np.stack([*meets, column >= row, column > row, column < row, column == row]), jnp.bfloat16)
+
+
+def _indices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    row, column = np.arange(CHUNK)[:, None], np.arange(CHUNK)
+    return row, column, row ^ column
 
 
 def selection(matrices: Any, index: int | jax.Array) -> jax.Array:
@@ -67,16 +79,10 @@ def same_segment(segment: Any) -> jax.Array:
     return jnp.where(same, 1.0, 0.0).astype(jnp.bfloat16)
 
 
-def factors(summed: jax.Array, decay: tuple[Any, Any], *, interpret: bool) -> jax.Array:
-    """exp of sums of log_decay: one sum per row and channel over the tokens where `summed` [64,64] has ones; decay the
-    two parts of log2(e) log_decay [64,64] in shared memory."""
-    return all_factors([(summed, decay)], interpret=interpret)[0]
-
-
-def all_factors(sums: list[tuple[jax.Array, tuple[Any, Any]]], *, interpret: bool) -> list[jax.Array]:
-    """`factors` of several, issued together."""
-    terms = [[(summed, part) for part in decay] for summed, decay in sums]
-    return [lax.exp2(total) for total in multiply_sums(*terms, interpret=interpret)]
+def factors(*sums: tuple[jax.Array, Any], interpret: bool) -> list[jax.Array]:
+    """exp of sums of log_decay, for each (span, decay): one sum per row and channel over the row's tokens in span
+    [64,64]; decay [64,64] as `log_decay` gives it, in shared memory."""
+    return [lax.exp2(total) for total in multiply_sums(*([term] for term in sums), interpret=interpret)]
 
 
 def load(block: Any) -> jax.Array:
@@ -89,5 +95,6 @@ def load_rounded(block: Any) -> jax.Array:
 
 
 def log_decay(decay: Any) -> jax.Array:
-    """log2(e) log_decay [64,64] from the GPU's memory; float32."""
-    return plgpu.load(decay, layout=plgpu.Layout.WGMMA, optimized=False) * LOG2_E
+    """log2(e) log_decay [64,64] in float16, from float32 in the GPU's memory."""
+    decay = plgpu.load(decay, layout=plgpu.Layout.WGMMA, optimized=False)
+    return jnp.maximum(decay * LOG2_E, LEAST).astype(jnp.float16)

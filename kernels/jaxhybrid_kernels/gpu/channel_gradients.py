@@ -21,22 +21,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.gpu.channel_factors import (
+    ABOVE,
     AFTER,
-    BEFORE,
+    BELOW,
     FROM,
     LEVELS,
-    MEETING,
     RUNS,
     THROUGH,
-    all_factors,
     factors,
     indices,
     load,
     load_rounded,
     log_decay,
+    masks,
     same_segment,
     selection,
-    selections,
+    spans,
     split,
 )
 from jaxhybrid_kernels.gpu.gates import ROW_IN, ROW_OUT, SEGMENT
@@ -57,8 +57,8 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     extra = 4 - 2 * len(wide)
     tiles_needed = (given + 2) * len(wide) + extra
 
-    def body(q, k, u, d_v, d_out, states, d_states, decays, gates, carry, constants, *refs):
-        d_q, d_k, d_decays, updates, tiles, q_block, k_block, high, low, loaded = refs
+    def body(q, k, u, d_v, d_out, states, d_states, log_decays, gates, carry, span, mask, *refs):
+        d_q, d_k, d_decays, updates, tiles, q_block, k_block, decay, loaded = refs
         b, c, place = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("part")
         head, half = lax.div(place, jnp.int32(halves)), lax.rem(place, jnp.int32(halves))
         tokens, part = pl.ds(c * CHUNK, CHUNK), pl.ds(half * BLOCK, BLOCK)
@@ -76,9 +76,9 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
                 plgpu.copy_gmem_to_smem(source.at[b, tokens, head, values], blocks[i], loaded)
         plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), part], k_block, loaded)
         plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block, loaded)
-        split(log_decay(decays.at[b, tokens, head, part]), high, low)
+        decay[...] = log_decay(log_decays.at[b, tokens, head, part])
         plgpu.commit_smem()
-        decay, own = (high, low), gates.at[b, head, c]
+        own = gates.at[b, head, c]
 
         def product(left, right):
             return multiply_sum(*zip(left, right, strict=True), interpret=interpret)
@@ -89,8 +89,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.barrier_wait(loaded)
         moved = sum((load(state[i]) * load(d_state[i]) for i in wide[1:]), load(state[0]) * load(d_state[0]))
         moved = moved * along_columns(columns(carry.at[b, head, c, part]))
-        spans = [(selection(constants, span), decay) for span in (AFTER, THROUGH)]
-        leaving, entry = all_factors(spans, interpret=interpret)
+        leaving, entry = factors(*((selection(span, i), decay) for i in (AFTER, THROUGH)), interpret=interpret)
         d_key = product(us, d_state) * leaving * along_rows(rows(own.at[ROW_OUT]), BLOCK)
         before_high, before_low, *free = free
         split(moved + load(k_block) * d_key, before_high, before_low)
@@ -104,7 +103,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
 
         row, column = indices()
         same = same_segment(own.at[SEGMENT])
-        below, above = (selection(constants, triangle) * same for triangle in (BEFORE, AFTER))
+        below, above = (selection(mask, triangle) * same for triangle in (BELOW, ABOVE))
         x_block, x_turned_block, *free = free
         x = product(d_outs, turned(us)) * plan.scale
         diagonal = along_rows(jnp.sum(jnp.where(row == column, x, 0.0), axis=1), BLOCK)
@@ -123,12 +122,12 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
 
         def level(index, sums):
             d_query, d_key, moved = sums
-            factor = factors(selection(constants, index), decay, interpret=interpret)
-            factor_r = factor.astype(jnp.bfloat16)
-            queries[...] = load_rounded(q_block) * factor_r
-            keys[...] = load_rounded(k_block) * factor_r
+            (factor,) = factors((selection(span, index), decay), interpret=interpret)
+            rounded = factor.astype(jnp.bfloat16)
+            queries[...] = load_rounded(q_block) * rounded
+            keys[...] = load_rounded(k_block) * rounded
             plgpu.commit_smem()
-            meeting = selection(constants, MEETING + index)
+            meeting = selection(mask, index)
 
             def of_level(block):
                 return load_rounded(block) * meeting
@@ -150,7 +149,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_block, d_q.at[b, tokens, head, part])
         plgpu.copy_smem_to_gmem(k_block, d_k.at[b, tokens, head, part])
-        after, earlier = selection(constants, FROM), selection(constants, BEFORE)
+        after, earlier = selection(mask, FROM), selection(mask, BELOW)
         terms = [(after, queries), (after, keys), (earlier, before_high), (earlier, before_low)]
         d_decays[b, tokens, head, part] = multiply_sum(*terms, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)
@@ -170,10 +169,11 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         ],
         scratch_types=[
             shared(tiles_needed * BLOCK, BLOCK),
-            *[shared(CHUNK, BLOCK)] * 4,
+            *[shared(CHUNK, BLOCK)] * 2,
+            shared(CHUNK, BLOCK, dtype=jnp.float16),
             plgpu.Barrier(num_arrivals=given * len(wide) + 4),
         ],
         grid=(plan.B, n, N * halves),
         grid_names=("batch", "chunk", "part"),
     )
-    return lambda *operands: run(*operands, selections())
+    return lambda *operands: run(*operands, spans(), masks())

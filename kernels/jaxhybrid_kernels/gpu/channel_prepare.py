@@ -17,25 +17,25 @@ from jax import lax
 
 from jaxhybrid_kernels.gpu.channel_factors import (
     AFTER,
-    BEFORE,
-    ITSELF,
+    BELOW,
+    DIAGONAL,
     LEVELS,
     THROUGH,
-    all_factors,
+    factors,
     indices,
     load,
     load_rounded,
     log_decay,
+    masks,
     same_segment,
     selection,
-    selections,
-    split,
+    spans,
 )
 from jaxhybrid_kernels.gpu.gates import BETA, CARRY, ROW_IN, ROW_OUT, SEGMENT
 from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import invert, workspace
-from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply_sum, multiply_sums, rows, shared
+from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply, multiply_sums, rows, shared
 
 
 def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
@@ -47,8 +47,8 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     n, K, N, delta, interpret = plan.n, plan.K, plan.N, plan.delta, plan.interpret
     halves = range(K // BLOCK)
 
-    def body(q, k, log_decays, gates, constants, q_in, k_in, k_out, carry, matrices, *scratch):
-        q_blocks, k_blocks, high, low, gated, work, loaded = scratch
+    def body(q, k, log_decays, gates, span, mask, q_in, k_in, k_out, carry, matrices, *scratch):
+        q_blocks, k_blocks, k_out_blocks, decay, work, loaded, pair_block, *inverse = scratch
         b, c, head = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("head")
         tokens = pl.ds(c * CHUNK, CHUNK)
         parts = [pl.ds(half * BLOCK, BLOCK) for half in halves]
@@ -56,19 +56,19 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), parts[half]], k_blocks.at[half], loaded)
             plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), parts[half]], q_blocks.at[half], loaded)
         for half in halves:
-            split(log_decay(log_decays.at[b, tokens, head, parts[half]]), high.at[half], low.at[half])
+            decay.at[half][...] = log_decay(log_decays.at[b, tokens, head, parts[half]])
         plgpu.commit_smem()
         plgpu.barrier_wait(loaded)
 
         row, column = indices()
         own = gates.at[b, head, c]
 
-        decays = [(high.at[half], low.at[half]) for half in halves]
+        gated, decays = k_out_blocks, [decay.at[half] for half in halves]
 
         def level(index, sums):
-            summed = selection(constants, index)
+            until = selection(span, index)
             queries = []
-            for half, factor in enumerate(all_factors([(summed, decay) for decay in decays], interpret=interpret)):
+            for half, factor in enumerate(factors(*((until, decay) for decay in decays), interpret=interpret)):
                 factor = factor.astype(jnp.bfloat16)
                 queries.append(load_rounded(q_blocks.at[half]) * factor)
                 gated.at[half][...] = load_rounded(k_blocks.at[half]) * factor
@@ -84,40 +84,37 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         pair, *gram = lax.fori_loop(0, LEVELS, level, [zero] * plan.matrices)
         ungated = [load(q_blocks.at[half]) * load(k_blocks.at[half]) for half in halves]
         diagonal = along_rows(jnp.sum(sum(ungated[1:], ungated[0]), axis=1) * plan.scale, CHUNK).astype(jnp.bfloat16)
-        below = selection(constants, BEFORE) * same_segment(own.at[SEGMENT])
-        pair = (pair * plan.scale).astype(jnp.bfloat16) * below + diagonal * selection(constants, ITSELF)
+        below = selection(mask, BELOW) * same_segment(own.at[SEGMENT])
+        pair = (pair * plan.scale).astype(jnp.bfloat16) * below + diagonal * selection(mask, DIAGONAL)
 
         row_in, row_out = rows(own.at[ROW_IN]), rows(own.at[ROW_OUT])
-        gated.at[0][...] = (row >= 0).astype(jnp.bfloat16)
+        work.strict[...] = (row >= 0).astype(jnp.float16)
         plgpu.commit_smem()
         for half in halves:
-            decay = decays[half]
-            turned = [part.transpose((1, 0)) for part in decay]
-            total = multiply_sum(*((part, gated.at[0]) for part in turned), interpret=interpret)
-            # All columns are alike.
+            total = multiply(decays[half].transpose((1, 0)), work.strict, interpret=interpret)  # all columns alike
             carry[b, head, c, parts[half]] = lax.exp2(jnp.max(total, axis=1)) * rows(own.at[CARRY])
             keys = load(k_blocks.at[half])
-            spans = [(selection(constants, span), decay) for span in (AFTER, THROUGH)]
-            leaving, entry = all_factors(spans, interpret=interpret)
+            sums = [(selection(span, i), decays[half]) for i in (AFTER, THROUGH)]
+            leaving, entry = factors(*sums, interpret=interpret)
             leaving, entry = leaving * along_rows(row_out, BLOCK), entry * along_rows(row_in, BLOCK)
-            high.at[half][...] = (keys * leaving).astype(jnp.bfloat16)
+            k_out_blocks.at[half][...] = (keys * leaving).astype(jnp.bfloat16)
             if delta:
                 k_blocks.at[half][...] = (keys * entry).astype(jnp.bfloat16)
             q_blocks.at[half][...] = (load(q_blocks.at[half]) * entry * plan.scale).astype(jnp.bfloat16)
-        gated.at[0][...] = pair
+        pair_block[...] = pair
         plgpu.commit_smem()
         for half in halves:
             plgpu.copy_smem_to_gmem(q_blocks.at[half], q_in.at[b, tokens, head, parts[half]])
             if delta:
                 plgpu.copy_smem_to_gmem(k_blocks.at[half], k_in.at[b, tokens, head, parts[half]])
-            plgpu.copy_smem_to_gmem(high.at[half], k_out.at[b, tokens, head, parts[half]])
-        plgpu.copy_smem_to_gmem(gated.at[0], matrices.at[b, head, c, 0])
+            plgpu.copy_smem_to_gmem(k_out_blocks.at[half], k_out.at[b, tokens, head, parts[half]])
+        plgpu.copy_smem_to_gmem(pair_block, matrices.at[b, head, c, 0])
         if delta:
             same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
             strict = jnp.where((row > column) & same, gram[0] * along_rows(rows(own.at[BETA]), CHUNK), 0.0)
-            low.at[0][...] = invert(strict, row, column, work, interpret=interpret)
+            inverse[0][...] = invert(strict, row, column, work, interpret=interpret)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(low.at[0], matrices.at[b, head, c, 1])
+            plgpu.copy_smem_to_gmem(inverse[0], matrices.at[b, head, c, 1])
         plgpu.wait_smem_to_gmem(0)
 
     def array(*shape: int, dtype: type = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -132,11 +129,13 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             array(plan.B, N, n, plan.matrices, CHUNK, CHUNK),
         ],
         scratch_types=[
-            *[shared(K // BLOCK, CHUNK, BLOCK)] * 5,
+            *[shared(K // BLOCK, CHUNK, BLOCK)] * 3,
+            shared(K // BLOCK, CHUNK, BLOCK, dtype=jnp.float16),
             workspace(),
             plgpu.Barrier(num_arrivals=2 * (K // BLOCK)),
+            *[shared(CHUNK, CHUNK)] * plan.matrices,
         ],
         grid=(plan.B, n, N),
         grid_names=("batch", "chunk", "head"),
     )
-    return lambda *operands: run(*operands, selections())
+    return lambda *operands: run(*operands, spans(), masks())
