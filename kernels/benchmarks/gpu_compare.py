@@ -22,6 +22,7 @@ import numpy as np
 from jaxhybrid_kernels import linear_attention
 
 SHAPES = ("8,4096,16,128", "1,32768,16,128", "4,8192,32,128", "8,4096,9,64")
+RECURRENCES = ("gated_deltanet", "deltanet", "simple_gla", "kimi_delta", "gla")
 CALLS = 10  # per measurement
 
 
@@ -32,8 +33,9 @@ def make_inputs(B: int, T: int, H: int, K: int, seed: int, recurrence: str) -> d
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     inputs = {name: x.astype(jnp.bfloat16) for name, x in (("q", q), ("k", k), ("v", v))}
     if recurrence != "deltanet":
-        inputs["log_decay"] = -0.03 * jax.random.uniform(keys[3], (B, T, H))
-    if recurrence != "simple_gla":
+        shape = (B, T, H, K) if recurrence in ("kimi_delta", "gla") else (B, T, H)
+        inputs["log_decay"] = -0.03 * jax.random.uniform(keys[3], shape)
+    if recurrence not in ("simple_gla", "gla"):
         inputs["beta"] = jax.random.uniform(keys[4], (B, T, H))
     return inputs
 
@@ -107,7 +109,7 @@ def compare(shape: str, recurrence: str, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,T,H,width")
-    parser.add_argument("--recurrence", default="gated_deltanet", choices=("gated_deltanet", "deltanet", "simple_gla"))
+    parser.add_argument("--recurrence", default="gated_deltanet", choices=RECURRENCES)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--no-check", action="store_true", help="time only, as after `make test-gpu`")

@@ -50,8 +50,8 @@ def linear_attention(
     chunk_size:     16, 32, 64 or 128, for "xla"; by default the power of two that covers T, at most 64, or at most 128
                     on a GPU unless log_decay is per channel. 128 for "pallas_tpu", 64 for "pallas_gpu".
     implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU),
-                    "pallas_gpu" (Hopper, bfloat16, 64 or 128 channels, no decay per channel, one query per state at
-                    most; interpreted on a CPU), or None: "recurrent" for one token, else "pallas_tpu" on a TPU or
+                    "pallas_gpu" (Hopper, bfloat16, 64 or 128 channels, one query per state at most; interpreted on a
+                    CPU), or None: "recurrent" for one token, else "pallas_tpu" on a TPU or
                     "pallas_gpu" on a GPU if it takes the arguments, else "xla".
 
     Returns out [B,T,max(Hq,N),V] in v's dtype and the state after the last non-padding token, [B,N,K,V] float32. All

@@ -9,7 +9,6 @@ from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 
 pytestmark = pytest.mark.gpu
 
-SCALAR = ["linear_attention", "simple_gla", "deltanet", "gated_deltanet"]
 SMALL = {"B": 2, "Hq": 2, "Hk": 2, "N": 2, "K": 64, "V": 64}
 
 
@@ -23,7 +22,6 @@ def forward(request, monkeypatch):
 
 
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (64, 128), (128, 64)])
-@pytest.mark.parametrize("recurrence", SCALAR)
 def test_recurrences_and_widths(suite, recurrence, K, V, forward):
     suite.check_bfloat16(suite.make_case(recurrence, **SMALL | {"K": K, "V": V} | forward), "pallas_gpu")
 
@@ -38,7 +36,6 @@ def test_long(suite):
     suite.check_bfloat16(suite.make_case("gated_deltanet", 2048, **sizes), "pallas_gpu")
 
 
-@pytest.mark.parametrize("recurrence", SCALAR)
 def test_packed_and_padded(suite, recurrence, forward):
     case = suite.make_case(recurrence, **SMALL | forward)
     row = np.repeat([0, 1, 1, 0, 2, 3, 3, 3, 1, 4], 13)
@@ -70,14 +67,14 @@ def test_shared_heads(suite, heads):
 
 
 @pytest.mark.parametrize(("correlation", "rate"), [(0.9, 1.0), (0.9, 2.0), (0.99, 1.0)])
-@pytest.mark.parametrize("recurrence", ["deltanet", "gated_deltanet"])
+@pytest.mark.parametrize("recurrence", ["deltanet", "gated_deltanet", "kimi_delta"])
 def test_correlated_keys(suite, recurrence, correlation, rate, forward):
     case = suite.make_case(recurrence, **SMALL | forward, correlation=correlation, rate=rate, decay=0.01)
     suite.check_bfloat16(case, "pallas_gpu")
 
 
 @pytest.mark.parametrize("decay", [0.0, 1e-3, 5.0, 100.0])
-@pytest.mark.parametrize("recurrence", ["simple_gla", "gated_deltanet"])
+@pytest.mark.parametrize("recurrence", ["simple_gla", "gated_deltanet", "gla", "kimi_delta"])
 def test_decays(suite, recurrence, decay):
     case = suite.make_case(recurrence, **SMALL, decay=decay)
     if decay == 100.0:  # nothing of what it decays is left, and no gradient of it to compare

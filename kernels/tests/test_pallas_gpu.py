@@ -8,6 +8,8 @@ from jax import export
 from jaxhybrid_kernels import linear_attention
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
+from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
+from jaxhybrid_kernels.gpu.channel_prepare import channel_prepare_kernel
 from jaxhybrid_kernels.gpu.gates import GATES
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import Plan
@@ -20,6 +22,12 @@ CASES = {
     "no decay, correlated keys": ("deltanet", {"correlation": 0.9, "rate": 2.0}),
     "additive": ("linear_attention", {}),
     "strong decay": ("simple_gla", {"decay": 5.0}),
+    "kimi": ("kimi_delta", {}),
+    "kimi, shared keys": ("kimi_delta", {"N": 2, "K": 128, "V": 128}),
+    "kimi, no decay, correlated keys": ("kimi_delta", {"correlation": 0.9, "rate": 2.0, "decay": 0.0}),
+    "kimi, strong decay": ("kimi_delta", {"decay": 5.0, "K": 128}),
+    "gla": ("gla", {}),
+    "gla, shared keys, strong decay": ("gla", {"decay": 5.0, "N": 2, "V": 128}),
 }
 
 
@@ -30,8 +38,17 @@ def test_bfloat16(suite, name):
     suite.check_bfloat16(case, "pallas_gpu")
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("recurrence", ["simple_gla", "gated_deltanet"])
+@pytest.mark.parametrize(
+    ("recurrence", "fused"),
+    [
+        ("simple_gla", False),
+        ("simple_gla", True),
+        ("gated_deltanet", False),
+        ("gated_deltanet", True),
+        ("gla", False),
+        ("kimi_delta", False),
+    ],
+)
 def test_packed(suite, recurrence, fused, monkeypatch):
     monkeypatch.setattr(gpu_linear_attention, "FILLED", 1 if fused else 100)
     jax.clear_caches()
@@ -64,6 +81,14 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     lower(recurrence_kernel(plan, keep=True, reverse=True), q, q, v, gates, start, matrices)
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
+    plan = plan._replace(per_channel=True)
+    gated, decays, carry = array(1, 256, 2, K), array(1, 256, 2, K, dtype=float32), array(1, 2, 4, K, dtype=float32)
+    lower(channel_prepare_kernel(plan), q, q, decays, gates)
+    for reverse in (False, True):
+        kernel = recurrence_kernel(plan, reverse=reverse, keep=True)
+        start = array(1, 2, V, K, dtype=float32)
+        lower(kernel, gated, gated, v, gates, start, matrices, gated, carry)
+    lower(channel_gradients_kernel(plan), q, q, v, v, v, states, states, decays, gates, carry)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -99,8 +124,6 @@ def test_refusals():
         linear_attention(q[..., :48], q[..., :48], q, implementation="pallas_gpu")
     with pytest.raises(ValueError, match="v has dtype float32"):
         linear_attention(q, q, q.astype(jnp.float32), implementation="pallas_gpu")
-    with pytest.raises(ValueError, match=r"log_decay has shape \(1, 4, 1, 64\)"):
-        linear_attention(q, q, q, log_decay=-q, implementation="pallas_gpu")
     with pytest.raises(ValueError, match="Hq=2"):
         linear_attention(jnp.repeat(q, 2, axis=2), q, q, implementation="pallas_gpu")
     with pytest.raises(ValueError, match="chunk_size=32"):

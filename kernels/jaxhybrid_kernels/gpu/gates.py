@@ -7,7 +7,8 @@ gates [B,N,n,6,64] float32, tokens last:
     row_in   what is left of the state at the chunk's entry when a token reads it
     row_out  what is left of a token's update at the chunk's end
     carry    what is left of the entry state at the end, the same number for all tokens
-All are zero, not small, across a change of segment.
+All are zero, not small, across a change of segment. Decays per channel are no part of them: the last three are zero or one
+then.
 """
 
 import jax
@@ -31,7 +32,10 @@ SMALLEST_BETA = 2.0**-40
 def make_gates(inputs: Inputs, plan: Plan) -> jax.Array:
     log_decay, beta, segment_ids = inputs.log_decay, inputs.beta, inputs.segment_ids
     shape = (plan.B, plan.N, plan.n, CHUNK)
-    total = jnp.zeros(shape, jnp.float32) if log_decay is None else running_sum(_by_chunk(log_decay, plan, segment_ids))
+    if log_decay is None or plan.per_channel:
+        total = jnp.zeros(shape, jnp.float32)
+    else:
+        total = running_sum(_by_chunk(log_decay, plan, segment_ids))
     entry, leaving = total, total[..., -1:] - total
     changes = jnp.zeros(shape, jnp.float32)
     if segment_ids is not None:
@@ -49,15 +53,20 @@ def make_gates(inputs: Inputs, plan: Plan) -> jax.Array:
 def gate_gradients(inputs: Inputs, gates: jax.Array, vectors: jax.Array, dots: jax.Array, plan: Plan) -> Inputs:
     """Gradients of log_decay and beta, None where there is none, from what the gradients' kernel leaves; `inputs` with
     these two in place."""
-    d_log_decay = d_beta = None
+    d_log_decay = None
     if inputs.log_decay is not None:
         end = jnp.sum(vectors[:, :, :, LEAVING], axis=-1) + gates[:, :, :, CARRY, 0] * jnp.sum(dots, axis=-1)
         after = running_sum(vectors[:, :, :, TOTAL], from_end=True)
         d_log_decay = _by_token(after + end[..., None], inputs.log_decay, plan, inputs.segment_ids)
-    if inputs.beta is not None:
-        d_beta = vectors[:, :, :, UPDATE] / gates[:, :, :, BETA] ** 2
-        d_beta = _by_token(d_beta, inputs.beta, plan, inputs.segment_ids)
+    d_beta = beta_gradient(inputs, gates, vectors[:, :, :, UPDATE], plan)
     return inputs._replace(log_decay=d_log_decay, beta=d_beta, segment_ids=None)
+
+
+def beta_gradient(inputs: Inputs, gates: jax.Array, written: jax.Array, plan: Plan) -> jax.Array | None:
+    """From dV U by token, [B,N,n,64]; None without beta."""
+    if inputs.beta is None:
+        return None
+    return _by_token(written / gates[:, :, :, BETA] ** 2, inputs.beta, plan, inputs.segment_ids)
 
 
 def running_sum(x: jax.Array, from_end: bool = False) -> jax.Array:

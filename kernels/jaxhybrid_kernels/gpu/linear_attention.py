@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxhybrid_kernels.chunk_layout import Inputs
-from jaxhybrid_kernels.gpu.gates import gate_gradients, make_gates
+from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
+from jaxhybrid_kernels.gpu.channel_prepare import channel_prepare_kernel
+from jaxhybrid_kernels.gpu.gates import beta_gradient, gate_gradients, make_gates
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
@@ -38,8 +40,6 @@ def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int
     for name, exact in (("log_decay", inputs.log_decay), ("beta", inputs.beta), ("initial_state", initial_state)):
         if exact is not None and exact.dtype == jnp.float64:
             return f"{name} has dtype float64, pallas_gpu computes in float32."
-    if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
-        return f"log_decay has shape {inputs.log_decay.shape}, pallas_gpu takes no decay per channel."
     if sizes.Hq > sizes.N:
         return f"q has Hq={sizes.Hq} heads, pallas_gpu takes at most one query per state (N={sizes.N})."
     if chunk_size not in (None, CHUNK):
@@ -48,6 +48,7 @@ def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int
 
 
 def make_plan(inputs: Inputs, scale: float, sizes: Sizes) -> Plan:
+    per_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
     blocks = sizes.V // BLOCK
     if sizes.B * sizes.N * blocks <= MULTIPROCESSORS:
         blocks = 1  # few heads: the parts of a value width get a multiprocessor each
@@ -63,8 +64,9 @@ def make_plan(inputs: Inputs, scale: float, sizes: Sizes) -> Plan:
         scale=scale,
         delta=inputs.beta is not None,
         blocks=blocks,
-        fused=sizes.B * sizes.N >= FILLED,
+        fused=sizes.B * sizes.N >= FILLED and not per_channel,
         interpret=target_platform() == "cpu",
+        per_channel=per_channel,
     )
 
 
@@ -74,6 +76,15 @@ def gpu_linear_attention(plan: Plan, inputs: Inputs, initial_state: jax.Array) -
     return _compute(plan, inputs, initial_state, keep=False)[0]
 
 
+class Gated(NamedTuple):
+    """Operands with one decay per channel in them, see channel_prepare.py."""
+
+    q_in: jax.Array  # [B,T,N,K] in whole chunks, bfloat16
+    k_in: jax.Array
+    k_out: jax.Array
+    carry: jax.Array  # [B,N,n,K] float32
+
+
 class Residuals(NamedTuple):
     """What the backward keeps beside the inputs, bfloat16 but for the gates."""
 
@@ -81,6 +92,7 @@ class Residuals(NamedTuple):
     matrices: jax.Array  # [B,N,n,1 or 2,64,64]
     states: jax.Array  # [B,N,n,V,K] entry states
     updates: jax.Array | None  # [B,T,N,V] in whole chunks; None without the delta rule: they are v
+    gated: Gated | None  # None without decays per channel
 
 
 def _compute(
@@ -88,18 +100,24 @@ def _compute(
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals | None]:
     """((out, final state), what the backward needs if keep)."""
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
-    gates = make_gates(inputs, plan)
+    gates, gated = make_gates(inputs, plan), None
     start = jnp.swapaxes(initial_state, 2, 3)
     if plan.fused:
-        out, final, *kept = recurrence_kernel(plan, keep=keep, fused=True)(q, k, v, gates, start)
+        out, final, *kept = recurrence_kernel(plan, keep, fused=True)(q, k, v, gates, start)
+    elif plan.per_channel:
+        *operands, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
+        gated = Gated(*operands)
+        queries, keys, *more = gated
+        out, final, *kept = recurrence_kernel(plan, keep)(queries, keys, v, gates, start, matrices, *more)
     else:
         matrices = prepare_kernel(plan)(q, k, gates)
-        out, final, *kept = recurrence_kernel(plan, keep=keep)(q, k, v, gates, start, matrices)
-        kept[1:1] = [matrices]
+        out, final, *kept = recurrence_kernel(plan, keep)(q, k, v, gates, start, matrices)
     residuals = None
     if keep:
+        if not plan.fused:
+            kept.insert(1, matrices)
         states, matrices, *updates = kept
-        residuals = Residuals(gates, matrices, states, updates[0] if updates else None)
+        residuals = Residuals(gates, matrices, states, updates[0] if updates else None, gated)
     return (out[:, : plan.T], jnp.swapaxes(final, 2, 3)), residuals
 
 
@@ -107,6 +125,12 @@ def _whole_chunks(x: jax.Array, segment_ids: jax.Array | None, plan: Plan) -> ja
     """x [B,T,H,width] with zeros at padding tokens and after the end, up to a whole chunk."""
     x = zero_padding(x, segment_ids)
     return jnp.pad(x, ((0, 0), (0, plan.padding), (0, 0), (0, 0))) if plan.padding else x
+
+
+def _decays(inputs: Inputs, plan: Plan) -> jax.Array:
+    """log_decay per channel [B,T,N,K] in whole chunks, float32."""
+    assert inputs.log_decay is not None
+    return _whole_chunks(inputs.log_decay.astype(jnp.float32), inputs.segment_ids, plan)
 
 
 def _forward(
@@ -123,13 +147,24 @@ def _backward(
     d_out, d_final = gradients
     given = (inputs.q, inputs.k, inputs.v, d_out.astype(jnp.bfloat16))
     q, k, v, d_out = (_whole_chunks(x, inputs.segment_ids, plan) for x in given)
-    gates = residuals.gates
+    gates, gated = residuals.gates, residuals.gated
+    queries, keys, *more = (q, k) if gated is None else gated
     kernel = recurrence_kernel(plan, keep=True, reverse=True)
-    d_v, d_initial, d_states = kernel(q, k, d_out, gates, jnp.swapaxes(d_final, 2, 3), residuals.matrices)
-    updates = v if residuals.updates is None else residuals.updates
-    kernel = gradients_kernel(plan)
-    d_q, d_k, vectors, dots = kernel(q, k, updates, d_v, d_out, residuals.states, d_states, gates)
-    d_inputs = gate_gradients(inputs, gates, vectors, dots, plan)
+    start = jnp.swapaxes(d_final, 2, 3)
+    d_v, d_initial, d_states = kernel(queries, keys, d_out, gates, start, residuals.matrices, *more)
+    operands = (q, k, v if residuals.updates is None else residuals.updates, d_v, d_out, residuals.states, d_states)
+    if gated is None:
+        d_q, d_k, vectors, dots = gradients_kernel(plan)(*operands, gates)
+        d_inputs = gate_gradients(inputs, gates, vectors, dots, plan)
+    else:
+        kernel = channel_gradients_kernel(plan)
+        d_q, d_k, d_decays, written = kernel(*operands, _decays(inputs, plan), gates, gated.carry)
+        d_decays = _like(d_decays, inputs.log_decay, inputs.segment_ids)
+        d_inputs = inputs._replace(
+            log_decay=d_decays.astype(inputs.log_decay.dtype),
+            beta=beta_gradient(inputs, gates, written, plan),
+            segment_ids=None,
+        )
     d_q, d_k, d_v = (
         _like(gradient, x, inputs.segment_ids) for gradient, x in ((d_q, inputs.q), (d_k, inputs.k), (d_v, inputs.v))
     )

@@ -24,6 +24,7 @@ class Plan(NamedTuple):
     blocks: int  # consumer warpgroups per thread block
     fused: bool  # the forward recurrence makes its own matrices, see recurrence.py
     interpret: bool
+    per_channel: bool = False  # the decays
 
     def query_head(self, head: jax.Array) -> jax.Array:
         return lax.div(head, jnp.int32(self.N // self.Hq))

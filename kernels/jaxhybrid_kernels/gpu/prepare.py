@@ -62,6 +62,11 @@ def chunk_matrices(plan: Plan, q: Any, k: Any, gates: Any, pair: Any, work: Work
         return None
     gram = multiply(k, k.transpose((1, 0)), interpret=interpret) * decay
     strict = jnp.where(row > column, gram * along_rows(rows(gates.at[BETA]), CHUNK), 0.0)
+    return invert(strict, row, column, work, interpret=interpret)
+
+
+def invert(strict: jax.Array, row: jax.Array, column: jax.Array, work: Workspace, *, interpret: bool) -> jax.Array:
+    """(I + strict)^-1 in bfloat16; strict [64,64] float32, a product's result; row and column its indices."""
     work.strict[...] = strict.astype(jnp.float16)
     inverse = invert_diagonal(strict, interpret=interpret)
     for size in (16, 32):

@@ -1,6 +1,6 @@
 """Matrix products of one warpgroup: operands of 16 bits, float32 sums in registers, 64 rows or a multiple."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,17 +29,29 @@ def multiply(left: Any, right: Any, *, interpret: bool) -> jax.Array:
     return pl.run_scoped(fresh, _sums(left, right))
 
 
-def multiply_all(*terms: tuple[Any, Any], interpret: bool) -> list[jax.Array]:
-    """left @ right of every term, all issued together."""
+def multiply_sum(*terms: tuple[Any, Any], interpret: bool) -> jax.Array:
+    """The sum of left @ right over the terms."""
+    return multiply_sums(terms, interpret=interpret)[0]
+
+
+def multiply_sums(*sums: Sequence[tuple[Any, Any]], interpret: bool) -> list[jax.Array]:
+    """The sum of left @ right over the terms of each, all issued together."""
     if interpret:
-        return [_interpreted(*term) for term in terms]
+        products = [[_interpreted(*term) for term in terms] for terms in sums]
+        return [sum(rest, first) for first, *rest in products]
 
     def fresh(*totals):
-        for total, term in zip(totals, terms, strict=True):
-            plgpu.wgmma(total, *term)
+        for total, terms in zip(totals, sums, strict=True):
+            for left, right in terms:
+                plgpu.wgmma(total, left, right)
         return [total[...] for total in totals]
 
-    return pl.run_scoped(fresh, *(_sums(*term) for term in terms))
+    return pl.run_scoped(fresh, *(_sums(*terms[0]) for terms in sums))
+
+
+def multiply_all(*terms: tuple[Any, Any], interpret: bool) -> list[jax.Array]:
+    """left @ right of every term, all issued together."""
+    return multiply_sums(*([term] for term in terms), interpret=interpret)
 
 
 def multiply_both(

@@ -7,6 +7,9 @@ shared memory to be written. With the gates of gates.py as columns, one number p
                S' <- carry S' + (row_out U') k
     backward:  dU' = row_out (dS' k') + dO' pair                  dV' = beta (dU' inverse)
                dS' <- carry dS' + (scale row_in dO') q - (row_in dV') k
+With decays per channel the gates are in the operands, the scale too, and k_out takes the place of row_out k:
+    forward:   U' = beta (v' - S' k_in') inverse'                 O' = S' q_in' + U' pair'     S' <- S' carry + U' k_out
+    backward:  dU' = dS' k_out' + dO' pair                        dS' <- dS' carry + dO' q_in - dV' k_in
 One more warpgroup brings the operands of the next chunks to shared memory. Forwards, with thread blocks enough to fill
 the GPU, yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile.
 """
@@ -20,20 +23,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.gates import BETA, CARRY, GATES, ROW_IN, ROW_OUT
+from jaxhybrid_kernels.gpu.gates import BETA, GATES
 from jaxhybrid_kernels.gpu.launch import kernel, unmarked
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import chunk_matrices, workspace
-from jaxhybrid_kernels.gpu.products import (
-    accumulate,
-    along_columns,
-    along_rows,
-    columns,
-    multiply,
-    multiply_both,
-    rows,
-    shared,
-)
+from jaxhybrid_kernels.gpu.products import shared
+from jaxhybrid_kernels.gpu.steps import Chunk, backward, forward
 
 SHARED_BYTES = 227 * 1024
 
@@ -46,27 +41,13 @@ class Registers(NamedTuple):
     consumer: int
 
 
-class Chunk(NamedTuple):
-    """Shared memory of one chunk; x is v forwards and the gradient of the outputs backwards."""
-
-    q: Any  # [64,K]
-    k: Any
-    x: Any  # [64,64]: this warpgroup's columns
-    pair: Any  # [64,64]
-    inverse: Any  # [64,64]; None for the additive rule
-    gates: Any  # [6,64]
-
-    def gate(self, name: int) -> jax.Array:
-        return columns(self.gates.at[name])
-
-    def carry(self, width: int) -> jax.Array:
-        return along_rows(rows(self.gates.at[CARRY]), width)
-
-
 def recurrence_kernel(
     plan: Plan, keep: bool, reverse: bool = False, fused: bool = False
 ) -> Callable[..., list[jax.Array]]:
     """(q, k, x [B,T,N,V], gates, start [B,N,V,K], matrices) -> y [B,T,N,V], last [B,N,V,K] and more if keep.
+
+    With decays per channel q and k are q_in and k_in, and k_out [B,T,N,K] and carry [B,N,n,K] come last; k is not read
+    without the delta rule.
 
     Forwards x = v, y = out, and kept are the states at the chunks' entries [B,N,n,V,K], the matrices if they are made
     here (fused: they are no argument then), and with the delta rule the updates U [B,T,N,V]. In reverse x is the
@@ -77,14 +58,17 @@ def recurrence_kernel(
     keep_updates = keep and plan.delta and not reverse
     stages = _stages(plan, keep, keep_updates, fused)
     registers = _registers(blocks, fused)
-    advance: Callable[..., tuple[jax.Array, jax.Array, Any]] = _backward if reverse else _forward
+    advance: Callable[..., tuple[jax.Array, jax.Array, Any]] = backward if reverse else forward
+    channels = plan.per_channel
+    beta_gate = pl.ds(BETA, 1)
 
     def body(q, k, x, gates, start, *refs, s):
-        given, *results = (None, *refs) if fused else refs
-        y, last, *more = results
+        given, *refs = (None, *refs) if fused else refs
+        k_out, carries, y, last, *more = refs if channels else (None, None, *refs)
         kept: dict[str, Any] = dict(zip(outputs, more, strict=True))
         b, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
         group = lax.axis_index("group")
+        query_head, key_head = (head, head) if channels else (plan.query_head(head), plan.key_head(head))
 
         def position(step):
             return n - 1 - step if reverse else step
@@ -95,9 +79,14 @@ def recurrence_kernel(
         def load(step, slot):
             c = position(step)
             tokens, barrier = pl.ds(c * CHUNK, CHUNK), s["loaded"].at[slot]
-            plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head)], s["k"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gates.at[b, head, c], s["gates"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head)], s["q"].at[slot], barrier)
+            gate = gates.at[b, head, c]
+            if "k" in s:
+                plgpu.copy_gmem_to_smem(k.at[b, tokens, key_head], s["k"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(gate.at[beta_gate] if channels else gate, s["gates"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(q.at[b, tokens, query_head], s["q"].at[slot], barrier)
+            if k_out is not None and carries is not None:
+                plgpu.copy_gmem_to_smem(k_out.at[b, tokens, head], s["k_out"].at[slot], barrier)
+                plgpu.copy_gmem_to_smem(carries.at[b, head, c], s["carry"].at[slot], barrier)
             for i in range(blocks):
                 columns_of = pl.ds(part * width + i * BLOCK, BLOCK)
                 plgpu.copy_gmem_to_smem(x.at[b, tokens, head, columns_of], s["x"].at[slot, i], barrier)
@@ -159,11 +148,12 @@ def recurrence_kernel(
                 plgpu.barrier_wait(s["loaded"].at[slot])
                 operands = Chunk(
                     s["q"].at[slot],
-                    s["k"].at[slot],
+                    s["k"].at[slot] if "k" in s else None,
                     s["x"].at[slot, group],
                     s["pair"].at[slot],
                     s["inverse"].at[slot] if plan.delta else None,
                     s["gates"].at[slot],
+                    *([s["k_out"].at[slot], s["carry"].at[slot]] if channels else []),
                 )
                 if fused:  # with so many warpgroups the registers do not suffice
                     plgpu.commit_smem()
@@ -191,18 +181,24 @@ def recurrence_kernel(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     outputs = {}
+    arrivals = 3 + blocks + (0 if fused else plan.matrices)
+    if channels:
+        arrivals += 2 if plan.delta else 1
     scratch = {
         "q": shared(stages, CHUNK, K),
-        "k": shared(stages, CHUNK, K),
         "x": shared(stages, blocks, CHUNK, BLOCK),
         "pair": shared(stages, CHUNK, CHUNK),
-        "gates": plgpu.SMEM((stages, GATES, CHUNK), jnp.float32),
+        "gates": plgpu.SMEM((stages, 1 if channels else GATES, CHUNK), jnp.float32),
         "y": shared(blocks, CHUNK, BLOCK),
-        "loaded": plgpu.Barrier(num_arrivals=3 + blocks + (0 if fused else plan.matrices), num_barriers=stages),
+        "loaded": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         "consumed": plgpu.Barrier(num_arrivals=blocks + fused, num_barriers=stages),
     }
     if plan.delta:
         scratch["inverse"] = shared(stages, CHUNK, CHUNK)
+    if plan.delta or not channels:
+        scratch["k"] = shared(stages, CHUNK, K)
+    if channels:
+        scratch |= {"k_out": shared(stages, CHUNK, K), "carry": plgpu.SMEM((stages, K), jnp.float32)}
     if keep:
         outputs["states"] = array(plan.B, plan.N, n, V, K)
     if keep or fused:
@@ -230,57 +226,6 @@ def recurrence_kernel(
     )
 
 
-def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(S' after the chunk, O' [64,64], U' [64,64] bfloat16)."""
-    keys, queries = chunk.k.transpose((1, 0)), chunk.q.transpose((1, 0))
-
-    def values() -> jax.Array:
-        return plgpu.load(chunk.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
-    def written(update: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return (update * along_columns(chunk.gate(ROW_OUT))).astype(jnp.bfloat16), update.astype(jnp.bfloat16)
-
-    def innovation(predicted: jax.Array) -> jax.Array:
-        beta = chunk.gate(BETA)
-        new = values() * along_columns(beta) - predicted * along_columns(beta * chunk.gate(ROW_IN))
-        return new.astype(jnp.bfloat16)
-
-    if not plan.delta:
-        (left, update), read = written(values()), multiply(entry, queries, interpret=plan.interpret)
-    elif plan.fused:
-        # One result less at a time than below.
-        new = innovation(multiply(entry, keys, interpret=plan.interpret))
-        solve = (new, chunk.inverse.transpose((1, 0)))
-        (left, update), read = multiply_both(solve, (entry, queries), written, interpret=plan.interpret)
-    else:
-        new, read = multiply_both((entry, keys), (entry, queries), innovation, interpret=plan.interpret)
-        left, update = written(multiply(new, chunk.inverse.transpose((1, 0)), interpret=plan.interpret))
-    state, result = accumulate(
-        (state * chunk.carry(plan.K), [(left, chunk.k)]),
-        (read * along_columns(chunk.gate(ROW_IN) * plan.scale), [(update, chunk.pair.transpose((1, 0)))]),
-        interpret=plan.interpret,
-    )
-    return state, result, update
-
-
-def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    """(dS' before the chunk, dV' [64,64], None)."""
-    row_in = chunk.gate(ROW_IN)
-    from_state = multiply(d_exit, chunk.k.transpose((1, 0)), interpret=plan.interpret)
-    d_out = plgpu.load(chunk.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA)
-    (d_value,) = accumulate(
-        (from_state * along_columns(chunk.gate(ROW_OUT)), [(d_out, chunk.pair)]), interpret=plan.interpret
-    )
-    d_read = d_out.astype(jnp.float32) * along_columns(row_in * plan.scale)
-    terms = [(d_read.astype(jnp.bfloat16), chunk.q)]
-    if plan.delta:
-        d_value = multiply(d_value.astype(jnp.bfloat16), chunk.inverse, interpret=plan.interpret)
-        d_value = d_value * along_columns(chunk.gate(BETA))
-        terms.append(((-d_value * along_columns(row_in)).astype(jnp.bfloat16), chunk.k))
-    (d_state,) = accumulate((d_state * chunk.carry(plan.K), terms), interpret=plan.interpret)
-    return d_state, d_value, None
-
-
 def _registers(blocks: int, fused: bool) -> Registers | None:
     """None where nobody needs more than an even share."""
     if fused:
@@ -291,7 +236,8 @@ def _registers(blocks: int, fused: bool) -> Registers | None:
 def _stages(plan: Plan, keep: bool, keep_updates: bool, fused: bool) -> int:
     """Chunks under way: as many as fit in shared memory, three at most."""
     matrix = 2 * CHUNK * CHUNK
-    per_stage = 2 * CHUNK * (2 * plan.K + plan.blocks * BLOCK) + plan.matrices * matrix + 4 * GATES * CHUNK
+    keys, gates = (3 if plan.delta else 2, CHUNK + plan.K) if plan.per_channel else (2, GATES * CHUNK)
+    per_stage = 2 * CHUNK * (keys * plan.K + plan.blocks * BLOCK) + plan.matrices * matrix + 4 * gates
     outputs = CHUNK * (2 if keep_updates else 1) + (plan.K if keep or fused else 0)
     fixed = 2 * plan.blocks * BLOCK * outputs + (2 * matrix if fused else 0) + 1024  # barriers, alignment
     return min((SHARED_BYTES - fixed) // per_stage, 3, plan.n)

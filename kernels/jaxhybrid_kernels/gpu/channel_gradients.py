@@ -1,0 +1,179 @@
+"""Gradients of q, k, beta and one decay per key channel, once both recurrences are done: one warpgroup for 64 channels of
+a chunk.
+
+X = scale tril(dO U') and Y = -tril(dV U', -1), as in gradients.py but without decays, are the gradients of the pairs that
+channel_prepare.py forms level by level. At a level, with f = exp of the sum to the border, queries q f and keys k f:
+    queries' gradient  X (k f)         keys' gradient  X' (q f) + Y (k f) + Y' (k f)
+each times f. Where a token is read it is in a second run, where it is written in a first one, so that Y + Y' does
+for both. The states add scale exp(G) (dO S') to the queries' gradient, -exp(G) (dV S') as a reader and exp(G_end - G) (U dS')
+as a writer to the keys'.
+The gradient of G is, by channel, token times gradient where it reads and minus that where it writes. It is summed up from
+the rounded q f and k f themselves, so that what passes between two tokens cancels where it should. log_decay has
+the sum of G's gradients from its token on, and of what writes to the exit state before it, and carry <S, dS>.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from jaxhybrid_kernels.gpu.channel_factors import (
+    ABOVE,
+    AFTER,
+    BELOW,
+    FROM,
+    LEVELS,
+    RUNS,
+    THROUGH,
+    factors,
+    indices,
+    load,
+    load_rounded,
+    log_decay,
+    masks,
+    same_segment,
+    selection,
+    spans,
+    split,
+)
+from jaxhybrid_kernels.gpu.gates import ROW_IN, ROW_OUT, SEGMENT
+from jaxhybrid_kernels.gpu.launch import kernel, unmarked
+from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
+from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply_sum, rows, shared
+
+
+def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
+    """(q, k, u, d_v, d_out, states, d_states, log_decay [B,T,N,K], gates, carry [B,N,n,K]) -> d_q, d_k, d_log_decay
+    [B,T,N,K], d_v U [B,N,n,64].
+
+    As in gradients.py; gates as if there were no decay. The last two results are float32.
+    """
+    n, K, V, N, delta, interpret = plan.n, plan.K, plan.V, plan.N, plan.delta, plan.interpret
+    halves, wide = K // BLOCK, range(V // BLOCK)
+    given = 3 if delta else 2  # with a value's width: d_out, u, d_v
+    extra = 4 - 2 * len(wide)
+    tiles_needed = (given + 2) * len(wide) + extra
+
+    def body(q, k, u, d_v, d_out, states, d_states, log_decays, gates, carry, span, mask, *refs):
+        d_q, d_k, d_decays, updates, tiles, q_block, k_block, decay, loaded = refs
+        b, c, place = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("part")
+        head, half = lax.div(place, jnp.int32(halves)), lax.rem(place, jnp.int32(halves))
+        tokens, part = pl.ds(c * CHUNK, CHUNK), pl.ds(half * BLOCK, BLOCK)
+        tile = [tiles.at[pl.ds(i * BLOCK, BLOCK)] for i in range(tiles_needed)]
+        state, d_state, d_outs, us, *d_vs = (tile[i * len(wide) : (i + 1) * len(wide)] for i in range(given + 2))
+        # Tiles that are free once the states' gradient, once the states and once the rest has been used.
+        free = [*d_state, *tile[(given + 2) * len(wide) :], *state, d_outs[0], us[0], *[block[0] for block in d_vs]]
+
+        for place, source in enumerate((states, d_states)):
+            plgpu.copy_gmem_to_smem(source.at[b, head, c, :, part], tiles.at[pl.ds(place * V, V)], loaded)
+        of_values = [(d_out, d_outs), (u, us), *([(d_v, *d_vs)] if delta else [])]
+        for i in wide:
+            values = pl.ds(i * BLOCK, BLOCK)
+            for source, blocks in of_values:
+                plgpu.copy_gmem_to_smem(source.at[b, tokens, head, values], blocks[i], loaded)
+        plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), part], k_block, loaded)
+        plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block, loaded)
+        decay[...] = log_decay(log_decays.at[b, tokens, head, part])
+        plgpu.commit_smem()
+        own = gates.at[b, head, c]
+
+        def product(left, right):
+            return multiply_sum(*zip(left, right, strict=True), interpret=interpret)
+
+        def turned(blocks):
+            return [block.transpose((1, 0)) for block in blocks]
+
+        plgpu.barrier_wait(loaded)
+        moved = sum((load(state[i]) * load(d_state[i]) for i in wide[1:]), load(state[0]) * load(d_state[0]))
+        moved = moved * along_columns(columns(carry.at[b, head, c, part]))
+        leaving, entry = factors(*((selection(span, i), decay) for i in (AFTER, THROUGH)), interpret=interpret)
+        d_key = product(us, d_state) * leaving * along_rows(rows(own.at[ROW_OUT]), BLOCK)
+        before_high, before_low, *free = free
+        split(moved + load(k_block) * d_key, before_high, before_low)
+        entry = entry * along_rows(rows(own.at[ROW_IN]), BLOCK)
+        d_query = product(d_outs, state) * entry * plan.scale
+        moved = moved + load(q_block) * d_query
+        if delta:
+            predicted = product(*d_vs, state) * entry
+            moved = moved - load(k_block) * predicted
+            d_key = d_key - predicted
+
+        row, column = indices()
+        same = same_segment(own.at[SEGMENT])
+        below, above = (selection(mask, triangle) * same for triangle in (BELOW, ABOVE))
+        x_block, x_turned_block, *free = free
+        x = product(d_outs, turned(us)) * plan.scale
+        diagonal = along_rows(jnp.sum(jnp.where(row == column, x, 0.0), axis=1), BLOCK)
+        d_query, d_key = d_query + diagonal * load(k_block), d_key + diagonal * load(q_block)
+        x_block[...] = x.astype(jnp.bfloat16) * below
+        x = product(us, turned(d_outs)) * plan.scale
+        x_turned_block[...] = x.astype(jnp.bfloat16) * above
+        y_blocks = []
+        if delta:
+            y = product(*d_vs, turned(us))
+            updates[b, head, c] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
+            y, y_turned = ((-z).astype(jnp.bfloat16) for z in (y, product(us, turned(*d_vs))))
+            y_blocks, free = free[:1], free[1:]
+            y_blocks[0][...] = y * below + y_turned * above
+        queries, keys = free
+
+        def level(index, sums):
+            d_query, d_key, moved = sums
+            (factor,) = factors((selection(span, index), decay), interpret=interpret)
+            rounded = factor.astype(jnp.bfloat16)
+            queries[...] = load_rounded(q_block) * rounded
+            keys[...] = load_rounded(k_block) * rounded
+            plgpu.commit_smem()
+            meeting = selection(mask, index)
+
+            def of_level(block):
+                return load_rounded(block) * meeting
+
+            change = multiply_sum((of_level(x_block), keys), interpret=interpret)
+            d_query = d_query + factor * change
+            moved = moved + load(queries) * change
+            terms = [(of_level(x_turned_block), queries), *[(of_level(block), keys) for block in y_blocks]]
+            change = multiply_sum(*terms, interpret=interpret)
+            d_key = d_key + factor * change
+            reads = (row & lax.shift_right_logical(jnp.int32(RUNS[0]), index)) != 0
+            moved = moved + load(keys) * jnp.where(reads, change, -change)
+            return d_query, d_key, moved
+
+        d_query, d_key, moved = lax.fori_loop(0, LEVELS, level, (d_query, d_key, unmarked(moved)))
+        q_block[...] = d_query.astype(jnp.bfloat16)
+        k_block[...] = d_key.astype(jnp.bfloat16)
+        split(moved, queries, keys)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_block, d_q.at[b, tokens, head, part])
+        plgpu.copy_smem_to_gmem(k_block, d_k.at[b, tokens, head, part])
+        after, earlier = selection(mask, FROM), selection(mask, BELOW)
+        terms = [(after, queries), (after, keys), (earlier, before_high), (earlier, before_low)]
+        d_decays[b, tokens, head, part] = multiply_sum(*terms, interpret=interpret)
+        plgpu.wait_smem_to_gmem(0)
+
+    def array(*shape: int, dtype: type = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    tokens = (plan.B, n * CHUNK, N, K)
+    run = kernel(
+        body,
+        plan,
+        [
+            array(*tokens, dtype=jnp.bfloat16),
+            array(*tokens, dtype=jnp.bfloat16),
+            array(*tokens),
+            array(plan.B, N, n, CHUNK),
+        ],
+        scratch_types=[
+            shared(tiles_needed * BLOCK, BLOCK),
+            *[shared(CHUNK, BLOCK)] * 2,
+            shared(CHUNK, BLOCK, dtype=jnp.float16),
+            plgpu.Barrier(num_arrivals=given * len(wide) + 4),
+        ],
+        grid=(plan.B, n, N * halves),
+        grid_names=("batch", "chunk", "part"),
+    )
+    return lambda *operands: run(*operands, spans(), masks())
