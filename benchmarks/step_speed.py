@@ -69,6 +69,7 @@ def seconds_per_step(step: Any, state: Any, frozen: Any, batch: dict[str, jax.Ar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_gpu"])
+    parser.add_argument("--stages", nargs="+", default=["align", "distill"], choices=["align", "distill"])
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=10)
@@ -84,7 +85,8 @@ def main() -> None:
         "distill": (distill_step, SOFTMAX_LAYERS, {"chunk_tokens": 8192}),
     }
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.rows} rows of {arguments.length} tokens")
-    for name, (stage, softmax, given) in stages.items():
+    for name in arguments.stages:
+        stage, softmax, given = stages[name]
         types = layer_types(SMOLLM2.num_layers, softmax, GATED_DELTANET)
         student = convert(teacher, types, GatedDeltaNetConfig(), jax.random.key(1))
         for implementation in arguments.implementations:
