@@ -132,10 +132,13 @@ def export(
     config: Config,
     overrides: Overrides = None,
     to: Annotated[str, typer.Option(help="Folder to write; default export.folder or RUN/export.")] = "",
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the folder whatever it holds; without it, only an earlier export.")
+    ] = False,
 ) -> None:
     """A Hugging Face folder that plain transformers loads."""
     with pipeline(config, overrides) as p:
-        print(f"exported to {p.export(to or None)}")
+        print(f"exported to {p.export(to or None, overwrite)}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from jaxhybrid.data.text import Text, open_text
 from jaxhybrid.errors import RunError
 from jaxhybrid.evaluate.quality import evaluate_quality
 from jaxhybrid.evaluate.recall import recall_accuracy
-from jaxhybrid.export.folder import export
+from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.files import read_json, write_json
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.config import ModelConfig
@@ -123,6 +123,7 @@ class Pipeline:
 
     def run(self) -> None:
         """Everything that is missing, in order, then the table and the paths."""
+        refuse_to_replace(self.export_folder, None, overwrite=False)  # now, not after hours of training
         self.align()
         if self.config.select.method == "kl_guided":
             self.score()
@@ -238,13 +239,16 @@ class Pipeline:
         """Takes over the finished candidates of another run of the same config (scored on another machine, say).
 
         Raises:
-            RunError: the other run was made by a config that gives other results.
+            RunError: the other run was made by a config that gives other results, or has no scores.
         """
         theirs = load_config(other / "config.yaml", [])
         if fingerprint(theirs) != fingerprint(self.config):
             changed = "\n".join(f"  {line}" for line in differences(theirs, self.config))
             raise RunError(f"{other} was made with another config, so its scores do not compare:\n{changed}")
-        for file in sorted((other / "score" / "scores").glob("*.json")):
+        files = sorted((other / "score" / "scores").glob("*.json"))
+        if not files:
+            raise RunError(f"{other} has no scores to merge: no candidate is finished there.")
+        for file in files:
             write_json(self.folder.stage("score") / "scores" / file.name, read_json(file))
 
     def write_scores(self, scores: Scores) -> None:
@@ -368,12 +372,18 @@ class Pipeline:
         write_json(self.folder.path / "evaluation.json", result)
         return result
 
-    def export(self, folder: str | None = None) -> Path:
-        """The Hugging Face folder of the trained student."""
+    @property
+    def export_folder(self) -> Path:
+        return Path(self.config.export.folder or self.folder.path / "export").expanduser().absolute()
+
+    def export(self, folder: str | None = None, overwrite: bool = False) -> Path:
+        """The Hugging Face folder of the trained student. `overwrite` replaces what is no earlier export, too."""
         settings = self.config.export
-        target = Path(folder or settings.folder or self.folder.path / "export")
+        target = Path(folder or self.export_folder)
+        refuse_to_replace(target, None, overwrite)  # before anything is loaded
         student = jax.device_get(self.student())
-        return export(student, target, settings.dtype, max_shard_bytes=shard_bytes(settings.max_shard), overwrite=True)
+        size = shard_bytes(settings.max_shard)
+        return export(student, target, settings.dtype, max_shard_bytes=size, overwrite=overwrite)
 
     # --- the training that three stages share
 

@@ -5,18 +5,24 @@ from pathlib import Path
 
 from jaxhybrid.data import load_vocabulary
 from jaxhybrid.errors import DataError
-from jaxhybrid.files import read_json
+from jaxhybrid.export.folder import is_export
 from jaxhybrid.generate import generate
 from jaxhybrid.model.transformer import Model
+from jaxhybrid.weights.files import read_table
 from jaxhybrid.weights.huggingface import load_student, load_teacher
 
 
 def load_any(folder: str) -> Model:
     """An exported hybrid or a teacher, whichever the folder's config says it is."""
-    config = Path(folder) / "config.json"
-    if config.exists() and read_json(config).get("model_type") == "jaxhybrid":
-        return load_student(folder)
-    return load_teacher(folder)
+    return load_student(folder) if is_export(Path(folder).expanduser()) else load_teacher(folder)
+
+
+def end_ids(model: Model, tokenizer_end: int) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and what the model's generation config adds to it."""
+    path = Path(model.folder) / "generation_config.json"
+    given = read_table(path).get("eos_token_id") if path.is_file() else None
+    listed = [] if given is None else given if isinstance(given, list) else [given]
+    return sorted({tokenizer_end, *listed})
 
 
 def complete(
@@ -28,7 +34,7 @@ def complete(
     seed: int = 0,
     chat: bool = False,
 ) -> list[str]:
-    """The continuation of each prompt, ended at the model's end token.
+    """The continuation of each prompt, ended at one of the model's end tokens.
 
     Raises:
         DataError: the chat template is asked for and the tokenizer has none.
@@ -44,5 +50,7 @@ def complete(
             for p in prompts
         ]
     tokens = [tokenizer(prompt, add_special_tokens=not chat)["input_ids"] for prompt in prompts]
-    answers = generate(model, tokens, max_new_tokens, eos_ids=[vocabulary.end_id], temperature=temperature, seed=seed)
+    answers = generate(
+        model, tokens, max_new_tokens, eos_ids=end_ids(model, vocabulary.end_id), temperature=temperature, seed=seed
+    )
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

@@ -1,5 +1,6 @@
 """Cached generation on the hybrid state against full recomputation, batched against single."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -13,7 +14,8 @@ from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.config import GATED_DELTANET as G
 from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.decode import decode, initial_decode_state
-from jaxhybrid.model.transformer import forward
+from jaxhybrid.model.transformer import Model, forward
+from jaxhybrid.text import end_ids
 from jaxhybrid.weights.convert import convert
 
 PROMPTS = [[3, 9, 4, 17, 2], [8], [5, 6, 7, 11, 30, 31, 32, 40]]
@@ -66,6 +68,14 @@ def test_prefill_then_tokens_equals_prefill_of_all(model):
 def test_stops_at_an_end_token(model):
     free = generate(model, PROMPTS[:1], 6)[0]
     assert generate(model, PROMPTS[:1], 6, eos_ids=[free[2]])[0] == free[: free.index(free[2]) + 1]
+
+
+@pytest.mark.parametrize(("config", "expected"), [({"eos_token_id": [7, 2]}, [2, 5, 7]), ({"eos_token_id": 7}, [5, 7])])
+def test_the_generation_config_may_name_more_end_tokens(model, tmp_path, config, expected):
+    folder = Model({}, model.config, str(tmp_path))
+    assert end_ids(folder, 5) == [5]
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert end_ids(folder, 5) == expected
 
 
 def test_sampling_is_seeded(model):
