@@ -14,7 +14,7 @@ from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.config import GATED_DELTANET as G
 from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.decode import decode, initial_decode_state
-from jaxhybrid.model.transformer import Model, forward
+from jaxhybrid.model.transformer import forward
 from jaxhybrid.text import end_ids
 from jaxhybrid.weights.convert import convert
 
@@ -53,6 +53,7 @@ def test_greedy_equals_full_recomputation_and_batched_equals_single(model):
     for prompt, produced in zip(PROMPTS, batched):
         assert produced == recomputed(model, prompt, 6)
         assert produced == generate(model, [prompt], 6)[0]
+    assert generate(model, PROMPTS, 6, length_multiple=8) == batched
 
 
 def test_prefill_then_tokens_equals_prefill_of_all(model):
@@ -71,11 +72,10 @@ def test_stops_at_an_end_token(model):
 
 
 @pytest.mark.parametrize(("config", "expected"), [({"eos_token_id": [7, 2]}, [2, 5, 7]), ({"eos_token_id": 7}, [5, 7])])
-def test_the_generation_config_may_name_more_end_tokens(model, tmp_path, config, expected):
-    folder = Model({}, model.config, str(tmp_path))
-    assert end_ids(folder, 5) == [5]
+def test_the_generation_config_may_name_more_end_tokens(tmp_path, config, expected):
+    assert end_ids(tmp_path, 5) == [5]
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert end_ids(folder, 5) == expected
+    assert end_ids(tmp_path, 5) == expected
 
 
 def test_sampling_is_seeded(model):
@@ -88,3 +88,6 @@ def test_empty_prompt_and_foreign_token_are_refused(model):
         generate(model, [[1], []], 2)
     with pytest.raises(DataError, match="token 99; the vocabulary has 61"):
         generate(model, [[99]], 2)
+    with pytest.raises(DataError, match="token -1; the vocabulary has 61"):
+        generate(model, [[3, -1]], 2)
+    assert generate(model, [], 2) == []
