@@ -34,7 +34,7 @@ from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.train.loop import HostBatch, LoopConfig, train
-from jaxhybrid.train.metrics import read_metrics
+from jaxhybrid.train.metrics import read_metrics, training_figures
 from jaxhybrid.train.optimizer import OptimizerConfig, TrainState, make_optimizer, start
 from jaxhybrid.train.placement import place_batch
 from jaxhybrid.weights.convert import convert, resolve_mixer, with_softmax_layers
@@ -172,7 +172,7 @@ class Pipeline:
             "heldout_layer_loss_before": before.tolist(),
             "heldout_layer_loss_after": after.tolist(),
         }
-        self._finish("align", settings, mixers, summary)
+        self._finish("align", mixers, summary)
         print(f"align: held-out loss {before.mean():.4f} before the first step, {after.mean():.4f} after the last")
 
     def aligned(self) -> Model:
@@ -316,7 +316,7 @@ class Pipeline:
             chunk_tokens=settings.kl_chunk,
         )
         params = self._train("distill", settings, student.params, optimizer, step, salt=3)
-        self._finish("distill", settings, params, {})
+        self._finish("distill", params, {})
 
     def finetune(self) -> None:
         """Stage 3: cross entropy, usually at a longer context."""
@@ -332,7 +332,7 @@ class Pipeline:
             )
 
         params = self._train("finetune", settings, params, optimizer, step, salt=4)
-        self._finish("finetune", settings, params, {})
+        self._finish("finetune", params, {})
 
     def student(self, stage: str | None = None) -> Model:
         """The trained hybrid, after the given stage or the last one done."""
@@ -409,18 +409,9 @@ class Pipeline:
         state = train(begin(params), on_host_batch, self.stream(settings, salt), self.folder.stage(name), loop)
         return state.params
 
-    def _finish(self, name: str, settings: StageConfig, params: Params, summary: dict[str, Any]) -> None:
-        records = [r for r in read_metrics(self.folder.stage(name)) if "loss" in r]
-        speeds = sorted(r["tokens_per_second"] for r in records[1:] or records)  # the first waits for compilation
-        summary |= {
-            "steps": settings.steps,
-            "tokens": settings.steps * settings.tokens_per_step,
-            "loss_first": records[0]["loss"],
-            "loss_last": records[-1]["loss"],
-            "tokens_per_second": round(speeds[len(speeds) // 2]),
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        self.folder.finish(name, summary, params)
+    def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
+        figures = training_figures(read_metrics(self.folder.stage(name)))
+        self.folder.finish(name, summary | figures | {"peak_memory_bytes": peak_memory_bytes()}, params)
 
 
 def budget_note(config: RunConfig) -> str:
