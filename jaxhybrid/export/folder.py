@@ -126,13 +126,13 @@ def refuse_to_replace(target: Path, source: Path | None, overwrite: bool) -> Non
     if not is_export(target):
         raise RunError(
             f"{target} holds something that is not an earlier export; "
-            "name a new folder, or pass overwrite=True (--overwrite)."
+            "name a new folder (export.folder), or pass overwrite=True (export --overwrite)."
         )
     foreign = [e.name for e in entries if not any(e.match(pattern) for pattern in (*WRITTEN, *WRITTEN_WEIGHTS))]
     if foreign:
         raise RunError(
             f"{target} is an earlier export with other files in it, which would be lost: {', '.join(foreign[:5])}. "
-            "Name a new folder, or pass overwrite=True (--overwrite)."
+            "Name a new folder (export.folder), or pass overwrite=True (export --overwrite)."
         )
 
 
