@@ -12,11 +12,11 @@ demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid,
 	$(RUN) jaxhybrid run configs/demo.yaml $(ARGS)
 
 test: ## the test suite, about ten minutes on two cores
-	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch"
+	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: ## long studies that `make test` leaves out
-	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch"
+	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -m slow $(ARGS)
 
 test-gpu: ## the Hopper kernels on a Hopper GPU, every gradient against float64
@@ -24,7 +24,7 @@ test-gpu: ## the Hopper kernels on a Hopper GPU, every gradient against float64
 	$(RUN) pytest -m gpu kernels/tests $(ARGS)
 
 lint: ## style, types and the direction of imports
-	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch"
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy

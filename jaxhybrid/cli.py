@@ -28,6 +28,9 @@ Config = Annotated[Path, typer.Argument(help="YAML config of the run, or the fol
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings over the config, as key=value.", metavar="[KEY=VALUE]...")
 ]
+ModelFolder = Annotated[
+    str, typer.Argument(help="An exported folder, or a teacher (folder, hub id, demo:smollm2-135m).")
+]
 
 
 @contextmanager
@@ -132,10 +135,13 @@ def export(
     config: Config,
     overrides: Overrides = None,
     to: Annotated[str, typer.Option(help="Folder to write; default export.folder or RUN/export.")] = "",
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the folder whatever it holds; without it, only an earlier export.")
+    ] = False,
 ) -> None:
     """A Hugging Face folder that plain transformers loads."""
     with pipeline(config, overrides) as p:
-        print(f"exported to {p.export(to or None)}")
+        print(f"exported to {p.export(to or None, overwrite)}")
 
 
 @app.command()
@@ -150,9 +156,7 @@ def report(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def generate(
-    folder: Annotated[
-        str, typer.Argument(help="An exported folder, or a teacher (folder, hub id, demo:smollm2-135m).")
-    ],
+    folder: ModelFolder,
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -164,6 +168,45 @@ def generate(
 
     for text in complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat):
         print(text)
+
+
+@app.command()
+def benchmark(
+    folder: ModelFolder,
+    tasks: Annotated[
+        list[str], typer.Argument(help="Tasks of lm-eval, such as arc_easy; `lm-eval ls tasks` lists them.")
+    ],
+    task_folder: Annotated[Path | None, typer.Option(help="A folder with task files (YAML) of your own.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Solved examples before a question; default: the task's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Tasks of lm-evaluation-harness, in JAX on one device. Needs the `eval` extra, and mostly a network."""
+    try:
+        from jaxhybrid.evaluate.harness import run_tasks
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise ConfigError("benchmark needs lm-eval: `uv sync --extra eval`, or `pip install lm-eval`.") from error
+    from jaxhybrid.files import write_json
+    from jaxhybrid.text import open_model
+
+    figures = run_tasks(
+        *open_model(folder),
+        tasks,
+        task_folder=task_folder,
+        shots=shots,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+    )
+    for task, values in figures.items():
+        for name, value in values.items():
+            print(f"{task:24} {name:28} {value:.4f}")
+    if output:
+        write_json(output, figures)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from jaxhybrid.data.text import Text, open_text
 from jaxhybrid.errors import RunError
 from jaxhybrid.evaluate.quality import evaluate_quality
 from jaxhybrid.evaluate.recall import recall_accuracy
-from jaxhybrid.export.folder import export
+from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.files import read_json, write_json
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.config import ModelConfig
@@ -34,7 +34,7 @@ from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.train.loop import HostBatch, LoopConfig, train
-from jaxhybrid.train.metrics import read_metrics
+from jaxhybrid.train.metrics import read_metrics, training_figures
 from jaxhybrid.train.optimizer import OptimizerConfig, TrainState, make_optimizer, start
 from jaxhybrid.train.placement import place_batch
 from jaxhybrid.weights.convert import convert, resolve_mixer, with_softmax_layers
@@ -123,6 +123,7 @@ class Pipeline:
 
     def run(self) -> None:
         """Everything that is missing, in order, then the table and the paths."""
+        refuse_to_replace(self.export_folder, None, overwrite=False)  # now, not after hours of training
         self.align()
         if self.config.select.method == "kl_guided":
             self.score()
@@ -171,7 +172,7 @@ class Pipeline:
             "heldout_layer_loss_before": before.tolist(),
             "heldout_layer_loss_after": after.tolist(),
         }
-        self._finish("align", settings, mixers, summary)
+        self._finish("align", mixers, summary)
         print(f"align: held-out loss {before.mean():.4f} before the first step, {after.mean():.4f} after the last")
 
     def aligned(self) -> Model:
@@ -238,13 +239,16 @@ class Pipeline:
         """Takes over the finished candidates of another run of the same config (scored on another machine, say).
 
         Raises:
-            RunError: the other run was made by a config that gives other results.
+            RunError: the other run was made by a config that gives other results, or has no scores.
         """
         theirs = load_config(other / "config.yaml", [])
         if fingerprint(theirs) != fingerprint(self.config):
             changed = "\n".join(f"  {line}" for line in differences(theirs, self.config))
             raise RunError(f"{other} was made with another config, so its scores do not compare:\n{changed}")
-        for file in sorted((other / "score" / "scores").glob("*.json")):
+        files = sorted((other / "score" / "scores").glob("*.json"))
+        if not files:
+            raise RunError(f"{other} has no scores to merge: no candidate is finished there.")
+        for file in files:
             write_json(self.folder.stage("score") / "scores" / file.name, read_json(file))
 
     def write_scores(self, scores: Scores) -> None:
@@ -312,7 +316,7 @@ class Pipeline:
             chunk_tokens=settings.kl_chunk,
         )
         params = self._train("distill", settings, student.params, optimizer, step, salt=3)
-        self._finish("distill", settings, params, {})
+        self._finish("distill", params, {})
 
     def finetune(self) -> None:
         """Stage 3: cross entropy, usually at a longer context."""
@@ -328,7 +332,7 @@ class Pipeline:
             )
 
         params = self._train("finetune", settings, params, optimizer, step, salt=4)
-        self._finish("finetune", settings, params, {})
+        self._finish("finetune", params, {})
 
     def student(self, stage: str | None = None) -> Model:
         """The trained hybrid, after the given stage or the last one done."""
@@ -368,12 +372,18 @@ class Pipeline:
         write_json(self.folder.path / "evaluation.json", result)
         return result
 
-    def export(self, folder: str | None = None) -> Path:
-        """The Hugging Face folder of the trained student."""
+    @property
+    def export_folder(self) -> Path:
+        return Path(self.config.export.folder or self.folder.path / "export").expanduser().absolute()
+
+    def export(self, folder: str | None = None, overwrite: bool = False) -> Path:
+        """The Hugging Face folder of the trained student. `overwrite` replaces what is no earlier export, too."""
         settings = self.config.export
-        target = Path(folder or settings.folder or self.folder.path / "export")
+        target = Path(folder or self.export_folder)
+        refuse_to_replace(target, None, overwrite)  # before anything is loaded
         student = jax.device_get(self.student())
-        return export(student, target, settings.dtype, max_shard_bytes=shard_bytes(settings.max_shard), overwrite=True)
+        size = shard_bytes(settings.max_shard)
+        return export(student, target, settings.dtype, max_shard_bytes=size, overwrite=overwrite)
 
     # --- the training that three stages share
 
@@ -399,18 +409,9 @@ class Pipeline:
         state = train(begin(params), on_host_batch, self.stream(settings, salt), self.folder.stage(name), loop)
         return state.params
 
-    def _finish(self, name: str, settings: StageConfig, params: Params, summary: dict[str, Any]) -> None:
-        records = [r for r in read_metrics(self.folder.stage(name)) if "loss" in r]
-        speeds = sorted(r["tokens_per_second"] for r in records[1:] or records)  # the first waits for compilation
-        summary |= {
-            "steps": settings.steps,
-            "tokens": settings.steps * settings.tokens_per_step,
-            "loss_first": records[0]["loss"],
-            "loss_last": records[-1]["loss"],
-            "tokens_per_second": round(speeds[len(speeds) // 2]),
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        self.folder.finish(name, summary, params)
+    def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
+        figures = training_figures(read_metrics(self.folder.stage(name)))
+        self.folder.finish(name, summary | figures | {"peak_memory_bytes": peak_memory_bytes()}, params)
 
 
 def budget_note(config: RunConfig) -> str:

@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.yaml  versions.json
-  align/ score/ distill/ finetune/     checkpoints/, metrics.jsonl, tensorboard/, params/ and done.json when finished
+  align/ score/ distill/ finetune/     metrics.jsonl, tensorboard/; checkpoints/ on the way, params/ and done.json after
   scores.json  layers.json  evaluation.json
   export/  report/
 """
@@ -20,9 +20,9 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxhybrid.config import UPSTREAM, RunConfig, differences, fingerprint, load_config, to_yaml
 from jaxhybrid.errors import RunError
-from jaxhybrid.files import make_folder, read_json, storage_errors, write_json, write_text
+from jaxhybrid.files import draft_of, make_folder, read_json, remove, storage_errors, write_json, write_text
 from jaxhybrid.model.params import Params
-from jaxhybrid.train.checkpoint import orbax_errors
+from jaxhybrid.train.checkpoint import damage, orbax_errors
 
 PACKAGES = ("jaxhybrid", "jaxhybrid-kernels", "jax", "jaxlib", "optax", "orbax-checkpoint", "grain", "transformers")
 STAGES = ("align", "score", "distill", "finetune")
@@ -56,7 +56,10 @@ class RunFolder:
         write_text(recorded, to_yaml(config))
         if not (path / "versions.json").exists():
             write_json(path / "versions.json", versions())
-        return RunFolder(path)
+        folder = RunFolder(path)
+        for stage in filter(folder.is_done, STAGES):
+            folder._clear(stage)  # where a process was killed while it did
+        return folder
 
     def stage(self, name: str) -> Path:
         return self.path / name
@@ -65,18 +68,27 @@ class RunFolder:
         return (self.stage(stage) / "done.json").exists()
 
     def finish(self, stage: str, summary: dict[str, Any], params: Params | None = None) -> None:
-        """Writes a stage's parameters and marks it done; its checkpoints are then not needed any more."""
+        """Writes a stage's parameters and marks it done; its checkpoints are then not needed any more, and removed."""
         if params is not None:
             with orbax_errors(self.stage(stage)):
                 ocp.save(self.stage(stage).absolute() / "params", params, overwrite=True)
         write_json(self.stage(stage) / "done.json", summary)
+        self._clear(stage)
+
+    def _clear(self, stage: str) -> None:
+        """Removes what a finished stage does not need any more."""
+        for pattern in PASSING:
+            for path in self.stage(stage).glob(pattern):
+                remove(path)
 
     def load_params(self, stage: str, like: Params) -> Params:
         """Parameters a finished stage left, placed as `like` (arrays or ShapeDtypeStructs with shardings) is."""
         if not self.is_done(stage):
             raise RunError(f"{self.path} has no finished {stage} stage. Run `jaxhybrid {stage} {self.path}`.")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return ocp.load(self.stage(stage).absolute() / "params", abstract)
+        path = self.stage(stage).absolute() / "params"
+        with damage(path, f"Delete the folder {self.stage(stage)} to train that stage again"):
+            return ocp.load(path, abstract)
 
     def read(self, name: str, made_by: str) -> Any:
         """A JSON result of the run, or an error naming the verb that makes it."""
@@ -121,14 +133,10 @@ class RunFolder:
 
     def _take(self, finished: Path) -> None:
         target = self.stage(finished.name)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        with storage_errors(target):
-            try:
-                _copy(finished, draft)
-                shutil.rmtree(target, ignore_errors=True)  # begun here, not finished
-                draft.rename(target)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+        with storage_errors(target), draft_of(target) as draft:
+            _copy(finished, draft)
+            remove(target)  # begun here, not finished
+            draft.rename(target)
 
 
 def folder_of(config: RunConfig) -> Path:

@@ -188,6 +188,7 @@ class AlignConfig(StageConfig):
 
     schedule: Literal["constant", "cosine", "linear"] = about("cosine", "course of the learning rate after warmup")
     final_learning_rate: Annotated[float, Field(ge=0)] = about(1e-5, "learning rate at the end of linear and cosine")
+    remat: bool = free(True, "without effect: alignment keeps no other layer's activations")
 
 
 class GroupedStageConfig(StageConfig):

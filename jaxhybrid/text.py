@@ -2,21 +2,30 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxhybrid.data import load_vocabulary
 from jaxhybrid.errors import DataError
-from jaxhybrid.files import read_json
+from jaxhybrid.export.folder import is_export
 from jaxhybrid.generate import generate
 from jaxhybrid.model.transformer import Model
+from jaxhybrid.weights.files import read_table
 from jaxhybrid.weights.huggingface import load_student, load_teacher
 
 
-def load_any(folder: str) -> Model:
-    """An exported hybrid or a teacher, whichever the folder's config says it is."""
-    config = Path(folder) / "config.json"
-    if config.exists() and read_json(config).get("model_type") == "jaxhybrid":
-        return load_student(folder)
-    return load_teacher(folder)
+def open_model(folder: str) -> tuple[Model, Any, list[int]]:
+    """An exported hybrid or a teacher, whichever the folder's config says it is; its tokenizer; what ends an answer."""
+    model = load_student(folder) if is_export(Path(folder).expanduser()) else load_teacher(folder)
+    vocabulary = load_vocabulary(model.folder, model.config.vocab_size)
+    return model, vocabulary.tokenizer, end_ids(Path(model.folder), vocabulary.end_id)
+
+
+def end_ids(folder: Path, tokenizer_end: int) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and what the model's generation config adds to it."""
+    path = folder / "generation_config.json"
+    given = read_table(path).get("eos_token_id") if path.is_file() else None
+    listed = [] if given is None else given if isinstance(given, list) else [given]
+    return sorted({tokenizer_end, *listed})
 
 
 def complete(
@@ -28,14 +37,12 @@ def complete(
     seed: int = 0,
     chat: bool = False,
 ) -> list[str]:
-    """The continuation of each prompt, ended at the model's end token.
+    """The continuation of each prompt, ended at one of the model's end tokens.
 
     Raises:
         DataError: the chat template is asked for and the tokenizer has none.
     """
-    model = load_any(folder)
-    vocabulary = load_vocabulary(model.folder, model.config.vocab_size)
-    tokenizer = vocabulary.tokenizer
+    model, tokenizer, ends = open_model(folder)
     if chat:
         if not tokenizer.chat_template:
             raise DataError(f"The tokenizer of {model.folder} has no chat template; leave --chat out.")
@@ -44,5 +51,5 @@ def complete(
             for p in prompts
         ]
     tokens = [tokenizer(prompt, add_special_tokens=not chat)["input_ids"] for prompt in prompts]
-    answers = generate(model, tokens, max_new_tokens, eos_ids=[vocabulary.end_id], temperature=temperature, seed=seed)
+    answers = generate(model, tokens, max_new_tokens, eos_ids=ends, temperature=temperature, seed=seed)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

@@ -1,5 +1,6 @@
 """Cached generation on the hybrid state against full recomputation, batched against single."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -14,6 +15,7 @@ from jaxhybrid.model.config import GATED_DELTANET as G
 from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.decode import decode, initial_decode_state
 from jaxhybrid.model.transformer import forward
+from jaxhybrid.text import end_ids
 from jaxhybrid.weights.convert import convert
 
 PROMPTS = [[3, 9, 4, 17, 2], [8], [5, 6, 7, 11, 30, 31, 32, 40]]
@@ -51,6 +53,7 @@ def test_greedy_equals_full_recomputation_and_batched_equals_single(model):
     for prompt, produced in zip(PROMPTS, batched):
         assert produced == recomputed(model, prompt, 6)
         assert produced == generate(model, [prompt], 6)[0]
+    assert generate(model, PROMPTS, 6, length_multiple=8) == batched
 
 
 def test_prefill_then_tokens_equals_prefill_of_all(model):
@@ -68,6 +71,13 @@ def test_stops_at_an_end_token(model):
     assert generate(model, PROMPTS[:1], 6, eos_ids=[free[2]])[0] == free[: free.index(free[2]) + 1]
 
 
+@pytest.mark.parametrize(("config", "expected"), [({"eos_token_id": [7, 2]}, [2, 5, 7]), ({"eos_token_id": 7}, [5, 7])])
+def test_the_generation_config_may_name_more_end_tokens(tmp_path, config, expected):
+    assert end_ids(tmp_path, 5) == [5]
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert end_ids(tmp_path, 5) == expected
+
+
 def test_sampling_is_seeded(model):
     draws = [generate(model, PROMPTS[:1], 6, temperature=5.0, seed=seed)[0] for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
@@ -78,3 +88,6 @@ def test_empty_prompt_and_foreign_token_are_refused(model):
         generate(model, [[1], []], 2)
     with pytest.raises(DataError, match="token 99; the vocabulary has 61"):
         generate(model, [[99]], 2)
+    with pytest.raises(DataError, match="token -1; the vocabulary has 61"):
+        generate(model, [[3, -1]], 2)
+    assert generate(model, [], 2) == []

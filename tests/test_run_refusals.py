@@ -154,6 +154,11 @@ def test_the_folder_of_another_config(workshop, made, refused):
     refused("score", workshop.config, f"run_dir={run}-2", "seed=1", "--merge", run, parts=["seed: 0 -> 1"])
 
 
+def test_a_run_without_scores_is_not_merged(workshop, made, refused, tmp_path):
+    run = made("run").path
+    refused("score", workshop.config, f"run_dir={tmp_path / 'new'}", "--merge", run, parts=[f"{run} has no scores"])
+
+
 @pytest.mark.parametrize("candidates", ["0:4", "3", "2:2", "-1:2", "a:b"])
 def test_candidates_out_of_range(workshop, refused, tmp_path, candidates):
     arguments = ["score", workshop.config, f"run_dir={tmp_path / 'run'}", f"--candidates={candidates}"]
@@ -164,6 +169,30 @@ def test_candidates_out_of_range(workshop, refused, tmp_path, candidates):
 def test_verbs_out_of_order_name_the_one_that_is_missing(workshop, refused, tmp_path, verb):
     missing = {"score": "align", "select": "score", "distill": "select", "finetune": "select", "export": "distill"}
     refused(verb, workshop.config, f"run_dir={tmp_path / 'run'}", parts=[f"jaxhybrid {missing[verb]}"])
+
+
+def test_an_export_does_not_take_a_folder_that_holds_other_things(workshop, refused, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    parts = ["thesis", "not an earlier export", "--overwrite"]
+    run = f"run_dir={tmp_path / 'run'}"
+    refused("export", workshop.config, run, "--to", tmp_path / "thesis", parts=parts)
+    refused("run", workshop.config, run, f"export.folder={tmp_path / 'thesis'}", parts=parts)
+    assert not (tmp_path / "run" / "align").exists()  # said before anything is trained
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "another shape"])
+def test_parameters_that_cannot_be_read(made, damage):
+    folder = made("run")
+    like = {"w": jnp.zeros(4096 if damage != "another shape" else 5)}
+    for path in [path for path in (folder.stage("align") / "params").rglob("*") if path.is_file()]:
+        if damage == "gone":
+            path.unlink()
+        elif damage == "cut":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(RunError, match=r"align/params is damaged or does not fit.*Delete the folder .*align to train"):
+        folder.load_params("align", like)
 
 
 def test_report_of_a_mistyped_name_makes_no_folder(workshop, refused, tmp_path):
@@ -187,6 +216,17 @@ def test_a_run_folder_stands_for_its_config_wherever_it_is(made, refused, tmp_pa
         main()
     assert not stopped.value.code
     assert f"report: {moved / 'report' / 'index.html'}" in capsys.readouterr().out
+
+
+def test_what_a_finished_stage_does_not_need_is_removed(made, workshop):
+    folder = made("run")
+    left = folder.stage("score") / "teacher-train-000-002-0.bin", folder.stage("align") / "checkpoints"
+    assert not left[1].exists()
+    left[0].touch()  # by a process that was killed as it removed them
+    left[1].mkdir()
+    RunFolder.open(load_config(workshop.config, [f"run_dir={folder.path}"]))
+    assert not any(path.exists() for path in left)
+    assert (folder.stage("align") / "params").exists()
 
 
 @pytest.mark.parametrize(
@@ -258,8 +298,8 @@ def full(size):
         (errno.ENOSPC, "No space left on the disk of {path}. Free some"),
         (errno.EDQUOT, "No space left on the disk of {path}. Free some"),
         (errno.EFBIG, "{path} would be larger than"),
-        (errno.EROFS, "{path} cannot be written (Read-only file system). Choose a writable run_dir."),
-        (errno.EACCES, "{path} cannot be written (Permission denied). Choose a writable run_dir."),
+        (errno.EROFS, "{path} cannot be written (Read-only file system). Make it writable, or choose another run_dir"),
+        (errno.EACCES, "{path} cannot be written (Permission denied). Make it writable, or choose another run_dir"),
     ],
 )
 def test_storage_errors(tmp_path, monkeypatch, code, words):
@@ -342,7 +382,7 @@ def test_an_export_or_report_that_does_not_fit_leaves_nothing(made, workshop, tm
     assert not (folder.path / "report" / "index.html").exists()
     assert not [path for path in folder.path.iterdir() if path.name.startswith(".report")]
     teacher = load_teacher(workshop.folder / "teacher")
-    with pytest.raises(RunError, match="could not be written"), full(20_000):
+    with pytest.raises(RunError, match=r"would be larger than .*choose another folder"), full(20_000):
         export(teacher, folder.path / "export")
     assert not (folder.path / "export").exists()
     assert not [path for path in folder.path.iterdir() if path.name.endswith(".tmp")]

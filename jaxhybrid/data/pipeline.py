@@ -6,7 +6,6 @@ Hosts take consecutive blocks of its rows, so the global batch is the same on an
 on another number.
 """
 
-import json
 import sys
 import threading
 import weakref
@@ -104,12 +103,6 @@ class BatchIterator(Iterator[Batch]):
                 )
         self._open[0].set_state(dict(state["position"]))
         self.taken = state["taken"]
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.get_state(), sort_keys=True).encode()
-
-    def from_bytes(self, state: bytes) -> None:
-        self.set_state(json.loads(state))
 
     def close(self) -> None:
         """Ends the reading threads; the iterator is of no use afterwards."""

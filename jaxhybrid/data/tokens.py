@@ -8,8 +8,6 @@ folder. Any document can be read at random, which is what makes shuffling and ex
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,8 +20,10 @@ from tqdm import tqdm
 from jaxhybrid.data.sources import Source
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import DataError
+from jaxhybrid.files import draft_of, make_folder, storage_errors
 
 FORMAT = 1  # of the cache folder; raised when old folders must not be read
+WAY_OUT = "set data.cache_dir to another folder"
 GROUP_CHARACTERS = 4_000_000  # text given to the tokenizer in one call: enough to keep every core busy, small in memory
 
 LongDocuments = Literal["split", "cut"]
@@ -84,35 +84,28 @@ def open_tokens(
     left out. On a pod every host that has its own disk tokenises for itself; hosts that share `cache_dir` may all do
     the work, the first to finish is kept.
 
-    Raises DataError when the source holds no text, a file is unreadable, or the cache folder is damaged or not
-    writable.
+    Raises DataError when the source holds no text, a file is unreadable, or the cache folder is damaged, and RunError
+    when it cannot be written.
     """
     settings = [FORMAT, source.fingerprint, vocabulary.fingerprint, max_document_tokens, long_documents]
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12).hexdigest()
     folder = Path(os.path.expanduser(cache_dir)) / key
     if not folder.is_dir():
-        unfinished = folder.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
-        try:
-            unfinished.mkdir(parents=True)
+        make_folder(folder.parent, WAY_OUT)
+        with storage_errors(folder, WAY_OUT), draft_of(folder) as unfinished:
+            unfinished.mkdir()
             _write(unfinished, source, vocabulary, max_document_tokens, long_documents, progress)
-            if not _rename(unfinished, folder):
-                shutil.rmtree(unfinished)
-        except OSError as error:
-            raise DataError(f"Cannot write the token cache {folder}: {error}. Set data.cache_dir.") from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _rename(unfinished, folder)
     return _read(folder, source.name)
 
 
-def _rename(unfinished: Path, folder: Path) -> bool:
-    """False when another process has put the same cache there first."""
+def _rename(unfinished: Path, folder: Path) -> None:
+    """Leaves `unfinished` where it is when another process has put the same cache in place first."""
     try:
         unfinished.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise
-        return False
-    return True
 
 
 def _write(

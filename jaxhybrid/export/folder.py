@@ -4,21 +4,20 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
 
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export.card import base_model_name, model_card
 from jaxhybrid.families import student_config_to_hf
+from jaxhybrid.files import draft_of, make_folder, storage_errors, write_json
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.transformer import Model
+from jaxhybrid.weights.files import read_table
 from jaxhybrid.weights.save import save_weights
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -42,6 +41,7 @@ TOKENIZER_FILES = (
 LICENSE_PATTERNS = ("LICENSE*", "NOTICE*")  # terms of the base model travel with weights made from it
 WRITTEN = (*CODE_FILES, *TOKENIZER_FILES, *LICENSE_PATTERNS, "config.json", "generation_config.json", "README.md")
 WRITTEN_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+WAY_OUT = "choose another folder; nothing is left of the export: run it again"
 
 
 def export(
@@ -82,27 +82,24 @@ def export(
             stacklevel=2,
         )
 
-    source_config = _read_json(source, "config.json")
+    source_config = _table(source, "config.json")
     base = base_model_name(source, source_config)
     config = _config(model.config, source_config, base, dtype)
     generation_config = _generation_config(model.config, source, source_config)
     writer = jax.process_index() == 0
-    draft = target.with_name(f".{target.name}.{jax.process_index()}-{os.getpid()}.tmp")
-    with storage_errors(target):
-        try:
-            draft.mkdir(parents=True)
-            if writer:
-                _write_json(draft / "config.json", config)
-                _write_json(draft / "generation_config.json", generation_config)
-                for name in CODE_FILES:
-                    shutil.copyfile(REMOTE_CODE / name, draft / name)
-                _copy_tokenizer(source, draft)
-                (draft / "README.md").write_text(model_card(model.config, target.name, base, dtype))
-            save_weights(model.params, model.config, draft, jnp.dtype(dtype), max_shard_bytes)
-            if writer:
-                _put_in_place(draft, target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    make_folder(target.parent, WAY_OUT)
+    with storage_errors(target, WAY_OUT), draft_of(target) as draft:
+        draft.mkdir()
+        if writer:
+            write_json(draft / "config.json", config, WAY_OUT)
+            write_json(draft / "generation_config.json", generation_config, WAY_OUT)
+            for name in CODE_FILES:
+                shutil.copyfile(REMOTE_CODE / name, draft / name)
+            _copy_tokenizer(source, draft)
+            (draft / "README.md").write_text(model_card(model.config, target.name, base, dtype))
+        save_weights(model.params, model.config, draft, jnp.dtype(dtype), max_shard_bytes)
+        if writer:
+            _put_in_place(draft, target)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"export {target}")
     return target
@@ -128,26 +125,20 @@ def refuse_to_replace(target: Path, source: Path | None, overwrite: bool) -> Non
         return
     if not is_export(target):
         raise RunError(
-            f"{target} holds something that is not an earlier export; name a new folder, or pass overwrite=True."
+            f"{target} holds something that is not an earlier export; "
+            "name a new folder (export.folder), or pass overwrite=True (export --overwrite)."
         )
     foreign = [e.name for e in entries if not any(e.match(pattern) for pattern in (*WRITTEN, *WRITTEN_WEIGHTS))]
     if foreign:
         raise RunError(
             f"{target} is an earlier export with other files in it, which would be lost: {', '.join(foreign[:5])}. "
-            "Name a new folder, or pass overwrite=True."
+            "Name a new folder (export.folder), or pass overwrite=True (export --overwrite)."
         )
 
 
-@contextmanager
-def storage_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason, where = getattr(error, "strerror", None) or error, getattr(error, "filename", None) or target
-        raise RunError(
-            f"The export {target} could not be written: {reason} ({where}). Nothing is left of it. "
-            "Free disk space or choose another folder, then export again."
-        ) from error
+def _table(source: Path | None, name: str) -> dict[str, Any]:
+    """A JSON table of the base model; empty where there is none."""
+    return read_table(source / name) if source is not None and (source / name).is_file() else {}
 
 
 def _config(config: ModelConfig, source_config: dict[str, Any], base: str | None, dtype: str) -> dict[str, Any]:
@@ -164,7 +155,7 @@ def _config(config: ModelConfig, source_config: dict[str, Any], base: str | None
 
 
 def _generation_config(config: ModelConfig, source: Path | None, source_config: dict[str, Any]) -> dict[str, Any]:
-    generation = _read_json(source, "generation_config.json")
+    generation = _table(source, "generation_config.json")
     if not generation:  # what `generate` needs to know where a text ends
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {name: source_config[name] for name in ids if source_config.get(name) is not None}
@@ -196,7 +187,7 @@ def _put_in_place(draft: Path, target: Path) -> None:
     if not target.exists():
         draft.rename(target)
         return
-    earlier = target.with_name(f".{target.name}.{os.getpid()}.old")
+    earlier = draft.with_suffix(".old")
     target.rename(earlier)
     try:
         draft.rename(target)
@@ -204,16 +195,3 @@ def _put_in_place(draft: Path, target: Path) -> None:
         earlier.rename(target)
         raise
     shutil.rmtree(earlier)
-
-
-def _read_json(source: Path | None, name: str) -> dict[str, Any]:
-    if source is None or not (source / name).is_file():
-        return {}
-    try:
-        return json.loads((source / name).read_text())
-    except ValueError as error:
-        raise RunError(f"{source / name} is not valid JSON ({error}); fetch the base model again.") from error
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,7 +1,6 @@
 """One HTML page of a run: it carries its plots inside, so it can be mailed; the same plots lie beside it as PNGs."""
 
 import base64
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from jaxhybrid.files import make_folder, storage_errors
+from jaxhybrid.files import draft_of, make_folder, storage_errors
 from jaxhybrid.report import plots
 from jaxhybrid.report.results import STAGES, Results, StageResult, budget_label, read_results
 from jaxhybrid.report.table import evaluation_rows
@@ -48,17 +47,18 @@ def write_report(run_folder: Path) -> Path:
     run_folder = Path(run_folder)
     results = read_results(run_folder)
     target = make_folder(run_folder / "report")
-    with storage_errors(target), tempfile.TemporaryDirectory(prefix=".report.", dir=run_folder) as scratch:
+    with storage_errors(target), draft_of(target) as scratch:
+        scratch.mkdir()
         pictures: dict[str, Picture] = {}
         with plots.plot_style():
             for name, (figure, alt) in _figures(results).items():
-                file = Path(scratch) / f"{name}.png"
+                file = scratch / f"{name}.png"
                 figure.savefig(file)
                 pictures[name] = Picture(name, alt, base64.b64encode(file.read_bytes()).decode())
-        (Path(scratch) / "index.html").write_text(_render(results, pictures), encoding="utf-8")
+        (scratch / "index.html").write_text(_render(results, pictures), encoding="utf-8")
         for name in pictures:
-            (Path(scratch) / f"{name}.png").replace(target / f"{name}.png")
-        page = (Path(scratch) / "index.html").replace(target / "index.html")
+            (scratch / f"{name}.png").replace(target / f"{name}.png")
+        page = (scratch / "index.html").replace(target / "index.html")
         for stale in FIGURES - pictures.keys():
             (target / f"{stale}.png").unlink(missing_ok=True)
     return page

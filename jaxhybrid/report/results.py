@@ -9,7 +9,7 @@ import yaml
 from jaxhybrid.errors import RunError
 from jaxhybrid.files import read_json
 from jaxhybrid.selection.ranking import CandidateScore, Scores, layers_in_budget
-from jaxhybrid.train.metrics import Record, read_metrics
+from jaxhybrid.train.metrics import Record, read_metrics, training_figures
 
 STAGES = ("align", "score", "distill", "finetune")
 Points = list[tuple[float, float]]
@@ -30,17 +30,7 @@ class StageResult:
 
     def figures(self) -> dict[str, Any]:
         """Steps, tokens, speed and losses: from the summary, or from the records so far while the stage is not done."""
-        measured = [r for r in self.records if "loss" in r]
-        if self.summary or not measured:
-            return self.summary
-        speeds = sorted(r["tokens_per_second"] for r in measured[1:] or measured)  # the first waits for compilation
-        return {
-            "steps": measured[-1]["step"],
-            "tokens": measured[-1]["tokens"],
-            "tokens_per_second": speeds[len(speeds) // 2],
-            "loss_first": measured[0]["loss"],
-            "loss_last": measured[-1]["loss"],
-        }
+        return self.summary or training_figures(self.records)
 
 
 @dataclass(frozen=True)

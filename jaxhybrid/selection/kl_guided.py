@@ -1,5 +1,6 @@
 """Scoring the layers: every candidate trained on the same batches by the same program, resumable anywhere."""
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhybrid.errors import ConfigError
+from jaxhybrid.errors import ConfigError, DivergenceError
 from jaxhybrid.files import read_json, write_json
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import Model, head_matrix
 from jaxhybrid.selection.ranking import CandidateScore, Curve, read_scores
-from jaxhybrid.selection.teacher_cache import TeacherCache
+from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_caches
 from jaxhybrid.stages.distill import teacher_outputs
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
 from jaxhybrid.train.loop import Batches, HostBatch, LoopConfig, train
@@ -73,8 +74,8 @@ def score_candidates(
         raise ConfigError(f"Candidates {outside} do not exist; the model's layers are 0 to {depth - 1}.")
     if config.stop_budget is not None and len(candidates) < depth:
         raise ConfigError("Stopping when the ranking is stable needs all candidates in one process; drop --candidates.")
-    job = f"{candidates[0]:03d}-{candidates[-1]:03d}-{jax.process_index()}"  # jobs may share the run folder
-    programs = _Programs(teacher, student, config, mesh, folder, job)
+    remove_caches(folder, candidates)
+    programs = _Programs(teacher, student, config, mesh, folder, candidates)
     heldout_batches = [programs.with_teacher("heldout", i, batch, len(heldout)) for i, batch in enumerate(heldout)]
     total = config.optimizer.total_steps
     rounds = (
@@ -95,8 +96,7 @@ def score_candidates(
                 break
     for layer in candidates:
         shutil.rmtree(programs.candidate_folder(layer), ignore_errors=True)
-    for file in folder.glob(f"teacher-*-{job}.*"):
-        file.unlink()
+    programs.close()
     return programs.compiled()
 
 
@@ -182,9 +182,17 @@ class _Numbered:
 class _Programs:
     """The compiled functions that all candidates share."""
 
-    def __init__(self, teacher: Model, student: Model, config: ScoringConfig, mesh: Mesh, folder: Path, job: str):
+    def __init__(
+        self,
+        teacher: Model,
+        student: Model,
+        config: ScoringConfig,
+        mesh: Mesh,
+        folder: Path,
+        candidates: Sequence[int],
+    ):
         self.teacher, self.student, self.config, self.mesh = teacher, student, config, mesh
-        self.folder, self.job = folder, job
+        self.folder, self.candidates = folder, candidates
         (kind,) = set(student.config.layer_types)
         assert kind != FULL_ATTENTION
         abstract = jax.eval_shape(candidate_params, student.params, teacher.params, jnp.int32(0))
@@ -211,7 +219,7 @@ class _Programs:
         if name not in self._caches:
             config = self.config
             self._caches[name] = TeacherCache(
-                self.folder / f"teacher-{name}-{self.job}.bin",
+                cache_path(self.folder, name, self.candidates, jax.process_index()),
                 batches,
                 config.batch_size // jax.process_count(),
                 config.sequence_length,
@@ -219,6 +227,11 @@ class _Programs:
                 np.dtype(config.dtype),
             )
         return self._caches[name]
+
+    def close(self) -> None:
+        """Removes this process's caches."""
+        for cache in self._caches.values():
+            cache.delete()
 
     def with_teacher(self, name: str, index: int, batch: HostBatch, batches: int) -> HostBatch:
         """The batch with `teacher_hidden` added, computed the first time this batch is seen by any candidate."""
@@ -237,6 +250,11 @@ class _Programs:
         for batch in heldout:
             total += float(self._heldout(params, layer, place_batch(batch, self.mesh), self.teacher_head))
             tokens += int(np.count_nonzero(batch["segment_ids"]))
+        if not math.isfinite(total):
+            raise DivergenceError(
+                f"The held-out KL of the candidate of layer {int(layer)} is {total}. Lower score.learning_rate and "
+                "score.mixer_learning_rate; if the first measurement says so, align again at a lower rate."
+            )
         return total / tokens
 
     def compiled(self) -> dict[str, int]:

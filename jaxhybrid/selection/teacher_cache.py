@@ -1,14 +1,15 @@
 """The teacher's final hidden states for the batches that all candidates share, computed once and kept on disk."""
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxhybrid.errors import RunError
-from jaxhybrid.files import make_folder, read_json, storage_errors, write_json
+from jaxhybrid.files import make_folder, read_json, remove, storage_errors, write_json
 
 
 class TeacherCache:
@@ -31,7 +32,7 @@ class TeacherCache:
                     "score.keep_teacher_states=false to run the teacher again for every layer."
                 )
             with storage_errors(path):
-                self._delete()
+                self.delete()
                 _reserve(path, needed)
                 _reserve(path.with_suffix(".present"), batches)
                 write_json(mark, description)
@@ -48,7 +49,8 @@ class TeacherCache:
                 self._present.flush()
         return np.asarray(self._states[index])
 
-    def _delete(self) -> None:
+    def delete(self) -> None:
+        """Removes the files; an open map of them stays readable."""
         for suffix in (".json", ".present", self.path.suffix):  # the mark that says the others are whole goes first
             self.path.with_suffix(suffix).unlink(missing_ok=True)
 
@@ -57,3 +59,18 @@ def _reserve(path: Path, size: int) -> None:
     """A file of zeros whose blocks are taken: writing to a map of a sparse one kills the process on a full disk."""
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
+
+
+def cache_path(folder: Path, name: str, candidates: Sequence[int], process: int) -> Path:
+    """Jobs that score other layers may share the folder, so each has files of its own."""
+    return folder / f"teacher-{name}-{candidates[0]:03d}-{candidates[-1]:03d}-{process}.bin"
+
+
+def remove_caches(folder: Path, candidates: Sequence[int]) -> None:
+    """Removes every cache for some of these layers and others: nobody works on a layer twice, so its job was killed."""
+    ours = candidates[0], candidates[-1]
+    for path in folder.glob("teacher-*"):
+        found = re.fullmatch(r"teacher-[a-z]+-(\d+)-(\d+)-\d+\.\w+", path.name)
+        theirs = found and (int(found[1]), int(found[2]))
+        if theirs and theirs != ours and theirs[0] <= ours[1] and ours[0] <= theirs[1]:
+            remove(path)

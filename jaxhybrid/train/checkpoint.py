@@ -49,13 +49,11 @@ class Checkpoints:
         if step is None:
             raise RunError(f"{self.folder} has no checkpoint.")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        try:
+        with damage(
+            self.folder / str(step), "Delete it to go on from an older one, or the stage's folder to start over"
+        ):
             state = self._checkpointer.load(step, abstract)
-        except (ValueError, KeyError) as error:
-            raise RunError(
-                f"{self.folder / str(step)} does not fit this run ({error}). Delete the stage's folder to start over."
-            ) from error
-        metadata = self._checkpointer.metadata(step).custom_metadata
+            metadata = self._checkpointer.metadata(step).custom_metadata
         if not isinstance(metadata, dict):
             raise RunError(
                 f"{self.folder / str(step)} lacks its position in the data. Delete it to go on from an older one."
@@ -80,3 +78,15 @@ def orbax_errors(folder: Path) -> Iterator[None]:
                 with storage_errors(folder):
                     raise OSError(code, os.strerror(code)) from error
         raise
+
+
+@contextmanager
+def damage(path: Path, way_out: str) -> Iterator[None]:
+    """Says of what orbax raises while it reads that `path` is damaged or of another shape."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # a device without room, say
+        raise
+    except Exception as error:  # tensorstore has no type of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise RunError(f"{path} is damaged or does not fit this run ({reason}). {way_out}.") from error

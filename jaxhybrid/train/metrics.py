@@ -26,6 +26,21 @@ def read_metrics(folder: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def training_figures(records: list[Record]) -> Record:
+    """Steps, tokens, speed (the median) and losses of what was recorded; empty if nothing was."""
+    measured = [record for record in records if "loss" in record]
+    if not measured:
+        return {}
+    speeds = sorted(record["tokens_per_second"] for record in measured[1:] or measured)  # the first compiles
+    return {
+        "steps": measured[-1]["step"],
+        "tokens": measured[-1]["tokens"],
+        "loss_first": measured[0]["loss"],
+        "loss_last": measured[-1]["loss"],
+        "tokens_per_second": round(speeds[len(speeds) // 2]),
+    }
+
+
 class Recorder:
     """Records of one stage. Opening it again at a step forgets what was recorded after that step."""
 

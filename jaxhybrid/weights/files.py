@@ -1,6 +1,8 @@
 """A folder of safetensors files read as memory maps: only the bytes that are used are read."""
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxhybrid.errors import WeightsError
+from jaxhybrid.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -59,7 +62,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 "refused; save the model again with transformers' save_pretrained, which writes safetensors."
             )
         raise WeightsError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}.")
-    index = read_json(folder / INDEX_FILE)
+    index = read_table(folder / INDEX_FILE)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{folder / INDEX_FILE} has no weight_map; fetch it again.")
@@ -97,11 +100,15 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes one file, laid out as transformers expects, readable as the user's other new files are."""
     path.touch()
     mode = path.stat().st_mode  # the library leaves its files readable by their owner only
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk among others; the text tells which it was
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error from error
     path.chmod(mode)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
     """A JSON table.
 
     Raises:
@@ -109,10 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise WeightsError(f"{path.parent} has no {path.name}; it is not a Hugging Face model folder.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    value = read_json(path, WeightsError, "Fetch it again.")
     if not isinstance(value, dict):
         raise WeightsError(f"{path} is not a table of settings.")
     return value

@@ -18,7 +18,7 @@ from jaxhybrid.model.params import Params, is_spec
 from jaxhybrid.model.partition import param_shardings
 from jaxhybrid.model.transformer import Model, declare
 from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder
-from jaxhybrid.weights.files import StoredTensor, read_json, stored_tensors
+from jaxhybrid.weights.files import StoredTensor, read_table, stored_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -48,7 +48,7 @@ def load_teacher(
         WeightsError: the folder is missing, damaged, or does not match its config.
     """
     folder = _resolve(path_or_id)
-    config = hf_to_config(read_json(folder / "config.json"), ignore_config_keys)
+    config = hf_to_config(read_table(folder / "config.json"), ignore_config_keys)
     return _load(folder, config, dtype, mesh, shardings)
 
 
@@ -61,7 +61,7 @@ def load_student(
 ) -> Model:
     """A hybrid that `export` wrote; arguments and errors as for `load_teacher`."""
     path = _resolve(folder)
-    return _load(path, hf_to_student_config(read_json(path / "config.json")), dtype, mesh, shardings)
+    return _load(path, hf_to_student_config(read_table(path / "config.json")), dtype, mesh, shardings)
 
 
 def _load(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None, shardings: Params | None) -> Model:
@@ -162,14 +162,14 @@ def largest_token_id(folder: Path) -> int | None:
     """The largest id in a folder's tokenizer files; None when it has no JSON ones."""
     ids: list[int] = []
     if (folder / "tokenizer.json").is_file():
-        tokenizer = read_json(folder / "tokenizer.json")
+        tokenizer = read_table(folder / "tokenizer.json")
         vocabulary = tokenizer.get("model", {}).get("vocab", {})
         ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
     elif (folder / "vocab.json").is_file():
-        ids += read_json(folder / "vocab.json").values()
+        ids += read_table(folder / "vocab.json").values()
         if (folder / "added_tokens.json").is_file():
-            ids += read_json(folder / "added_tokens.json").values()
+            ids += read_table(folder / "added_tokens.json").values()
     return max(ids, default=None)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.errors import ConfigError
+from jaxhybrid.errors import ConfigError, DivergenceError, RunError
 from jaxhybrid.model.config import GATED_DELTANET, GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
@@ -44,10 +44,14 @@ def score(teacher):
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
 
     def run(folder, candidates=range(4), **changes):
-        optimizer = OptimizerConfig(STEPS, learning_rate=1e-3, mixer_learning_rate=1e-2)
-        config = ScoringConfig(
-            optimizer, ROWS, LENGTH, evaluate_every=1, checkpoint_every=100, log_every=1, dtype=jnp.float32, **changes
-        )
+        settings = {
+            "optimizer": OptimizerConfig(STEPS, learning_rate=1e-3, mixer_learning_rate=1e-2),
+            "evaluate_every": 1,
+            "checkpoint_every": 100,
+            "log_every": 1,
+            "dtype": jnp.float32,
+        }
+        config = ScoringConfig(batch_size=ROWS, sequence_length=LENGTH, **settings | changes)
         with jax.set_mesh(mesh):
             own = Model(jax.device_put(student.params, jax.NamedSharding(mesh, jax.P())), student.config)
             other = Model(jax.device_put(teacher.params, jax.NamedSharding(mesh, jax.P())), teacher.config)
@@ -80,3 +84,19 @@ def test_rounds_need_all_candidates_and_candidates_must_exist(score, tmp_path):
         score(tmp_path, candidates=range(2), stop_budget=1)
     with pytest.raises(ConfigError, match=r"Candidates \[4, 5\] do not exist"):
         score(tmp_path, candidates=range(3, 6))
+
+
+def test_what_killed_jobs_left_is_removed_and_other_jobs_keep_their_own(score, tmp_path):
+    killed, elsewhere = "teacher-train-000-002-0", "teacher-train-002-003-0"
+    for name in (killed, elsewhere):
+        for suffix in (".bin", ".present", ".json"):
+            (tmp_path / f"{name}{suffix}").touch()
+    with pytest.raises(RunError, match=r"\[2, 3\]"):  # not scored yet
+        score(tmp_path, candidates=range(2))
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["candidates", "scores", *(f"{elsewhere}{suffix}" for suffix in (".bin", ".json", ".present"))]
+
+
+def test_a_held_out_kl_that_is_not_finite_is_named(score, tmp_path):
+    with pytest.raises(DivergenceError, match=r"KL of the candidate of layer 0 is nan\. Lower score\.learning_rate"):
+        score(tmp_path, candidates=range(1), optimizer=OptimizerConfig(STEPS, learning_rate=float("nan")))

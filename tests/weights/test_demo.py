@@ -1,6 +1,7 @@
 """The demo teacher against transformers' own reading of the same GGUF file."""
 
 import copy
+import errno
 import json
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from jaxhybrid.errors import WeightsError
+from jaxhybrid.errors import RunError, WeightsError
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.weights import demo
 from jaxhybrid.weights.huggingface import load_teacher
@@ -80,10 +81,10 @@ def test_weights_equal_transformers(folder, reference):
 
 
 def test_logits_equal_transformers(model, reference, tokenizer):
-    """Our float64 logits are within 1e-4 of transformers' float32 ones, and closer to its float64 ones.
+    """The mathematics is the same: in float64 they are within 5e-5 (transformers keeps norms and softmax in float32).
 
-    Those keep norms and softmax in float32. Logits reach 43 and thirty layers of float32 rounding take 1e-4 of that:
-    torch's own float32 is 7e-5 from its float64, ours 1.5e-4 (XLA's products for CPUs sum in another order).
+    Logits reach 43, and thirty layers of float32 rounding take up to 2e-4 of that, by CPU: torch's own float32 was
+    found 0.7e-4 and 1.7e-4 from its float64, ours 1.5e-4; from each other they were 0.9e-4 to 1.3e-4.
     """
     rows = np.stack([tokenizer(text * 9).input_ids[:40] for text in TEXTS[:4]])
     float32 = np.asarray(forward(model.params, model.config, jnp.asarray(rows)))
@@ -95,7 +96,6 @@ def test_logits_equal_transformers(model, reference, tokenizer):
     assert float64.dtype == exact.dtype == np.float64
     assert np.abs(expected).max() > 20
     np.testing.assert_allclose(float64, exact, atol=5e-5, rtol=0)
-    np.testing.assert_allclose(float64, expected, atol=1e-4, rtol=0)
     np.testing.assert_allclose(float32, expected, atol=3e-4, rtol=0)
 
 
@@ -179,6 +179,21 @@ def test_failed_build_leaves_nothing_and_incomplete_is_rebuilt(tmp_path, monkeyp
     folder = demo.demo_teacher_folder()
     (folder / "tokenizer.json").unlink()
     assert (demo.demo_teacher_folder() / "tokenizer.json").read_text() == "new"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RunError, match=r"file/jaxhybrid.*set XDG_CACHE_HOME to another folder"):
+        demo.demo_teacher_folder()
+
+    def full(source, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    monkeypatch.setattr(demo, "write_folder", full)
+    with pytest.raises(RunError, match=r"No space left.*full/jaxhybrid.*set XDG_CACHE_HOME"):
+        demo.demo_teacher_folder()
 
 
 def test_missing_package_is_named(monkeypatch):

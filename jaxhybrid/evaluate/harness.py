@@ -1,0 +1,256 @@
+"""A model of this package under lm-evaluation-harness: its tasks, scored by JAX on one device.
+
+Needs the `eval` extra. Tasks of the harness fetch their data from the hub; a folder of one's own task files needs no
+network.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lm_eval
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from jaxhybrid.errors import ConfigError, DataError
+from jaxhybrid.generate import generate
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.params import Params
+from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
+
+CHUNK_TOKENS = 512  # tokens whose logits are held at once
+BOOTSTRAPS = 1000  # resamples behind a perplexity's standard error; the harness's own 100,000 take minutes
+SHORTEST = 64, 8  # row and continuation lengths are powers of two from here on: few shapes, few compilations
+
+TokenRequest = tuple[Any, list[int], list[int]]  # (texts, tokens of the context, tokens of the continuation)
+
+
+def run_tasks(
+    model: Model,
+    tokenizer: Any,
+    end_ids: Sequence[int],
+    tasks: Sequence[str],
+    *,
+    task_folder: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "float32",
+) -> dict[str, dict[str, float]]:
+    """Figures of each task, `{task: {"acc": 0.31, "acc_stderr": 0.02, ...}}`.
+
+    Args:
+        model: on one device, and no mesh active.
+        task_folder: YAML files of further tasks.
+        shots: solved examples before each question; None as the task says.
+        limit: questions of each task; None takes all.
+
+    Raises:
+        ConfigError: a task or the dtype is not known, or a number is out of range.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16.")
+    for name, value, least in (("shots", shots, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} {value}: at least {least}.")
+    manager, unknown = TaskManager(include_defaults=False), list(tasks)
+    for defaults in (False, True):  # reading the harness's own thousands of tasks takes seconds
+        if unknown and (task_folder is not None or defaults):
+            manager = TaskManager(include_path=task_folder, include_defaults=defaults)
+            unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ConfigError(
+            f"lm-eval does not know the task {unknown[0]!r}. `lm-eval ls tasks` lists what it knows; a folder with "
+            "task files of your own goes in --task-folder."
+        )
+    evaluated = lm_eval.simple_evaluate(
+        model=HarnessModel(model, tokenizer, end_ids, batch_size=batch_size, dtype=jnp.dtype(dtype)),
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=BOOTSTRAPS,
+        log_samples=False,
+    )
+    assert evaluated is not None  # None on other ranks than the first, and there is one
+    return {task: _figures(result) for task, result in evaluated["results"].items()}
+
+
+def _figures(result: dict[str, Any]) -> dict[str, float]:
+    """{"acc,none": x, "alias": name} -> {"acc": x}; a filter other than `none` stays in the name."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in result.items()
+        if "," in name and isinstance(value, int | float)
+    }
+
+
+class HarnessModel(TemplateLM):
+    """What the harness asks of a model: likelihood of a continuation, likelihood of a text, greedy text."""
+
+    def __init__(
+        self, model: Model, tokenizer: Any, end_ids: Sequence[int], *, batch_size: int = 8, dtype: Any = jnp.float32
+    ):
+        super().__init__()
+        self.model, self.tokenizer, self.batch_size, self.dtype = model, tokenizer, batch_size, dtype
+        self.end_ids = list(end_ids)
+        self.max_length = model.config.max_position_embeddings
+
+    # --- the names by which the harness asks
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What the first token of a text is conditioned on."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.model.folder)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the model's context."""
+        windows: list[TokenRequest] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            for window in get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)):
+            totals[owner] += value
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy text up to a stop sequence. Tokens after one are computed and cut off."""
+        answers: list[str] = [""] * len(requests)
+        settings = [normalize_gen_kwargs(request.args[1], default_max_gen_toks=256) for request in requests]
+        by_length: dict[int, list[int]] = {}
+        for number, wanted in enumerate(settings):
+            if temperature := wanted.get("temperature"):  # absent, or 0 without sampling
+                raise ConfigError(f"A task asks for temperature {temperature}; only greedy text is built.")
+            by_length.setdefault(wanted["max_gen_toks"], []).append(number)
+        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm) as bar:
+            for new_tokens, numbers in by_length.items():
+                room = self.max_length - new_tokens
+                if room < 1:
+                    raise ConfigError(f"A task asks for {new_tokens} new tokens; the context has {self.max_length}.")
+                for group in _groups(numbers, self.batch_size):
+                    prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in group]
+                    prompts += prompts[-1:] * (self.batch_size - len(group))
+                    produced = generate(
+                        self.model,
+                        prompts,
+                        new_tokens,
+                        eos_ids=self.end_ids,
+                        dtype=self.dtype,
+                        length_multiple=SHORTEST[0],
+                    )
+                    for number, tokens in zip(group, produced):
+                        stops = handle_stop_sequences(settings[number]["until"], eos=None)
+                        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                        answers[number] = postprocess_generated_text(text, stops, None)
+                        bar.update()
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation, whether greedy decoding gives it) of each request.
+
+        Raises:
+            DataError: a continuation is empty or longer than the context.
+        """
+        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))  # the largest shapes first
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        with tqdm(total=len(rows), desc="scoring", disable=disable_tqdm) as bar:
+            for group in _groups(order, self.batch_size):
+                likelihood, greedy = self._score([rows[number] for number in group])
+                for number, value, same in zip(group, likelihood, greedy):
+                    answers[number] = float(value), bool(same)
+                    bar.update()
+        return answers
+
+    def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
+        """(tokens, how many of them at the end are the continuation), the context cut on the left to fit."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise DataError(
+                f"A task has a continuation of {len(continuation)} tokens; the model's context is {self.max_length}."
+            )
+        return [*context, *continuation][-(self.max_length + 1) :], len(continuation)
+
+    def _score(self, rows: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
+        longest = _power_of_two(max(len(tokens) for tokens, _ in rows) - 1, SHORTEST[0])
+        answer = _power_of_two(max(count for _, count in rows), SHORTEST[1])
+        tokens = np.zeros((self.batch_size, longest), np.int32)
+        segments = np.zeros_like(tokens)
+        places = np.zeros((self.batch_size, answer), np.int32)  # where each token of the continuation is predicted
+        targets = np.full((self.batch_size, answer), -1, np.int32)
+        for row, (text, count) in enumerate(rows):
+            tokens[row, : len(text) - 1], segments[row, : len(text) - 1] = text[:-1], 1
+            places[row, :count] = np.arange(len(text) - 1 - count, len(text) - 1)
+            targets[row, :count] = text[-count:]
+        found = _continuations(
+            self.model.params, tokens, segments, places, targets, config=self.model.config, dtype=self.dtype
+        )
+        return np.asarray(found[0]), np.asarray(found[1])
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _continuations(
+    params: Params,
+    tokens: jax.Array,
+    segments: jax.Array,
+    places: jax.Array,
+    targets: jax.Array,
+    *,
+    config: ModelConfig,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-probability of `targets` [B,A] after `places` [B,A], and whether each is the most likely one."""
+    hidden = hidden_states(params, config, tokens, segments, dtype=dtype)
+    at_places = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
+    head = head_matrix(params, config).astype(dtype)
+
+    def one(token: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        state, target = token
+        log_p = jax.nn.log_softmax(jnp.dot(state, head, preferred_element_type=jnp.float32))
+        return log_p[target], jnp.argmax(log_p) == target
+
+    log_p, same = jax.lax.map(one, (at_places, targets.reshape(-1)), batch_size=CHUNK_TOKENS)
+    asked = targets >= 0
+    return (
+        jnp.sum(jnp.where(asked, log_p.reshape(targets.shape), 0.0), axis=1),
+        jnp.all(same.reshape(targets.shape) | ~asked, axis=1),
+    )
+
+
+def _groups(numbers: Sequence[int], size: int) -> Iterable[Sequence[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def _power_of_two(length: int, shortest: int) -> int:
+    return max(shortest, 1 << (length - 1).bit_length())

@@ -1,0 +1,189 @@
+"""lm-evaluation-harness on our models: likelihoods against a plain forward pass, and whole tasks from files."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxhybrid.cli import main
+from jaxhybrid.errors import ConfigError, DataError
+from jaxhybrid.evaluate.harness import HarnessModel, run_tasks
+from jaxhybrid.generate import generate
+from jaxhybrid.model.transformer import forward
+from jaxhybrid.text import open_model
+from tests.tiny import write_teacher
+
+QUESTIONS = [
+    {"question": "anna likes the", "choices": [" lime", " trebs", " anna dora"], "answer": 1},
+    {"question": "", "choices": ["carl", "bert has"], "answer": 0},
+    {"question": "the number 37 and likes the number 74," * 8, "choices": [" emil", " d"], "answer": 0},
+]
+TASKS = {
+    "choose": """
+task: choose
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: "{{choices}}"
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "read": """
+task: read
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity, weight_by_size: true}]
+""",
+    "write": """
+task: write
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{reply}}"
+generation_kwargs: {until: ["<stop>"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+TEXTS = ["anna has the number 0 and likes the anna. " * 30, "dora likes the number 111."]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    return open_model(str(write_teacher(tmp_path_factory.mktemp("teacher"))))
+
+
+@pytest.fixture
+def harness(opened):
+    return HarnessModel(*opened, batch_size=2)
+
+
+@pytest.fixture
+def task_folder(tmp_path, opened, monkeypatch):
+    """Three tasks in files. The right reply of the last is what the model says to one of its two questions."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer, ends = opened
+    replies = [tokenizer.decode(generate(model, [tokenizer("anna likes").input_ids], 4, eos_ids=ends)[0]), "no"]
+    rows = {
+        "choose": QUESTIONS,
+        "read": [{"text": text} for text in TEXTS],
+        "write": [{"question": "anna likes", "reply": reply} for reply in replies],
+    }
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, settings in TASKS.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+        (folder / f"{name}.yaml").write_text(settings + "".join(f"{k}: {json.dumps(v)}\n" for k, v in source.items()))
+    return folder
+
+
+def likelihood(opened, context, continuation):
+    """By a forward pass over exactly these tokens, cut on the left to the context the model has."""
+    model, _, _ = opened
+    tokens = [*context, *continuation][-(model.config.max_position_embeddings + 1) :]
+    log_p = np.asarray(jax.nn.log_softmax(forward(model.params, model.config, jnp.asarray([tokens[:-1]]))[0]))
+    log_p = log_p[len(tokens) - 1 - len(continuation) :]
+    return log_p[np.arange(len(continuation)), continuation].sum(), bool((log_p.argmax(-1) == continuation).all())
+
+
+def encoded(tokenizer, context, continuation):
+    """Tokens of both, as the running text has them; an empty context is the end token."""
+    before = tokenizer(context).input_ids
+    return before or [tokenizer.eos_token_id], tokenizer(context + continuation).input_ids[len(before) :]
+
+
+def request(*arguments):
+    return SimpleNamespace(args=arguments)
+
+
+def test_likelihoods_equal_a_plain_forward_pass(opened, harness):
+    model, tokenizer, _ = opened
+    pairs = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]]
+    found = harness.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
+    expected = [likelihood(opened, *encoded(tokenizer, *pair)) for pair in pairs]
+    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], atol=1e-4)
+    assert [same for _, same in found] == [same for _, same in expected]
+
+    prompt = tokenizer("anna likes").input_ids
+    greedy = generate(model, [prompt], 9)[0]
+    other = [*greedy[:8], (greedy[8] + 1) % 300]
+    ((first, same), (_, differs)) = harness._loglikelihood_tokens([(None, prompt, t) for t in (greedy, other)], True)
+    assert (same, differs) == (True, False)
+    np.testing.assert_allclose(first, likelihood(opened, prompt, greedy)[0], atol=1e-4)
+
+
+def test_long_texts_are_scored_in_windows_and_every_token_once(opened, harness):
+    model, tokenizer, _ = opened
+    window, expected = model.config.max_position_embeddings, []
+    for text in TEXTS:
+        ids, prefix, total = tokenizer(text).input_ids, [tokenizer.eos_token_id], 0.0
+        for start in range(0, len(ids), window):
+            piece = ids[start : start + window]
+            # The last window is a full one, too: what it does not predict is its context.
+            context = (prefix + ids)[max(start + len(piece) - window, 0) : start + 1]
+            total += likelihood(opened, context, piece)[0]
+        expected.append(total)
+    assert len(tokenizer(TEXTS[0]).input_ids) > 2 * window
+    np.testing.assert_allclose(harness.loglikelihood_rolling([request(t) for t in TEXTS], True), expected, rtol=1e-5)
+
+
+def test_text_ends_at_a_stop_and_is_that_of_each_prompt_alone(opened, harness):
+    model, tokenizer, ends = opened
+    prompts = ["anna likes", "the number of the " * 40, "bert"]
+    room = model.config.max_position_embeddings - 6
+    free = [tokenizer.decode(generate(model, [tokenizer(p).input_ids[-room:]], 6, eos_ids=ends)[0]) for p in prompts]
+    stop = free[0][2:4]
+    found = harness.generate_until([request(p, {"until": [stop], "max_gen_toks": 6}) for p in prompts], True)
+    assert found == [text.split(stop)[0] for text in free]
+    with pytest.raises(ConfigError, match=r"temperature 0\.7"):
+        harness.generate_until([request("a", {"do_sample": True, "temperature": 0.7})], True)
+    with pytest.raises(ConfigError, match="128 new tokens; the context has 128"):
+        harness.generate_until([request("a", {"max_gen_toks": 128})], True)
+    with pytest.raises(DataError, match="continuation of 0 tokens"):
+        harness.loglikelihood([request("a", "")], True)
+
+
+def test_whole_tasks(opened, task_folder):
+    _, tokenizer, _ = opened
+    found = run_tasks(*opened, list(TASKS), task_folder=task_folder, batch_size=2)
+    right = 0
+    for q in QUESTIONS:
+        scores = [likelihood(opened, *encoded(tokenizer, q["question"], choice))[0] for choice in q["choices"]]
+        right += int(np.argmax(scores) == q["answer"])
+    assert found["choose"]["acc"] == pytest.approx(right / 3)
+    assert found["write"]["exact_match"] == 0.5
+    harness = HarnessModel(*opened)
+    total = sum(harness.loglikelihood_rolling([request(text) for text in TEXTS], True))
+    words = sum(len(re.split(r"\s+", text)) for text in TEXTS)  # as the harness counts them
+    assert found["read"]["word_perplexity"] == pytest.approx(np.exp(-total / words), rel=1e-5)
+    assert run_tasks(*opened, ["write"], task_folder=task_folder, limit=1)["write"]["exact_match"] == 1.0
+
+
+def test_the_command(opened, task_folder, tmp_path, monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxhybrid", "benchmark", opened[0].folder, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code
+
+    output = tmp_path / "figures.json"
+    assert not command("write", "--task-folder", task_folder, "--output", output)
+    assert "exact_match                  0.5000" in capsys.readouterr().out
+    assert json.loads(output.read_text())["write"]["exact_match"] == 0.5
+    for arguments, message in (
+        (["wrote", "--task-folder", task_folder], "does not know the task 'wrote'"),
+        (["write", "--task-folder", task_folder, "--limit", "0"], "limit 0: at least 1"),
+        (["write", "--task-folder", task_folder, "--dtype", "int8"], "dtype 'int8'"),
+    ):
+        assert command(*arguments) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "jaxhybrid.evaluate.harness")
+    assert command("write") == 2
+    assert "benchmark needs lm-eval: `uv sync --extra eval`" in capsys.readouterr().err
