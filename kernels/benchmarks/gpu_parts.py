@@ -3,8 +3,8 @@
     python kernels/benchmarks/gpu_parts.py                         # B8 T4096 H16 K=V=128, gated delta rule
     python kernels/benchmarks/gpu_parts.py --shape 8,4096,9,64
 
-Each is called in a row of calls over the same arrays, waited for once; the median of ten rows. The floor is what it reads
-and writes, once each, at the copy rate measured on the same device.
+Each is called in a row of calls over the same arrays, waited for once; the median of ten rows. The floor is what it
+reads and writes, once each, at the copy rate measured on the same device.
 """
 
 import argparse

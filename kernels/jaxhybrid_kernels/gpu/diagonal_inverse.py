@@ -1,4 +1,4 @@
-"""Inverses of the 16 x 16 blocks on the diagonal of I + N, N [64,64] strictly lower, by forward substitution in float32.
+"""Inverses of the 16 x 16 blocks on the diagonal of I + N, N [64,64] strictly lower: float32 forward substitution.
 
 A product's result gives every warp 16 whole rows, so that each warp holds the block of its rows and solves it alone:
 row j of the inverse is final once the rows before it are taken off, and goes to the rows below through shuffles.

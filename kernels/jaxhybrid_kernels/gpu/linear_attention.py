@@ -80,7 +80,7 @@ class Gated(NamedTuple):
     """Operands with one decay per channel in them, see channel_prepare.py."""
 
     q_in: jax.Array  # [B,T,N,K] in whole chunks, bfloat16
-    k_in: jax.Array
+    k_in: jax.Array  # without the delta rule nobody reads it
     k_out: jax.Array
     carry: jax.Array  # [B,N,n,K] float32
 
@@ -102,17 +102,19 @@ def _compute(
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
     gates, gated = make_gates(inputs, plan), None
     given: tuple[jax.Array, ...] = ()
+    more: list[jax.Array] = []
     if plan.per_channel:
-        *operands, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
-        gated, given = Gated(*operands), (matrices,)
-        q, k, more = gated.q_in, gated.k_in, (gated.k_out, gated.carry)
-    else:
-        given, more = () if plan.fused else (prepare_kernel(plan)(q, k, gates),), ()
+        q_in, *k_in, k_out, carry, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
+        gated = Gated(q_in, k_in[0] if plan.delta else k_out, k_out, carry)
+        given, (q, k, *more) = (matrices,), gated
+    elif not plan.fused:
+        given = (prepare_kernel(plan)(q, k, gates),)
     kernel = recurrence_kernel(plan, reverse=False, keep=keep, fused=plan.fused)
     out, final, *kept = kernel(q, k, v, gates, jnp.swapaxes(initial_state, 2, 3), *given, *more)
     residuals = None
     if keep:
-        states, matrices, updates = (*kept[:1], *given, *kept[1:], *(() if plan.delta else (None,)))
+        states, matrices, *written = *kept[:1], *given, *kept[1:]
+        updates = written[0] if plan.delta else None
         residuals = Residuals(gates, matrices, states, updates, gated)
     return (out[:, : plan.T], jnp.swapaxes(final, 2, 3)), residuals
 
@@ -155,12 +157,10 @@ def _backward(
     else:
         kernel = channel_gradients_kernel(plan)
         d_q, d_k, d_decays, written = kernel(*operands, _decays(inputs, plan), gates, gated.carry)
-        d_decays = _like(d_decays, inputs.log_decay, inputs.segment_ids)
-        d_inputs = inputs._replace(
-            log_decay=d_decays.astype(inputs.log_decay.dtype),
-            beta=beta_gradient(inputs, gates, written, plan),
-            segment_ids=None,
-        )
+        assert inputs.log_decay is not None
+        d_decays = _like(d_decays, inputs.log_decay, inputs.segment_ids).astype(inputs.log_decay.dtype)
+        d_beta = beta_gradient(inputs, gates, written, plan)
+        d_inputs = inputs._replace(log_decay=d_decays, beta=d_beta, segment_ids=None)
     d_q, d_k, d_v = (
         _like(gradient, x, inputs.segment_ids) for gradient, x in ((d_q, inputs.q), (d_k, inputs.k), (d_v, inputs.v))
     )

@@ -2,10 +2,10 @@
 
     pair = scale tril(Q K') D        inverse = (I + tril(diag(beta) K K' D, -1))^-1
 with D_ij = exp(G_i - G_j) inside a segment. The inverse starts from its diagonal blocks of 16 tokens, exact
-to rounding, and doubles twice: if X inverts the blocks of one size, X - mask(X N) X inverts those of twice the size, mask
-keeping the new blocks below the diagonal. Powers of N never appear. The operands of these two steps are float16: with
-eleven bits they add less than the rounding of the result to bfloat16 for beta up to 1, and about as much for beta up to
-2; beta k k' has to stay below 65,504, which keys of any use do by far.
+to rounding, and doubles twice: if X inverts the blocks of one size, X - mask(X N) X inverts those of twice the size,
+mask keeping the new blocks below the diagonal. Powers of N never appear. The operands of these two steps are float16:
+with eleven bits they add less than the rounding of the result to bfloat16 for beta up to 1, and about as much for beta
+up to 2; beta k k' has to stay below 65,504, which keys of any use do by far.
 """
 
 from collections.abc import Callable

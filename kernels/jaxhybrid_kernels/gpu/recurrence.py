@@ -10,8 +10,8 @@ shared memory to be written. With the gates of gates.py as columns, one number p
 With decays per channel the gates are in the operands, the scale too, and k_out takes the place of row_out k:
     forward:   U' = beta (v' - S' k_in') inverse'                 O' = S' q_in' + U' pair'     S' <- S' carry + U' k_out
     backward:  dU' = dS' k_out' + dO' pair                        dS' <- dS' carry + dO' q_in - dV' k_in
-One more warpgroup brings the operands of the next chunks to shared memory. Forwards, when there are thread blocks enough
-to fill the GPU, yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile.
+One more warpgroup brings the operands of the next chunks to shared memory. Forwards, when there are thread blocks
+enough to fill the GPU, yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from jaxhybrid_kernels.gpu.products import accumulate, along_columns, along_rows
 class Chunk(NamedTuple):
     """Shared memory of one chunk; x is v forwards and the gradient of the outputs backwards.
 
-    With decays per channel q, k and k_out come with their gates, see channel_prepare.py, and only beta is left in gates.
+    With decays per channel q, k and k_out have their gates in them, see channel_prepare.py, and gates holds beta alone.
     """
 
     q: Any  # [64,K]
@@ -36,17 +36,17 @@ class Chunk(NamedTuple):
         return plgpu.load(self.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA)
 
 
-def forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
+def forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, jax.Array, Any]:
     """(S' after the chunk, O' [64,64], U' [64,64] bfloat16)."""
     return (_forward_channels if plan.per_channel else _forward)(plan, chunk, state, entry)
 
 
-def backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, ...]:
+def backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     """(dS' before the chunk, dV' [64,64], None)."""
     return (_backward_channels if plan.per_channel else _backward)(plan, chunk, d_state, d_exit)
 
 
-def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
+def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, jax.Array, Any]:
     keys, queries = chunk.k.transpose((1, 0)), chunk.q.transpose((1, 0))
 
     def written(update: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -80,7 +80,7 @@ def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[ja
     return state, result, update
 
 
-def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, ...]:
+def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     row_in = chunk.gate(ROW_IN)
     from_state = multiply(d_exit, chunk.k.transpose((1, 0)), interpret=plan.interpret)
     d_out = chunk.values()
@@ -97,7 +97,7 @@ def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -
     return d_state, d_value, None
 
 
-def _forward_channels(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
+def _forward_channels(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, jax.Array, Any]:
     queries = chunk.q.transpose((1, 0))
 
     def innovation(predicted: jax.Array) -> jax.Array:
@@ -119,7 +119,9 @@ def _forward_channels(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) ->
     return state, result, update
 
 
-def _backward_channels(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, ...]:
+def _backward_channels(
+    plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
     from_state = multiply(d_exit, chunk.k_out.transpose((1, 0)), interpret=plan.interpret)
     d_out = chunk.values()
     (d_value,) = accumulate((from_state, [(d_out, chunk.pair)]), interpret=plan.interpret)
