@@ -15,8 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_compare import make_inputs
+from gpu_compare import RECURRENCES, make_inputs
 from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
+from jaxhybrid_kernels.gpu.channel_prepare import channel_prepare_kernel
 from jaxhybrid_kernels.gpu.gates import gate_gradients, make_gates
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.linear_attention import make_plan
@@ -42,7 +44,7 @@ def median_ms(function: Callable[..., Any], *arguments: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8,4096,16,128", metavar="B,T,H,width")
-    parser.add_argument("--recurrence", default="gated_deltanet", choices=("gated_deltanet", "deltanet", "simple_gla"))
+    parser.add_argument("--recurrence", default="gated_deltanet", choices=RECURRENCES)
     args = parser.parse_args()
     B, T, H, K = (int(size) for size in args.shape.split(","))
 
@@ -69,6 +71,21 @@ def main() -> None:
     q, k, v = inputs.q, inputs.k, inputs.v
     zero = jnp.zeros((B, H, K, K), jnp.float32)
     gates = measure("gates", lambda inputs: make_gates(inputs, plan), inputs)
+    if plan.per_channel:
+        decays = inputs.log_decay
+        *operands, matrices = measure("prepare", channel_prepare_kernel(plan), q, k, decays, gates)
+        q_in, k_in, *more = operands if plan.delta else (operands[0], *operands[1:2], *operands[1:])
+        arguments = (gates, zero, matrices, *more)
+        measure("forward", recurrence_kernel(plan, reverse=False, keep=False), q_in, k_in, v, *arguments)
+        print(f"inference    {total:.3f} ms")
+        kept = measure("forward kept", recurrence_kernel(plan, reverse=False, keep=True), q_in, k_in, v, *arguments)
+        out, _, states, *updates = kept
+        reverse = recurrence_kernel(plan, reverse=True, keep=True)
+        d_v, _, d_states = measure("reverse", reverse, q_in, k_in, out, *arguments)
+        u = updates[0] if updates else v
+        arguments = (u, d_v, out, states, d_states, decays, gates, more[-1])
+        measure("gradients", channel_gradients_kernel(plan), q, k, *arguments)
+        return
     matrices = measure("prepare", prepare_kernel(plan), q, k, gates)
     measure("forward", recurrence_kernel(plan, reverse=False, keep=False), q, k, v, gates, zero, matrices)
     print(f"inference    {total:.3f} ms")
