@@ -15,8 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_compare import make_inputs
+from gpu_compare import RECURRENCES, make_inputs
 from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
+from jaxhybrid_kernels.gpu.channel_prepare import channel_prepare_kernel
 from jaxhybrid_kernels.gpu.gates import gate_gradients, make_gates
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.linear_attention import make_plan
@@ -42,7 +44,7 @@ def median_ms(function: Callable[..., Any], *arguments: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8,4096,16,128", metavar="B,T,H,width")
-    parser.add_argument("--recurrence", default="gated_deltanet", choices=("gated_deltanet", "deltanet", "simple_gla"))
+    parser.add_argument("--recurrence", default="gated_deltanet", choices=RECURRENCES)
     args = parser.parse_args()
     B, T, H, K = (int(size) for size in args.shape.split(","))
 
@@ -69,18 +71,27 @@ def main() -> None:
     q, k, v = inputs.q, inputs.k, inputs.v
     zero = jnp.zeros((B, H, K, K), jnp.float32)
     gates = measure("gates", lambda inputs: make_gates(inputs, plan), inputs)
-    matrices = measure("prepare", prepare_kernel(plan), q, k, gates)
-    measure("forward", recurrence_kernel(plan, keep=False), q, k, v, gates, zero, matrices)
+    if plan.per_channel:
+        prepared = measure("prepare", channel_prepare_kernel(plan), q, k, inputs.log_decay, gates)
+        q_in, *k_in, k_out, carry, matrices = prepared
+        operands, more = (q_in, k_in[0] if k_in else k_out), (matrices, k_out, carry)
+    else:
+        operands, more = (q, k), (measure("prepare", prepare_kernel(plan), q, k, gates),)
+    measure("forward", recurrence_kernel(plan, keep=False), *operands, v, gates, zero, *more)
     print(f"inference    {total:.3f} ms")
-    measure("fused", recurrence_kernel(plan, keep=False, fused=True), q, k, v, gates, zero)
-    measure("fused kept", recurrence_kernel(plan, keep=True, fused=True), q, k, v, gates, zero)
-    kept = measure("forward kept", recurrence_kernel(plan, keep=True), q, k, v, gates, zero, matrices)
+    if not plan.per_channel:
+        measure("fused", recurrence_kernel(plan, keep=False, fused=True), q, k, v, gates, zero)
+        measure("fused kept", recurrence_kernel(plan, keep=True, fused=True), q, k, v, gates, zero)
+    kept = measure("forward kept", recurrence_kernel(plan, keep=True), *operands, v, gates, zero, *more)
     out, _, states, *updates = kept
     reverse = recurrence_kernel(plan, keep=True, reverse=True)
-    d_v, _, d_states = measure("reverse", reverse, q, k, out, gates, zero, matrices)
-    u = updates[0] if updates else v
-    found = measure("gradients", gradients_kernel(plan), q, k, u, d_v, out, states, d_states, gates)
-    measure("gate grads", lambda *args: gate_gradients(*args, plan)[3:5], inputs, gates, *found[2:])
+    d_v, _, d_states = measure("reverse", reverse, *operands, out, gates, zero, *more)
+    arguments = (q, k, updates[0] if updates else v, d_v, out, states, d_states)
+    if plan.per_channel:
+        measure("gradients", channel_gradients_kernel(plan), *arguments, inputs.log_decay, gates, more[-1])
+    else:
+        found = measure("gradients", gradients_kernel(plan), *arguments, gates)
+        measure("gate grads", lambda *args: gate_gradients(*args, plan)[3:5], inputs, gates, *found[2:])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Decays per channel between tokens of a chunk, as factors that never exceed one.
 
-exp(G_i - G_j), G the running sum of log_decay, has to be split between the operands of a product, and neither exp(G) nor
-exp(-G) has a bound. It can be split around a border between j and i. So the triangle is filled by halves: for runs of
-32, 16, ..., 1 tokens, the second run of a pair of runs meets the first around the border between them,
+exp(G_i - G_j), G the running sum of log_decay, has to be split between the operands of a product, and neither exp(G)
+nor exp(-G) has a bound. It can be split around a border between j and i. So the triangle is filled by halves: for runs
+of 32, 16, ..., 1 tokens, the second run of a pair of runs meets the first around the border between them,
     exp(G_i - G_j) = exp(sum from the border through i) exp(sum after j until the border).
-All these sums are products of a matrix of zeros and ones with log_decay in float16: no differences, hence nothing cancels
-and no exponent is above zero. Eleven bits of log_decay move a factor by 2^-12 of its own logarithm, less than the rounding of
-the operands to bfloat16 where it is not small.
+All these sums are products of a matrix of zeros and ones with log_decay in float16: no differences, hence nothing
+cancels and no exponent is above zero. Eleven bits of log_decay move a factor by 2^-12 of its own logarithm, less than
+the rounding of the operands to bfloat16 where it is not small.
 """
 
 from typing import Any
@@ -45,9 +45,9 @@ def split(x: jax.Array, high: Any, low: Any) -> None:
 
 
 def spans() -> jax.Array:
-    """[8,64,64] float16 of zeros and ones, by row the tokens whose decays are summed up. By level: those between the row's
-    token and the border of its pair of runs, in its own run through it in a second run and after it in a first one; then
-    those through it and those after it.
+    """[8,64,64] float16 of zeros and ones, by row the tokens whose decays are summed up. By level: those between the
+    row's token and the border of its pair of runs, that is of its own run those through it in a second run and after it
+    in a first one. Then those through it, and those after it.
 
     A kernel reads such matrices faster than it makes them.
     """
@@ -57,8 +57,8 @@ def spans() -> jax.Array:
 
 
 def masks() -> jax.Array:
-    """[10,64,64] bfloat16 of zeros and ones. By level, the tokens that meet; then those not before a row's, the triangles
-    above and below the diagonal, and the diagonal."""
+    """[10,64,64] bfloat16 of zeros and ones. By level, the tokens that meet; then those not before a row's, the
+    triangles above and below the diagonal, and the diagonal."""
     row, column, apart = _indices()
     meets = [(apart >= size) & (apart < 2 * size) for size in RUNS]
     return jnp.asarray(np.stack([*meets, column >= row, column > row, column < row, column == row]), jnp.bfloat16)

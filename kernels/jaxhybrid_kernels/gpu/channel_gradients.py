@@ -1,18 +1,19 @@
-"""Gradients of q, k, beta and one decay per key channel, once both recurrences are done: one warpgroup for 64 channels of
-a chunk.
+"""Gradients of q, k, beta and one decay per key channel, once both recurrences are done: one warpgroup for 64 channels
+of a chunk.
 
-X = scale tril(dO U') and Y = -tril(dV U', -1), as in gradients.py but without decays, are the gradients of the pairs that
-channel_prepare.py forms level by level. At a level, with f = exp of the sum to the border, queries q f and keys k f:
+X = scale tril(dO U') and Y = -tril(dV U', -1), as in gradients.py but without decays, are the gradients of the pairs
+that channel_prepare.py forms level by level. At a level, with f = exp of the sum to the border, and q f and k f:
     queries' gradient  X (k f)         keys' gradient  X' (q f) + Y (k f) + Y' (k f)
-each times f. Where a token is read it is in a second run, where it is written in a first one, so that Y + Y' does
-for both. The states add scale exp(G) (dO S') to the queries' gradient, -exp(G) (dV S') as a reader and exp(G_end - G) (U dS')
-as a writer to the keys'.
-The gradient of G is, by channel, token times gradient where it reads and minus that where it writes. It is summed up from
-the rounded q f and k f themselves, so that what passes between two tokens cancels where it should. log_decay has
+each times f. Where a token is read it is in a second run, where it is written in a first one, so that one product with
+Y + Y' does for both. The states add scale exp(G) (dO S') to the queries' gradient, and -exp(G) (dV S') as a reader
+and exp(G_end - G) (U dS') as a writer to the keys'.
+The gradient of G is, by channel, token times gradient where it reads and minus that where it writes. It is summed up
+from the rounded q f and k f themselves, so that what passes between two tokens cancels where it should. log_decay has
 the sum of G's gradients from its token on, and of what writes to the exit state before it, and carry <S, dS>.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -54,7 +55,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     n, K, V, N, delta, interpret = plan.n, plan.K, plan.V, plan.N, plan.delta, plan.interpret
     halves, wide = K // BLOCK, range(V // BLOCK)
     given = 3 if delta else 2  # with a value's width: d_out, u, d_v
-    extra = 4 - 2 * len(wide)
+    extra = 4 - 2 * len(wide)  # the states leave fewer tiles than are needed once they are done with
     tiles_needed = (given + 2) * len(wide) + extra
 
     def body(q, k, u, d_v, d_out, states, d_states, log_decays, gates, carry, span, mask, *refs):
@@ -63,13 +64,13 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         head, half = lax.div(place, jnp.int32(halves)), lax.rem(place, jnp.int32(halves))
         tokens, part = pl.ds(c * CHUNK, CHUNK), pl.ds(half * BLOCK, BLOCK)
         tile = [tiles.at[pl.ds(i * BLOCK, BLOCK)] for i in range(tiles_needed)]
-        state, d_state, d_outs, us, *d_vs = (tile[i * len(wide) : (i + 1) * len(wide)] for i in range(given + 2))
-        # Tiles that are free once the states' gradient, once the states and once the rest has been used.
-        free = [*d_state, *tile[(given + 2) * len(wide) :], *state, d_outs[0], us[0], *[block[0] for block in d_vs]]
+        state, d_state, d_outs, us, d_vs = (tile[i * len(wide) : (i + 1) * len(wide)] for i in range(5))
+        # In the order in which they become free: d_state, state, then the rest.
+        free = [*d_state, *tile[tiles_needed - extra :], *state, d_outs[0], us[0], *(d_vs[:1] if delta else [])]
 
-        for place, source in enumerate((states, d_states)):
-            plgpu.copy_gmem_to_smem(source.at[b, head, c, :, part], tiles.at[pl.ds(place * V, V)], loaded)
-        of_values = [(d_out, d_outs), (u, us), *([(d_v, *d_vs)] if delta else [])]
+        for i, source in enumerate((states, d_states)):
+            plgpu.copy_gmem_to_smem(source.at[b, head, c, :, part], tiles.at[pl.ds(i * V, V)], loaded)
+        of_values = [(d_out, d_outs), (u, us), *([(d_v, d_vs)] if delta else [])]
         for i in wide:
             values = pl.ds(i * BLOCK, BLOCK)
             for source, blocks in of_values:
@@ -97,7 +98,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         d_query = product(d_outs, state) * entry * plan.scale
         moved = moved + load(q_block) * d_query
         if delta:
-            predicted = product(*d_vs, state) * entry
+            predicted = product(d_vs, state) * entry
             moved = moved - load(k_block) * predicted
             d_key = d_key - predicted
 
@@ -113,9 +114,9 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         x_turned_block[...] = x.astype(jnp.bfloat16) * above
         y_blocks = []
         if delta:
-            y = product(*d_vs, turned(us))
+            y = product(d_vs, turned(us))
             updates[b, head, c] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
-            y, y_turned = ((-z).astype(jnp.bfloat16) for z in (y, product(us, turned(*d_vs))))
+            y, y_turned = ((-z).astype(jnp.bfloat16) for z in (y, product(us, turned(d_vs))))
             y_blocks, free = free[:1], free[1:]
             y_blocks[0][...] = y * below + y_turned * above
         queries, keys = free
@@ -154,7 +155,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         d_decays[b, tokens, head, part] = multiply_sum(*terms, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)
 
-    def array(*shape: int, dtype: type = jnp.float32) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     tokens = (plan.B, n * CHUNK, N, K)

@@ -8,6 +8,7 @@ belong there.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -40,15 +41,16 @@ from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, m
 
 def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     """(q, k, log_decay [B,T,N,K], gates [B,N,n,6,64]) -> q_in, k_in, k_out [B,T,N,K], carry [B,N,n,K] and the matrices
-    [B,N,n,1 or 2,64,64]: pair, and the inverse for the delta rule. Without it k_in is not written.
+    [B,N,n,1 or 2,64,64]: pair, and the inverse for the delta rule. Without it there is no k_in.
 
     T in whole chunks; log_decay and carry float32, the rest bfloat16; gates as if there were no decay.
     """
     n, K, N, delta, interpret = plan.n, plan.K, plan.N, plan.delta, plan.interpret
     halves = range(K // BLOCK)
 
-    def body(q, k, log_decays, gates, span, mask, q_in, k_in, k_out, carry, matrices, *scratch):
-        q_blocks, k_blocks, k_out_blocks, decay, work, loaded, pair_block, *inverse = scratch
+    def body(q, k, log_decays, gates, span, mask, q_in, *refs):
+        *k_in, k_out, carry, matrices = refs[: 4 if delta else 3]
+        q_blocks, k_blocks, k_out_blocks, decay, work, loaded, pair_block, *inverse = refs[4 if delta else 3 :]
         b, c, head = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("head")
         tokens = pl.ds(c * CHUNK, CHUNK)
         parts = [pl.ds(half * BLOCK, BLOCK) for half in halves]
@@ -106,7 +108,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         for half in halves:
             plgpu.copy_smem_to_gmem(q_blocks.at[half], q_in.at[b, tokens, head, parts[half]])
             if delta:
-                plgpu.copy_smem_to_gmem(k_blocks.at[half], k_in.at[b, tokens, head, parts[half]])
+                plgpu.copy_smem_to_gmem(k_blocks.at[half], k_in[0].at[b, tokens, head, parts[half]])
             plgpu.copy_smem_to_gmem(k_out_blocks.at[half], k_out.at[b, tokens, head, parts[half]])
         plgpu.copy_smem_to_gmem(pair_block, matrices.at[b, head, c, 0])
         if delta:
@@ -117,14 +119,14 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_smem_to_gmem(inverse[0], matrices.at[b, head, c, 1])
         plgpu.wait_smem_to_gmem(0)
 
-    def array(*shape: int, dtype: type = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     run = kernel(
         body,
         plan,
         [
-            *[array(plan.B, n * CHUNK, N, K)] * 3,
+            *[array(plan.B, n * CHUNK, N, K)] * (3 if delta else 2),
             array(plan.B, N, n, K, dtype=jnp.float32),
             array(plan.B, N, n, plan.matrices, CHUNK, CHUNK),
         ],

@@ -7,8 +7,8 @@ gates [B,N,n,6,64] float32, tokens last:
     row_in   what is left of the state at the chunk's entry when a token reads it
     row_out  what is left of a token's update at the chunk's end
     carry    what is left of the entry state at the end, the same number for all tokens
-All are zero, not small, across a change of segment. Decays per channel are no part of them: the last three are zero or one
-then.
+All are zero, not small, across a change of segment. Decays per channel are no part of them: the last three are zero or
+one then.
 """
 
 import jax

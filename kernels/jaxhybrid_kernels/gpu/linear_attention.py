@@ -80,7 +80,7 @@ class Gated(NamedTuple):
     """Operands with one decay per channel in them, see channel_prepare.py."""
 
     q_in: jax.Array  # [B,T,N,K] in whole chunks, bfloat16
-    k_in: jax.Array
+    k_in: jax.Array  # without the delta rule nobody reads it
     k_out: jax.Array
     carry: jax.Array  # [B,N,n,K] float32
 
@@ -105,8 +105,8 @@ def _compute(
     if plan.fused:
         out, final, *kept = recurrence_kernel(plan, keep, fused=True)(q, k, v, gates, start)
     elif plan.per_channel:
-        *operands, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
-        gated = Gated(*operands)
+        q_in, *k_in, k_out, carry, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
+        gated = Gated(q_in, k_in[0] if plan.delta else k_out, k_out, carry)
         queries, keys, *more = gated
         out, final, *kept = recurrence_kernel(plan, keep)(queries, keys, v, gates, start, matrices, *more)
     else:
@@ -159,12 +159,10 @@ def _backward(
     else:
         kernel = channel_gradients_kernel(plan)
         d_q, d_k, d_decays, written = kernel(*operands, _decays(inputs, plan), gates, gated.carry)
-        d_decays = _like(d_decays, inputs.log_decay, inputs.segment_ids)
-        d_inputs = inputs._replace(
-            log_decay=d_decays.astype(inputs.log_decay.dtype),
-            beta=beta_gradient(inputs, gates, written, plan),
-            segment_ids=None,
-        )
+        assert inputs.log_decay is not None
+        d_decays = _like(d_decays, inputs.log_decay, inputs.segment_ids).astype(inputs.log_decay.dtype)
+        d_beta = beta_gradient(inputs, gates, written, plan)
+        d_inputs = inputs._replace(log_decay=d_decays, beta=d_beta, segment_ids=None)
     d_q, d_k, d_v = (
         _like(gradient, x, inputs.segment_ids) for gradient, x in ((d_q, inputs.q), (d_k, inputs.k), (d_v, inputs.v))
     )

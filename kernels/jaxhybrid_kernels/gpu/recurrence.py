@@ -58,13 +58,13 @@ def recurrence_kernel(
     keep_updates = keep and plan.delta and not reverse
     stages = _stages(plan, keep, keep_updates, fused)
     registers = _registers(blocks, fused)
-    advance: Callable[..., tuple[jax.Array, jax.Array, Any]] = backward if reverse else forward
+    advance = backward if reverse else forward
     channels = plan.per_channel
     beta_gate = pl.ds(BETA, 1)
 
     def body(q, k, x, gates, start, *refs, s):
-        given, *refs = (None, *refs) if fused else refs
-        k_out, carries, y, last, *more = refs if channels else (None, None, *refs)
+        given, *others = (None, *refs) if fused else refs
+        k_out, carries, y, last, *more = others if channels else (None, None, *others)
         kept: dict[str, Any] = dict(zip(outputs, more, strict=True))
         b, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
         group = lax.axis_index("group")

@@ -14,7 +14,7 @@ from jaxhybrid_kernels.gpu.products import accumulate, along_columns, along_rows
 class Chunk(NamedTuple):
     """Shared memory of one chunk; x is v forwards and the gradient of the outputs backwards.
 
-    With decays per channel q, k and k_out come with their gates, see channel_prepare.py, and only beta is left in gates.
+    With decays per channel q, k and k_out have their gates in them, see channel_prepare.py, and gates holds beta alone.
     """
 
     q: Any  # [64,K]
@@ -36,34 +36,30 @@ class Chunk(NamedTuple):
         return plgpu.load(self.x.transpose((1, 0)), layout=plgpu.Layout.WGMMA)
 
 
-def forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
+def forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, jax.Array, Any]:
     """(S' after the chunk, O' [64,64], U' [64,64] bfloat16)."""
     return (_forward_channels if plan.per_channel else _forward)(plan, chunk, state, entry)
 
 
-def backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, ...]:
+def backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     """(dS' before the chunk, dV' [64,64], None)."""
     return (_backward_channels if plan.per_channel else _backward)(plan, chunk, d_state, d_exit)
 
 
-def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
+def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, jax.Array, Any]:
     keys, queries = chunk.k.transpose((1, 0)), chunk.q.transpose((1, 0))
 
     def written(update: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (update * along_columns(chunk.gate(ROW_OUT))).astype(jnp.bfloat16), update.astype(jnp.bfloat16)
 
     def innovation(predicted: jax.Array) -> jax.Array:
-        beta = chunk.gate(BETA)
-        new = chunk.values().astype(jnp.float32) * along_columns(beta) - predicted * along_columns(
-            beta * chunk.gate(ROW_IN)
-        )
+        beta, values = chunk.gate(BETA), chunk.values().astype(jnp.float32)
+        new = values * along_columns(beta) - predicted * along_columns(beta * chunk.gate(ROW_IN))
         return new.astype(jnp.bfloat16)
 
     if not plan.delta:
-        (left, update), read = (
-            written(chunk.values().astype(jnp.float32)),
-            multiply(entry, queries, interpret=plan.interpret),
-        )
+        left, update = written(chunk.values().astype(jnp.float32))
+        read = multiply(entry, queries, interpret=plan.interpret)
     elif plan.fused:
         # One result less at a time than below.
         new = innovation(multiply(entry, keys, interpret=plan.interpret))
@@ -80,7 +76,7 @@ def _forward(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[ja
     return state, result, update
 
 
-def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, ...]:
+def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     row_in = chunk.gate(ROW_IN)
     from_state = multiply(d_exit, chunk.k.transpose((1, 0)), interpret=plan.interpret)
     d_out = chunk.values()
@@ -97,7 +93,7 @@ def _backward(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -
     return d_state, d_value, None
 
 
-def _forward_channels(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, ...]:
+def _forward_channels(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) -> tuple[jax.Array, jax.Array, Any]:
     queries = chunk.q.transpose((1, 0))
 
     def innovation(predicted: jax.Array) -> jax.Array:
@@ -119,7 +115,9 @@ def _forward_channels(plan: Plan, chunk: Chunk, state: jax.Array, entry: Any) ->
     return state, result, update
 
 
-def _backward_channels(plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array) -> tuple[jax.Array, ...]:
+def _backward_channels(
+    plan: Plan, chunk: Chunk, d_state: jax.Array, d_exit: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
     from_state = multiply(d_exit, chunk.k_out.transpose((1, 0)), interpret=plan.interpret)
     d_out = chunk.values()
     (d_value,) = accumulate((from_state, [(d_out, chunk.pair)]), interpret=plan.interpret)
