@@ -53,4 +53,5 @@ def varying_zero(*arrays: jax.Array | None) -> jax.Array:
 def target_platform() -> str:
     """The platform that code traced now will run on: that of the mesh in use, if it names one, else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform

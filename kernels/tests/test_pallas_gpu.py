@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jaxhybrid_kernels import linear_attention
+from jaxhybrid_kernels import api, linear_attention
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
@@ -116,6 +116,28 @@ def test_lowers_inside_shard_map_under_checkpoint(fused):
     q, v = array(2, 128, 1, 64), array(2, 128, 2, 64)
     with jax.set_mesh(mesh):
         lower(jax.grad(loss, argnums=tuple(range(6))), q, q, v, narrow, narrow, state)
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "chosen"),
+    [
+        ("9.0", {}, True),
+        ("8.0", {}, False),
+        ("9.0", {"v": jnp.zeros((1, 4, 1, 32), jnp.bfloat16)}, False),
+        ("9.0", {"chunk_size": 32}, False),
+        ("9.0", {"implementation": "xla"}, False),
+    ],
+)
+def test_default_on_a_gpu(monkeypatch, capability, changes, chosen):
+    """The kernels where they take the arguments, the form for XLA elsewhere."""
+    device = type("Device", (), {"compute_capability": capability})
+    for module in (api, gpu_linear_attention):
+        monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(gpu_linear_attention.jax, "devices", lambda kind=None: [device])
+    monkeypatch.setattr(api, "gpu_linear_attention", lambda *arguments: "kernels")
+    monkeypatch.setattr(api, "_chunked", lambda *arguments: "xla")
+    q = jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
+    assert linear_attention(**{"q": q, "k": q, "v": q} | changes) == ("kernels" if chosen else "xla")
 
 
 def test_refusals():

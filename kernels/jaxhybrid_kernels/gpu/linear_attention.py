@@ -27,7 +27,7 @@ FILLED = 100  # thread blocks that leave few multiprocessors idle
 def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int | None, sizes: Sizes) -> str | None:
     """Why the kernels cannot take these arguments here, naming the value in the way; None if they can."""
     platform = target_platform()
-    if platform not in ("gpu", "cuda", "cpu"):
+    if platform not in ("gpu", "cpu"):
         return f"implementation='pallas_gpu' runs on GPUs, and on CPUs interpreted; the platform is {platform!r}."
     if platform != "cpu" and (capability := str(jax.devices("gpu")[0].compute_capability)) != HOPPER:
         return f"implementation='pallas_gpu' needs compute capability {HOPPER}; this GPU has {capability}."
