@@ -35,8 +35,9 @@ PACKED = 16  # tokens in a register of bfloat16: from runs of this size on, seco
 class Constants(NamedTuple):
     """Operands of the kernel that depend on shapes alone."""
 
-    sums: Any  # [5C,parts*C] bfloat16: log_decay to its sums at the near levels, and since and until block ends
-    sums_transposed: Any  # [C,parts*(levels+2)*C] bfloat16: gradients of all sums to that of log_decay
+    # Of half a chunk, H tokens, which is all that they span, so that a product with them costs half as much:
+    sums: Any  # [5H,parts*H] bfloat16: log_decay to its sums at the near levels, and since and until block ends
+    sums_transposed: Any  # [H,parts*(levels+1)*H] bfloat16: gradients of all sums to that of log_decay
     meetings: Any  # [levels,C or C/2,C] int32: all bits of a float32, or of two bfloat16, set where pairs meet
 
 
@@ -51,6 +52,8 @@ class Tokens(NamedTuple):
 def channel_constants(C: int, exact: bool) -> Constants:
     """`exact`: for float32 operands, where a sum's terms are split into three bfloat16 parts."""
     i, t = np.arange(C)[:, None], np.arange(C)[None]
+    meetings = np.stack([(i >> level) ^ (t >> level) == 1 for level in range(_levels(C))])
+    i, t = i[: C // 2], t[:, : C // 2]
 
     def spans(level: int) -> np.ndarray:
         second = (i >> level) % 2 == 1
@@ -58,8 +61,7 @@ def channel_constants(C: int, exact: bool) -> Constants:
 
     same_block = i // BLOCK == t // BLOCK
     sums = np.concatenate([*map(spans, range(_levels(BLOCK))), same_block & (t <= i), same_block & (t > i)])
-    gradients = np.concatenate([*map(spans, range(_levels(C))), t <= i, t > i]).T
-    meetings = np.stack([(i >> level) ^ (t >> level) == 1 for level in range(_levels(C))])
+    gradients = np.concatenate([*map(spans, range(_levels(C // 2))), t <= i, t > i]).T
     bits = -meetings.astype(np.int32)
     if not exact:
         bits = bits[:, 0::2] & 0xFFFF | bits[:, 1::2] << 16
@@ -106,8 +108,10 @@ class ChannelHead:
         self.dtype = k.dtype
         self.k = k.astype(jnp.float32)
         self.queries = [x.astype(jnp.float32) for x in _pieces(q, C)]
-        parts = _parts(log_decay * math.log2(math.e), sums.shape[1] // C)
-        *self.near, self.since, self.until = _pieces(jnp.exp2(product(sums, parts)), C)
+        half, parts = C // 2, 2 * sums.shape[1] // C
+        spans = [product(sums, _parts(x, parts)) for x in _pieces(log_decay * math.log2(math.e), half)]
+        gates = [jnp.concatenate(both, axis=0) for both in zip(*(_pieces(jnp.exp2(x), half) for x in spans))]
+        *self.near, self.since, self.until = gates
         self.k_since, self.k_until = self.k * self.since, self.k * self.until
         self.queries_since = [q * self.since for q in self.queries]
         blocks = _pieces(self.since, BLOCK)
@@ -263,9 +267,26 @@ class _Gradients:
             exponent = exponent + ends.k_in * gradients.k_in
             d_k_since = d_k_since + ends.entry * gradients.k_in
         d_k = self.k + head.since * d_k_since + head.until * (self.k_until + ends.leaving * gradients.k_out)
-        exponents = jnp.concatenate([*self.exponents, exponent, ends.k_out * gradients.k_out], axis=0)
-        parts = _parts(exponents, sums_transposed.shape[1] // exponents.shape[0])
-        return jnp.concatenate(d_queries, axis=0), d_k, product(sums_transposed, parts)
+        d_log_decay = self._spread(exponent, ends.k_out * gradients.k_out, sums_transposed)
+        return jnp.concatenate(d_queries, axis=0), d_k, d_log_decay
+
+    def _spread(self, entry: jax.Array, leaving: jax.Array, sums_transposed: jax.Array) -> jax.Array:
+        """The gradients of all exponents [C,K], to every decay that they hold.
+
+        `entry` and `leaving` are those of sums from the chunk's start and to its end. The part of such a sum in its
+        token's half is what the token has at the level where the halves meet; the other half is summed as a whole.
+        """
+        half = entry.shape[0] // 2
+        *inside, across_halves = self.exponents
+        since = jnp.concatenate([entry[:half], entry[half:] + across_halves[half:]], axis=0)
+        until = jnp.concatenate([leaving[:half] + across_halves[:half], leaving[half:]], axis=0)
+        whole = (jnp.sum(entry[half:], axis=0, keepdims=True), jnp.sum(leaving[:half], axis=0, keepdims=True))
+        spread = []
+        for at, other in zip((0, half), whole):
+            exponents = jnp.concatenate([x[at : at + half] for x in (*inside, since, until)], axis=0)
+            parts = _parts(exponents, sums_transposed.shape[1] // exponents.shape[0])
+            spread.append(product(sums_transposed, parts) + other)
+        return jnp.concatenate(spread, axis=0)
 
 
 def _levels(C: int) -> int:
