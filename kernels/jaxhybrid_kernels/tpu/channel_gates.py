@@ -204,14 +204,28 @@ class _Gradients:
         self.k_since = self.k_until = jnp.zeros_like(head.k)
         self.queries_since = [self.k_since for _ in pairs]
         self.exponents: list[jax.Array] = []  # [C,K] per level
-        to_keys = [pair.T for pair in pairs]
-        if gradients.coupling is None:
-            to_keys = [jnp.zeros((C, C), jnp.float32), *to_keys]
-        else:
+        to_keys = jnp.zeros((C, C), jnp.float32)
+        if gradients.coupling is not None:
             coupling = jnp.where(tokens.level > 0, gradients.coupling, 0)
-            to_keys = [coupling + coupling.T, *to_keys]
-        self.to_keys = self._bits(jnp.concatenate(to_keys, axis=1))  # of pairs [k|q], to the gradients of k
-        self.to_queries = [self._bits(pair) for pair in pairs]
+            to_keys = coupling + coupling.T
+        turned = [pair.T for pair in pairs]
+        # Of runs inside halves, each half's keys and queries with the same: [(1+R)H,(1+R)H].
+        self.near = [self._within(at, to_keys, pairs, turned) for at in (0, C // 2)]
+        # Of longer runs: second runs' keys and queries with keys, first runs' keys with keys and queries.
+        self.late = [self._bits(x) for x in (to_keys, *pairs)]
+        self.early = self._bits(jnp.concatenate([to_keys, *turned], axis=1))
+
+    def _within(self, at: int, to_keys: jax.Array, pairs: list[jax.Array], turned: list[jax.Array]) -> jax.Array:
+        half = to_keys.shape[0] // 2
+
+        def cut(x):
+            return x[at : at + half, at : at + half]
+
+        nothing = [jnp.zeros((half, half), jnp.float32)] * len(pairs)
+        rows = [[to_keys, *turned], *([pair] for pair in pairs)]
+        rows = [list(map(cut, row)) for row in rows]
+        rows[1:] = [row + nothing for row in rows[1:]]
+        return self._bits(jnp.concatenate([jnp.concatenate(_turn(row, at), axis=1) for row in rows], axis=0))
 
     def _bits(self, x: jax.Array) -> jax.Array:
         return pltpu.bitcast(x.astype(self.head.dtype), jnp.int32)
@@ -221,17 +235,9 @@ class _Gradients:
 
     def meet(self, level: int, meetings: jax.Array) -> None:
         """meetings: a row of `Constants.meetings`."""
-        head, dtype, size = self.head, self.head.dtype, 1 << level
-        meeting = head.meeting(level)
-        keys = meeting.k.astype(dtype)
-        rows = jnp.concatenate([keys, *(_back_in_place(q.astype(dtype), size) for q in meeting.queries)], axis=0)
-        C = keys.shape[0]
-        d_k = product(self._floats(self.to_keys & jnp.concatenate([meetings] * (rows.shape[0] // C), axis=1)), rows)
-        rows_per_register = C // meetings.shape[0]
-        late = _late(meetings, size, rows_per_register)
-        to_queries = [_late(bits, size, rows_per_register) & late for bits in self.to_queries]
-        d_late = product(self._floats(jnp.concatenate(to_queries, axis=0)), keys)
-        d_queries = _pieces(d_late, meeting.queries[0].shape[0])
+        size = 1 << level
+        meeting = self.head.meeting(level)
+        d_k, d_queries = (self._meet_near if size < PACKED else self._meet_far)(meeting, size, meetings)
         exponent = meeting.k * d_k
         for q, d_q in zip(meeting.queries, d_queries):
             exponent = _add_late(exponent, q * d_q, size)
@@ -246,6 +252,32 @@ class _Gradients:
             self.k_until = _by_run(self.k_until + d_k, self.k_until, size)
             self.k_since = _by_run(self.k_since, self.k_since + d_k, size)
             self.queries_since = [_add_late(old, d_q, size) for old, d_q in zip(self.queries_since, d_queries)]
+
+    def _meet_near(self, meeting: _Meeting, size: int, meetings: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        half = meeting.k.shape[0] // 2
+        where = meetings[: meetings.shape[0] // 2] | meetings[meetings.shape[0] // 2 :]  # twice the same, side by side
+        sides = 1 + len(meeting.queries)
+        where = jnp.concatenate([where] * (-(-sides // 2)), axis=1)[:, : sides * half]
+        where = jnp.concatenate([where] * sides, axis=0)
+        found = []
+        for at, matrix in zip((0, half), self.near):
+            rows = [x[at : at + half].astype(self.head.dtype) for x in (meeting.k, *meeting.queries)]
+            both = product(self._floats(matrix & where), jnp.concatenate(_turn(rows, at), axis=0))
+            found.append(_pieces(both, half))
+        d_k, *d_queries = (jnp.concatenate(halves, axis=0) for halves in zip(*found))
+        return d_k, d_queries
+
+    def _meet_far(self, meeting: _Meeting, size: int, meetings: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        dtype, tokens_per_row = self.head.dtype, meeting.k.shape[0] // meetings.shape[0]
+        keys, queries = meeting.k.astype(dtype), [q.astype(dtype) for q in meeting.queries]
+        where = _late(meetings, size, tokens_per_row)
+        late = jnp.concatenate([_late(bits, size, tokens_per_row) & where for bits in self.late], axis=0)
+        d_late, *d_queries = _pieces(product(self._floats(late), keys), queries[0].shape[0])
+        where = _early(meetings, size, tokens_per_row)
+        early = _early(self.early, size, tokens_per_row) & jnp.concatenate([where] * len(self.late), axis=1)
+        rows = jnp.concatenate([keys, *(_back_in_place(q, size) for q in queries)], axis=0)
+        d_early = product(self._floats(early), rows)
+        return _weave(d_early, d_late, size), d_queries
 
     def finish(
         self, tokens: Tokens, gradients: StateGradients, sums_transposed: jax.Array
@@ -321,6 +353,22 @@ def _late(x: jax.Array, size: int, tokens_per_row: int = 1) -> jax.Array:
     if size < PACKED:
         return x
     return jnp.concatenate(_pieces(x, size // tokens_per_row)[1::2], axis=0)
+
+
+def _early(x: jax.Array, size: int, tokens_per_row: int = 1) -> jax.Array:
+    """The rows that `_late` cuts away."""
+    return jnp.concatenate(_pieces(x, size // tokens_per_row)[0::2], axis=0)
+
+
+def _weave(early: jax.Array, late: jax.Array, size: int) -> jax.Array:
+    """Undoes `_early` and `_late`."""
+    pairs = zip(_pieces(early, size), _pieces(late, size))
+    return jnp.concatenate([piece for pair in pairs for piece in pair], axis=0)
+
+
+def _turn(order: list[jax.Array], at: int) -> list[jax.Array]:
+    """The second half's blocks backwards, so that its keys stay in the lanes that they have in the chunk."""
+    return order[::-1] if at else order
 
 
 def _back_in_place(late: jax.Array, size: int) -> jax.Array:
