@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.chunk_layout import Inputs
-from jaxhybrid_kernels.tpu.channel_gates import Tokens, channel_gradients, channel_operands, chunk_tokens
+from jaxhybrid_kernels.tpu.channel_gates import Tokens, channel_gradients, chunk_tokens, kept_operands
 from jaxhybrid_kernels.tpu.forward import (
     Arrays,
     Residuals,
@@ -183,7 +183,8 @@ def _head(
     if tokens is None or head is None:
         operands = yield from head_operands(q, k, gates, layout.scale)
     else:
-        operands = yield from channel_operands(head, tokens, layout.scale, layout.delta)
+        operands = kept_operands(head, tokens, residuals.scores[0, h, 0], layout.delta)
+        yield
     inverses = None if residuals.inverses is None else residuals.inverses[0, h, 0]
     d_entry, d_v, d_beta, gradients = yield from chunk_gradients(
         operands,

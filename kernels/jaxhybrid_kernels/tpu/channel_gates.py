@@ -162,18 +162,44 @@ def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: boo
         met = product_transposed(jnp.concatenate(rows, axis=0).astype(head.dtype), meeting.k.astype(head.dtype))
         grams = [_choose(here, new, old, size) for new, old in zip(_pieces(met, rows[0].shape[0]), grams)]
         yield
+    pair = scale * jnp.concatenate(grams[: len(head.queries)], axis=0)
+    return _operands(head, tokens, pair, grams[-1] if delta else None)
+
+
+def _operands(head: ChannelHead, tokens: Tokens, pair: jax.Array, coupling: jax.Array | None) -> Operands:
     ends = head.ends(tokens)
-    carry = jnp.broadcast_to(ends.carry, (BLOCK, ends.carry.shape[1])).T[:, :1]
     return Operands(
         jnp.concatenate(ends.queries_in, axis=0).astype(head.dtype),
         ends.k_in.astype(head.dtype),
         ends.k_out.astype(head.dtype),
         None,
         None,
-        carry,
-        scale * jnp.concatenate(grams[: len(head.queries)], axis=0),
-        grams[-1] if delta else None,
+        jnp.broadcast_to(ends.carry, (BLOCK, ends.carry.shape[1])).T[:, :1],
+        pair,
+        coupling,
     )
+
+
+def keep_scores(operands: Operands, dtype: Any) -> jax.Array:
+    """pair and coupling [R*C,C], for the backward: the transpose of coupling lies above the diagonal of the first pair."""
+    scores = operands.pair
+    if operands.coupling is not None:
+        C = scores.shape[1]
+        first = scores[:C] + operands.coupling.T
+        scores = first if scores.shape[0] == C else jnp.concatenate([first, scores[C:]], axis=0)
+    return scores.astype(dtype)
+
+
+def kept_operands(head: ChannelHead, tokens: Tokens, scores: jax.Array, delta: bool) -> Operands:
+    """Those of `channel_operands`, from what `keep_scores` made."""
+    C = scores.shape[1]
+    scores = scores.astype(jnp.float32)
+    if not delta:
+        return _operands(head, tokens, scores, None)
+    row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    first = jnp.where(row >= column, scores[:C], 0)
+    pair = first if scores.shape[0] == C else jnp.concatenate([first, scores[C:]], axis=0)
+    return _operands(head, tokens, pair, jnp.where(row >= column, 0, scores[:C]).T)
 
 
 def channel_gradients(
