@@ -81,25 +81,6 @@ def chunk_tokens(gates: HeadGates, C: int) -> Tokens:
     return Tokens(jnp.where(sees, level, -1), gates.entry, gates.exit)
 
 
-class _Meeting(NamedTuple):
-    """The two sides of a level's sum over channels, float32."""
-
-    k: jax.Array  # [C,K]: second runs as rows, first runs as columns
-    queries: list[jax.Array]  # [C,K], or [C/2,K] if second runs are cut out
-    factor: jax.Array | None  # [C,K], what near keys, and keys gated to their block's ends, were multiplied by
-
-
-class _Ends(NamedTuple):
-    """What meets the entry state and makes the exit state, float32."""
-
-    queries_in: list[jax.Array]  # [C,K]
-    k_in: jax.Array
-    k_out: jax.Array
-    carry: jax.Array  # [1,K]
-    entry: jax.Array  # [C,K]: from the chunk's start to the block's, 0 if another segment's
-    leaving: jax.Array  # [C,K]: from the block's end to the chunk's
-
-
 class ChannelHead:
     """One head's queries and keys in float32, and their gates. q [R*C,K], k [C,K]; log_decay [C,K] float32."""
 
@@ -112,41 +93,44 @@ class ChannelHead:
         spans = [product(sums, _parts(x, parts)) for x in _pieces(log_decay * math.log2(math.e), half)]
         gates = [jnp.concatenate(both, axis=0) for both in zip(*(_pieces(jnp.exp2(x), half) for x in spans))]
         *self.near, self.since, self.until = gates
-        self.k_since, self.k_until = self.k * self.since, self.k * self.until
-        self.queries_since = [q * self.since for q in self.queries]
         blocks = _pieces(self.since, BLOCK)
         self.blocks = [jnp.broadcast_to(block[-1:], block.shape) for block in blocks]
 
-    def meeting(self, level: int) -> _Meeting:
+    def gate(self, level: int) -> jax.Array:
+        """[C,K]: what keys and queries are multiplied by where runs of a level meet."""
         size = 1 << level
         if size < BLOCK:
-            gate = self.near[level]
-            return _Meeting(self.k * gate, [q * gate for q in self.queries], gate)
-        k = _by_run(self.k_until, self.k_since, size)
-        queries = [_late(q, size) for q in self.queries_since]
-        if size == BLOCK:
-            return _Meeting(k, queries, None)
-        factor = _by_run(self.blocks_between(size, -1), self.blocks_between(size, 1), size)
-        return _Meeting(k * factor, [q * _late(factor, size) for q in queries], factor)
+            return self.near[level]
+        return _by_run(self.until_end(size), self.since_start(size), size)
 
-    def ends(self, tokens: Tokens) -> _Ends:
-        C = self.k.shape[0]
-        entry, leaving = self.blocks_between(C, 1), self.blocks_between(C, -1)
-        if tokens.reads is not None and tokens.stays is not None:
-            width = self.k.shape[1]
-            entry, leaving = entry * across(tokens.reads, width), leaving * across(tokens.stays, width)
-        queries_in = [q * entry for q in self.queries_since]
-        carry = (self.since * entry)[-1:]
-        return _Ends(queries_in, self.k_since * entry, self.k_until * leaving, carry, entry, leaving)
+    def since_start(self, size: int) -> jax.Array:
+        """[C,K]: the decay from the start of each run of `size` through a token."""
+        return self._through_blocks(self.since, size, 1)
 
-    def blocks_between(self, size: int, direction: int) -> jax.Array:
-        """[C,K]: the decay of whole blocks from the start (1) of a run to a block, or on to its end (-1)."""
-        factors = [jnp.ones_like(block) for block in self.blocks]
-        order = range(len(factors))[::direction]
+    def until_end(self, size: int) -> jax.Array:
+        """[C,K]: the decay after a token, to the end of its run."""
+        return self._through_blocks(self.until, size, -1)
+
+    def _through_blocks(self, gate: jax.Array, size: int, direction: int) -> jax.Array:
+        """gate, of blocks, times the decay of whole blocks between them and the start (1) or the end (-1) of a run."""
+        gates = _pieces(gate, BLOCK)
+        order = range(len(gates))[::direction]
+        passed = None
         for before, at in pairwise(order):
-            if before * BLOCK // size == at * BLOCK // size:
-                factors[at] = factors[before] * self.blocks[before]
-        return jnp.concatenate(factors, axis=0)
+            if before * BLOCK // size != at * BLOCK // size:
+                passed = None
+                continue
+            passed = self.blocks[before] if passed is None else passed * self.blocks[before]
+            gates[at] = gates[at] * passed
+        return jnp.concatenate(gates, axis=0)
+
+    def state_gates(self, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        """[C,K]: the decay since the entry state and until the exit state, 0 where a segment ends between."""
+        C, width = self.k.shape
+        entry, leaving = self.since_start(C), self.until_end(C)
+        if tokens.reads is not None and tokens.stays is not None:
+            entry, leaving = entry * across(tokens.reads, width), leaving * across(tokens.stays, width)
+        return entry, leaving
 
 
 def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: bool) -> Chain[Operands]:
@@ -157,9 +141,12 @@ def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: boo
     yield
     for level in range(_levels(C)):
         size, here = 1 << level, tokens.level == level + 1
-        meeting = head.meeting(level)
-        rows = [*meeting.queries, _late(meeting.k, size)] if delta else meeting.queries
-        met = product_transposed(jnp.concatenate(rows, axis=0).astype(head.dtype), meeting.k.astype(head.dtype))
+        gate = head.gate(level)
+        keys, late = head.k * gate, _late(gate, size)
+        rows = [_late(q, size) * late for q in head.queries]
+        if delta:
+            rows.append(_late(keys, size))
+        met = product_transposed(jnp.concatenate(rows, axis=0).astype(head.dtype), keys.astype(head.dtype))
         grams = [_choose(here, new, old, size) for new, old in zip(_pieces(met, rows[0].shape[0]), grams)]
         yield
     pair = scale * jnp.concatenate(grams[: len(head.queries)], axis=0)
@@ -167,14 +154,15 @@ def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: boo
 
 
 def _operands(head: ChannelHead, tokens: Tokens, pair: jax.Array, coupling: jax.Array | None) -> Operands:
-    ends = head.ends(tokens)
+    entry, leaving = head.state_gates(tokens)
+    carry = entry[-1:]
     return Operands(
-        jnp.concatenate(ends.queries_in, axis=0).astype(head.dtype),
-        ends.k_in.astype(head.dtype),
-        ends.k_out.astype(head.dtype),
+        jnp.concatenate([q * entry for q in head.queries], axis=0).astype(head.dtype),
+        (head.k * entry).astype(head.dtype),
+        (head.k * leaving).astype(head.dtype),
         None,
         None,
-        jnp.broadcast_to(ends.carry, (BLOCK, ends.carry.shape[1])).T[:, :1],
+        jnp.broadcast_to(carry, (BLOCK, carry.shape[1])).T[:, :1],
         pair,
         coupling,
     )
@@ -213,7 +201,7 @@ def channel_gradients(
     yield
     for level in range(_levels(head.k.shape[0])):
         growing.meet(level, constants.meetings[level])
-        yield
+    yield
     return growing.finish(tokens, gradients, constants.sums_transposed[...])
 
 
@@ -227,8 +215,6 @@ class _Gradients:
         diagonals = [_sum_lanes(jnp.where(tokens.level == 0, pair, 0)) for pair in pairs]
         self.queries = [diagonal * head.k for diagonal in diagonals]
         self.k = sum(diagonal * q for diagonal, q in zip(diagonals, head.queries))
-        self.k_since = self.k_until = jnp.zeros_like(head.k)
-        self.queries_since = [self.k_since for _ in pairs]
         self.exponents: list[jax.Array] = []  # [C,K] per level
         to_keys = jnp.zeros((C, C), jnp.float32)
         if gradients.coupling is not None:
@@ -261,44 +247,42 @@ class _Gradients:
 
     def meet(self, level: int, meetings: jax.Array) -> None:
         """meetings: a row of `Constants.meetings`."""
-        size = 1 << level
-        meeting = self.head.meeting(level)
-        d_k, d_queries = (self._meet_near if size < PACKED else self._meet_far)(meeting, size, meetings)
-        exponent = meeting.k * d_k
-        for q, d_q in zip(meeting.queries, d_queries):
-            exponent = _add_late(exponent, q * d_q, size)
-        self.exponents.append(exponent)
-        if meeting.factor is not None:
-            d_k = meeting.factor * d_k
-            d_queries = [_late(meeting.factor, size) * d_q for d_q in d_queries]
-        if size < BLOCK:
-            self.k = self.k + d_k
-            self.queries = [old + d_q for old, d_q in zip(self.queries, d_queries)]
-        else:
-            self.k_until = _by_run(self.k_until + d_k, self.k_until, size)
-            self.k_since = _by_run(self.k_since, self.k_since + d_k, size)
-            self.queries_since = [_add_late(old, d_q, size) for old, d_q in zip(self.queries_since, d_queries)]
+        head, size = self.head, 1 << level
+        gate = head.gate(level)
+        late = _late(gate, size)
+        keys = (head.k * gate).astype(head.dtype)
+        queries = [(_late(q, size) * late).astype(head.dtype) for q in head.queries]
+        d_k, d_queries = (self._meet_near if size < PACKED else self._meet_far)(keys, queries, size, meetings)
+        d_k, d_queries = gate * d_k, [late * d_q for d_q in d_queries]
+        self.k = self.k + d_k
+        self.queries = [_add_late(old, d_q, size) for old, d_q in zip(self.queries, d_queries)]
+        exponent = head.k * d_k
+        for q, d_q in zip(head.queries, d_queries):
+            exponent = _add_late(exponent, _late(q, size) * d_q, size)
+        self.exponents.append(exponent.astype(head.dtype))
 
-    def _meet_near(self, meeting: _Meeting, size: int, meetings: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        half = meeting.k.shape[0] // 2
+    def _meet_near(
+        self, keys: jax.Array, queries: list[jax.Array], size: int, meetings: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        half = keys.shape[0] // 2
         where = meetings[: meetings.shape[0] // 2] | meetings[meetings.shape[0] // 2 :]  # twice the same, side by side
-        sides = 1 + len(meeting.queries)
+        sides = 1 + len(queries)
         where = jnp.concatenate([where] * (-(-sides // 2)), axis=1)[:, : sides * half]
         where = jnp.concatenate([where] * sides, axis=0)
         found = []
         for at, matrix in zip((0, half), self.near):
-            rows = [x[at : at + half].astype(self.head.dtype) for x in (meeting.k, *meeting.queries)]
-            both = product(self._floats(matrix & where), jnp.concatenate(_turn(rows, at), axis=0))
-            found.append(_pieces(both, half))
+            rows = jnp.concatenate(_turn([x[at : at + half] for x in (keys, *queries)], at), axis=0)
+            found.append(_pieces(product(self._floats(matrix & where), rows), half))
         d_k, *d_queries = (jnp.concatenate(halves, axis=0) for halves in zip(*found))
         return d_k, d_queries
 
-    def _meet_far(self, meeting: _Meeting, size: int, meetings: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        dtype, tokens_per_row = self.head.dtype, meeting.k.shape[0] // meetings.shape[0]
-        keys, queries = meeting.k.astype(dtype), [q.astype(dtype) for q in meeting.queries]
+    def _meet_far(
+        self, keys: jax.Array, queries: list[jax.Array], size: int, meetings: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        tokens_per_row = keys.shape[0] // meetings.shape[0]
         where = _late(meetings, size, tokens_per_row)
         late = jnp.concatenate([_late(bits, size, tokens_per_row) & where for bits in self.late], axis=0)
-        d_late, *d_queries = _pieces(product(self._floats(late), keys), queries[0].shape[0])
+        d_late, *d_queries = _pieces(product(self._floats(late), keys), keys.shape[0] // 2)
         where = _early(meetings, size, tokens_per_row)
         early = _early(self.early, size, tokens_per_row) & jnp.concatenate([where] * len(self.late), axis=1)
         rows = jnp.concatenate([keys, *(_back_in_place(q, size) for q in queries)], axis=0)
@@ -308,25 +292,25 @@ class _Gradients:
     def finish(
         self, tokens: Tokens, gradients: StateGradients, sums_transposed: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        head, ends = self.head, self.head.ends(tokens)
+        head = self.head
         C = head.k.shape[0]
+        entry, leaving = head.state_gates(tokens)
         last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
         assert gradients.carry is not None
         d_carry = jnp.broadcast_to(gradients.carry, (gradients.carry.shape[0], BLOCK)).T[:1]
         exponent = jnp.where(last, d_carry, 0)
-        d_queries = []
-        for q_in, d_q_in, d_q, d_q_since in zip(
-            ends.queries_in, _pieces(gradients.q_in, C), self.queries, self.queries_since
-        ):
-            exponent = exponent + q_in * d_q_in
-            d_queries.append(d_q + head.since * (d_q_since + ends.entry * d_q_in))
-        d_k_since = self.k_since
+        d_queries = [entry * d_q_in for d_q_in in _pieces(gradients.q_in, C)]
+        for q, d_q in zip(head.queries, d_queries):
+            exponent = exponent + q * d_q
+        d_k = leaving * gradients.k_out
+        leaving_exponent = head.k * d_k
         if gradients.k_in is not None:
-            exponent = exponent + ends.k_in * gradients.k_in
-            d_k_since = d_k_since + ends.entry * gradients.k_in
-        d_k = self.k + head.since * d_k_since + head.until * (self.k_until + ends.leaving * gradients.k_out)
-        d_log_decay = self._spread(exponent, ends.k_out * gradients.k_out, sums_transposed)
-        return jnp.concatenate(d_queries, axis=0), d_k, d_log_decay
+            d_k_in = entry * gradients.k_in
+            exponent = exponent + head.k * d_k_in
+            d_k = d_k + d_k_in
+        d_log_decay = self._spread(exponent, leaving_exponent, sums_transposed)
+        d_queries = [old + d_q for old, d_q in zip(self.queries, d_queries)]
+        return jnp.concatenate(d_queries, axis=0), self.k + d_k, d_log_decay
 
     def _spread(self, entry: jax.Array, leaving: jax.Array, sums_transposed: jax.Array) -> jax.Array:
         """The gradients of all exponents [C,K], to every decay that they hold.
@@ -336,8 +320,8 @@ class _Gradients:
         """
         half = entry.shape[0] // 2
         *inside, across_halves = self.exponents
-        since = jnp.concatenate([entry[:half], entry[half:] + across_halves[half:]], axis=0)
-        until = jnp.concatenate([leaving[:half] + across_halves[:half], leaving[half:]], axis=0)
+        since = jnp.concatenate([entry[:half], entry[half:] + across_halves[half:]], axis=0).astype(self.head.dtype)
+        until = jnp.concatenate([leaving[:half] + across_halves[:half], leaving[half:]], axis=0).astype(self.head.dtype)
         whole = (jnp.sum(entry[half:], axis=0, keepdims=True), jnp.sum(leaving[:half], axis=0, keepdims=True))
         spread = []
         for at, other in zip((0, half), whole):
