@@ -240,10 +240,9 @@ def chunk_gradients(
     if operands.carry is not None:
         axis = 0 if operands.carry.shape[0] == 1 else 1
         d_carry = jnp.sum(entry.astype(jnp.float32) * scale_state(d_exit, operands.carry), axis=axis, keepdims=True)
-    d_entry = scale_state(d_exit, operands.carry)
-    d_k_out = product_transposed(written, d_exit_compute)
     if matrix is None or operands.coupling is None:
-        d_entry = d_entry + transposed_product(operands.q_in, d_read)
+        d_entry = scale_state(d_exit, operands.carry) + transposed_product(operands.q_in, d_read)
+        d_k_out = product_transposed(written, d_exit_compute)
         d_q_in = product_transposed(d_read, entry)
         d_pair = product_transposed(d_out, update_compute)
         return d_entry, d_update, None, StateGradients(d_q_in, None, d_k_out, d_carry, d_pair, None)
@@ -252,8 +251,9 @@ def chunk_gradients(
     d_predicted = (-scale_rows(d_v, operands.row_in)).astype(dtype)
     reading = jnp.concatenate([operands.q_in, operands.k_in], axis=0)
     d_reading = jnp.concatenate([d_read, d_predicted], axis=0)
-    d_entry = d_entry + transposed_product(reading, d_reading)
+    d_entry = scale_state(d_exit, operands.carry) + transposed_product(reading, d_reading)
     yield
+    d_k_out = product_transposed(written, d_exit_compute)
     d_in = product_transposed(d_reading, entry)
     yield
     d_pairs = product_transposed(jnp.concatenate([d_out, d_solved.astype(dtype)], axis=0), update_compute)

@@ -202,7 +202,7 @@ def channel_gradients(
     for level in range(_levels(head.k.shape[0])):
         growing.meet(level, constants.meetings[level])
     yield
-    return growing.finish(tokens, gradients, constants.sums_transposed[...])
+    return growing.finish(constants.sums_transposed[...])
 
 
 class _Gradients:
@@ -213,8 +213,9 @@ class _Gradients:
         self.head = head
         pairs = [jnp.where(tokens.level >= 0, scale * pair, 0) for pair in _pieces(gradients.pair, C)]
         diagonals = [_sum_lanes(jnp.where(tokens.level == 0, pair, 0)) for pair in pairs]
-        self.queries = [diagonal * head.k for diagonal in diagonals]
-        self.k = sum(diagonal * q for diagonal, q in zip(diagonals, head.queries))
+        self.through_states(tokens, gradients)
+        self.queries = [old + diagonal * head.k for old, diagonal in zip(self.queries, diagonals)]
+        self.k = self.k + sum(diagonal * q for diagonal, q in zip(diagonals, head.queries))
         self.exponents: list[jax.Array] = []  # [C,K] per level
         to_keys = jnp.zeros((C, C), jnp.float32)
         if gradients.coupling is not None:
@@ -226,6 +227,28 @@ class _Gradients:
         # Of longer runs: second runs' keys and queries with keys, first runs' keys with keys and queries.
         self.late = [self._bits(x) for x in (to_keys, *pairs)]
         self.early = self._bits(jnp.concatenate([to_keys, *turned], axis=1))
+
+    def through_states(self, tokens: Tokens, gradients: StateGradients) -> None:
+        """What came through the entry and exit states."""
+        head = self.head
+        C = head.k.shape[0]
+        entry, leaving = head.state_gates(tokens)
+        last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
+        assert gradients.carry is not None
+        d_carry = jnp.broadcast_to(gradients.carry, (gradients.carry.shape[0], BLOCK)).T[:1]
+        self.queries = [entry * d_q_in for d_q_in in _pieces(gradients.q_in, C)]
+        self.k = leaving * gradients.k_out
+        self.leaving = head.k * self.k
+        self.entry = jnp.where(last, d_carry, 0)
+        for q, d_q in zip(head.queries, self.queries):
+            self.entry = self.entry + q * d_q
+        if gradients.k_in is not None:
+            d_k_in = entry * gradients.k_in
+            self.entry = self.entry + head.k * d_k_in
+            self.k = self.k + d_k_in
+
+    def finish(self, sums_transposed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.concatenate(self.queries, axis=0), self.k, self._spread(self.entry, self.leaving, sums_transposed)
 
     def _within(self, at: int, to_keys: jax.Array, pairs: list[jax.Array], turned: list[jax.Array]) -> jax.Array:
         half = to_keys.shape[0] // 2
@@ -288,29 +311,6 @@ class _Gradients:
         rows = jnp.concatenate([keys, *(_back_in_place(q, size) for q in queries)], axis=0)
         d_early = product(self._floats(early), rows)
         return _weave(d_early, d_late, size), d_queries
-
-    def finish(
-        self, tokens: Tokens, gradients: StateGradients, sums_transposed: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        head = self.head
-        C = head.k.shape[0]
-        entry, leaving = head.state_gates(tokens)
-        last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
-        assert gradients.carry is not None
-        d_carry = jnp.broadcast_to(gradients.carry, (gradients.carry.shape[0], BLOCK)).T[:1]
-        exponent = jnp.where(last, d_carry, 0)
-        d_queries = [entry * d_q_in for d_q_in in _pieces(gradients.q_in, C)]
-        for q, d_q in zip(head.queries, d_queries):
-            exponent = exponent + q * d_q
-        d_k = leaving * gradients.k_out
-        leaving_exponent = head.k * d_k
-        if gradients.k_in is not None:
-            d_k_in = entry * gradients.k_in
-            exponent = exponent + head.k * d_k_in
-            d_k = d_k + d_k_in
-        d_log_decay = self._spread(exponent, leaving_exponent, sums_transposed)
-        d_queries = [old + d_q for old, d_q in zip(self.queries, d_queries)]
-        return jnp.concatenate(d_queries, axis=0), self.k + d_k, d_log_decay
 
     def _spread(self, entry: jax.Array, leaving: jax.Array, sums_transposed: jax.Array) -> jax.Array:
         """The gradients of all exponents [C,K], to every decay that they hold.
