@@ -253,10 +253,9 @@ def chunk_gradients(
     d_reading = jnp.concatenate([d_read, d_predicted], axis=0)
     d_entry = scale_state(d_exit, operands.carry) + transposed_product(reading, d_reading)
     yield
+    d_pairs = product_transposed(jnp.concatenate([d_out, d_solved.astype(dtype)], axis=0), update_compute)
     d_k_out = product_transposed(written, d_exit_compute)
     d_in = product_transposed(d_reading, entry)
-    yield
-    d_pairs = product_transposed(jnp.concatenate([d_out, d_solved.astype(dtype)], axis=0), update_compute)
     yield
     R = d_out.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
