@@ -201,6 +201,8 @@ def channel_gradients(
     yield
     for level in range(_levels(head.k.shape[0])):
         growing.meet(level, constants.meetings[level])
+        if 1 << level == BLOCK:
+            yield
     yield
     return growing.finish(constants.sums_transposed[...])
 
