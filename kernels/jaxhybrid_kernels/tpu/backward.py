@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.chunk_layout import Inputs
-from jaxhybrid_kernels.tpu.channel_gates import Tokens, channel_gradients, chunk_tokens, kept_operands
+from jaxhybrid_kernels.tpu.channel_gates import Tokens, chunk_tokens, kept_operands
+from jaxhybrid_kernels.tpu.channel_gradients import channel_gradients
 from jaxhybrid_kernels.tpu.forward import (
     Arrays,
     Residuals,

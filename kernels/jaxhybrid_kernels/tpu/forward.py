@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.chunk_layout import Inputs
-from jaxhybrid_kernels.tpu.channel_gates import ChannelHead, Tokens, channel_constants, channel_operands, chunk_tokens, keep_scores
+from jaxhybrid_kernels.tpu.channel_gates import (
+    ChannelHead,
+    Tokens,
+    channel_constants,
+    channel_operands,
+    chunk_tokens,
+    keep_scores,
+)
 from jaxhybrid_kernels.tpu.gates import HeadGates, across, gate_names, gate_rows, grid_step_gates, make_gates
 from jaxhybrid_kernels.tpu.head_gates import head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block, whole_block
