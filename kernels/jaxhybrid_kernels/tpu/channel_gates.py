@@ -145,7 +145,8 @@ def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: boo
             rows.append(late_rows(keys, size))
         met = product_transposed(jnp.concatenate(rows, axis=0).astype(head.dtype), keys.astype(head.dtype))
         grams = [_choose(here, new, old, size) for new, old in zip(pieces(met, rows[0].shape[0]), grams)]
-        yield
+        if size in (BLOCK, C // 2):
+            yield
     pair = scale * jnp.concatenate(grams[: len(head.queries)], axis=0)
     return _operands(head, tokens, pair, grams[-1] if delta else None)
 
