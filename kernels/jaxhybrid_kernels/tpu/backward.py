@@ -26,11 +26,10 @@ from jaxhybrid_kernels.tpu.forward import (
     read_head,
     read_query_key,
     residual_blocks,
-    scale_rows,
     scale_state,
     write_head,
 )
-from jaxhybrid_kernels.tpu.gates import HeadGates, gate_gradient_rows, gate_gradients, grid_step_gates
+from jaxhybrid_kernels.tpu.gates import HeadGates, gate_gradient_rows, gate_gradients, grid_step_gates, scale_rows
 from jaxhybrid_kernels.tpu.head_gates import head_gradients, head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back, take_back_state
@@ -227,7 +226,7 @@ def chunk_gradients(
     update = innovation = v.astype(jnp.float32)
     matrix = None
     if operands.coupling is not None and inverses is not None:
-        matrix = Halves(inverses, below(scale_rows(operands.coupling, beta), dtype))
+        matrix = Halves(inverses, below(operands.coupling, dtype), None if beta is None else beta[C // 2 :])
         innovation = innovation - scale_rows(product(operands.k_in, entry), operands.row_in)
         yield
         update = yield from solve(matrix, scale_rows(innovation, beta))

@@ -20,7 +20,15 @@ from jaxhybrid_kernels.tpu.channel_gates import (
     chunk_tokens,
     keep_scores,
 )
-from jaxhybrid_kernels.tpu.gates import HeadGates, across, gate_names, gate_rows, grid_step_gates, make_gates
+from jaxhybrid_kernels.tpu.gates import (
+    HeadGates,
+    across,
+    gate_names,
+    gate_rows,
+    grid_step_gates,
+    make_gates,
+    scale_rows,
+)
 from jaxhybrid_kernels.tpu.head_gates import head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block, whole_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back_state
@@ -203,15 +211,6 @@ def read_channels(arrays: Arrays, head: int, layout: Layout) -> ChannelHead:
     """A value head with a decay per channel."""
     log_decay = read_head(arrays.log_decay, head, layout.K)
     return ChannelHead(*read_query_key(arrays, head, layout), log_decay, arrays.constants)
-
-
-def scale_rows(x: jax.Array, row: jax.Array | None) -> jax.Array:
-    """x [R*C,V] times row [C,LANES], for each of the R queries; a missing row is one."""
-    if row is None:
-        return x
-    row = across(row, x.shape[1])
-    times = x.shape[0] // row.shape[0]
-    return x * (row if times == 1 else jnp.concatenate([row] * times, axis=0))
 
 
 def scale_state(state: jax.Array, carry: jax.Array | None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 BLOCK = 8  # tokens in a register
 PACKED = 16  # tokens in a register of bfloat16: from runs of this size on, second runs are cut out
@@ -12,12 +13,17 @@ def level_count(C: int) -> int:
 
 
 def rounded_parts(x: jax.Array, count: int) -> jax.Array:
-    """[M,K] float32 -> [count*M,K] bfloat16, the leading bits of x and of what the parts before left over."""
+    """[M,K] float32 -> [count*M,K] bfloat16, the leading bits of x and of what the parts before left over.
+
+    Rounded by their bits: XLA on a CPU drops a conversion to bfloat16 and back, and nothing would be left over.
+    """
     parts = []
-    for _ in range(count):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - parts[-1].astype(jnp.float32)
-    return jnp.concatenate(parts, axis=0)
+    for _ in range(count - 1):
+        bits = lax.bitcast_convert_type(x, jnp.int32)
+        high = lax.bitcast_convert_type((bits + 0x8000) & -0x10000, jnp.float32)
+        parts.append(high.astype(jnp.bfloat16))
+        x = x - high
+    return jnp.concatenate([*parts, x.astype(jnp.bfloat16)], axis=0)
 
 
 def pieces(x: jax.Array, rows: int) -> list[jax.Array]:
