@@ -10,6 +10,7 @@ from jaxhybrid_kernels import channel_gates as xla
 from jaxhybrid_kernels import head_gates
 from jaxhybrid_kernels.chunk_layout import Chunks
 from jaxhybrid_kernels.tpu import channel_gates as tpu
+from jaxhybrid_kernels.tpu.channel_gradients import channel_gradients
 from jaxhybrid_kernels.tpu.gates import HeadGates
 from jaxhybrid_kernels.tpu.operands import StateGradients
 from jaxhybrid_kernels.tpu.turns import take_turns
@@ -47,7 +48,8 @@ def in_kernel(q, k, log_decay, gradients, packed, delta):
     tokens = tpu.chunk_tokens(chunk_gates(packed), C)
     head = tpu.ChannelHead(q, k, log_decay, constants)
     operands = take_turns([tpu.channel_operands(head, tokens, SCALE, delta)])[0]
-    return operands, take_turns([tpu.channel_gradients(head, tokens, constants, gradients, SCALE)])[0]
+    kept = tpu.kept_operands(head, tokens, tpu.keep_scores(operands, q.dtype), delta)
+    return operands, kept, take_turns([channel_gradients(head, tokens, constants, gradients, SCALE)])[0]
 
 
 @pytest.mark.parametrize("decay", LOG_DECAYS)
@@ -84,7 +86,7 @@ def test_operands_and_gradients(suite, decay, dtype, tolerance, R, packed, delta
         operands = xla.channel_operands(chunks, SCALE)
         d_pair, d_q_in = lead(gradients.pair, R, C, C), lead(gradients.q_in, R, C, K)
         given = head_gates.StateGradients(*map(lead, gradients))._replace(pair=d_pair, q_in=d_q_in)
-        expected = operands, xla.channel_gradients(chunks, operands, given, SCALE)
+        expected = operands, operands, xla.channel_gradients(chunks, operands, given, SCALE)
     exact = StateGradients(*(None if x is None else jnp.asarray(x, jnp.float32) for x in gradients))
     actual = in_kernel(
         jnp.asarray(q, dtype), jnp.asarray(k, dtype), jnp.asarray(log_decay), exact, packed=packed, delta=delta

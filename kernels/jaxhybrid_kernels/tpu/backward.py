@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.chunk_layout import Inputs
-from jaxhybrid_kernels.tpu.channel_gates import Tokens, channel_gradients, channel_operands, chunk_tokens
+from jaxhybrid_kernels.tpu.channel_gates import Tokens, chunk_tokens, kept_operands
+from jaxhybrid_kernels.tpu.channel_gradients import channel_gradients
 from jaxhybrid_kernels.tpu.forward import (
     Arrays,
     Residuals,
@@ -25,11 +26,10 @@ from jaxhybrid_kernels.tpu.forward import (
     read_head,
     read_query_key,
     residual_blocks,
-    scale_rows,
     scale_state,
     write_head,
 )
-from jaxhybrid_kernels.tpu.gates import HeadGates, gate_gradient_rows, gate_gradients, grid_step_gates
+from jaxhybrid_kernels.tpu.gates import HeadGates, gate_gradient_rows, gate_gradients, grid_step_gates, scale_rows
 from jaxhybrid_kernels.tpu.head_gates import head_gradients, head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back, take_back_state
@@ -183,7 +183,8 @@ def _head(
     if tokens is None or head is None:
         operands = yield from head_operands(q, k, gates, layout.scale)
     else:
-        operands = yield from channel_operands(head, tokens, layout.scale, layout.delta)
+        operands = kept_operands(head, tokens, residuals.scores[0, h, 0], layout.delta)
+        yield
     inverses = None if residuals.inverses is None else residuals.inverses[0, h, 0]
     d_entry, d_v, d_beta, gradients = yield from chunk_gradients(
         operands,
@@ -225,7 +226,7 @@ def chunk_gradients(
     update = innovation = v.astype(jnp.float32)
     matrix = None
     if operands.coupling is not None and inverses is not None:
-        matrix = Halves(inverses, below(scale_rows(operands.coupling, beta), dtype))
+        matrix = Halves(inverses, below(operands.coupling, dtype), None if beta is None else beta[C // 2 :])
         innovation = innovation - scale_rows(product(operands.k_in, entry), operands.row_in)
         yield
         update = yield from solve(matrix, scale_rows(innovation, beta))
@@ -239,10 +240,9 @@ def chunk_gradients(
     if operands.carry is not None:
         axis = 0 if operands.carry.shape[0] == 1 else 1
         d_carry = jnp.sum(entry.astype(jnp.float32) * scale_state(d_exit, operands.carry), axis=axis, keepdims=True)
-    d_entry = scale_state(d_exit, operands.carry)
-    d_k_out = product_transposed(written, d_exit_compute)
     if matrix is None or operands.coupling is None:
-        d_entry = d_entry + transposed_product(operands.q_in, d_read)
+        d_entry = scale_state(d_exit, operands.carry) + transposed_product(operands.q_in, d_read)
+        d_k_out = product_transposed(written, d_exit_compute)
         d_q_in = product_transposed(d_read, entry)
         d_pair = product_transposed(d_out, update_compute)
         return d_entry, d_update, None, StateGradients(d_q_in, None, d_k_out, d_carry, d_pair, None)
@@ -251,11 +251,11 @@ def chunk_gradients(
     d_predicted = (-scale_rows(d_v, operands.row_in)).astype(dtype)
     reading = jnp.concatenate([operands.q_in, operands.k_in], axis=0)
     d_reading = jnp.concatenate([d_read, d_predicted], axis=0)
-    d_entry = d_entry + transposed_product(reading, d_reading)
-    yield
-    d_in = product_transposed(d_reading, entry)
+    d_entry = scale_state(d_exit, operands.carry) + transposed_product(reading, d_reading)
     yield
     d_pairs = product_transposed(jnp.concatenate([d_out, d_solved.astype(dtype)], axis=0), update_compute)
+    d_k_out = product_transposed(written, d_exit_compute)
+    d_in = product_transposed(d_reading, entry)
     yield
     R = d_out.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))

@@ -1,4 +1,4 @@
-"""What a chunk contributes apart from the state, for one decay per key channel, in a kernel; forward and backward.
+"""What a chunk contributes apart from the state, for one decay per key channel, in a kernel.
 
     pair_ij = sum_c q_ic k_jc exp(G_ic - G_jc),   G the running sum of log_decay
 cannot be split into exp(G_i) and exp(-G_j): the second overflows. It can be split around any moment between j and i.
@@ -21,22 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxhybrid_kernels.tpu.gates import HeadGates, across
-from jaxhybrid_kernels.tpu.operands import Operands, StateGradients
+from jaxhybrid_kernels.tpu.operands import Operands
 from jaxhybrid_kernels.tpu.products import product, product_transposed
+from jaxhybrid_kernels.tpu.runs import BLOCK, PACKED, by_run, late_rows, level_count, pieces, rounded_parts, sum_lanes
 from jaxhybrid_kernels.tpu.turns import Chain
-
-BLOCK = 8  # tokens in a register; runs inside a block are near
-PACKED = 16  # tokens in a register of bfloat16: from runs of this size on, second runs are cut out
 
 
 class Constants(NamedTuple):
     """Operands of the kernel that depend on shapes alone."""
 
-    sums: Any  # [5C,parts*C] bfloat16: log_decay to its sums at the near levels, and since and until block ends
-    sums_transposed: Any  # [C,parts*(levels+2)*C] bfloat16: gradients of all sums to that of log_decay
+    # Of half a chunk, H tokens, which is all that they span, so that a product with them costs half as much:
+    sums: Any  # [5H,parts*H] bfloat16: log_decay to its sums at the near levels, and since and until block ends
+    sums_transposed: Any  # [H,parts*(levels+1)*H] bfloat16: gradients of all sums to that of log_decay
     meetings: Any  # [levels,C or C/2,C] int32: all bits of a float32, or of two bfloat16, set where pairs meet
 
 
@@ -51,15 +49,16 @@ class Tokens(NamedTuple):
 def channel_constants(C: int, exact: bool) -> Constants:
     """`exact`: for float32 operands, where a sum's terms are split into three bfloat16 parts."""
     i, t = np.arange(C)[:, None], np.arange(C)[None]
+    meetings = np.stack([(i >> level) ^ (t >> level) == 1 for level in range(level_count(C))])
+    i, t = i[: C // 2], t[:, : C // 2]
 
     def spans(level: int) -> np.ndarray:
         second = (i >> level) % 2 == 1
         return (i >> level == t >> level) & np.where(second, t <= i, t > i)
 
     same_block = i // BLOCK == t // BLOCK
-    sums = np.concatenate([*map(spans, range(_levels(BLOCK))), same_block & (t <= i), same_block & (t > i)])
-    gradients = np.concatenate([*map(spans, range(_levels(C))), t <= i, t > i]).T
-    meetings = np.stack([(i >> level) ^ (t >> level) == 1 for level in range(_levels(C))])
+    sums = np.concatenate([*map(spans, range(level_count(BLOCK))), same_block & (t <= i), same_block & (t > i)])
+    gradients = np.concatenate([*map(spans, range(level_count(C // 2))), t <= i, t > i]).T
     bits = -meetings.astype(np.int32)
     if not exact:
         bits = bits[:, 0::2] & 0xFFFF | bits[:, 1::2] << 16
@@ -72,30 +71,11 @@ def channel_constants(C: int, exact: bool) -> Constants:
 
 def chunk_tokens(gates: HeadGates, C: int) -> Tokens:
     i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    level = sum(((i >> bit) != (j >> bit)).astype(jnp.int32) for bit in range(_levels(C)))
+    level = sum(((i >> bit) != (j >> bit)).astype(jnp.int32) for bit in range(level_count(C)))
     sees = i >= j
     if gates.end_row is not None:
         sees = sees & (i.astype(jnp.float32) < gates.end_row)
     return Tokens(jnp.where(sees, level, -1), gates.entry, gates.exit)
-
-
-class _Meeting(NamedTuple):
-    """The two sides of a level's sum over channels, float32."""
-
-    k: jax.Array  # [C,K]: second runs as rows, first runs as columns
-    queries: list[jax.Array]  # [C,K], or [C/2,K] if second runs are cut out
-    factor: jax.Array | None  # [C,K], what near keys, and keys gated to their block's ends, were multiplied by
-
-
-class _Ends(NamedTuple):
-    """What meets the entry state and makes the exit state, float32."""
-
-    queries_in: list[jax.Array]  # [C,K]
-    k_in: jax.Array
-    k_out: jax.Array
-    carry: jax.Array  # [1,K]
-    entry: jax.Array  # [C,K]: from the chunk's start to the block's, 0 if another segment's
-    leaving: jax.Array  # [C,K]: from the block's end to the chunk's
 
 
 class ChannelHead:
@@ -105,225 +85,114 @@ class ChannelHead:
         C, sums = k.shape[0], constants.sums[...]
         self.dtype = k.dtype
         self.k = k.astype(jnp.float32)
-        self.queries = [x.astype(jnp.float32) for x in _pieces(q, C)]
-        parts = _parts(log_decay * math.log2(math.e), sums.shape[1] // C)
-        *self.near, self.since, self.until = _pieces(jnp.exp2(product(sums, parts)), C)
-        self.k_since, self.k_until = self.k * self.since, self.k * self.until
-        self.queries_since = [q * self.since for q in self.queries]
-        blocks = _pieces(self.since, BLOCK)
+        self.queries = [x.astype(jnp.float32) for x in pieces(q, C)]
+        half, parts = C // 2, 2 * sums.shape[1] // C
+        spans = [product(sums, rounded_parts(x, parts)) for x in pieces(log_decay * math.log2(math.e), half)]
+        gates = [jnp.concatenate(both, axis=0) for both in zip(*(pieces(jnp.exp2(x), half) for x in spans))]
+        *self.near, self.since, self.until = gates
+        blocks = pieces(self.since, BLOCK)
         self.blocks = [jnp.broadcast_to(block[-1:], block.shape) for block in blocks]
 
-    def meeting(self, level: int) -> _Meeting:
+    def gate(self, level: int) -> jax.Array:
+        """[C,K]: what keys and queries are multiplied by where runs of a level meet."""
         size = 1 << level
         if size < BLOCK:
-            gate = self.near[level]
-            return _Meeting(self.k * gate, [q * gate for q in self.queries], gate)
-        k = _by_run(self.k_until, self.k_since, size)
-        queries = [_late(q, size) for q in self.queries_since]
-        if size == BLOCK:
-            return _Meeting(k, queries, None)
-        factor = _by_run(self.blocks_between(size, -1), self.blocks_between(size, 1), size)
-        return _Meeting(k * factor, [q * _late(factor, size) for q in queries], factor)
+            return self.near[level]
+        return by_run(self.until_end(size), self.since_start(size), size)
 
-    def ends(self, tokens: Tokens) -> _Ends:
-        C = self.k.shape[0]
-        entry, leaving = self.blocks_between(C, 1), self.blocks_between(C, -1)
-        if tokens.reads is not None and tokens.stays is not None:
-            width = self.k.shape[1]
-            entry, leaving = entry * across(tokens.reads, width), leaving * across(tokens.stays, width)
-        queries_in = [q * entry for q in self.queries_since]
-        carry = (self.since * entry)[-1:]
-        return _Ends(queries_in, self.k_since * entry, self.k_until * leaving, carry, entry, leaving)
+    def since_start(self, size: int) -> jax.Array:
+        """[C,K]: the decay from the start of each run of `size` through a token."""
+        return self._through_blocks(self.since, size, 1)
 
-    def blocks_between(self, size: int, direction: int) -> jax.Array:
-        """[C,K]: the decay of whole blocks from the start (1) of a run to a block, or on to its end (-1)."""
-        factors = [jnp.ones_like(block) for block in self.blocks]
-        order = range(len(factors))[::direction]
+    def until_end(self, size: int) -> jax.Array:
+        """[C,K]: the decay after a token, to the end of its run."""
+        return self._through_blocks(self.until, size, -1)
+
+    def _through_blocks(self, gate: jax.Array, size: int, direction: int) -> jax.Array:
+        """gate, of blocks, times the decay of whole blocks between them and the start (1) or the end (-1) of a run."""
+        gates = pieces(gate, BLOCK)
+        order = range(len(gates))[::direction]
+        passed = None
         for before, at in pairwise(order):
-            if before * BLOCK // size == at * BLOCK // size:
-                factors[at] = factors[before] * self.blocks[before]
-        return jnp.concatenate(factors, axis=0)
+            if before * BLOCK // size != at * BLOCK // size:
+                passed = None
+                continue
+            passed = self.blocks[before] if passed is None else passed * self.blocks[before]
+            gates[at] = gates[at] * passed
+        return jnp.concatenate(gates, axis=0)
+
+    def state_gates(self, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        """[C,K]: the decay since the entry state and until the exit state, 0 where a segment ends between."""
+        C, width = self.k.shape
+        entry, leaving = self.since_start(C), self.until_end(C)
+        if tokens.reads is not None and tokens.stays is not None:
+            entry, leaving = entry * across(tokens.reads, width), leaving * across(tokens.stays, width)
+        return entry, leaving
 
 
 def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: bool) -> Chain[Operands]:
     C = head.k.shape[0]
-    grams = [jnp.where(tokens.level == 0, _sum_lanes(q * head.k), 0) for q in head.queries]
+    grams = [jnp.where(tokens.level == 0, sum_lanes(q * head.k), 0) for q in head.queries]
     if delta:
         grams.append(jnp.zeros((C, C), jnp.float32))
     yield
-    for level in range(_levels(C)):
+    for level in range(level_count(C)):
         size, here = 1 << level, tokens.level == level + 1
-        meeting = head.meeting(level)
-        rows = [*meeting.queries, _late(meeting.k, size)] if delta else meeting.queries
-        met = product_transposed(jnp.concatenate(rows, axis=0).astype(head.dtype), meeting.k.astype(head.dtype))
-        grams = [_choose(here, new, old, size) for new, old in zip(_pieces(met, rows[0].shape[0]), grams)]
-        yield
-    ends = head.ends(tokens)
-    carry = jnp.broadcast_to(ends.carry, (BLOCK, ends.carry.shape[1])).T[:, :1]
+        gate = head.gate(level)
+        keys, late = head.k * gate, late_rows(gate, size)
+        rows = [late_rows(q, size) * late for q in head.queries]
+        if delta:
+            rows.append(late_rows(keys, size))
+        met = product_transposed(jnp.concatenate(rows, axis=0).astype(head.dtype), keys.astype(head.dtype))
+        grams = [_choose(here, new, old, size) for new, old in zip(pieces(met, rows[0].shape[0]), grams)]
+        if size in (BLOCK, C // 2):
+            yield
+    pair = scale * jnp.concatenate(grams[: len(head.queries)], axis=0)
+    return _operands(head, tokens, pair, grams[-1] if delta else None)
+
+
+def _operands(head: ChannelHead, tokens: Tokens, pair: jax.Array, coupling: jax.Array | None) -> Operands:
+    entry, leaving = head.state_gates(tokens)
+    carry = entry[-1:]
     return Operands(
-        jnp.concatenate(ends.queries_in, axis=0).astype(head.dtype),
-        ends.k_in.astype(head.dtype),
-        ends.k_out.astype(head.dtype),
+        jnp.concatenate([q * entry for q in head.queries], axis=0).astype(head.dtype),
+        (head.k * entry).astype(head.dtype),
+        (head.k * leaving).astype(head.dtype),
         None,
         None,
-        carry,
-        scale * jnp.concatenate(grams[: len(head.queries)], axis=0),
-        grams[-1] if delta else None,
+        jnp.broadcast_to(carry, (BLOCK, carry.shape[1])).T[:, :1],
+        pair,
+        coupling,
     )
 
 
-def channel_gradients(
-    head: ChannelHead, tokens: Tokens, constants: Constants, gradients: StateGradients, scale: float
-) -> Chain[tuple[jax.Array, jax.Array, jax.Array]]:
-    """Gradients of q [R*C,K], k [C,K] and log_decay [C,K], float32.
-
-    An exponent is a sum of decays, and its gradient is that of its gate times the gate: nothing cancels.
-    """
-    growing = _Gradients(head, tokens, gradients, scale)
-    yield
-    for level in range(_levels(head.k.shape[0])):
-        growing.meet(level, constants.meetings[level])
-        yield
-    return growing.finish(tokens, gradients, constants.sums_transposed[...])
+def keep_scores(operands: Operands, dtype: Any) -> jax.Array:
+    """For the backward, [R*C,C]: pair, and above the diagonal of its first C rows the transpose of coupling."""
+    scores = operands.pair
+    if operands.coupling is not None:
+        C = scores.shape[1]
+        first = scores[:C] + operands.coupling.T
+        scores = first if scores.shape[0] == C else jnp.concatenate([first, scores[C:]], axis=0)
+    return scores.astype(dtype)
 
 
-class _Gradients:
-    """Gradients of one head while they grow, level by level; names as in `ChannelHead`."""
-
-    def __init__(self, head: ChannelHead, tokens: Tokens, gradients: StateGradients, scale: float):
-        C = head.k.shape[0]
-        self.head = head
-        pairs = [jnp.where(tokens.level >= 0, scale * pair, 0) for pair in _pieces(gradients.pair, C)]
-        diagonals = [_sum_lanes(jnp.where(tokens.level == 0, pair, 0)) for pair in pairs]
-        self.queries = [diagonal * head.k for diagonal in diagonals]
-        self.k = sum(diagonal * q for diagonal, q in zip(diagonals, head.queries))
-        self.k_since = self.k_until = jnp.zeros_like(head.k)
-        self.queries_since = [self.k_since for _ in pairs]
-        self.exponents: list[jax.Array] = []  # [C,K] per level
-        to_keys = [pair.T for pair in pairs]
-        if gradients.coupling is None:
-            to_keys = [jnp.zeros((C, C), jnp.float32), *to_keys]
-        else:
-            coupling = jnp.where(tokens.level > 0, gradients.coupling, 0)
-            to_keys = [coupling + coupling.T, *to_keys]
-        self.to_keys = self._bits(jnp.concatenate(to_keys, axis=1))  # of pairs [k|q], to the gradients of k
-        self.to_queries = [self._bits(pair) for pair in pairs]
-
-    def _bits(self, x: jax.Array) -> jax.Array:
-        return pltpu.bitcast(x.astype(self.head.dtype), jnp.int32)
-
-    def _floats(self, x: jax.Array) -> jax.Array:
-        return pltpu.bitcast(x, self.head.dtype)
-
-    def meet(self, level: int, meetings: jax.Array) -> None:
-        """meetings: a row of `Constants.meetings`."""
-        head, dtype, size = self.head, self.head.dtype, 1 << level
-        meeting = head.meeting(level)
-        keys = meeting.k.astype(dtype)
-        rows = jnp.concatenate([keys, *(_back_in_place(q.astype(dtype), size) for q in meeting.queries)], axis=0)
-        C = keys.shape[0]
-        d_k = product(self._floats(self.to_keys & jnp.concatenate([meetings] * (rows.shape[0] // C), axis=1)), rows)
-        rows_per_register = C // meetings.shape[0]
-        late = _late(meetings, size, rows_per_register)
-        to_queries = [_late(bits, size, rows_per_register) & late for bits in self.to_queries]
-        d_late = product(self._floats(jnp.concatenate(to_queries, axis=0)), keys)
-        d_queries = _pieces(d_late, meeting.queries[0].shape[0])
-        exponent = meeting.k * d_k
-        for q, d_q in zip(meeting.queries, d_queries):
-            exponent = _add_late(exponent, q * d_q, size)
-        self.exponents.append(exponent)
-        if meeting.factor is not None:
-            d_k = meeting.factor * d_k
-            d_queries = [_late(meeting.factor, size) * d_q for d_q in d_queries]
-        if size < BLOCK:
-            self.k = self.k + d_k
-            self.queries = [old + d_q for old, d_q in zip(self.queries, d_queries)]
-        else:
-            self.k_until = _by_run(self.k_until + d_k, self.k_until, size)
-            self.k_since = _by_run(self.k_since, self.k_since + d_k, size)
-            self.queries_since = [_add_late(old, d_q, size) for old, d_q in zip(self.queries_since, d_queries)]
-
-    def finish(
-        self, tokens: Tokens, gradients: StateGradients, sums_transposed: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        head, ends = self.head, self.head.ends(tokens)
-        C = head.k.shape[0]
-        last = lax.broadcasted_iota(jnp.int32, (C, 1), 0) == C - 1
-        assert gradients.carry is not None
-        d_carry = jnp.broadcast_to(gradients.carry, (gradients.carry.shape[0], BLOCK)).T[:1]
-        exponent = jnp.where(last, d_carry, 0)
-        d_queries = []
-        for q_in, d_q_in, d_q, d_q_since in zip(
-            ends.queries_in, _pieces(gradients.q_in, C), self.queries, self.queries_since
-        ):
-            exponent = exponent + q_in * d_q_in
-            d_queries.append(d_q + head.since * (d_q_since + ends.entry * d_q_in))
-        d_k_since = self.k_since
-        if gradients.k_in is not None:
-            exponent = exponent + ends.k_in * gradients.k_in
-            d_k_since = d_k_since + ends.entry * gradients.k_in
-        d_k = self.k + head.since * d_k_since + head.until * (self.k_until + ends.leaving * gradients.k_out)
-        exponents = jnp.concatenate([*self.exponents, exponent, ends.k_out * gradients.k_out], axis=0)
-        parts = _parts(exponents, sums_transposed.shape[1] // exponents.shape[0])
-        return jnp.concatenate(d_queries, axis=0), d_k, product(sums_transposed, parts)
-
-
-def _levels(C: int) -> int:
-    return C.bit_length() - 1
-
-
-def _parts(x: jax.Array, count: int) -> jax.Array:
-    """[M,K] float32 -> [count*M,K] bfloat16, the leading bits of x and of what the parts before left over."""
-    parts = []
-    for _ in range(count):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - parts[-1].astype(jnp.float32)
-    return jnp.concatenate(parts, axis=0)
-
-
-def _pieces(x: jax.Array, rows: int) -> list[jax.Array]:
-    return [x[start : start + rows] for start in range(0, x.shape[0], rows)]
-
-
-def _sum_lanes(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, axis=1, keepdims=True)
-
-
-def _by_run(first: jax.Array, second: jax.Array, size: int) -> jax.Array:
-    """First runs of one [C,K], second runs of the other."""
-    runs = zip(_pieces(first, size), _pieces(second, size))
-    return jnp.concatenate([pair[at % 2] for at, pair in enumerate(runs)], axis=0)
-
-
-def _late(x: jax.Array, size: int, tokens_per_row: int = 1) -> jax.Array:
-    """Of rows for C tokens those of second runs if they can be cut out, else all."""
-    if size < PACKED:
-        return x
-    return jnp.concatenate(_pieces(x, size // tokens_per_row)[1::2], axis=0)
-
-
-def _back_in_place(late: jax.Array, size: int) -> jax.Array:
-    """Undoes `_late`, with zeros for first runs."""
-    if size < PACKED:
-        return late
-    zeros = jnp.zeros((size, late.shape[1]), late.dtype)
-    return jnp.concatenate([piece for run in _pieces(late, size) for piece in (zeros, run)], axis=0)
-
-
-def _add_late(x: jax.Array, late: jax.Array, size: int) -> jax.Array:
-    """x + late, where late has the rows that `_late` takes."""
-    if size < PACKED:
-        return x + late
-    runs = _pieces(x, size)
-    runs[1::2] = [run + piece for run, piece in zip(runs[1::2], _pieces(late, size))]
-    return jnp.concatenate(runs, axis=0)
+def kept_operands(head: ChannelHead, tokens: Tokens, scores: jax.Array, delta: bool) -> Operands:
+    """Those of `channel_operands`, from what `keep_scores` made."""
+    C = scores.shape[1]
+    scores = scores.astype(jnp.float32)
+    if not delta:
+        return _operands(head, tokens, scores, None)
+    row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    first = jnp.where(row >= column, scores[:C], 0)
+    pair = first if scores.shape[0] == C else jnp.concatenate([first, scores[C:]], axis=0)
+    return _operands(head, tokens, pair, jnp.where(row >= column, 0, scores[:C]).T)
 
 
 def _choose(where: jax.Array, late: jax.Array, x: jax.Array, size: int) -> jax.Array:
-    """late, with the rows that `_late` takes, where it is to be taken; else x. First runs take nothing."""
+    """late, with the rows that `late_rows` takes, where it is to be taken; else x. First runs take nothing."""
     if size < PACKED:
         return jnp.where(where, late, x)
-    runs = _pieces(x, size)
-    pieces = zip(_pieces(where, size)[1::2], _pieces(late, size), runs[1::2])
-    runs[1::2] = [jnp.where(*piece) for piece in pieces]
+    runs = pieces(x, size)
+    both = zip(pieces(where, size)[1::2], pieces(late, size), runs[1::2])
+    runs[1::2] = [jnp.where(*piece) for piece in both]
     return jnp.concatenate(runs, axis=0)

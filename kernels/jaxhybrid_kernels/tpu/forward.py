@@ -12,8 +12,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxhybrid_kernels.chunk_layout import Inputs
-from jaxhybrid_kernels.tpu.channel_gates import ChannelHead, Tokens, channel_constants, channel_operands, chunk_tokens
-from jaxhybrid_kernels.tpu.gates import HeadGates, across, gate_names, gate_rows, grid_step_gates, make_gates
+from jaxhybrid_kernels.tpu.channel_gates import (
+    ChannelHead,
+    Tokens,
+    channel_constants,
+    channel_operands,
+    chunk_tokens,
+    keep_scores,
+)
+from jaxhybrid_kernels.tpu.gates import (
+    HeadGates,
+    across,
+    gate_names,
+    gate_rows,
+    grid_step_gates,
+    make_gates,
+    scale_rows,
+)
 from jaxhybrid_kernels.tpu.head_gates import head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block, whole_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back_state
@@ -38,6 +53,7 @@ class Residuals(NamedTuple):
 
     states: Any  # [B,N,n,K,V] entry states, compute dtype
     inverses: Any  # [B,N,n,C/2,C] compute dtype, see solve.py; None for the additive rule
+    scores: Any  # [B,N,n,R*C,C] compute dtype, see channel_gates.keep_scores; None without a decay per channel
 
 
 class Results(NamedTuple):
@@ -107,12 +123,15 @@ def residual_arrays(layout: Layout) -> Residuals:
     lead = (layout.sizes.B, layout.sizes.N, layout.chunks)
     states = jax.ShapeDtypeStruct((*lead, layout.K, layout.V), layout.dtype)
     inverses = jax.ShapeDtypeStruct((*lead, CHUNK // 2, CHUNK), layout.dtype)
-    return Residuals(states, inverses if layout.delta else None)
+    scores = jax.ShapeDtypeStruct((*lead, layout.queries * CHUNK, CHUNK), layout.dtype)
+    return Residuals(states, inverses if layout.delta else None, scores if layout.decay == "channel" else None)
 
 
 def residual_blocks(layout: Layout) -> Residuals:
     states = chunk_block(layout.heads, layout.K, layout.V)
-    return Residuals(states, chunk_block(layout.heads, CHUNK // 2, CHUNK) if layout.delta else None)
+    inverses = chunk_block(layout.heads, CHUNK // 2, CHUNK) if layout.delta else None
+    scores = chunk_block(layout.heads, layout.queries * CHUNK, CHUNK) if layout.decay == "channel" else None
+    return Residuals(states, inverses, scores)
 
 
 def forward_kernel(arrays: Arrays, initial_ref: Any, results: Results, state_ref: Any, *, layout: Layout) -> None:
@@ -145,6 +164,8 @@ def _head(
         operands = yield from head_operands(*read_query_key(arrays, h, layout), gates, layout.scale)
     else:
         operands = yield from channel_operands(read_channels(arrays, h, layout), tokens, layout.scale, layout.delta)
+        if results.kept is not None:
+            results.kept.scores[0, h, 0] = keep_scores(operands, layout.dtype)
     update = read_head(arrays.v, h, layout.V).astype(jnp.float32)
     entry = state_ref[h].astype(layout.dtype)
     if operands.coupling is None:
@@ -190,15 +211,6 @@ def read_channels(arrays: Arrays, head: int, layout: Layout) -> ChannelHead:
     """A value head with a decay per channel."""
     log_decay = read_head(arrays.log_decay, head, layout.K)
     return ChannelHead(*read_query_key(arrays, head, layout), log_decay, arrays.constants)
-
-
-def scale_rows(x: jax.Array, row: jax.Array | None) -> jax.Array:
-    """x [R*C,V] times row [C,LANES], for each of the R queries; a missing row is one."""
-    if row is None:
-        return x
-    row = across(row, x.shape[1])
-    times = x.shape[0] // row.shape[0]
-    return x * (row if times == 1 else jnp.concatenate([row] * times, axis=0))
 
 
 def scale_state(state: jax.Array, carry: jax.Array | None) -> jax.Array:

@@ -198,3 +198,12 @@ def across(column: jax.Array, width: int) -> jax.Array:
     if width <= LANES:
         return column[:, :width]
     return jnp.concatenate([column] * (width // LANES), axis=1)
+
+
+def scale_rows(x: jax.Array, row: jax.Array | None) -> jax.Array:
+    """x [R*C,V] times row [C,LANES], for each of the R queries; a missing row is one."""
+    if row is None:
+        return x
+    row = across(row, x.shape[1])
+    times = x.shape[0] // row.shape[0]
+    return x * (row if times == 1 else jnp.concatenate([row] * times, axis=0))

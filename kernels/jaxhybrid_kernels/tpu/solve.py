@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxhybrid_kernels.tpu.gates import scale_rows
 from jaxhybrid_kernels.tpu.inverse import invert_blocks
 from jaxhybrid_kernels.tpu.products import product
 from jaxhybrid_kernels.tpu.turns import Chain
@@ -19,6 +20,7 @@ class Halves(NamedTuple):
 
     inverses: jax.Array  # [C/2,C]: X_1 in the first lanes, X_2 in the others
     below: jax.Array  # [C/2,C/2]: the block below the diagonal
+    rows: jax.Array | None = None  # [C/2,LANES] float32: what its rows are to be multiplied by
 
 
 def halves(strict: jax.Array, exact: bool, dtype: Any) -> Chain[Halves]:
@@ -37,7 +39,7 @@ def solve(matrix: Halves, right: jax.Array) -> Chain[jax.Array]:
     half, dtype = matrix.below.shape[0], matrix.below.dtype
     first = product(matrix.inverses[:, :half], right[:half].astype(dtype))
     yield
-    rest = right[half:] - product(matrix.below, first.astype(dtype))
+    rest = right[half:] - scale_rows(product(matrix.below, first.astype(dtype)), matrix.rows)
     yield
     second = product(matrix.inverses, jnp.concatenate([jnp.zeros_like(rest, dtype=dtype), rest.astype(dtype)], axis=0))
     yield
@@ -50,7 +52,7 @@ def solve_transposed(matrix: Halves, right: jax.Array) -> Chain[jax.Array]:
     inverses = matrix.inverses.T
     second = product(inverses[half:], right[half:].astype(dtype))
     yield
-    rest = right[:half] - product(matrix.below.T, second.astype(dtype))
+    rest = right[:half] - product(matrix.below.T, scale_rows(second, matrix.rows).astype(dtype))
     yield
     first = product(inverses[:half], rest.astype(dtype))
     yield
