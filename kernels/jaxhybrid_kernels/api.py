@@ -9,7 +9,7 @@ from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.chunked import Residuals, chunked_forward
 from jaxhybrid_kernels.chunked_backward import chunked_backward
 from jaxhybrid_kernels.gpu.linear_attention import gpu_linear_attention, gpu_refusal, make_plan
-from jaxhybrid_kernels.numerics import state_dtype, target_platform, varying_zero
+from jaxhybrid_kernels.numerics import split_axes, state_dtype, target_platform, varying_zero
 from jaxhybrid_kernels.recurrent import recurrent_linear_attention
 from jaxhybrid_kernels.reference import reference_linear_attention
 from jaxhybrid_kernels.tpu.layout import make_layout
@@ -63,15 +63,19 @@ def linear_attention(
     check_scale(scale)
     sizes = check_sequence(q, k, v, log_decay, beta, segment_ids, initial_state)
     inputs = Inputs(q, k, v, log_decay, beta, segment_ids)
-    refusals = {"pallas_tpu": tpu_refusal, "pallas_gpu": gpu_refusal}
+
+    def refusal(kernels: str) -> str | None:
+        if axes := split_axes(*inputs, initial_state):
+            return f"implementation={kernels!r} runs on whole arrays: they are split over {axes}; use jax.shard_map."
+        why_not = tpu_refusal if kernels == "pallas_tpu" else gpu_refusal
+        return why_not(inputs, initial_state, chunk_size, sizes)
+
     if implementation is None:
         own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(target_platform())
-        takes = own is not None and refusals[own](inputs, initial_state, chunk_size, sizes) is None
+        takes = own is not None and refusal(own) is None
         implementation = "recurrent" if sizes.T == 1 else own if takes else "xla"
-    elif implementation in refusals:
-        refusal = refusals[implementation](inputs, initial_state, chunk_size, sizes)
-        if refusal is not None:
-            raise ValueError(refusal)
+    elif implementation in ("pallas_tpu", "pallas_gpu") and (reason := refusal(implementation)) is not None:
+        raise ValueError(reason)
     scale = float(sizes.K**-0.5 if scale is None else scale)
     if implementation == "reference":
         return reference_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)

@@ -50,6 +50,13 @@ def varying_zero(*arrays: jax.Array | None) -> jax.Array:
     return zero
 
 
+def split_axes(*arrays: jax.Array | None) -> list[str]:
+    """Explicit mesh axes over which any of the arrays is split; none inside `jax.shard_map`, where axes are manual."""
+    names = [axis for array in arrays if array is not None for axis in jax.typeof(array).sharding.spec]
+    flat = [name for names_of in names for name in (names_of if isinstance(names_of, tuple) else (names_of,))]
+    return sorted({name for name in flat if name is not None})
+
+
 def target_platform() -> str:
     """The platform that code traced now will run on: that of the mesh in use, if it names one, else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -140,6 +140,15 @@ def test_default_on_a_gpu(monkeypatch, capability, changes, chosen):
     assert linear_attention(**{"q": q, "k": q, "v": q} | changes) == ("kernels" if chosen else "xla")
 
 
+def test_split_arrays_are_refused():
+    """Outside of shard_map, on a mesh with explicit axes."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        q = jax.device_put(jnp.zeros((2, 4, 1, 64), jnp.bfloat16), jax.NamedSharding(mesh, jax.P("data")))
+        with pytest.raises(ValueError, match=r"split over \['data'\]; use jax.shard_map"):
+            linear_attention(q, q, q, implementation="pallas_gpu")
+
+
 def test_refusals():
     q = jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="K=48"):
