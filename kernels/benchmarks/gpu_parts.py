@@ -55,7 +55,8 @@ def main() -> None:
     given = make_inputs(B, T, H, K, 0, args.recurrence)
     inputs = Inputs(given["q"], given["k"], given["v"], given.get("log_decay"), given.get("beta"), None)
     sizes = check_sequence(*inputs[:5], None, None)
-    plan = make_plan(inputs, K**-0.5, sizes)
+    chosen = make_plan(inputs, K**-0.5, sizes)
+    plan, fused = (chosen._replace(fused=value) for value in (False, True))
     total = 0.0
 
     def measure(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -80,8 +81,8 @@ def main() -> None:
     measure("forward", recurrence_kernel(plan, keep=False), *operands, v, gates, zero, *more)
     print(f"inference    {total:.3f} ms")
     if not plan.per_channel:
-        measure("fused", recurrence_kernel(plan, keep=False, fused=True), q, k, v, gates, zero)
-        measure("fused kept", recurrence_kernel(plan, keep=True, fused=True), q, k, v, gates, zero)
+        measure("fused", recurrence_kernel(fused, keep=False), q, k, v, gates, zero)
+        measure("fused kept", recurrence_kernel(fused, keep=True), q, k, v, gates, zero)
     kept = measure("forward kept", recurrence_kernel(plan, keep=True), *operands, v, gates, zero, *more)
     out, _, states, *updates = kept
     reverse = recurrence_kernel(plan, keep=True, reverse=True)

@@ -77,7 +77,7 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     lower(prepare_kernel(plan), q, q, gates)
     start = array(1, 2, V, K, dtype=float32)
     lower(recurrence_kernel(plan, keep=True), q, q, v, gates, start, matrices)
-    lower(recurrence_kernel(plan, keep=True, fused=True), q, q, v, gates, start)
+    lower(recurrence_kernel(plan._replace(fused=True), keep=True), q, q, v, gates, start)
     lower(recurrence_kernel(plan, keep=True, reverse=True), q, q, v, gates, start, matrices)
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)

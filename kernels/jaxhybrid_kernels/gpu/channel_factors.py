@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxhybrid_kernels.gpu.plan import CHUNK
-from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply_sums, rows
+from jaxhybrid_kernels.gpu.products import equal_pairs, multiply_sums
 
 RUNS = (32, 16, 8, 4, 2, 1)
 LEVELS = len(RUNS)
@@ -27,14 +27,6 @@ FROM, ABOVE, BELOW, DIAGONAL = range(LEVELS, LEVELS + 4)  # in `masks`, likewise
 LEAST = -6e4  # a float16 whose exponential is zero in float32
 UPPER_HALF = -0x10000  # of a float32: sign, exponent and the first seven bits, a bfloat16
 LOG2_E = float(np.log2(np.e))
-
-
-def indices() -> tuple[jax.Array, jax.Array]:
-    """Row and column of the elements of a [64,64] product's result."""
-    row, column = (
-        plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
-    )
-    return row, column
 
 
 def split(x: jax.Array, high: Any, low: Any) -> None:
@@ -75,19 +67,13 @@ def selection(matrices: Any, index: int | jax.Array) -> jax.Array:
 
 def same_segment(segment: Any) -> jax.Array:
     """[64,64] bfloat16: ones where both tokens are of one segment; segment [64] in memory."""
-    same = along_rows(rows(segment), CHUNK) == along_columns(columns(segment))
-    return jnp.where(same, 1.0, 0.0).astype(jnp.bfloat16)
+    return jnp.where(equal_pairs(segment), 1.0, 0.0).astype(jnp.bfloat16)
 
 
 def factors(*sums: tuple[jax.Array, Any], interpret: bool) -> list[jax.Array]:
     """exp of sums of log_decay, for each (span, decay): one sum per row and channel over the row's tokens in span
     [64,64]; decay [64,64] as `log_decay` gives it, in shared memory."""
     return [lax.exp2(total) for total in multiply_sums(*([term] for term in sums), interpret=interpret)]
-
-
-def load(block: Any) -> jax.Array:
-    """A block of shared memory as a product's result in float32."""
-    return load_rounded(block).astype(jnp.float32)
 
 
 def load_rounded(block: Any) -> jax.Array:

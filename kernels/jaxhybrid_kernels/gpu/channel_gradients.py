@@ -30,8 +30,6 @@ from jaxhybrid_kernels.gpu.channel_factors import (
     RUNS,
     THROUGH,
     factors,
-    indices,
-    load,
     load_rounded,
     log_decay,
     masks,
@@ -43,7 +41,16 @@ from jaxhybrid_kernels.gpu.channel_factors import (
 from jaxhybrid_kernels.gpu.gates import ROW_IN, ROW_OUT, SEGMENT
 from jaxhybrid_kernels.gpu.launch import kernel, unmarked
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
-from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply_sum, rows, shared
+from jaxhybrid_kernels.gpu.products import (
+    along_columns,
+    along_rows,
+    columns,
+    indices,
+    load,
+    multiply_sum,
+    rows,
+    shared,
+)
 
 
 def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:

@@ -23,8 +23,6 @@ from jaxhybrid_kernels.gpu.channel_factors import (
     LEVELS,
     THROUGH,
     factors,
-    indices,
-    load,
     load_rounded,
     log_decay,
     masks,
@@ -36,7 +34,7 @@ from jaxhybrid_kernels.gpu.gates import BETA, CARRY, ROW_IN, ROW_OUT, SEGMENT
 from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import invert, workspace
-from jaxhybrid_kernels.gpu.products import along_columns, along_rows, columns, multiply, multiply_sums, rows, shared
+from jaxhybrid_kernels.gpu.products import along_rows, equal_pairs, indices, load, multiply, multiply_sums, rows, shared
 
 
 def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
@@ -112,7 +110,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_smem_to_gmem(k_out_blocks.at[half], k_out.at[b, tokens, head, parts[half]])
         plgpu.copy_smem_to_gmem(pair_block, matrices.at[b, head, c, 0])
         if delta:
-            same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
+            same = equal_pairs(own.at[SEGMENT])
             strict = jnp.where((row > column) & same, gram[0] * along_rows(rows(own.at[BETA]), CHUNK), 0.0)
             inverse[0][...] = invert(strict, row, column, work, interpret=interpret)
             plgpu.commit_smem()

@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu.plan import CHUNK, Plan
-from jaxhybrid_kernels.segments import segment_index
+from jaxhybrid_kernels.segments import segment_index, zero_padding
 
 RUNNING_SUM, SEGMENT, BETA, ROW_IN, ROW_OUT, CARRY = range(6)
 GATES = 6
@@ -84,8 +84,7 @@ def _beta(beta: jax.Array | None, plan: Plan, segment_ids: jax.Array | None) -> 
 
 def _by_chunk(x: jax.Array, plan: Plan, segment_ids: jax.Array | None) -> jax.Array:
     """[B,T,N] -> [B,N,n,64] float32, zero on padding."""
-    x = x.astype(jnp.float32)
-    x = x if segment_ids is None else jnp.where((segment_ids != 0)[..., None], x, 0.0)
+    x = zero_padding(x.astype(jnp.float32), segment_ids)
     x = jnp.pad(x, ((0, 0), (0, plan.padding), (0, 0)))
     return jnp.swapaxes(x, 1, 2).reshape(plan.B, plan.N, plan.n, CHUNK)
 
@@ -93,4 +92,4 @@ def _by_chunk(x: jax.Array, plan: Plan, segment_ids: jax.Array | None) -> jax.Ar
 def _by_token(x: jax.Array, like: jax.Array, plan: Plan, segment_ids: jax.Array | None) -> jax.Array:
     """[B,N,n,64] -> [B,T,N] in the dtype of `like`, zero on padding."""
     x = jnp.swapaxes(x.reshape(plan.B, plan.N, plan.n * CHUNK), 1, 2)[:, : plan.T].astype(like.dtype)
-    return x if segment_ids is None else jnp.where((segment_ids != 0)[..., None], x, 0)
+    return zero_padding(x, segment_ids)

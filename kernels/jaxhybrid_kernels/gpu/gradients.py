@@ -26,7 +26,18 @@ from jax import lax
 from jaxhybrid_kernels.gpu.gates import LEAVING, ROW_IN, ROW_OUT, RUNNING_SUM, SEGMENT, TOTAL, UPDATE
 from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
-from jaxhybrid_kernels.gpu.products import accumulate, along_columns, along_rows, columns, multiply_all, rows, shared
+from jaxhybrid_kernels.gpu.products import (
+    accumulate,
+    along_columns,
+    along_rows,
+    columns,
+    equal_pairs,
+    indices,
+    load,
+    multiply_all,
+    rows,
+    shared,
+)
 
 
 def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
@@ -61,10 +72,9 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block.at[half], second)
 
         own = gates.at[b, head, c]
-        row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=plgpu.Layout.WGMMA)
-        column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1, layout=plgpu.Layout.WGMMA)
+        row, column = indices()
         difference = along_rows(rows(own.at[RUNNING_SUM]), CHUNK) - along_columns(columns(own.at[RUNNING_SUM]))
-        same = along_rows(rows(own.at[SEGMENT]), CHUNK) == along_columns(columns(own.at[SEGMENT]))
+        same = equal_pairs(own.at[SEGMENT])
         # Below the diagonal the decay from column to row, above it from row to column.
         decay = jnp.exp(jnp.where(same, jnp.where(row >= column, difference, -difference), -jnp.inf))
         row_in, row_out = rows(own.at[ROW_IN]), rows(own.at[ROW_OUT])
@@ -95,7 +105,7 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             part = pl.ds(half * BLOCK, BLOCK)
             keys, queries = k_block.at[half], q_block.at[half]
             plgpu.barrier_wait(entered)
-            dots_by_row.append([_row_sums(_rows(state, i), _load(_rows(d_state, i))) for i in range(V // BLOCK)])
+            dots_by_row.append([_row_sums(_rows(state, i), load(_rows(d_state, i))) for i in range(V // BLOCK)])
             products = [(d_out_block, state), (u_block, d_state)] + ([(d_v_block, state)] if delta else [])
             read, written, *predicted = multiply_all(*products, interpret=interpret)
             if half + 1 < halves:
@@ -160,10 +170,6 @@ def _rows(block: Any, i: int) -> Any:
     return block.at[pl.ds(i * BLOCK, BLOCK)]
 
 
-def _load(block: Any) -> jax.Array:
-    return plgpu.load(block, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
-
 def _row_sums(block: Any, x: jax.Array) -> jax.Array:
     """Row sums of block * x: [64]; block in shared memory, x as a product's result."""
-    return jnp.sum(_load(block) * x, axis=1)
+    return jnp.sum(load(block) * x, axis=1)

@@ -103,7 +103,7 @@ def _compute(
     gates, gated = make_gates(inputs, plan), None
     start = jnp.swapaxes(initial_state, 2, 3)
     if plan.fused:
-        out, final, *kept = recurrence_kernel(plan, keep, fused=True)(q, k, v, gates, start)
+        out, final, *kept = recurrence_kernel(plan, keep)(q, k, v, gates, start)
     elif plan.per_channel:
         q_in, *k_in, k_out, carry, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
         gated = Gated(q_in, k_in[0] if plan.delta else k_out, k_out, carry)

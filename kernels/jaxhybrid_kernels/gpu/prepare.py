@@ -26,6 +26,8 @@ from jaxhybrid_kernels.gpu.products import (
     along_columns,
     along_rows,
     columns,
+    equal_pairs,
+    indices,
     multiply,
     rows,
     shared,
@@ -51,10 +53,9 @@ def chunk_matrices(plan: Plan, q: Any, k: Any, gates: Any, pair: Any, work: Work
     All arguments lie in shared memory; what is written there is not committed.
     """
     interpret = plan.interpret
-    row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=plgpu.Layout.WGMMA)
-    column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1, layout=plgpu.Layout.WGMMA)
+    row, column = indices()
     difference = along_rows(rows(gates.at[RUNNING_SUM]), CHUNK) - along_columns(columns(gates.at[RUNNING_SUM]))
-    same = along_rows(rows(gates.at[SEGMENT]), CHUNK) == along_columns(columns(gates.at[SEGMENT]))
+    same = equal_pairs(gates.at[SEGMENT])
     decay = jnp.exp(jnp.where((row >= column) & same, difference, -jnp.inf))
     scores = multiply(q, k.transpose((1, 0)), interpret=interpret)
     pair[...] = (scores * decay * plan.scale).astype(jnp.bfloat16)

@@ -107,3 +107,19 @@ def along_rows(vector: jax.Array, width: int) -> jax.Array:
 
 def along_columns(vector: jax.Array) -> jax.Array:
     return jax.lax.broadcast_in_dim(vector, (64, vector.shape[0]), [1])
+
+
+def equal_pairs(vector: Any) -> jax.Array:
+    """[64,64], true where row and column have the same number; vector [64] in memory."""
+    return along_rows(rows(vector), 64) == along_columns(columns(vector))
+
+
+def indices() -> tuple[jax.Array, jax.Array]:
+    """Row and column of the elements of a [64,64] product's result."""
+    row, column = (plgpu.broadcasted_iota(jnp.int32, (64, 64), axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+    return row, column
+
+
+def load(block: Any) -> jax.Array:
+    """A block of shared memory as a product's result, in float32."""
+    return plgpu.load(block, layout=plgpu.Layout.WGMMA).astype(jnp.float32)

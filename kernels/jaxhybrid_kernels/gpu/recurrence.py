@@ -41,19 +41,17 @@ class Registers(NamedTuple):
     consumer: int
 
 
-def recurrence_kernel(
-    plan: Plan, keep: bool, reverse: bool = False, fused: bool = False
-) -> Callable[..., list[jax.Array]]:
+def recurrence_kernel(plan: Plan, keep: bool, reverse: bool = False) -> Callable[..., list[jax.Array]]:
     """(q, k, x [B,T,N,V], gates, start [B,N,V,K], matrices) -> y [B,T,N,V], last [B,N,V,K] and more if keep.
 
     With decays per channel q and k are q_in and k_in, and k_out [B,T,N,K] and carry [B,N,n,K] come last; k is not read
     without the delta rule.
 
     Forwards x = v, y = out, and kept are the states at the chunks' entries [B,N,n,V,K], the matrices if they are made
-    here (fused: they are no argument then), and with the delta rule the updates U [B,T,N,V]. In reverse x is the
-    gradient of out, y that of v, and kept are the gradients of the states at the chunks' exits. T in whole chunks.
+    here (by a fused plan: they are no argument then), and with the delta rule the updates U [B,T,N,V]. In reverse x is
+    the gradient of out, y that of v, and kept are the gradients of the states at the chunks' exits. T in whole chunks.
     """
-    n, K, V, blocks = plan.n, plan.K, plan.V, plan.blocks
+    n, K, V, blocks, fused = plan.n, plan.K, plan.V, plan.blocks, plan.fused and not reverse
     width = blocks * BLOCK
     keep_updates = keep and plan.delta and not reverse
     stages = _stages(plan, keep, keep_updates, fused)
