@@ -19,7 +19,7 @@ from gpu_compare import RECURRENCES, make_inputs
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
 from jaxhybrid_kernels.gpu.channel_prepare import channel_prepare_kernel
-from jaxhybrid_kernels.gpu.gates import gate_gradients, make_gates
+from jaxhybrid_kernels.gpu.gates import beta_gradient, decay_gradient, make_gates
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.linear_attention import make_plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
@@ -55,44 +55,43 @@ def main() -> None:
     given = make_inputs(B, T, H, K, 0, args.recurrence)
     inputs = Inputs(given["q"], given["k"], given["v"], given.get("log_decay"), given.get("beta"), None)
     sizes = check_sequence(*inputs[:5], None, None)
-    chosen = make_plan(inputs, K**-0.5, sizes)
+    chosen = make_plan(inputs, None, K**-0.5, sizes)
     plan, fused = (chosen._replace(fused=value) for value in (False, True))
-    total = 0.0
 
     def measure(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        nonlocal total
         compiled = jax.jit(function)
         results = compiled(*arguments)
         moved = sum(a.nbytes for a in jax.tree.leaves((arguments, results)))
         ms = median_ms(compiled, *arguments)
-        total += ms
-        print(f"{name:12} {ms:.3f} ms, floor {moved / rate:.3f} ms", flush=True)
+        print(f"{name:13} {ms:.3f} ms, floor {moved / rate:.3f} ms", flush=True)
         return results
 
     q, k, v = inputs.q, inputs.k, inputs.v
-    zero = jnp.zeros((B, H, K, K), jnp.float32)
-    gates = measure("gates", lambda inputs: make_gates(inputs, plan), inputs)
+    exact = inputs._replace(q=q[:, :0], k=k[:, :0], v=v[:, :0])
+    gates = measure("gates", lambda exact: make_gates(exact, plan), exact)
     if plan.per_channel:
         prepared = measure("prepare", channel_prepare_kernel(plan), q, k, inputs.log_decay, gates)
         q_in, *k_in, k_out, carry, matrices = prepared
         operands, more = (q_in, k_in[0] if k_in else k_out), (matrices, k_out, carry)
     else:
         operands, more = (q, k), (measure("prepare", prepare_kernel(plan), q, k, gates),)
-    measure("forward", recurrence_kernel(plan, keep=False), *operands, v, gates, zero, *more)
-    print(f"inference    {total:.3f} ms")
-    if not plan.per_channel:
-        measure("fused", recurrence_kernel(fused, keep=False), q, k, v, gates, zero)
-        measure("fused kept", recurrence_kernel(fused, keep=True), q, k, v, gates, zero)
-    kept = measure("forward kept", recurrence_kernel(plan, keep=True), *operands, v, gates, zero, *more)
+    measure("forward", recurrence_kernel(plan, keep=False), *operands, v, gates, *more)
+    kept = measure("forward kept", recurrence_kernel(plan, keep=True), *operands, v, gates, *more)
     out, _, states, *updates = kept
     reverse = recurrence_kernel(plan, keep=True, reverse=True)
-    d_v, _, d_states = measure("reverse", reverse, *operands, out, gates, zero, *more)
+    d_v, _, d_states = measure("reverse", reverse, *operands, out, gates, *more)
+    if not plan.per_channel:
+        measure("fused", recurrence_kernel(fused, keep=False), q, k, v, gates)
+        measure("fused kept", recurrence_kernel(fused, keep=True), q, k, v, gates)
+        measure("fused reverse", recurrence_kernel(fused, keep=True, reverse=True), q, k, out, gates)
     arguments = (q, k, updates[0] if updates else v, d_v, out, states, d_states)
     if plan.per_channel:
         measure("gradients", channel_gradients_kernel(plan), *arguments, inputs.log_decay, gates, more[-1])
     else:
-        found = measure("gradients", gradients_kernel(plan), *arguments, gates)
-        measure("gate grads", lambda *args: gate_gradients(*args, plan)[3:5], inputs, gates, *found[2:])
+        _, _, sums, *written = measure("gradients", gradients_kernel(plan), *arguments, gates)
+        measure("decay grads", lambda sums: decay_gradient(exact, sums, plan), sums)
+        if written:
+            measure("beta grads", lambda gates, x: beta_gradient(exact, gates, x, plan), gates, *written)
 
 
 if __name__ == "__main__":

@@ -82,14 +82,16 @@ def linear_attention(
     if implementation == "recurrent":
         return recurrent_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)
     dtype = state_dtype(q, k, v, log_decay, beta, initial_state)
-    if initial_state is None:
+    if initial_state is not None:
+        initial_state = initial_state.astype(dtype)
+    elif implementation != "pallas_gpu":  # whose kernels need not read zeros
         initial_state = jnp.zeros((sizes.B, sizes.N, sizes.K, sizes.V), dtype)
     zero = varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state)
-    inputs, initial_state = jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, initial_state.astype(dtype)))
+    inputs, initial_state = jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, initial_state))
     if implementation == "pallas_tpu":
         return tpu_linear_attention(make_layout(inputs, scale, sizes), inputs, initial_state)
     if implementation == "pallas_gpu":
-        return gpu_linear_attention(make_plan(inputs, scale, sizes), inputs, initial_state)
+        return gpu_linear_attention(make_plan(inputs, initial_state, scale, sizes), inputs, initial_state)
     per_channel = log_decay is not None and log_decay.ndim == 4
     largest = 128 if target_platform() == "gpu" and not per_channel else 64
     return _chunked(scale, chunk_size or default_chunk_size(sizes.T, largest), sizes, inputs, initial_state)

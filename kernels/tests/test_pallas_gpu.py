@@ -66,47 +66,62 @@ def lower(function, *arguments):
 @pytest.mark.parametrize(("K", "V", "blocks", "delta"), [(128, 128, 2, True), (64, 64, 1, True), (64, 128, 1, False)])
 def test_lowers_for_cuda(K, V, blocks, delta):
     plan = Plan(
-        B=1, T=256, n=4, Hq=1, Hk=1, N=2, K=K, V=V, scale=1.0, delta=delta, blocks=blocks, fused=False, interpret=False
+        B=1,
+        T=256,
+        n=4,
+        Hq=1,
+        Hk=1,
+        N=2,
+        K=K,
+        V=V,
+        scale=1.0,
+        delta=delta,
+        blocks=blocks,
+        fused=False,
+        started=True,
+        interpret=False,
     )
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     q, v, float32 = array(1, 256, 1, K), array(1, 256, 2, V), jnp.float32
-    matrices, gates = array(1, 2, 4, plan.matrices, 64, 64), array(1, 2, 4, GATES, 64, dtype=float32)
+    matrices, gates = array(1, 2, 4, plan.matrices, 64, 64), array(1, 4, 2, GATES, 64, dtype=float32)
     lower(prepare_kernel(plan), q, q, gates)
     start = array(1, 2, V, K, dtype=float32)
-    lower(recurrence_kernel(plan, keep=True), q, q, v, gates, start, matrices)
-    lower(recurrence_kernel(plan._replace(fused=True), keep=True), q, q, v, gates, start)
-    lower(recurrence_kernel(plan, keep=True, reverse=True), q, q, v, gates, start, matrices)
+    for reverse in (False, True):
+        lower(recurrence_kernel(plan, True, reverse, started=True), q, q, v, gates, start, matrices)
+        lower(recurrence_kernel(plan._replace(fused=True), True, reverse), q, q, v, gates)
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
     plan = plan._replace(per_channel=True)
     gated, decays, carry = array(1, 256, 2, K), array(1, 256, 2, K, dtype=float32), array(1, 2, 4, K, dtype=float32)
     lower(channel_prepare_kernel(plan), q, q, decays, gates)
     for reverse in (False, True):
-        kernel = recurrence_kernel(plan, reverse=reverse, keep=True)
-        start = array(1, 2, V, K, dtype=float32)
+        kernel = recurrence_kernel(plan, True, reverse, started=True)
         lower(kernel, gated, gated, v, gates, start, matrices, gated, carry)
     lower(channel_gradients_kernel(plan), q, q, v, v, v, states, states, decays, gates, carry)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_lowers_inside_shard_map_under_checkpoint(fused):
-    """With manual axes checked, which the interpreter cannot do; both directions."""
+@pytest.mark.parametrize("states", [False, True])
+def test_lowers_inside_shard_map_under_checkpoint(fused, states):
+    """With manual axes checked, which the interpreter cannot do; both directions, with and without initial and final
+    states."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     sizes = {"B": 1, "T": 128, "n": 2, "Hq": 1, "Hk": 1, "N": 2, "K": 64, "V": 64}
-    plan = Plan(**sizes, scale=1.0, delta=True, blocks=1, fused=fused, interpret=False)
+    plan = Plan(**sizes, scale=1.0, delta=True, started=states, blocks=1, fused=fused, interpret=False)
 
-    def local(q, k, v, log_decay, beta, state):
+    def local(q, k, v, log_decay, beta, state=None):
         inputs = Inputs(q, k, v, log_decay, beta, None)
         out, final = jax.checkpoint(gpu_linear_attention.gpu_linear_attention, static_argnums=0)(plan, inputs, state)
         return out.astype(jnp.float32), final
 
     def loss(*arguments):
         split = jax.P("data")
-        out, final = jax.shard_map(local, mesh=mesh, in_specs=(split,) * 6, out_specs=(split, split))(*arguments)
-        return jnp.sum(out**2) + jnp.sum(final)
+        specs = (split,) * len(arguments)
+        out, final = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(split, split))(*arguments)
+        return jnp.sum(out**2) + (jnp.sum(final) if states else 0.0)
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P("data")))
@@ -115,7 +130,8 @@ def test_lowers_inside_shard_map_under_checkpoint(fused):
     narrow, state = array(2, 128, 2, dtype=float32), array(2, 2, 64, 64, dtype=float32)
     q, v = array(2, 128, 1, 64), array(2, 128, 2, 64)
     with jax.set_mesh(mesh):
-        lower(jax.grad(loss, argnums=tuple(range(6))), q, q, v, narrow, narrow, state)
+        arguments = (q, q, v, narrow, narrow, *([state] if states else []))
+        lower(jax.grad(loss, argnums=tuple(range(len(arguments)))), *arguments)
 
 
 @pytest.mark.parametrize(

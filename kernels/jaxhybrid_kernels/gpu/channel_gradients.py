@@ -55,7 +55,7 @@ from jaxhybrid_kernels.gpu.products import (
 
 def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     """(q, k, u, d_v, d_out, states, d_states, log_decay [B,T,N,K], gates, carry [B,N,n,K]) -> d_q, d_k, d_log_decay
-    [B,T,N,K], d_v U [B,N,n,64].
+    [B,T,N,K], d_v U [B,n,N,64].
 
     As in gradients.py; gates as if there were no decay. The last two results are float32.
     """
@@ -86,7 +86,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block, loaded)
         decay[...] = log_decay(log_decays.at[b, tokens, head, part])
         plgpu.commit_smem()
-        own = gates.at[b, head, c]
+        own = gates.at[b, c, head]
 
         def product(left, right):
             return multiply_sum(*zip(left, right, strict=True), interpret=interpret)
@@ -122,7 +122,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         y_blocks = []
         if delta:
             y = product(d_vs, turned(us))
-            updates[b, head, c] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
+            updates[b, c, head] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
             y, y_turned = ((-z).astype(jnp.bfloat16) for z in (y, product(us, turned(d_vs))))
             y_blocks, free = free[:1], free[1:]
             y_blocks[0][...] = y * below + y_turned * above
@@ -173,7 +173,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             array(*tokens, dtype=jnp.bfloat16),
             array(*tokens, dtype=jnp.bfloat16),
             array(*tokens),
-            array(plan.B, N, n, CHUNK),
+            array(plan.B, n, N, CHUNK),
         ],
         scratch_types=[
             shared(tiles_needed * BLOCK, BLOCK),

@@ -38,7 +38,7 @@ from jaxhybrid_kernels.gpu.products import along_rows, equal_pairs, indices, loa
 
 
 def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
-    """(q, k, log_decay [B,T,N,K], gates [B,N,n,6,64]) -> q_in, k_in, k_out [B,T,N,K], carry [B,N,n,K] and the matrices
+    """(q, k, log_decay [B,T,N,K], gates [B,n,N,6,64]) -> q_in, k_in, k_out [B,T,N,K], carry [B,N,n,K] and the matrices
     [B,N,n,1 or 2,64,64]: pair, and the inverse for the delta rule. Without it there is no k_in.
 
     T in whole chunks; log_decay and carry float32, the rest bfloat16; gates as if there were no decay.
@@ -61,7 +61,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.barrier_wait(loaded)
 
         row, column = indices()
-        own = gates.at[b, head, c]
+        own = gates.at[b, c, head]
 
         gated, decays = k_out_blocks, [decay.at[half] for half in halves]
 

@@ -23,7 +23,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.gates import LEAVING, ROW_IN, ROW_OUT, RUNNING_SUM, SEGMENT, TOTAL, UPDATE
+from jaxhybrid_kernels.gpu.gates import (
+    CARRIED,
+    CARRY,
+    LEAVING,
+    ROW_IN,
+    ROW_OUT,
+    RUNNING_SUM,
+    SEGMENT,
+    TOTAL,
+)
 from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.products import (
@@ -41,17 +50,19 @@ from jaxhybrid_kernels.gpu.products import (
 
 
 def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
-    """(q, k, u, d_v, d_out, states, d_states, gates) -> d_q, d_k [B,T,N,K], rows [B,N,n,3,64],
-    dots [B,N,n,V].
+    """(q, k, u, d_v, d_out, states, d_states, gates) -> d_q, d_k [B,T,N,K],
+    sums [B,n,N,2 + V/64,64], and with the delta rule dV U by token [B,n,N,64].
 
     q, k, u, d_v, d_out [B,T,heads,width] in whole chunks and states, d_states [B,N,n,V,K], all bfloat16; gates
     as in gates.py. Without the delta rule u is v, and d_v is not read. d_q and d_k are bfloat16 and one per value head;
-    rows and dots float32: G's gradient but for the chunk's end, row_out (U dS') k, dV U; and <S, dS> by rows of V.
+    the others float32. sums has G's gradient but for the chunk's end and row_out (U dS') k by token, and carry <S, dS>
+    by row of V, 64 to a row.
     """
     n, K, V, delta, interpret = plan.n, plan.K, plan.V, plan.delta, plan.interpret
     halves = K // BLOCK
 
-    def body(q, k, u, d_v, d_out, states, d_states, gates, d_q, d_k, vectors, dots, *scratch):
+    def body(q, k, u, d_v, d_out, states, d_states, gates, d_q, d_k, sums, *refs):
+        *updates, scratch = (refs[0], refs[1:]) if delta else (refs,)
         q_block, k_block, u_block, d_v_block, d_out_block, state, d_state, first, second, entered = scratch
         b, c, head = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("head")
         tokens = pl.ds(c * CHUNK, CHUNK)
@@ -71,7 +82,7 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), part], k_block.at[half], second)
             plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block.at[half], second)
 
-        own = gates.at[b, head, c]
+        own = gates.at[b, c, head]
         row, column = indices()
         difference = along_rows(rows(own.at[RUNNING_SUM]), CHUNK) - along_columns(columns(own.at[RUNNING_SUM]))
         same = equal_pairs(own.at[SEGMENT])
@@ -95,7 +106,7 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             y, y_turned = multiply_all(
                 (d_v_block, _turned(u_block)), (u_block, _turned(d_v_block)), interpret=interpret
             )
-            vectors[b, head, c, UPDATE] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
+            updates[0][b, c, head] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
             y, y_turned = below(-y * decay, False), above(-y_turned * decay, False)
 
         totals: list[jax.Array] = []
@@ -114,13 +125,13 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
                 plgpu.barrier_wait(second)
             written = written * along_rows(row_out, BLOCK)
             leaving.append(_row_sums(keys, written))
-            sums = [
+            starts = [
                 (read * along_rows(row_in * plan.scale, BLOCK), [(x, keys)]),
                 (written, [(x_turned, queries)] + ([(y_turned, keys)] if delta else [])),
             ]
             if delta:
-                sums.append((predicted[0] * along_rows(-row_in, BLOCK), [(y, keys)]))
-            d_query, as_key, *as_query = accumulate(*sums, interpret=interpret)
+                starts.append((predicted[0] * along_rows(-row_in, BLOCK), [(y, keys)]))
+            d_query, as_key, *as_query = accumulate(*starts, interpret=interpret)
             moved = _row_sums(queries, d_query)
             if delta:
                 moved = moved + _row_sums(keys, as_query[0] - as_key)
@@ -133,10 +144,10 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(queries, d_q.at[b, tokens, head, part])
             plgpu.copy_smem_to_gmem(keys, d_k.at[b, tokens, head, part])
-        vectors[b, head, c, TOTAL] = sum(totals)
-        vectors[b, head, c, LEAVING] = sum(leaving)
+        sums[b, c, head, TOTAL] = _total(totals)
+        sums[b, c, head, LEAVING] = _total(leaving)
         for i in range(V // BLOCK):
-            dots[b, head, c, pl.ds(i * BLOCK, BLOCK)] = sum(by_row[i] for by_row in dots_by_row)
+            sums[b, c, head, CARRIED + i] = _total([dots[i] for dots in dots_by_row]) * rows(own.at[CARRY])
         plgpu.wait_smem_to_gmem(0)
 
     gradient = jax.ShapeDtypeStruct((plan.B, n * CHUNK, plan.N, K), jnp.bfloat16)
@@ -146,8 +157,8 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         [
             gradient,
             gradient,
-            jax.ShapeDtypeStruct((plan.B, plan.N, n, 3, CHUNK), jnp.float32),
-            jax.ShapeDtypeStruct((plan.B, plan.N, n, V), jnp.float32),
+            jax.ShapeDtypeStruct((plan.B, n, plan.N, CARRIED + V // BLOCK, CHUNK), jnp.float32),
+            *[jax.ShapeDtypeStruct((plan.B, n, plan.N, CHUNK), jnp.float32)] * delta,
         ],
         scratch_types=[
             *[shared(halves, CHUNK, BLOCK)] * 2,
@@ -173,3 +184,8 @@ def _rows(block: Any, i: int) -> Any:
 def _row_sums(block: Any, x: jax.Array) -> jax.Array:
     """Row sums of block * x: [64]; block in shared memory, x as a product's result."""
     return jnp.sum(load(block) * x, axis=1)
+
+
+def _total(terms: list[jax.Array]) -> jax.Array:
+    first, *rest = terms
+    return sum(rest, first)

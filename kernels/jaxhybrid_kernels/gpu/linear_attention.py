@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
 from jaxhybrid_kernels.gpu.channel_prepare import channel_prepare_kernel
-from jaxhybrid_kernels.gpu.gates import beta_gradient, gate_gradients, make_gates
+from jaxhybrid_kernels.gpu.gates import beta_gradient, decay_gradient, make_gates
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
@@ -22,6 +23,8 @@ WIDTHS = (64, 128)
 HOPPER = "9.0"
 MULTIPROCESSORS = 132
 FILLED = 100  # thread blocks that leave few multiprocessors idle
+
+type Gradient = jax.Array | SymbolicZero  # nobody asked for what it is the gradient of
 
 
 def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int | None, sizes: Sizes) -> str | None:
@@ -47,7 +50,7 @@ def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int
     return None
 
 
-def make_plan(inputs: Inputs, scale: float, sizes: Sizes) -> Plan:
+def make_plan(inputs: Inputs, initial_state: jax.Array | None, scale: float, sizes: Sizes) -> Plan:
     per_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
     blocks = sizes.V // BLOCK
     if sizes.B * sizes.N * blocks <= MULTIPROCESSORS:
@@ -63,6 +66,7 @@ def make_plan(inputs: Inputs, scale: float, sizes: Sizes) -> Plan:
         V=sizes.V,
         scale=scale,
         delta=inputs.beta is not None,
+        started=initial_state is not None,
         blocks=blocks,
         fused=sizes.B * sizes.N >= FILLED and not per_channel,
         interpret=target_platform() == "cpu",
@@ -71,7 +75,7 @@ def make_plan(inputs: Inputs, scale: float, sizes: Sizes) -> Plan:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gpu_linear_attention(plan: Plan, inputs: Inputs, initial_state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def gpu_linear_attention(plan: Plan, inputs: Inputs, initial_state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """(out, final state), see `linear_attention`; initial_state [B,N,K,V] float32."""
     return _compute(plan, inputs, initial_state, keep=False)[0]
 
@@ -88,37 +92,44 @@ class Gated(NamedTuple):
 class Residuals(NamedTuple):
     """What the backward keeps beside the inputs, bfloat16 but for the gates."""
 
-    gates: jax.Array  # [B,N,n,6,64]
-    matrices: jax.Array  # [B,N,n,1 or 2,64,64]
+    gates: jax.Array  # [B,n,N,6,64]
+    matrices: jax.Array | None  # [B,N,n,1 or 2,64,64]; None if fused: the backward makes them again
     states: jax.Array  # [B,N,n,V,K] entry states
     updates: jax.Array | None  # [B,T,N,V] in whole chunks; None without the delta rule: they are v
     gated: Gated | None  # None without decays per channel
 
 
 def _compute(
-    plan: Plan, inputs: Inputs, initial_state: jax.Array, keep: bool
+    plan: Plan, inputs: Inputs, initial_state: jax.Array | None, keep: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals | None]:
     """((out, final state), what the backward needs if keep)."""
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
-    gates, gated = make_gates(inputs, plan), None
-    start = jnp.swapaxes(initial_state, 2, 3)
-    if plan.fused:
-        out, final, *kept = recurrence_kernel(plan, keep)(q, k, v, gates, start)
-    elif plan.per_channel:
+    gates, gated, matrices = make_gates(inputs, plan), None, None
+    queries, keys = q, k
+    more: list[jax.Array] = []
+    if plan.per_channel:
         q_in, *k_in, k_out, carry, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
         gated = Gated(q_in, k_in[0] if plan.delta else k_out, k_out, carry)
         queries, keys, *more = gated
-        out, final, *kept = recurrence_kernel(plan, keep)(queries, keys, v, gates, start, matrices, *more)
-    else:
+    elif not plan.fused:
         matrices = prepare_kernel(plan)(q, k, gates)
-        out, final, *kept = recurrence_kernel(plan, keep)(q, k, v, gates, start, matrices)
+    start = None if initial_state is None else _transposed(initial_state)
+    run = recurrence_kernel(plan, keep, started=plan.started)
+    out, final, *kept = run(queries, keys, v, gates, *_given(start, matrices), *more)
     residuals = None
     if keep:
-        if not plan.fused:
-            kept.insert(1, matrices)
-        states, matrices, *updates = kept
+        states, *updates = kept
         residuals = Residuals(gates, matrices, states, updates[0] if updates else None, gated)
-    return (out[:, : plan.T], jnp.swapaxes(final, 2, 3)), residuals
+    return (out[:, : plan.T], _transposed(final)), residuals
+
+
+def _transposed(state: jax.Array) -> jax.Array:
+    """[B,N,K,V] <-> [B,N,V,K]"""
+    return jnp.swapaxes(state, 2, 3)
+
+
+def _given(*arrays: jax.Array | None) -> list[jax.Array]:
+    return [array for array in arrays if array is not None]
 
 
 def _whole_chunks(x: jax.Array, segment_ids: jax.Array | None, plan: Plan) -> jax.Array:
@@ -134,39 +145,41 @@ def _decays(inputs: Inputs, plan: Plan) -> jax.Array:
 
 
 def _forward(
-    plan: Plan, inputs: Inputs, initial_state: jax.Array
+    plan: Plan, inputs: Inputs, initial_state: jax.Array | None
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Inputs, Residuals | None]]:
+    inputs, initial_state = custom_vjp_primal_tree_values((inputs, initial_state))
     results, kept = _compute(plan, inputs, initial_state, keep=True)
     return results, (inputs, kept)
 
 
 def _backward(
-    plan: Plan, kept: tuple[Inputs, Residuals], gradients: tuple[jax.Array, jax.Array]
-) -> tuple[Inputs, jax.Array]:
+    plan: Plan, kept: tuple[Inputs, Residuals], gradients: tuple[Gradient, Gradient]
+) -> tuple[Inputs, jax.Array | None]:
     inputs, residuals = kept
-    d_out, d_final = gradients
+    d_out, d_final = (None if isinstance(gradient, SymbolicZero) else gradient for gradient in gradients)
+    if d_out is None:
+        d_out = jnp.zeros_like(inputs.v)
     given = (inputs.q, inputs.k, inputs.v, d_out.astype(jnp.bfloat16))
     q, k, v, d_out = (_whole_chunks(x, inputs.segment_ids, plan) for x in given)
     gates, gated = residuals.gates, residuals.gated
     queries, keys, *more = (q, k) if gated is None else gated
-    kernel = recurrence_kernel(plan, keep=True, reverse=True)
-    start = jnp.swapaxes(d_final, 2, 3)
-    d_v, d_initial, d_states = kernel(queries, keys, d_out, gates, start, residuals.matrices, *more)
+    start = None if d_final is None else _transposed(d_final)
+    run = recurrence_kernel(plan, keep=True, reverse=True, started=start is not None)
+    d_v, d_initial, d_states = run(queries, keys, d_out, gates, *_given(start, residuals.matrices), *more)
     operands = (q, k, v if residuals.updates is None else residuals.updates, d_v, d_out, residuals.states, d_states)
     if gated is None:
-        d_q, d_k, vectors, dots = gradients_kernel(plan)(*operands, gates)
-        d_inputs = gate_gradients(inputs, gates, vectors, dots, plan)
+        d_q, d_k, sums, *written = gradients_kernel(plan)(*operands, gates)
+        d_decays = decay_gradient(inputs, sums, plan)
     else:
-        kernel = channel_gradients_kernel(plan)
-        d_q, d_k, d_decays, written = kernel(*operands, _decays(inputs, plan), gates, gated.carry)
+        run = channel_gradients_kernel(plan)
+        d_q, d_k, d_decays, *written = run(*operands, _decays(inputs, plan), gates, gated.carry)
         assert inputs.log_decay is not None
         d_decays = _like(d_decays, inputs.log_decay, inputs.segment_ids).astype(inputs.log_decay.dtype)
-        d_beta = beta_gradient(inputs, gates, written, plan)
-        d_inputs = inputs._replace(log_decay=d_decays, beta=d_beta, segment_ids=None)
+    d_beta = beta_gradient(inputs, gates, written[0] if written else None, plan)
     d_q, d_k, d_v = (
         _like(gradient, x, inputs.segment_ids) for gradient, x in ((d_q, inputs.q), (d_k, inputs.k), (d_v, inputs.v))
     )
-    return d_inputs._replace(q=d_q, k=d_k, v=d_v), jnp.swapaxes(d_initial, 2, 3)
+    return Inputs(d_q, d_k, d_v, d_decays, d_beta, None), _transposed(d_initial) if plan.started else None
 
 
 def _like(gradient: jax.Array, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -178,4 +191,4 @@ def _like(gradient: jax.Array, x: jax.Array, segment_ids: jax.Array | None) -> j
     return zero_padding(gradient, segment_ids)
 
 
-gpu_linear_attention.defvjp(_forward, _backward)
+gpu_linear_attention.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -21,8 +21,9 @@ class Plan(NamedTuple):
     V: int
     scale: float
     delta: bool
+    started: bool  # with an initial state other than zero
     blocks: int  # consumer warpgroups per thread block
-    fused: bool  # the forward recurrence makes its own matrices, see recurrence.py
+    fused: bool  # the recurrences make their own matrices, see recurrence.py
     interpret: bool
     per_channel: bool = False  # the decays
 

@@ -81,12 +81,12 @@ def invert(strict: jax.Array, row: jax.Array, column: jax.Array, work: Workspace
 
 
 def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
-    """(q, k, gates [B,N,n,6,64]) -> bfloat16 [B,N,n,1 or 2,64,64]: pair, and the inverse for the delta rule."""
+    """(q, k, gates [B,n,N,6,64]) -> bfloat16 [B,N,n,1 or 2,64,64]: pair, and the inverse for the delta rule."""
 
     def body(q, k, gates, out, q_block, k_block, gate, work, loaded, pair, inverse=None):
         b, c, head = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("head")
         tokens = pl.ds(c * CHUNK, CHUNK)
-        plgpu.copy_gmem_to_smem(gates.at[b, head, c, pl.ds(0, GATES_READ)], gate, loaded)
+        plgpu.copy_gmem_to_smem(gates.at[b, c, head, pl.ds(0, GATES_READ)], gate, loaded)
         plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head)], k_block, loaded)
         plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head)], q_block, loaded)
         plgpu.barrier_wait(loaded)

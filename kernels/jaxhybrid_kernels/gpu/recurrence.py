@@ -10,8 +10,9 @@ shared memory to be written. With the gates of gates.py as columns, one number p
 With decays per channel the gates are in the operands, the scale too, and k_out takes the place of row_out k:
     forward:   U' = beta (v' - S' k_in') inverse'                 O' = S' q_in' + U' pair'     S' <- S' carry + U' k_out
     backward:  dU' = dS' k_out' + dO' pair                        dS' <- dS' carry + dO' q_in - dV' k_in
-One more warpgroup brings the operands of the next chunks to shared memory. Forwards, with thread blocks enough to fill
-the GPU, yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile.
+One more warpgroup brings the operands of the next chunks to shared memory. With thread blocks enough to fill the GPU
+yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile, in both directions: making
+them twice costs less than keeping them.
 """
 
 from collections.abc import Callable
@@ -41,17 +42,19 @@ class Registers(NamedTuple):
     consumer: int
 
 
-def recurrence_kernel(plan: Plan, keep: bool, reverse: bool = False) -> Callable[..., list[jax.Array]]:
+def recurrence_kernel(
+    plan: Plan, keep: bool, reverse: bool = False, started: bool = False
+) -> Callable[..., list[jax.Array]]:
     """(q, k, x [B,T,N,V], gates, start [B,N,V,K], matrices) -> y [B,T,N,V], last [B,N,V,K] and more if keep.
 
-    With decays per channel q and k are q_in and k_in, and k_out [B,T,N,K] and carry [B,N,n,K] come last; k is not read
-    without the delta rule.
+    There is a start only if started, and there are no matrices if the plan is fused. With decays per channel q and k
+    are q_in and k_in, and k_out [B,T,N,K] and carry [B,N,n,K] come last; k is not read without the delta rule.
 
-    Forwards x = v, y = out, and kept are the states at the chunks' entries [B,N,n,V,K], the matrices if they are made
-    here (by a fused plan: they are no argument then), and with the delta rule the updates U [B,T,N,V]. In reverse x is
-    the gradient of out, y that of v, and kept are the gradients of the states at the chunks' exits. T in whole chunks.
+    Forwards x = v, y = out, and kept are the states at the chunks' entries [B,N,n,V,K] and with the delta rule the
+    updates U [B,T,N,V]. In reverse x is the gradient of out, y that of v, and kept are the gradients of the states at
+    the chunks' exits. T in whole chunks.
     """
-    n, K, V, blocks, fused = plan.n, plan.K, plan.V, plan.blocks, plan.fused and not reverse
+    n, K, V, blocks, fused = plan.n, plan.K, plan.V, plan.blocks, plan.fused
     width = blocks * BLOCK
     keep_updates = keep and plan.delta and not reverse
     stages = _stages(plan, keep, keep_updates, fused)
@@ -60,8 +63,9 @@ def recurrence_kernel(plan: Plan, keep: bool, reverse: bool = False) -> Callable
     channels = plan.per_channel
     beta_gate = pl.ds(BETA, 1)
 
-    def body(q, k, x, gates, start, *refs, s):
-        given, *others = (None, *refs) if fused else refs
+    def body(q, k, x, gates, *refs, s):
+        start, *others = refs if started else (None, *refs)
+        given, *others = (None, *others) if fused else others
         k_out, carries, y, last, *more = others if channels else (None, None, *others)
         kept: dict[str, Any] = dict(zip(outputs, more, strict=True))
         b, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
@@ -77,7 +81,7 @@ def recurrence_kernel(plan: Plan, keep: bool, reverse: bool = False) -> Callable
         def load(step, slot):
             c = position(step)
             tokens, barrier = pl.ds(c * CHUNK, CHUNK), s["loaded"].at[slot]
-            gate = gates.at[b, head, c]
+            gate = gates.at[b, c, head]
             if "k" in s:
                 plgpu.copy_gmem_to_smem(k.at[b, tokens, key_head], s["k"].at[slot], barrier)
             plgpu.copy_gmem_to_smem(gate.at[beta_gate] if channels else gate, s["gates"].at[slot], barrier)
@@ -116,7 +120,6 @@ def recurrence_kernel(plan: Plan, keep: bool, reverse: bool = False) -> Callable
                 def _(step):
                     slot = slot_of(step)
                     plgpu.barrier_wait(s["loaded"].at[slot])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     operands = (s["q"].at[slot], s["k"].at[slot], s["gates"].at[slot], s["pair"].at[slot])
                     inverse = chunk_matrices(plan, *operands, s["work"])
                     plgpu.barrier_arrive(s["consumed"].at[slot])
@@ -124,12 +127,6 @@ def recurrence_kernel(plan: Plan, keep: bool, reverse: bool = False) -> Callable
                         s["inverse"].at[slot][...] = inverse
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(s["prepared"].at[slot])
-                    if keep:
-                        plgpu.copy_smem_to_gmem(s["pair"].at[slot], kept["matrices"].at[b, head, step, 0])
-                        if plan.delta:
-                            plgpu.copy_smem_to_gmem(s["inverse"].at[slot], kept["matrices"].at[b, head, step, 1])
-
-                plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group < blocks)
         def consume():
@@ -171,7 +168,10 @@ def recurrence_kernel(plan: Plan, keep: bool, reverse: bool = False) -> Callable
                     plgpu.copy_smem_to_gmem(s["updates"].at[group], kept["updates"].at[b, tokens, head, own])
                 return state
 
-            first = unmarked(plgpu.load(start.at[b, head, own], layout=plgpu.Layout.WGMMA, optimized=False))
+            if start is None:
+                first = plgpu.layout_cast(jnp.zeros((BLOCK, K), jnp.float32), plgpu.Layout.WGMMA)
+            else:
+                first = unmarked(plgpu.load(start.at[b, head, own], layout=plgpu.Layout.WGMMA, optimized=False))
             last[b, head, own] = lax.fori_loop(0, n, chunk_step, first)
             plgpu.wait_smem_to_gmem(0)
 
@@ -202,8 +202,6 @@ def recurrence_kernel(plan: Plan, keep: bool, reverse: bool = False) -> Callable
     if keep or fused:
         scratch["state"] = shared(blocks, BLOCK, K)
     if fused:
-        if keep:
-            outputs["matrices"] = array(plan.B, plan.N, n, plan.matrices, CHUNK, CHUNK)
         scratch |= {"work": workspace(), "prepared": plgpu.Barrier(num_barriers=stages)}
     if keep_updates:
         outputs["updates"] = array(plan.B, n * CHUNK, plan.N, V)
