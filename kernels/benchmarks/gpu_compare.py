@@ -6,7 +6,8 @@
 
 Nothing is timed before both of our forms agree with the float64 token recurrence: cosine above 0.999 of the outputs,
 the state and every gradient. Times are medians over rounds that run all candidates in turn, each a row of calls over
-two sets of inputs, waited for once. A candidate that fails is reported and left out.
+two sets of inputs, waited for once; a row lasts long enough for that wait not to count. A candidate that fails is
+reported and left out.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from jaxhybrid_kernels import linear_attention
 
 SHAPES = ("8,4096,16,128", "1,32768,16,128", "4,8192,32,128", "8,4096,9,64")
 RECURRENCES = ("gated_deltanet", "deltanet", "simple_gla", "kimi_delta", "gla")
-CALLS = 10  # per measurement
+ROW_MS = 40.0  # of calls per measurement, at least ten of them
 
 
 def make_inputs(B: int, T: int, H: int, K: int, seed: int, recurrence: str) -> dict[str, jax.Array]:
@@ -75,21 +76,26 @@ def check(implementation: str, B: int, T: int, H: int, K: int, recurrence: str) 
 
 
 def median_ms(calls: Mapping[str, tuple[Callable[..., Any], list[Any]]], rounds: int) -> dict[str, float]:
+    def row_ms(name: str, count: int) -> float:
+        function, sets = calls[name]
+        start = time.perf_counter()
+        for index in range(count):
+            result = function(sets[index % len(sets)])
+        jax.block_until_ready(result)
+        return 1e3 * (time.perf_counter() - start) / count
+
     times: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
     for name, (function, sets) in calls.items():
         try:
             jax.block_until_ready([function(inputs) for inputs in sets])
+            counts[name] = max(10, round(ROW_MS / row_ms(name, 10)))
             times[name] = []
         except Exception:
             print(f"{name} failed:\n{traceback.format_exc(limit=3)}", flush=True)
     for _ in range(rounds):
         for name, measured in times.items():
-            function, sets = calls[name]
-            start = time.perf_counter()
-            for index in range(CALLS):
-                result = function(sets[index % len(sets)])
-            jax.block_until_ready(result)
-            measured.append(1e3 * (time.perf_counter() - start) / CALLS)
+            measured.append(row_ms(name, counts[name]))
     return {name: float(np.median(measured)) for name, measured in times.items()}
 
 
