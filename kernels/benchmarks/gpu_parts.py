@@ -26,7 +26,7 @@ from jaxhybrid_kernels.gpu.prepare import prepare_kernel
 from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
 from jaxhybrid_kernels.validation import check_sequence
 
-CALLS = 20
+CALLS = 100
 
 
 def median_ms(function: Callable[..., Any], *arguments: Any) -> float:
@@ -41,57 +41,60 @@ def median_ms(function: Callable[..., Any], *arguments: Any) -> float:
     return float(np.median(times))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8,4096,16,128", metavar="B,T,H,width")
-    parser.add_argument("--recurrence", default="gated_deltanet", choices=RECURRENCES)
-    args = parser.parse_args()
-    B, T, H, K = (int(size) for size in args.shape.split(","))
-
-    x = jnp.ones(2**29, jnp.bfloat16)
-    rate = 2 * x.nbytes / median_ms(jax.jit(lambda x: x + 1), x)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {rate / 1e9:.2f} TB/s")
-
-    given = make_inputs(B, T, H, K, 0, args.recurrence)
+def parts(call: Callable[..., Any], B: int, T: int, H: int, K: int, recurrence: str) -> None:
+    """Runs call(name, function, *arguments), which gives the function's results, on every part of both directions."""
+    given = make_inputs(B, T, H, K, 0, recurrence)
     inputs = Inputs(given["q"], given["k"], given["v"], given.get("log_decay"), given.get("beta"), None)
     sizes = check_sequence(*inputs[:5], None, None)
     chosen = make_plan(inputs, None, K**-0.5, sizes)
     plan, fused = (chosen._replace(fused=value) for value in (False, True))
 
+    q, k, v = inputs.q, inputs.k, inputs.v
+    narrow = inputs._replace(q=q[:, :0], k=k[:, :0], v=v[:, :0])
+    gates = call("gates", lambda narrow: make_gates(narrow, plan), narrow)
+    if plan.per_channel:
+        prepared = call("prepare", channel_prepare_kernel(plan), q, k, inputs.log_decay, gates)
+        q_in, *k_in, k_out, carry, matrices = prepared
+        operands, more = (q_in, k_in[0] if k_in else k_out), (matrices, k_out, carry)
+    else:
+        operands, more = (q, k), (call("prepare", prepare_kernel(plan), q, k, gates),)
+    call("forward", recurrence_kernel(plan, keep=False), *operands, v, gates, *more)
+    kept = call("forward kept", recurrence_kernel(plan, keep=True), *operands, v, gates, *more)
+    out, _, states, *updates = kept
+    reverse = recurrence_kernel(plan, keep=True, reverse=True)
+    d_v, _, d_states = call("reverse", reverse, *operands, out, gates, *more)
+    if not plan.per_channel:
+        call("fused", recurrence_kernel(fused, keep=False), q, k, v, gates)
+        call("fused kept", recurrence_kernel(fused, keep=True), q, k, v, gates)
+        call("fused reverse", recurrence_kernel(fused, keep=True, reverse=True), q, k, out, gates)
+    arguments = (q, k, updates[0] if updates else v, d_v, out, states, d_states)
+    if plan.per_channel:
+        call("gradients", channel_gradients_kernel(plan), *arguments, inputs.log_decay, gates, more[-1])
+    else:
+        _, _, sums, *written = call("gradients", gradients_kernel(plan), *arguments, gates)
+        call("decay grads", lambda sums: decay_gradient(narrow, sums, plan), sums)
+        if written:
+            call("beta grads", lambda gates, x: beta_gradient(narrow, gates, x, plan), gates, *written)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="8,4096,16,128", metavar="B,T,H,width")
+    parser.add_argument("--recurrence", default="gated_deltanet", choices=RECURRENCES)
+    args = parser.parse_args()
+
+    x = jnp.ones(2**29, jnp.bfloat16)
+    rate = 2 * x.nbytes / median_ms(jax.jit(lambda x: x + 1), x)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {rate / 1e9:.2f} TB/s")
+
     def measure(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         compiled = jax.jit(function)
         results = compiled(*arguments)
         moved = sum(a.nbytes for a in jax.tree.leaves((arguments, results)))
-        ms = median_ms(compiled, *arguments)
-        print(f"{name:13} {ms:.3f} ms, floor {moved / rate:.3f} ms", flush=True)
+        print(f"{name:13} {median_ms(compiled, *arguments):.3f} ms, floor {moved / rate:.3f} ms", flush=True)
         return results
 
-    q, k, v = inputs.q, inputs.k, inputs.v
-    exact = inputs._replace(q=q[:, :0], k=k[:, :0], v=v[:, :0])
-    gates = measure("gates", lambda exact: make_gates(exact, plan), exact)
-    if plan.per_channel:
-        prepared = measure("prepare", channel_prepare_kernel(plan), q, k, inputs.log_decay, gates)
-        q_in, *k_in, k_out, carry, matrices = prepared
-        operands, more = (q_in, k_in[0] if k_in else k_out), (matrices, k_out, carry)
-    else:
-        operands, more = (q, k), (measure("prepare", prepare_kernel(plan), q, k, gates),)
-    measure("forward", recurrence_kernel(plan, keep=False), *operands, v, gates, *more)
-    kept = measure("forward kept", recurrence_kernel(plan, keep=True), *operands, v, gates, *more)
-    out, _, states, *updates = kept
-    reverse = recurrence_kernel(plan, keep=True, reverse=True)
-    d_v, _, d_states = measure("reverse", reverse, *operands, out, gates, *more)
-    if not plan.per_channel:
-        measure("fused", recurrence_kernel(fused, keep=False), q, k, v, gates)
-        measure("fused kept", recurrence_kernel(fused, keep=True), q, k, v, gates)
-        measure("fused reverse", recurrence_kernel(fused, keep=True, reverse=True), q, k, out, gates)
-    arguments = (q, k, updates[0] if updates else v, d_v, out, states, d_states)
-    if plan.per_channel:
-        measure("gradients", channel_gradients_kernel(plan), *arguments, inputs.log_decay, gates, more[-1])
-    else:
-        _, _, sums, *written = measure("gradients", gradients_kernel(plan), *arguments, gates)
-        measure("decay grads", lambda sums: decay_gradient(exact, sums, plan), sums)
-        if written:
-            measure("beta grads", lambda gates, x: beta_gradient(exact, gates, x, plan), gates, *written)
+    parts(measure, *(int(size) for size in args.shape.split(",")), args.recurrence)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""Registers, spills, shared memory and instructions of the Hopper kernels as compiled, with a GPU or without.
+
+    python kernels/benchmarks/gpu_resources.py                      # gated delta rule, 128 channels
+    python kernels/benchmarks/gpu_resources.py --recurrence kimi_delta --width 64
+
+Needs JAX's CUDA plugin (`jax[cuda13]`), which brings the assembler. Spills are bytes a thread stores; "serialised" says
+that the assembler put waits between products that were to overlap (its warning C7512).
+"""
+
+import argparse
+import os
+import re
+import site
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# As XLA describes an H100 when it compiles for one that is not there.
+H100 = """gpu_device_info {
+ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+ threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+ block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+ clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+ cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+ registers_per_core_limit: 65536 registers_per_block_limit: 65536
+ thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+ device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0" runtime_version: "13.0.0"
+ compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def set_up(dump: str) -> None:
+    """Before JAX starts: what the compiler is to write down, and where its tools are."""
+    os.environ["MOSAIC_GPU_DUMP_TO"] = dump
+    for what in ("PTX", "PTXAS", "RESOURCES", "SASS"):
+        os.environ[f"MOSAIC_GPU_DUMP_{what}"] = "1"
+    for folder in site.getsitepackages():
+        cuda = Path(folder) / "nvidia/cu13"
+        if (cuda / "bin").exists():
+            os.environ["PATH"] = f"{cuda}/bin:{os.environ['PATH']}"
+            os.environ["CUDA_ROOT"] = os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(cuda)
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={cuda}"
+
+
+def read_dump(folder: Path) -> str | None:
+    """One line on the newest kernel in the folder, None if it has none; empties it."""
+    texts = {path.suffix: path.read_text(errors="replace") for path in folder.iterdir()}
+    for path in folder.iterdir():
+        path.unlink()
+    if ".ptxas" not in texts:
+        return None
+    assembler = texts[".ptxas"]
+    registers = re.search(r"Used (\d+) registers", assembler)
+    spills = re.search(r"(\d+) bytes spill stores", assembler)
+    shared = re.search(r"smem_scratch_bytes=(\d+)", texts[".txt"])
+    instructions = sum(bool(re.search(r"/\*[0-9a-f]{4,5}\*/", line)) for line in texts[".sass_ctrl"].splitlines())
+    if registers is None or spills is None or shared is None:
+        raise ValueError(f"the assembler's report has another form: {assembler[:300]}")
+    return (
+        f"{registers[1]:>3} registers, {spills[1]:>3} bytes spilled, {int(shared[1]) / 1024:>5.1f} KiB shared,"
+        f" {instructions:>5} instructions" + (", serialised" if "C7512" in assembler else "")
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recurrence", default="gated_deltanet")
+    parser.add_argument("--width", type=int, default=128, choices=[64, 128])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="gpu-resources-") as dump:
+        set_up(dump)
+        report(args.recurrence, args.width, Path(dump))
+
+
+def report(recurrence: str, width: int, dump: Path) -> None:
+    import jax
+    from gpu_parts import parts
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+    if jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+    else:
+        description = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
+        device = topologies.get_topology_desc("h100", **description).devices[0]
+    print(f"{device.device_kind}, jax {jax.__version__}, {recurrence}, K=V={width}")
+    described = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="cuda")
+    mesh = AbstractMesh((), (), abstract_device=described)
+
+    def show(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), arguments
+        )
+        jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+        if (line := read_dump(dump)) is not None:
+            print(f"{name:13} {line}", flush=True)
+        return jax.eval_shape(function, *arguments)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(lambda: parts(show, 8, 4096, 16, width, recurrence))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
