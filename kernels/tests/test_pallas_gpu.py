@@ -57,6 +57,29 @@ def test_packed(suite, recurrence, fused, monkeypatch):
     suite.check_bfloat16(case, "pallas_gpu")
 
 
+@pytest.mark.parametrize("asked", ["out", "state"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_initial_state_and_one_result_only(suite, monkeypatch, fused, asked):
+    """What is absent is neither read nor made up: gradients of one result, from the zero state."""
+    monkeypatch.setattr(gpu_linear_attention, "FILLED", 0 if fused else 1000)
+    jax.clear_caches()
+    arrays = dict(suite.make_case("gated_deltanet", B=1, Hq=1, Hk=1, N=1, K=64, V=64).arrays)
+    del arrays["initial_state"]
+
+    def gradients(implementation, dtype):
+        def loss(arrays):
+            out, state = linear_attention(**arrays, implementation=implementation)
+            return jnp.sum((out if asked == "out" else state).astype(jnp.float32) ** 2)
+
+        exact = {"log_decay", "beta"}
+        return jax.grad(loss)({n: jnp.asarray(a, jnp.float32 if n in exact else dtype) for n, a in arrays.items()})
+
+    actual, expected = gradients("pallas_gpu", jnp.bfloat16), gradients("reference", jnp.float32)
+    for name, gradient in expected.items():
+        a, b = (np.asarray(x, np.float64).ravel() for x in (actual[name], gradient))
+        assert a @ b / np.sqrt((a @ a) * (b @ b) + 1e-30) > 0.999 or not (a.any() or b.any()), name
+
+
 def lower(function, *arguments):
     """For CUDA, without a GPU."""
     unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
