@@ -15,16 +15,17 @@ def inverse_unit_lower(strict: jax.Array) -> jax.Array:
     """Inverts I + strict, where strict [...,C,C] is zero on and above the diagonal; C is 16 times a power of two."""
     C = strict.shape[-1]
     lead = strict.shape[:-2]
-    inverse = _substitute(_diagonal_blocks(strict, BLOCK))
-    size = BLOCK
-    while size < C:
+    sizes = [BLOCK << level for level in range((C // BLOCK).bit_length() - 1)]
+    corners = [_diagonal_blocks(strict, 2 * size)[..., size:, :size] for size in sizes]
+    # Only these parts of strict are written out, so that it need not be made anew for each, nor kept as a whole.
+    blocks, *corners = materialize([_diagonal_blocks(strict, BLOCK), *corners])
+    inverse = _substitute(blocks)
+    for size, corner in zip(sizes, corners, strict=True):
         pairs = inverse.reshape(*lead, C // (2 * size), 2, size, size)
         upper, lower = pairs[..., 0, :, :], pairs[..., 1, :, :]
-        below = _diagonal_blocks(strict, 2 * size)[..., size:, :size]
-        corner = -product("...ij,...jk->...ik", product("...ij,...jk->...ik", lower, below), upper)
+        corner = -product("...ij,...jk->...ik", product("...ij,...jk->...ik", lower, corner), upper)
         top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
         inverse = jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
-        size *= 2
     return inverse.reshape(strict.shape)
 
 
@@ -40,7 +41,6 @@ def _substitute(strict: jax.Array) -> jax.Array:
 
     Written out, so that XLA makes one kernel of it: as a loop it reads and writes the blocks sixteen times.
     """
-    strict = materialize(strict)
     identity = jnp.eye(strict.shape[-1], dtype=strict.dtype)
     rows: list[jax.Array] = []
     for i in range(strict.shape[-1]):
