@@ -241,7 +241,7 @@ def chunk_gradients(
     if operands.carry is not None:
         axis = 0 if operands.carry.shape[0] == 1 else 1
         d_carry = jnp.sum(entry.astype(jnp.float32) * scale_state(d_exit, operands.carry), axis=axis, keepdims=True)
-    if matrix is None or operands.coupling is None:
+    if matrix is None or beta_row is None:
         d_entry = scale_state(d_exit, operands.carry) + transposed_product(operands.q_in, d_read)
         d_k_out = product_transposed(written, d_exit_compute)
         d_q_in = product_transposed(d_read, entry)
