@@ -1,13 +1,18 @@
-"""Reads what the TPU compiler writes about one compiled program: bundles, loops, slots, VMEM.
+"""Reads what the TPU compiler writes about one compiled program: bundles, loops, branches, slots, VMEM.
 
-A bundle is what the core issues in one cycle. The compiler's own tables are static: they count the bundles of a loop's
-body once, so loops are paired here with the trip counts that its listing states. A bundle count is a time without
-waiting: neither for memory, nor for a matrix unit that takes instructions faster than it works them off.
+A bundle is what the core issues in one cycle. The compiler's own tables are static: they count every bundle once. Here
+each counts as often as it is issued: a loop's body by its trips, what a branch skips by how often it is not skipped
+(tpu_branches.py). A bundle count is a time without waiting: neither for memory, nor for a matrix unit that takes
+instructions faster than it works them off.
 """
 
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from tpu_branches import Branch, count_branches
 
 # Only the last stage of the compiler's many listings is needed; all of them would be hundreds of megabytes.
 DUMP_FLAGS = (
@@ -18,10 +23,12 @@ DUMP_FLAGS = (
 BOUNDS = ("MXU", "MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VSTORE")
 SPILLS = ("VLOAD:FILL", "VSTORE:SPILL")
 
-BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)\{")
+BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:[\s>]*\{")
 MATMUL = re.compile(r"= vmatmul\.([a-z0-9.]+)")
 PUSH = re.compile(r"= vmatpush")
-LOOP = re.compile(r"^\s*loop: start=(\S+), step=(\S+), limit=(\S+)")
+BRANCH = re.compile(r"%(\w+) = sbr\.rel ")
+STARTS = re.compile(r"Start(?:/End empty)? region (\d+)")
+DELAY_SLOTS = 4  # bundles after a branch that are issued whether it is taken or not
 ALLOCATION = re.compile(r"space=vmem, size = (0x[0-9a-f]+|\d+), offset = (0x[0-9a-f]+|\d+)")
 
 
@@ -31,11 +38,14 @@ class Program:
 
     name: str
     is_kernel: bool
-    bundles: float  # issued in all, loops counted as often as they run
-    grid_steps: int  # trips of the outermost loop (1: there is none)
-    step_bundles: float  # issued in one trip of it
-    loop_bundles: int  # static bundles in loop bodies (of all bundles where there is no loop)
-    spills: int  # fills and spills among them
+    bundles: int  # issued in all
+    grid_steps: int  # how often most of its loops' bundles are issued (1: there is no loop)
+    step_bundles: float  # issued in loops, per grid step
+    loop_bundles: int  # static bundles in loop bodies (all bundles where there is no loop)
+    seldom_bundles: int  # those of them that are issued at fewer than all grid steps
+    uncertain: int  # bundles counted as issued though a branch of unknown condition may skip them
+    spills: int  # fills and spills in what is issued at every grid step, static
+    seldom_spills: int  # in the rest of the loops
     vmem: int  # bytes
     slots: dict[str, float] = field(default_factory=dict)  # instructions issued over capacity, in bundles, by slot
     matmul_rows: float = 0  # rows given to matrix units; a unit takes a fixed number of them per cycle
@@ -67,69 +77,92 @@ def _read_program(listing: Path) -> Program | None:
     folder = listing.parent
     code = _only(folder, stem, "post-delay-converter.txt").read_text()
     slot_names, capacity, used = _read_slots(_only(folder, stem, "final_hlo-static-per-bundle-utilization.txt"))
-    limits = _read_loops(code)
     analysis = _only(folder, stem, "schedule-analysis_final_bundles.txt").read_text(errors="replace")
+    bundles = _read_bundles(listing)
+    if len(used) != len(bundles):
+        raise ValueError(f"{listing.name} has {len(bundles)} bundles, its table of slots {len(used)} rows.")
+    kinds_of = [MATMUL.findall(bundle) for bundle in bundles]
+    rows_of = [sum(map(_rows, kinds)) for kinds in kinds_of]
+    branches = count_branches(code)
+    stretches = _find_stretches(bundles, branches)
+    times, doubted, in_loop = [1] * len(bundles), [False] * len(bundles), [False] * len(bundles)
+    for stretch in stretches:
+        for i in range(stretch.start, stretch.stop):
+            times[i] = stretch.times
+            doubted[i] |= not (stretch.known or stretch.loops)
+            in_loop[i] |= stretch.loops
+    looped = [i for i in range(len(bundles)) if in_loop[i]]
+    inside = looped or range(len(bundles))
+    grid_steps = Counter(times[i] for i in inside).most_common(1)[0][0]
+    fills = [sum(row[slot_names.index(slot)] for slot in SPILLS) for row in used]
 
-    marks, matmuls_of, pushes_of, rows_of = [], [], [], []
-    with listing.open(errors="replace") as lines:
-        for line in lines:
-            match = BUNDLE.match(line)
-            if match is None:
-                continue
-            kinds = MATMUL.findall(line)
-            marks.append((match.group(1) == "LB", match.group(2).count(">")))
-            matmuls_of.append(len(kinds))
-            pushes_of.append(len(PUSH.findall(line)))
-            rows_of.append(sum(16 if "bf16" in kind else 32 if re.search(r"[fsu]8", kind) else 8 for kind in kinds))
-    if len(used) != len(marks):
-        raise ValueError(f"{listing.name} has {len(marks)} bundles, its table of slots {len(used)} rows.")
-    loops = _find_loops(marks)
-    known = len(loops) == len(limits) and None not in limits
-    weight_of = [1] * len(marks)
-    for (start, stop), trips in zip(loops, limits):
-        for i in range(start, stop):
-            weight_of[i] *= trips or 1
-    longest = max(range(len(loops)), key=lambda n: sum(weight_of[slice(*loops[n])]), default=None)
-    grid_steps = 1 if longest is None or longest >= len(limits) else limits[longest] or 1
-    in_step = range(len(marks)) if longest is None else range(*loops[longest])
-    in_loops = sorted({i for start, stop in loops for i in range(start, stop)}) or range(len(marks))
-    total = {slot: sum(w * row[i] for w, row in zip(weight_of, used)) for i, slot in enumerate(slot_names)}
+    def issued(counts: list[int]) -> int:
+        return sum(n * count for n, count in zip(times, counts))
+
+    totals = {slot: issued([row[i] for row in used]) for i, slot in enumerate(slot_names)}
     return Program(
         name=re.sub(r"\.\d+$", "", name),
         is_kernel="tpu_custom_call" in analysis,
-        bundles=sum(weight_of),
+        bundles=sum(times),
         grid_steps=grid_steps,
-        step_bundles=sum(weight_of[i] for i in in_step) / grid_steps,
-        loop_bundles=len(in_loops),
-        spills=sum(used[i][slot_names.index(slot)] for i in in_loops for slot in SPILLS),
+        step_bundles=sum(times[i] for i in inside) / grid_steps,
+        loop_bundles=len(inside),
+        seldom_bundles=sum(times[i] < grid_steps for i in inside),
+        uncertain=sum(n for n, doubt in zip(times, doubted) if doubt),
+        spills=sum(fills[i] for i in inside if times[i] >= grid_steps),
+        seldom_spills=sum(fills[i] for i in inside if times[i] < grid_steps),
         vmem=_read_vmem(code),
-        slots={slot: total[slot] / capacity[i] for i, slot in enumerate(slot_names)},
-        matmuls=sum(w * n for w, n in zip(weight_of, matmuls_of)),
-        pushes=sum(w * n for w, n in zip(weight_of, pushes_of)),
-        matmul_rows=sum(w * n for w, n in zip(weight_of, rows_of)),
-        loops_known=known,
+        slots={slot: totals[slot] / capacity[i] for i, slot in enumerate(slot_names)},
+        matmuls=issued([len(kinds) for kinds in kinds_of]),
+        pushes=issued([len(PUSH.findall(bundle)) for bundle in bundles]),
+        matmul_rows=issued(rows_of),
+        loops_known=all(stretch.known for stretch in stretches if stretch.loops),
     )
 
 
-def _find_loops(marks: list[tuple[bool, int]]) -> list[tuple[int, int]]:
-    """Bundles [start, stop) of each loop, from (begins a loop, depth) of every bundle.
+def _read_bundles(listing: Path) -> list[str]:
+    """The text of each; some run over several lines."""
+    bundles: list[str] = []
+    with listing.open(errors="replace") as lines:
+        for line in lines:
+            if BUNDLE.match(line):
+                bundles.append(line)
+            elif bundles:
+                bundles[-1] += line
+    return bundles
 
-    A loop ends with the last bundle of its depth: bundles without a depth, or with that of code moved in from outside,
-    lie within it.
-    """
-    loops = []
-    for start, (begins, depth) in enumerate(marks):
-        if not begins:
-            continue
-        stop = start + 1
-        for i in range(start + 1, len(marks)):
-            begins_other, depth_here = marks[i]
-            if begins_other and depth_here <= depth:
-                break
-            if depth_here >= depth:
-                stop = i + 1
-        loops.append((start, stop))
-    return loops
+
+def _rows(kind: str) -> int:
+    """That a matrix instruction takes."""
+    return 16 if "bf16" in kind else 32 if re.search(r"[fsu]8", kind) else 8
+
+
+class Stretch(NamedTuple):
+    """Bundles [start, stop) that are issued equally often but for stretches inside."""
+
+    start: int
+    stop: int
+    times: int
+    loops: bool
+    known: bool
+
+
+def _find_stretches(bundles: list[str], branches: dict[str, Branch]) -> list[Stretch]:
+    """A loop's body, or what a branch ahead skips; those inside others come later."""
+    labelled = [(i, STARTS.findall(text)) for i, text in enumerate(bundles) if BUNDLE.match(text).group(1)]
+    place = {region: i for i, regions in labelled for region in regions}
+    stretches = []
+    for i, text in enumerate(bundles):
+        for name in BRANCH.findall(text):
+            branch, after = branches[name], min(i + 1 + DELAY_SLOTS, len(bundles))
+            to = place.get(branch.target)
+            if to is None:  # the listing does not mark where: all is taken to be run
+                continue
+            if to <= i:
+                stretches.append(Stretch(to, after, branch.met, True, branch.known))
+            elif after < to:
+                stretches.append(Stretch(after, to, branch.met - branch.taken, False, branch.known))
+    return sorted(stretches, key=lambda stretch: stretch.start - stretch.stop)
 
 
 def _only(folder: Path, stem: str, ending: str) -> Path:
@@ -141,26 +174,6 @@ def _read_slots(path: Path) -> tuple[list[str], list[int], list[list[int]]]:
     lines = path.read_text().splitlines()
     rows = [[int(number) for number in line.split()] for line in lines[4:] if line.strip()]
     return [name.strip() for name in lines[1].split(",")], [int(number) for number in lines[2].split()], rows
-
-
-def _read_loops(code: str) -> list[int | None]:
-    """Trips of each loop in the order of their bodies; None where a limit is computed.
-
-    The loop over a grid runs two steps longer than the grid, to fill and drain its pipeline of copies.
-    """
-    trips: list[int | None] = []
-    pipelined = re.compile(r"iteration index, stage = \d")
-    sections = re.split(r"(?m)^(?=\s*loop: start=)", code)[1:]
-    for section in sections:
-        numbers = LOOP.match(section).groups()
-        try:
-            start, step, limit = (int(number, 0) for number in numbers)
-        except ValueError:
-            trips.append(None)
-            continue
-        count = -(-(limit - start) // step)
-        trips.append(count - 2 if pipelined.search(section[:6000]) and count > 2 else count)
-    return trips
 
 
 def _read_vmem(code: str) -> int:

@@ -2,13 +2,14 @@
 
 Products of chunk-sized operands (keys with keys, a chunk's triangle with values) count three passes of the matrix units
 in bfloat16: one pass ruins the gradients of the gates. Products with the state count one. In float32 all count six.
-Bytes are those of all arguments and results, and of what a forward keeps for the backward: the inverses and the state
-at each chunk's entry.
+Bytes are those of all arguments and results, and of what the forward of training keeps for the backward: the inverses
+and the state at each chunk's entry. Inference is the forward that keeps nothing.
 """
 
 from typing import NamedTuple
 
 CHUNK = 64
+DIRECTIONS = ("forward", "backward", "inference")
 
 
 class Recurrence(NamedTuple):
@@ -45,17 +46,18 @@ RECURRENCES = {
 }
 
 
-def flops(recurrence: Recurrence, K: int, V: int, itemsize: int, backward: bool) -> float:
+def flops(recurrence: Recurrence, K: int, V: int, itemsize: int, direction: str) -> float:
     """Per token and head, weighted by passes."""
+    backward = direction == "backward"
     chunk_passes, state_passes = (3, 1) if itemsize == 2 else (6, 6)
     chunk = recurrence.key_products[backward] * K + recurrence.value_products[backward] * V
     return 2 * CHUNK * chunk * chunk_passes + 2 * K * V * recurrence.state_products[backward] * state_passes
 
 
-def traffic(recurrence: Recurrence, K: int, V: int, itemsize: int, backward: bool) -> float:
+def traffic(recurrence: Recurrence, K: int, V: int, itemsize: int, direction: str) -> float:
     """Bytes per token and head."""
     gates = 4 * ({None: 0, "head": 1, "channel": K}[recurrence.decay] + recurrence.beta)
-    kept = (CHUNK * recurrence.inverts + K * V / CHUNK) * itemsize
+    kept = (direction != "inference") * (CHUNK * recurrence.inverts + K * V / CHUNK) * itemsize
     wide = len(recurrence.wide) * K * itemsize
     gradients = wide + V * itemsize + gates
-    return wide + 2 * V * itemsize + gates + kept + backward * gradients
+    return wide + 2 * V * itemsize + gates + kept + (direction == "backward") * gradients

@@ -8,10 +8,14 @@ Needs libtpu, no TPU: `make tpu-compiler` puts it beside the environment; otherw
 TPU_LIBRARY_PATH=/path/to/libtpu.so. Every chip is compiled for in a process of its own. `--callable FILE:NAME` calls
 NAME(), which gives (function, arguments as jax.ShapeDtypeStruct).
 
-"bundles" is the number issued per token and head: bundles of the loop body times grid steps over B T H. It is a time
-without waiting, for memory above all: where the ratio to the byte floor is below one, memory decides. "matrix units"
-is how long they need for the rows they are given, as a share of the bundles; above 100 % the hardware stalls, and that
-time counts instead of the bundles in the ratios to the floors (tpu_floors.py).
+"bundles" is the number issued over B T H, per token and head: what runs at some grid steps only (`pl.when` on the grid
+index) counts that often, and what runs or not for reasons that the listing does not show counts at every step; "of
+these uncertain" is the latter. It is a time without waiting, for memory above all: where the ratio to the byte floor is
+below one, memory decides. "spills" are fills and spills in the code of every grid step. "matrix units" is how long they
+need for the rows they are given, as a share of the bundles; above 100 % the hardware stalls, and that time counts
+instead of the bundles in the ratios to the floors (tpu_floors.py).
+
+The directions are the forward of training, the backward, and inference: the forward that keeps nothing.
 """
 
 import argparse
@@ -27,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tpu_dump import DUMP_FLAGS, Program, read_programs
-from tpu_floors import RECURRENCES, flops, traffic
+from tpu_floors import DIRECTIONS, RECURRENCES, flops, traffic
 
 
 class Chip(NamedTuple):
@@ -91,12 +95,13 @@ def our_jobs(options):
 
         built = directions(run, (arrays,))
         for direction in options.directions:
-            sizes = (recurrence, K, V, jnp.dtype(dtype).itemsize, direction == "backward")
+            sizes = (recurrence, K, V, jnp.dtype(dtype).itemsize, direction)
             yield Job(f"{name} {dtype} {K} {direction}", built[direction], B * T * H, flops(*sizes), traffic(*sizes))
 
 
 def directions(function, arguments):
-    """The forward that keeps what the backward needs, and the backward from what was kept, each as its own program."""
+    """The forward that keeps what the backward needs, the backward from what was kept, and the forward that keeps
+    nothing (inference), each as its own program."""
     import jax
 
     def forward(*arguments):
@@ -109,7 +114,11 @@ def directions(function, arguments):
         results, pull = jax.eval_shape(forward, *arguments)
         return backward, (pull, results)
 
-    return {"forward": lambda: (forward, arguments), "backward": build_backward}
+    return {
+        "forward": lambda: (forward, arguments),
+        "backward": build_backward,
+        "inference": lambda: (function, arguments),
+    }
 
 
 def tokamax_jobs(options):
@@ -131,7 +140,7 @@ def tokamax_jobs(options):
 
     built = directions(run, arguments)
     for direction in options.directions:
-        sizes = (RECURRENCES["kimi_delta"], K, K, 2, direction == "backward")
+        sizes = (RECURRENCES["kimi_delta"], K, K, 2, direction)
         yield Job(f"tokamax kimi_delta {direction}", built[direction], B * T * H, flops(*sizes), traffic(*sizes))
 
 
@@ -241,9 +250,15 @@ def summary(job: Job, programs: list[Program], machine: dict) -> dict:
         "byte_floor": traffic,
         "to_arithmetic_floor": cycles / arithmetic if arithmetic else None,
         "to_byte_floor": cycles / traffic if traffic else None,
+        "uncertain": sum(program.uncertain for program in programs) / job.units,
         "spills": sum(program.spills for program in kernels),
+        "seldom_spills": sum(program.seldom_spills for program in kernels),
         "vmem": max((program.vmem for program in kernels), default=0),
-        "kernels": [program.as_dict() | {"per_unit": program.bundles / job.units} for program in kernels],
+        "kernels": [
+            program.as_dict()
+            | {"per_unit": program.bundles / job.units, "uncertain_per_unit": program.uncertain / job.units}
+            for program in kernels
+        ],
     }
 
 
@@ -293,8 +308,9 @@ def print_chip(chip, result):
         f" {machine['flops_per_cycle']:,} flop per cycle), {machine['bytes_per_cycle']:.0f} bytes per cycle"
     )
     print(
-        f"{'':44} {'bundles':>8} {'steps':>7} {'per step':>9} {'body':>7} {'VMEM MiB':>9} {'spills':>7} {'matmuls':>9}"
-        f" {'pushes':>9} {'matrix units':>13} {'nearest to full':>17} {'x flops':>8} {'x bytes':>8}"
+        f"{'':44} {'bundles':>8} {'of these uncertain':>18} {'steps':>6} {'per step':>9} {'VMEM MiB':>9} {'spills':>7}"
+        f" {'and seldom':>10} {'matmuls':>9} {'pushes':>9} {'matrix units':>13} {'nearest to full':>17} {'x flops':>8}"
+        f" {'x bytes':>8}"
     )
     for row in result["rows"]:
         if "error" in row:
@@ -302,16 +318,18 @@ def print_chip(chip, result):
             continue
         ratios = [f"{row[key]:>8.2f}" if row[key] else f"{'-':>8}" for key in ("to_arithmetic_floor", "to_byte_floor")]
         print(
-            f"{row['job']:44} {row['bundles']:>8.2f} {'':>25} {row['vmem'] / 2**20:>9.1f} {row['spills']:>7}"
-            f" {'':>19} {row['matrix_share']:>13.0%} {'':>17} {' '.join(ratios)}"
+            f"{row['job']:44} {row['bundles']:>8.2f} {row['uncertain']:>18.2f} {'':>16} {row['vmem'] / 2**20:>9.1f}"
+            f" {row['spills']:>7} {row['seldom_spills']:>10} {'':>19} {row['matrix_share']:>13.0%} {'':>17}"
+            f" {' '.join(ratios)}"
         )
         for kernel in row["kernels"]:
             slot, share = kernel["bound"]
             unknown = "" if kernel["loops_known"] else "  (a loop's trips are unknown: counted once)"
             print(
-                f"  {kernel['name'][:42]:42} {kernel['per_unit']:>8.2f} {kernel['grid_steps']:>7}"
-                f" {kernel['step_bundles']:>9.0f} {kernel['loop_bundles']:>7} {kernel['vmem'] / 2**20:>9.1f}"
-                f" {kernel['spills']:>7} {kernel['matmuls']:>9.0f} {kernel['pushes']:>9.0f}"
+                f"  {kernel['name'][:42]:42} {kernel['per_unit']:>8.2f}"
+                f" {kernel['uncertain_per_unit']:>18.2f} {kernel['grid_steps']:>6}"
+                f" {kernel['step_bundles']:>9.0f} {kernel['vmem'] / 2**20:>9.1f}"
+                f" {kernel['spills']:>7} {kernel['seldom_spills']:>10} {kernel['matmuls']:>9} {kernel['pushes']:>9}"
                 f" {kernel['matmul_rows'] / machine['rows_per_cycle'] / kernel['bundles']:>13.0%}"
                 f" {slot + f' {share:.0%}':>17}{unknown}"
             )
@@ -332,8 +350,8 @@ def main():
     parser.add_argument("--value-width", type=int, help="of a value head, by default that of a key head")
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
     parser.add_argument("--packed", action="store_true", help="with segment ids and initial states")
-    parser.add_argument("--backward", action="store_true", help="the backward only")
-    parser.add_argument("--all", action="store_true", help="both directions")
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=["forward"])
+    parser.add_argument("--all", action="store_true", help="all directions")
     parser.add_argument("--callable", help="FILE.py:NAME or MODULE:NAME instead of our operators")
     parser.add_argument("--compare-tokamax", action="store_true", help="also tokamax's Kimi delta kernels (v6e, tpu7x)")
     parser.add_argument("--keep-going", action="store_true", help="report what does not compile, do not stop there")
@@ -341,7 +359,8 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.directions = ("forward", "backward") if options.all else ("backward",) if options.backward else ("forward",)
+    if options.all:
+        options.directions = DIRECTIONS
     if options.worker:
         chip, folder = options.worker
         print(json.dumps(compile_for(chip, options, Path(folder))))

@@ -32,6 +32,14 @@ def test_packed(suite, recurrence):
     suite.check(suite.run(case, "pallas_tpu"), suite.oracle(case))
 
 
+@pytest.mark.parametrize("recurrence", ["gated_deltanet", "kimi_delta"])
+def test_beta_of_zero(suite, recurrence):
+    """The kernels divide by beta for its gradient."""
+    case = suite.make_case(recurrence, 150, B=1)
+    case.arrays["beta"][:, ::3] = 0
+    suite.check(suite.run(case, "pallas_tpu"), suite.oracle(case))
+
+
 def test_bfloat16(suite):
     case = suite.make_case("gated_deltanet", 150, K=128, V=64, correlation=0.5)
     (out, state), gradients = suite.run(case, "pallas_tpu", jnp.bfloat16)

@@ -47,9 +47,10 @@ def in_kernel(q, k, log_decay, gradients, packed, delta):
     constants = tpu.channel_constants(C, q.dtype == jnp.float32)
     tokens = tpu.chunk_tokens(chunk_gates(packed), C)
     head = tpu.ChannelHead(q, k, log_decay, constants)
-    operands = take_turns([tpu.channel_operands(head, tokens, SCALE, delta)])[0]
+    operands = take_turns([tpu.channel_operands(head, tokens, delta)])[0]
     kept = tpu.kept_operands(head, tokens, tpu.keep_scores(operands, q.dtype), delta)
-    return operands, kept, take_turns([channel_gradients(head, tokens, constants, gradients, SCALE)])[0]
+    scaled = [x._replace(pair=SCALE * x.pair) for x in (operands, kept)]
+    return *scaled, take_turns([channel_gradients(head, tokens, constants, gradients, SCALE)])[0]
 
 
 @pytest.mark.parametrize("decay", LOG_DECAYS)

@@ -27,7 +27,7 @@ def tpu_schedule():
 
 
 def compile_all(tpu_schedule, chip, *arguments):
-    """Compiles both directions; what the command reports about every kernel, in the order of the jobs."""
+    """Compiles all directions; what the command reports about every kernel, in the order of the jobs."""
     command = ("--chips", chip, "--all", "--keep-going", "--tokens", "256", *arguments)
     result = tpu_schedule.compile_in_process(chip, command)
     machine, rows = result["machine"], result["rows"][1:]  # the first is a plain matmul
@@ -76,6 +76,51 @@ def short_convolution_and_gradients():
     x, state = (jax.ShapeDtypeStruct((1, rows, 512), jnp.bfloat16) for rows in (1030, 3))
     weight, ids = jax.ShapeDtypeStruct((4, 512), jnp.float32), jax.ShapeDtypeStruct((1, 1030), jnp.int32)
     return run, (x, weight, ids, state, (x, state))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_seldom_code_counts_as_often_as_it_runs(tpu_schedule, chip):
+    """128 registers copied at the first of 8 grid steps, and again at steps that data decides."""
+    (row,) = compile_all(tpu_schedule, chip, "--callable", f"{__file__}:copy_seldom")
+    (kernel,) = row["kernels"]
+    assert kernel["grid_steps"] == 8
+    seldom, uncertain = kernel["seldom_bundles"], kernel["uncertain"]
+    assert 56 <= seldom <= 132  # one or two stores a bundle, some in the bundles after a branch
+    assert 8 * 56 <= uncertain <= 8 * 132
+    assert kernel["bundles"] - seldom - uncertain < 8 * 110  # two copies more a step would be 128 to 256
+
+
+def copy_seldom():
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(steps_ref, x_ref, out_ref, first_ref, second_ref):
+        @pl.when(pl.program_id(0) == 0)
+        def _():
+            first_ref[...] = x_ref[...]
+
+        @pl.when(steps_ref[pl.program_id(0)] == 1)
+        def _():
+            second_ref[...] = x_ref[...]
+
+        rows = pl.ds(pl.multiple_of(steps_ref[0], 8), 8)  # any of them: the compiler keeps all copies
+        out_ref[...] = first_ref[rows] + second_ref[rows]
+
+    large = (1024, 128)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((64, 128), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(8,),
+            in_specs=[pl.BlockSpec(large, lambda i, steps: (0, 0))],
+            out_specs=pl.BlockSpec((8, 128), lambda i, steps: (i, 0)),
+            scratch_shapes=[pltpu.VMEM(large, "float32")] * 2,
+        ),
+        name="copy_seldom",
+    ), (jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct(large, jnp.float32))
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """Backward kernel: time in reverse, the gradient of the states held in VMEM.
 
-Per chunk, with dS' the gradient of the exit state and dO that of the outputs (row scalings left out):
-    dU = pair' dO + k_out dS'        dZ = inverse' dU        dV = dW = beta dZ
-    dS = carry dS' + q_in' dO - k_in' dW        dPair = dO U'        dCoupling = -beta tril(dZ U', -1)
-The inverse itself needs no gradient: U = inverse Z, so that the gradient of I + strict is -dZ U'.
+Per chunk, with D = diag(beta), dS' the gradient of the exit state and dO that of the outputs (row scalings left out):
+    dU = pair' dO + k_out dS'        dZ = inverse' D dU        dV = dZ
+    dS = carry dS' + q_in' dO - k_in' dZ        dPair = dO W' D        dCoupling = -tril(dZ W', -1) D
+The inverse itself needs no gradient: W = inverse Z, so that the gradient of I + coupling D is -dZ W'. That of beta is
+the sum of W (dU - coupling' dZ) over channels, which is W dZ over beta: nothing cancels.
 """
 
 from functools import partial
@@ -175,13 +176,13 @@ def _head(
     shared: _Shared,
     layout: Layout,
 ) -> Chain[tuple[jax.Array | None, jax.Array | None]]:
-    """One head's chunk; returns the columns [C,1] of its gate gradients, those of the sum and of beta."""
+    """One head's chunk; returns the columns [C,1] of its gate gradients, those of the sum and of beta's logarithm."""
     q, k = read_query_key(arrays, h, layout)
     v = read_head(arrays.v, h, layout.V)
     d_out = [read_head(d_out_ref, h * layout.queries + r, layout.V) for r in range(layout.queries)]
     head = None if tokens is None else read_channels(arrays, h, layout)
     if tokens is None or head is None:
-        operands = yield from head_operands(q, k, gates, layout.scale)
+        operands = yield from head_operands(q, k, gates)
     else:
         operands = kept_operands(head, tokens, residuals.scores[0, h, 0], layout.delta)
         yield
@@ -189,7 +190,7 @@ def _head(
     d_entry, d_v, d_beta, gradients = yield from chunk_gradients(
         operands,
         v,
-        gates.beta,
+        gates,
         inverses,
         residuals.states[0, h, 0],
         d_out[0] if layout.queries == 1 else jnp.concatenate(d_out, axis=0),
@@ -213,56 +214,55 @@ def _head(
 def chunk_gradients(
     operands: Operands,
     v: jax.Array,
-    beta: jax.Array | None,
+    gates: HeadGates,
     inverses: jax.Array | None,
     entry: jax.Array,
     d_out: jax.Array,
     d_exit: jax.Array,
     scale: float,
 ) -> Chain[tuple[jax.Array, jax.Array, jax.Array | None, StateGradients]]:
-    """(Gradient of the entry state [K,V] float32, of v [C,V], of beta [C,1], and of the operands)."""
-    C, dtype = v.shape[0], v.dtype
+    """(Gradient of the entry state [K,V] float32, of v [C,V], of beta times beta [C,1], and of the operands)."""
+    C, dtype, beta, beta_row = v.shape[0], v.dtype, gates.beta, gates.beta_row
     d_exit_compute = d_exit.astype(dtype)
-    update = innovation = v.astype(jnp.float32)
+    solution = v.astype(jnp.float32)
     matrix = None
     if operands.coupling is not None and inverses is not None:
-        matrix = Halves(inverses, below(operands.coupling, dtype), None if beta is None else beta[C // 2 :])
-        innovation = innovation - scale_rows(product(operands.k_in, entry), operands.row_in)
+        matrix = Halves(inverses, below(operands.coupling, dtype), None if beta is None else beta[: C // 2])
+        predicted = product(operands.k_in, entry)
         yield
-        update = yield from solve(matrix, scale_rows(innovation, beta))
-    update_compute = update.astype(dtype)
-    written = scale_rows(update, operands.row_out).astype(dtype)
+        solution = yield from solve(matrix, solution - scale_rows(predicted, operands.row_in))
+    solution_compute = solution.astype(dtype)
+    written = scale_rows(scale_rows(solution, beta), operands.row_out).astype(dtype)
     d_read = (scale * scale_rows(d_out.astype(jnp.float32), operands.row_in)).astype(dtype)
-    d_update = transposed_product(operands.pair.astype(dtype), d_out)
+    d_update = scale * transposed_product(operands.pair.astype(dtype), d_out)
     d_update = d_update + scale_rows(product(operands.k_out, d_exit_compute), operands.row_out)
     yield
     d_carry = None
     if operands.carry is not None:
         axis = 0 if operands.carry.shape[0] == 1 else 1
         d_carry = jnp.sum(entry.astype(jnp.float32) * scale_state(d_exit, operands.carry), axis=axis, keepdims=True)
-    if matrix is None or operands.coupling is None:
+    if matrix is None or beta_row is None:
         d_entry = scale_state(d_exit, operands.carry) + transposed_product(operands.q_in, d_read)
         d_k_out = product_transposed(written, d_exit_compute)
         d_q_in = product_transposed(d_read, entry)
-        d_pair = product_transposed(d_out, update_compute)
+        d_pair = product_transposed(d_out, solution_compute)
         return d_entry, d_update, None, StateGradients(d_q_in, None, d_k_out, d_carry, d_pair, None)
-    d_solved = yield from solve_transposed(matrix, d_update)
-    d_v = scale_rows(d_solved, beta)
+    d_v = yield from solve_transposed(matrix, scale_rows(d_update, beta))
     d_predicted = (-scale_rows(d_v, operands.row_in)).astype(dtype)
     reading = jnp.concatenate([operands.q_in, operands.k_in], axis=0)
     d_reading = jnp.concatenate([d_read, d_predicted], axis=0)
     d_entry = scale_state(d_exit, operands.carry) + transposed_product(reading, d_reading)
     yield
-    d_pairs = product_transposed(jnp.concatenate([d_out, d_solved.astype(dtype)], axis=0), update_compute)
+    d_pairs = product_transposed(jnp.concatenate([d_out, d_v.astype(dtype)], axis=0), solution_compute)
     d_k_out = product_transposed(written, d_exit_compute)
     d_in = product_transposed(d_reading, entry)
     yield
     R = d_out.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     d_strict = jnp.where(row > column, -d_pairs[R:], 0)
-    d_beta = jnp.sum(d_solved * innovation, axis=1, keepdims=True)
-    d_beta = d_beta + jnp.sum(d_strict * operands.coupling, axis=1, keepdims=True)
-    gradients = StateGradients(d_in[:R], d_in[R:], d_k_out, d_carry, d_pairs[:R], scale_rows(d_strict, beta))
+    d_beta = jnp.sum(d_v * solution, axis=1, keepdims=True)
+    d_pair, d_coupling = d_pairs[:R] * beta_row, d_strict * beta_row
+    gradients = StateGradients(d_in[:R], d_in[R:], d_k_out, d_carry, d_pair, d_coupling)
     return d_entry, d_v, d_beta, gradients
 
 

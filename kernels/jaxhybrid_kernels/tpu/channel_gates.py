@@ -130,7 +130,7 @@ class ChannelHead:
         return entry, leaving
 
 
-def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: bool) -> Chain[Operands]:
+def channel_operands(head: ChannelHead, tokens: Tokens, delta: bool) -> Chain[Operands]:
     C = head.k.shape[0]
     grams = [jnp.where(tokens.level == 0, sum_lanes(q * head.k), 0) for q in head.queries]
     if delta:
@@ -147,7 +147,7 @@ def channel_operands(head: ChannelHead, tokens: Tokens, scale: float, delta: boo
         grams = [_choose(here, new, old, size) for new, old in zip(pieces(met, rows[0].shape[0]), grams)]
         if size in (BLOCK, C // 2):
             yield
-    pair = scale * jnp.concatenate(grams[: len(head.queries)], axis=0)
+    pair = jnp.concatenate(grams[: len(head.queries)], axis=0)
     return _operands(head, tokens, pair, grams[-1] if delta else None)
 
 
@@ -158,6 +158,7 @@ def _operands(head: ChannelHead, tokens: Tokens, pair: jax.Array, coupling: jax.
         jnp.concatenate([q * entry for q in head.queries], axis=0).astype(head.dtype),
         (head.k * entry).astype(head.dtype),
         (head.k * leaving).astype(head.dtype),
+        None,
         None,
         None,
         jnp.broadcast_to(carry, (BLOCK, carry.shape[1])).T[:, :1],

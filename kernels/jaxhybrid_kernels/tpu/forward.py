@@ -32,7 +32,8 @@ from jaxhybrid_kernels.tpu.gates import (
 from jaxhybrid_kernels.tpu.head_gates import head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block, whole_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back_state
-from jaxhybrid_kernels.tpu.products import product, transposed_product
+from jaxhybrid_kernels.tpu.operands import scale_columns
+from jaxhybrid_kernels.tpu.products import product
 from jaxhybrid_kernels.tpu.solve import halves, solve
 from jaxhybrid_kernels.tpu.turns import Chain, take_turns
 
@@ -160,32 +161,42 @@ def _head(
     layout: Layout,
 ) -> Chain[None]:
     """One head's chunk."""
-    if tokens is None:
-        operands = yield from head_operands(*read_query_key(arrays, h, layout), gates, layout.scale)
+    beta, kept, dtype = gates.beta_row, results.kept, layout.dtype
+    entry = state_ref[h].astype(dtype)
+
+    def read_state(q_in: jax.Array, k_in: jax.Array) -> jax.Array:
+        return product(jnp.concatenate([k_in, q_in], axis=0) if layout.delta else q_in, entry)
+
+    if tokens is None:  # the states are read first: that takes the matrix units while decays are made
+        q, k = read_query_key(arrays, h, layout)
+        read = read_state(q, k)
+        operands = yield from head_operands(q, k, gates, beta)
     else:
-        operands = yield from channel_operands(read_channels(arrays, h, layout), tokens, layout.scale, layout.delta)
-        if results.kept is not None:
-            results.kept.scores[0, h, 0] = keep_scores(operands, layout.dtype)
-    update = read_head(arrays.v, h, layout.V).astype(jnp.float32)
-    entry = state_ref[h].astype(layout.dtype)
-    if operands.coupling is None:
-        read = product(operands.q_in, entry)
-    else:
-        matrix = yield from halves(scale_rows(operands.coupling, gates.beta), layout.exact, layout.dtype)
-        both = product(jnp.concatenate([operands.k_in, operands.q_in], axis=0), entry)
+        operands = yield from channel_operands(read_channels(arrays, h, layout), tokens, layout.delta)
+        if kept is not None:
+            kept.scores[0, h, 0] = keep_scores(operands, dtype)
+        operands = scale_columns(operands, beta)
+        read = read_state(operands.q_in, operands.k_in)
         yield
-        predicted, read = both[:CHUNK], both[CHUNK:]
-        update = scale_rows(update - scale_rows(predicted, operands.row_in), gates.beta)
-        update = yield from solve(matrix, update)
-        if results.kept is not None:
-            results.kept.inverses[0, h, 0] = matrix.inverses
-    if results.kept is not None:
-        results.kept.states[0, h, 0] = entry
-    written = scale_rows(update, operands.row_out).astype(layout.dtype)
-    state = scale_state(state_ref[h], operands.carry)
-    state_ref[h] = state + transposed_product(operands.k_out, written)
-    out = layout.scale * scale_rows(read, operands.row_in)
-    out = out + product(operands.pair.astype(layout.dtype), update.astype(layout.dtype))
+    solution = read_head(arrays.v, h, layout.V).astype(jnp.float32)
+    if operands.coupling is not None:
+        predicted, read = read[:CHUNK], read[CHUNK:]
+        matrix = yield from halves(operands.coupling, layout.exact, dtype)
+        solution = yield from solve(matrix, solution - scale_rows(predicted, operands.row_in))
+        if kept is not None:
+            kept.inverses[0, h, 0] = matrix.inverses
+    if kept is not None:
+        kept.states[0, h, 0] = entry
+    # What reads the solution and what writes it to the state, in one product.
+    writing, weights = operands.k_out.T, operands.lanes_out
+    if beta is not None:
+        weights = beta if weights is None else weights * beta
+    if weights is not None:
+        writing = (writing * weights).astype(dtype)
+    rows = operands.pair.shape[0]
+    both = product(jnp.concatenate([operands.pair.astype(dtype), writing], axis=0), solution.astype(dtype))
+    state_ref[h] = scale_state(state_ref[h], operands.carry) + both[rows:]
+    out = layout.scale * (scale_rows(read, operands.row_in) + both[:rows])
     for r in range(layout.queries):
         write_head(results.out, h * layout.queries + r, out[r * CHUNK : (r + 1) * CHUNK])
 

@@ -18,6 +18,7 @@ from jaxhybrid_kernels.segments import segment_index
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout
 
 SUBLANES, LANES = 8, 128
+LEAST_BETA = 2.0**-40  # in place of less, zero above all: beta's gradient is divided by it; no float32 sum notices
 
 
 def gate_names(layout: Layout) -> tuple[str, ...]:
@@ -61,7 +62,7 @@ def make_gates(inputs: Inputs, layout: Layout) -> jax.Array | None:
         powers_of_two = tokens_in_lanes(inputs.log_decay, inputs.segment_ids) * (1 / math.log(2))
         gates["sum"], gates["sum_low"] = running_sum(powers_of_two)
     if inputs.beta is not None:
-        gates["beta"] = tokens_in_lanes(inputs.beta, inputs.segment_ids)
+        gates["beta"] = _beta_in_lanes(inputs.beta, inputs.segment_ids)
     if inputs.segment_ids is not None:
         segment, before = _segments(inputs.segment_ids)
 
@@ -79,7 +80,8 @@ def make_gates(inputs: Inputs, layout: Layout) -> jax.Array | None:
 
 
 def gate_gradients(rows: jax.Array | None, inputs: Inputs, layout: Layout) -> tuple[jax.Array | None, jax.Array | None]:
-    """Gradients of log_decay (per head) and beta, None where there is none, from those rows [B,steps,n,rows,C]."""
+    """Gradients of log_decay (per head) and beta, None where there is none, from those rows [B,steps,n,rows,C], which
+    are for the sum and for beta's logarithm."""
     if rows is None:
         return None, None
     B, N, n = layout.sizes.B, layout.sizes.N, layout.chunks
@@ -91,8 +93,14 @@ def gate_gradients(rows: jax.Array | None, inputs: Inputs, layout: Layout) -> tu
         later = lax.cumsum(by_name["sum"], axis=3, reverse=True)
         d_log_decay = tokens_out_of_lanes(later, inputs.log_decay, inputs.segment_ids)
     if inputs.beta is not None:
-        d_beta = tokens_out_of_lanes(by_name["beta"], inputs.beta, inputs.segment_ids)
+        d_beta = by_name["beta"] / _beta_in_lanes(inputs.beta, inputs.segment_ids)
+        d_beta = tokens_out_of_lanes(d_beta, inputs.beta, inputs.segment_ids)
     return d_log_decay, d_beta
+
+
+def _beta_in_lanes(beta: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    beta = tokens_in_lanes(beta, segment_ids)
+    return jnp.where(jnp.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
 
 
 def tokens_in_lanes(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -141,9 +149,11 @@ class HeadGates(NamedTuple):
     sum_row: jax.Array | None  # [1,C]
     sum_low_row: jax.Array | None
     beta: jax.Array | None  # [C,LANES]
+    beta_row: jax.Array | None  # [1,C]
     end_row: jax.Array | None  # [1,C]
     entry: jax.Array | None  # [C,LANES]
     exit: jax.Array | None  # [C,LANES]
+    exit_row: jax.Array | None  # [1,C]
 
 
 def grid_step_gates(ref: Any, layout: Layout) -> list[HeadGates]:
@@ -172,25 +182,35 @@ def _head_gates(rows: jax.Array, columns: jax.Array, head: int, layout: Layout) 
 
     total, low = column("sum"), column("sum_low")
     first, last = row("first"), row("last")
-    entry = leaving = None
-    if total is not None:
-        entry, leaving = total, total[-1:] - total
-        if low is not None:
-            leaving = leaving + (low[-1:] - low)
-    if first is not None and last is not None:
+    entry = total
+    if first is not None:
         token = lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0).astype(jnp.float32)
         entry = jnp.where(token < first, 0 if entry is None else entry, -jnp.inf)
-        leaving = jnp.where(token >= last, 0 if leaving is None else leaving, -jnp.inf)
     return HeadGates(
         total,
         low,
         row("sum"),
         row("sum_low"),
         column("beta"),
+        row("beta"),
         row("end"),
         None if entry is None else jnp.exp2(entry),
-        None if leaving is None else jnp.exp2(leaving),
+        _exit_gate(total, low, last, axis=0),
+        _exit_gate(row("sum"), row("sum_low"), last, axis=1),
     )
+
+
+def _exit_gate(total: jax.Array | None, low: jax.Array | None, last: jax.Array | None, axis: int) -> jax.Array | None:
+    """From sums whose tokens lie along the axis."""
+    leaving = None
+    if total is not None:
+        leaving = lax.slice_in_dim(total, CHUNK - 1, CHUNK, axis=axis) - total
+    if leaving is not None and low is not None:
+        leaving = leaving + (lax.slice_in_dim(low, CHUNK - 1, CHUNK, axis=axis) - low)
+    if last is not None:
+        token = lax.broadcasted_iota(jnp.int32, (1, CHUNK) if axis else (CHUNK, LANES), axis).astype(jnp.float32)
+        leaving = jnp.where(token >= last, 0 if leaving is None else leaving, -jnp.inf)
+    return None if leaving is None else jnp.exp2(leaving)
 
 
 def across(column: jax.Array, width: int) -> jax.Array:

@@ -13,19 +13,20 @@ from jaxhybrid_kernels.tpu.products import product, product_transposed, transpos
 from jaxhybrid_kernels.tpu.turns import Chain
 
 
-def head_operands(q: jax.Array, k: jax.Array, gates: HeadGates, scale: float) -> Chain[Operands]:
-    """From q [R*C,K] and k [C,K]."""
+def head_operands(q: jax.Array, k: jax.Array, gates: HeadGates, columns: jax.Array | None = None) -> Chain[Operands]:
+    """From q [R*C,K] and k [C,K]; columns [1,C] multiply those of pair and coupling."""
     C = k.shape[0]
     gram = product_transposed(jnp.concatenate([k, q], axis=0) if gates.beta is not None else q, k)
     yield
     decay = _decay(gates, C)
+    if columns is not None:
+        decay = decay * columns
     coupling = None
     if gates.beta is not None:
-        row, column = _positions(C)
-        coupling, gram = jnp.where(row > column, gram[:C] * decay, 0), gram[C:]
-    pair = gram * _repeat(scale * decay, q.shape[0] // C)
+        coupling, gram = gram[:C] * decay, gram[C:]
+    pair = gram * _repeat(decay, q.shape[0] // C)
     carry = None if gates.entry is None else gates.entry[C - 1 :]
-    return Operands(q, k, k, gates.entry, gates.exit, carry, pair, coupling)
+    return Operands(q, k, k, gates.entry, gates.exit, gates.exit_row, carry, pair, coupling)
 
 
 def head_gradients(

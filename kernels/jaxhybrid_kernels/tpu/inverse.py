@@ -2,34 +2,31 @@
 
 A matrix of C tokens is kept packed: its diagonal blocks of `size` tokens lie side by side in the lanes of a
 [size,C] array, each in the lanes it has in the full matrix, so that packing and unpacking are masks and nothing moves.
-Blocks of 16 come from forward substitution, larger ones from doubling: [[X, 0], [-Y S X, Y]] inverts [[L, 0], [S, M]]
-if X, Y invert L, M. Every step is exact up to rounding; a power series would not be.
+Blocks of 8 or 16 come from forward substitution, larger ones from doubling: [[X, 0], [-Y S X, Y]] inverts
+[[L, 0], [S, M]] if X, Y invert L, M. Every step is exact up to rounding; a power series would not be.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.numerics import BLOCK
 from jaxhybrid_kernels.tpu.products import product
-from jaxhybrid_kernels.tpu.turns import Chain, take_turns
+from jaxhybrid_kernels.tpu.runs import pieces
+from jaxhybrid_kernels.tpu.turns import Chain
+
+SUBLANES = 8
 
 
-def inverse_unit_lower(stricts: list[jax.Array], exact: bool) -> list[jax.Array]:
-    """Inverts I + strict for every strict (see `invert_blocks`), all taking turns."""
-    return take_turns([invert_blocks(strict, strict.shape[0], exact) for strict in stricts])
-
-
-def invert_blocks(strict: jax.Array, size: int, exact: bool) -> Chain[jax.Array]:
-    """Inverts the diagonal blocks of I + strict, packed [size,C]; strict [C,C] float32 is zero on and above the
-    diagonal, size is 16 times a power of two.
+def invert_blocks(lower: jax.Array, size: int, exact: bool, block: int = SUBLANES) -> Chain[jax.Array]:
+    """Inverts the diagonal blocks of I + strict, packed [size,C], where strict is what lower [C,C] float32 holds below
+    its diagonal; above it lower is zero. size is `block` times a power of two, and blocks of that size are substituted.
 
     exact: block products in float32 throughout; otherwise in three bfloat16 products, a relative error of about 1e-5.
     """
-    packed = yield from _substitute(_diagonal_blocks(strict, BLOCK))
-    done = BLOCK
+    packed = yield from _substitute(_diagonal_blocks(lower, block))
+    done = block
     while done < size:
-        packed = yield from (_double_exact if exact else _double)(packed, strict, done)
+        packed = yield from (_double_exact if exact else _double)(packed, lower, done)
         done *= 2
     return packed
 
@@ -49,31 +46,31 @@ def _diagonal_blocks(matrix: jax.Array, size: int) -> jax.Array:
     return packed
 
 
-def _substitute(strict: jax.Array) -> Chain[jax.Array]:
-    """Inverts packed blocks of 16: once row j of the inverse is known, strict_ij times it leaves every row i below."""
-    size, C = strict.shape
+def _substitute(lower: jax.Array) -> Chain[jax.Array]:
+    """Inverts packed blocks: once row j of the inverse is known, strict_ij times it leaves every row i below (of whole
+    registers that have any)."""
+    size, C = lower.shape
     lane = lax.broadcasted_iota(jnp.int32, (size, C), 1)
     row = lax.broadcasted_iota(jnp.int32, (size, C), 0)
-    identity = (lane & (size - 1) == row).astype(jnp.float32)
-    half = size // 2
-    halves = [identity[:half], identity[half:]]
+    column = lane & (size - 1)
+    strict = pieces(jnp.where(row > column, lower, 0), SUBLANES)
+    inverse = pieces((row == column).astype(jnp.float32), SUBLANES)
     for j in range(size - 1):
-        column = (lane & -size)[:half] + j
-        known = halves[j // half][j % half : j % half + 1]
-        for part in range(j // half, 2):
-            coefficient = jnp.take_along_axis(strict[part * half : (part + 1) * half], column, axis=1)
-            halves[part] = halves[part] - coefficient * known
+        at = (lane - column)[:SUBLANES] + j
+        known = inverse[j // SUBLANES][j % SUBLANES : j % SUBLANES + 1]
+        for i in range(j // SUBLANES, size // SUBLANES):
+            inverse[i] = inverse[i] - jnp.take_along_axis(strict[i], at, axis=1) * known
         yield
-    return jnp.concatenate(halves, axis=0)
+    return jnp.concatenate(inverse, axis=0)
 
 
-def _below(strict: jax.Array, size: int) -> jax.Array:
+def _below(lower: jax.Array, size: int) -> jax.Array:
     """The blocks below the diagonal of each pair, packed [size,C] in the lanes of the pair's first block; else zero."""
-    C = strict.shape[0]
+    C = lower.shape[0]
     block = _lane_block((size, C), size)
-    packed = jnp.zeros((size, C), strict.dtype)
+    packed = jnp.zeros((size, C), lower.dtype)
     for pair in range(0, C // size, 2):
-        packed = jnp.where(block == pair, strict[(pair + 1) * size : (pair + 2) * size], packed)
+        packed = jnp.where(block == pair, lower[(pair + 1) * size : (pair + 2) * size], packed)
     return packed
 
 
@@ -83,11 +80,11 @@ def _join(packed: jax.Array, corner: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate([jnp.where(first, packed, 0), jnp.where(first, corner, packed)], axis=0)
 
 
-def _double_exact(inverse: jax.Array, strict: jax.Array, size: int) -> Chain[jax.Array]:
-    C = strict.shape[0]
+def _double_exact(inverse: jax.Array, lower: jax.Array, size: int) -> Chain[jax.Array]:
+    C = lower.shape[0]
     block = _lane_block((size, C), size)
     diagonal = jnp.concatenate([jnp.where(block == i, inverse, 0) for i in range(C // size)], axis=0)
-    right = product(_below(strict, size), diagonal)
+    right = product(_below(lower, size), diagonal)
     yield
     under = jnp.concatenate([jnp.where(block == i - 1, right, 0) for i in range(C // size)], axis=0)
     corner = -product(jnp.where(block & 1 == 0, 0, inverse), under)
@@ -95,10 +92,10 @@ def _double_exact(inverse: jax.Array, strict: jax.Array, size: int) -> Chain[jax
     return _join(inverse, corner, size)
 
 
-def _double(inverse: jax.Array, strict: jax.Array, size: int) -> Chain[jax.Array]:
+def _double(inverse: jax.Array, lower: jax.Array, size: int) -> Chain[jax.Array]:
     """A pair's lanes are twice as deep as a product of its blocks needs: they hold the high and low part of the right
     operand, so that one pass with [high|high] and one with [low|0] on the left make a product to about 2**-16."""
-    C = strict.shape[0]
+    C = lower.shape[0]
     block = _lane_block((size, C), size)
     first = block & 1 == 0
 
@@ -111,7 +108,7 @@ def _double(inverse: jax.Array, strict: jax.Array, size: int) -> Chain[jax.Array
         both = product(rows.astype(jnp.bfloat16), jnp.concatenate(columns, axis=0).astype(jnp.bfloat16))
         return both[:size] + both[size:]
 
-    right = multiply(_below(strict, size), size, inverse, (0, 1))
+    right = multiply(_below(lower, size), size, inverse, (0, 1))
     yield
     corner = multiply(jnp.where(first, 0, inverse), C - size, right, (1, 0))
     yield

@@ -10,8 +10,10 @@ import jax
 
 
 class Operands(NamedTuple):
-    """The chunk's step:  W = v - row_in (k_in S),  U = inverse(I + beta coupling) (beta W),
-    S' = carry S + k_out' (row_out U),  O = scale row_in (q_in S) + pair U.  A `None` row or carry is one.
+    """The chunk's step, with D = diag(beta):
+        Z = v - row_in (k_in S),  W = inverse(I + coupling D) Z,  U = D W
+        S' = carry S + k_out' (row_out U),  O = scale (row_in (q_in S) + pair U)
+    A `None` row or carry is one. beta is a factor of columns: [1,C], with tokens in lanes, costs nothing to spread.
 
     Rows and a carry per head hold the same value in all of their LANES (see `gates.across`).
     """
@@ -21,9 +23,10 @@ class Operands(NamedTuple):
     k_out: jax.Array  # [C,K]
     row_in: jax.Array | None  # [C,LANES] float32
     row_out: jax.Array | None  # [C,LANES]
+    lanes_out: jax.Array | None  # [1,C]: row_out with tokens in lanes
     carry: jax.Array | None  # [1,LANES] or [K,1]
-    pair: jax.Array  # [R*C,C] float32: scaled, masked, decayed
-    coupling: jax.Array | None  # [C,C] float32: strictly lower, beta left out; None: additive rule
+    pair: jax.Array  # [R*C,C] float32: masked, decayed
+    coupling: jax.Array | None  # [C,C] float32: lower, what is on the diagonal does not count; None: additive rule
 
 
 class StateGradients(NamedTuple):
@@ -33,5 +36,13 @@ class StateGradients(NamedTuple):
     k_in: jax.Array | None  # [C,K]
     k_out: jax.Array  # [C,K]
     carry: jax.Array | None  # [1,V], its sum to be taken, or [K,1]; times carry
-    pair: jax.Array  # [R*C,C]
+    pair: jax.Array  # [R*C,C], scale left out
     coupling: jax.Array | None  # [C,C]
+
+
+def scale_columns(operands: Operands, row: jax.Array | None) -> Operands:
+    """Those of pair and coupling times row [1,C]."""
+    if row is None:
+        return operands
+    coupling = None if operands.coupling is None else operands.coupling * row
+    return operands._replace(pair=operands.pair * row, coupling=coupling)

@@ -128,7 +128,7 @@ def store_states(states: Any, ref: Any, layout: Layout, when: jax.Array) -> None
 def _pair(pair: int, arrays: Arrays, known: Constants, results: Results, states: Any, layout: Layout) -> Chain[None]:
     """The chunk of two neighbouring heads."""
     chunks = yield from read_pair(arrays, known, pair, layout)
-    inverse = yield from invert_blocks(_coupling(chunks), CHUNK, layout.exact)
+    inverse = yield from invert_blocks(_coupling(chunks), CHUNK, layout.exact, block=16)
     inverse = inverse.astype(layout.dtype)
     entries = [states[chunk.lanes.group].astype(layout.dtype) for chunk in chunks]
     if results.kept is not None:
