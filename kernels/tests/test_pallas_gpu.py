@@ -57,8 +57,7 @@ def test_packed(suite, recurrence, fused, monkeypatch):
     suite.check_bfloat16(case, "pallas_gpu")
 
 
-@pytest.mark.parametrize("asked", ["out", "state"])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("fused", "asked"), [(False, "state"), (True, "out")])
 def test_without_initial_state_and_one_result_only(suite, monkeypatch, fused, asked):
     """What is absent is neither read nor made up: gradients of one result, from the zero state."""
     monkeypatch.setattr(gpu_linear_attention, "FILLED", 0 if fused else 1000)
