@@ -8,7 +8,7 @@ grow to 1e10.
 import jax
 import jax.numpy as jnp
 
-from jaxhybrid_kernels.numerics import BLOCK, materialize, product
+from jaxhybrid_kernels.numerics import BLOCK, materialize, product, target_platform
 
 
 def inverse_unit_lower(strict: jax.Array) -> jax.Array:
@@ -17,8 +17,9 @@ def inverse_unit_lower(strict: jax.Array) -> jax.Array:
     lead = strict.shape[:-2]
     sizes = [BLOCK << level for level in range((C // BLOCK).bit_length() - 1)]
     corners = [_diagonal_blocks(strict, 2 * size)[..., size:, :size] for size in sizes]
-    # Only these parts of strict are written out, so that it need not be made anew for each, nor kept as a whole.
-    blocks, *corners = materialize([_diagonal_blocks(strict, BLOCK), *corners])
+    blocks = materialize(_diagonal_blocks(strict, BLOCK))
+    if target_platform() == "gpu":  # so that strict itself is not written as a whole; a CPU loses by it
+        corners = materialize(corners)
     inverse = _substitute(blocks)
     for size, corner in zip(sizes, corners, strict=True):
         pairs = inverse.reshape(*lead, C // (2 * size), 2, size, size)
