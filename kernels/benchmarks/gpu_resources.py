@@ -11,7 +11,6 @@ import argparse
 import os
 import re
 import site
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -105,4 +104,4 @@ def report(recurrence: str, width: int, dump: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

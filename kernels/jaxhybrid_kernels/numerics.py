@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 BLOCK = 16  # tokens of a sub-block: the unit of the triangular inverse and of the per-channel reference gates
+LEAST_BETA = 2.0**-40  # far below what float32 adds to anything else
 
 
 def state_dtype(*arrays: jax.Array | None) -> Any:
@@ -27,6 +28,12 @@ def product(equation: str, a: jax.Array, b: jax.Array, precision: lax.Precision 
     accumulate = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     both_short = a.dtype == jnp.bfloat16 and b.dtype == jnp.bfloat16
     return jnp.einsum(equation, a, b, preferred_element_type=accumulate, precision=None if both_short else precision)
+
+
+def away_from_zero(beta: jax.Array) -> jax.Array:
+    """beta with zeros, and what is nearly zero, taken for 2^-40: the Pallas kernels find its gradient from a sum that
+    they divide by beta."""
+    return jnp.where(lax.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
 
 
 def materialize(arrays: Any) -> Any:

@@ -23,16 +23,12 @@ from jax import lax
 
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu.plan import CHUNK, Plan
-from jaxhybrid_kernels.numerics import materialize
+from jaxhybrid_kernels.numerics import away_from_zero, materialize
 from jaxhybrid_kernels.segments import segment_index, zero_padding
 
 RUNNING_SUM, SEGMENT, BETA, ROW_IN, ROW_OUT, CARRY = range(6)
 GATES = 6
 TOTAL, LEAVING, CARRIED = range(3)  # rows of sums that the gradients' kernel leaves, see gradients.py
-
-# A beta of zero is taken for this one, far below what float32 adds to anything else: the gradient of beta is found from
-# the update divided by beta.
-SMALLEST_BETA = 2.0**-40
 
 
 def make_gates(inputs: Inputs, plan: Plan) -> jax.Array:
@@ -79,8 +75,7 @@ def _beta(beta: jax.Array | None, plan: Plan, segment_ids: jax.Array | None) -> 
     if beta is None:
         return jnp.ones((plan.B, plan.n, plan.N, CHUNK), jnp.float32)
     # Unless it is held, XLA transposes the condition too, in a kernel of its own.
-    beta = materialize(jnp.swapaxes(_by_chunk(beta, plan, segment_ids), 2, 3))
-    return jnp.where(lax.abs(beta) < SMALLEST_BETA, SMALLEST_BETA, beta)
+    return away_from_zero(materialize(jnp.swapaxes(_by_chunk(beta, plan, segment_ids), 2, 3)))
 
 
 def _product(equation: str, x: jax.Array, weights: Any) -> jax.Array:

@@ -24,7 +24,7 @@ HOPPER = "9.0"
 MULTIPROCESSORS = 132
 FILLED = 100  # thread blocks that leave few multiprocessors idle
 
-type Gradient = jax.Array | SymbolicZero  # nobody asked for what it is the gradient of
+type Gradient = jax.Array | SymbolicZero  # the latter where nobody used the result
 
 
 def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int | None, sizes: Sizes) -> str | None:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.numerics import away_from_zero
 from jaxhybrid_kernels.segments import segment_index
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout
 
 SUBLANES, LANES = 8, 128
-LEAST_BETA = 2.0**-40  # in place of less, zero above all: beta's gradient is divided by it; no float32 sum notices
 
 
 def gate_names(layout: Layout) -> tuple[str, ...]:
@@ -99,8 +99,7 @@ def gate_gradients(rows: jax.Array | None, inputs: Inputs, layout: Layout) -> tu
 
 
 def _beta_in_lanes(beta: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    beta = tokens_in_lanes(beta, segment_ids)
-    return jnp.where(jnp.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
+    return away_from_zero(tokens_in_lanes(beta, segment_ids))
 
 
 def tokens_in_lanes(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
