@@ -10,6 +10,7 @@ reads and writes, once each, at the copy rate measured on the same device.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,28 +49,37 @@ def parts(call: Callable[..., Any], B: int, T: int, H: int, K: int, recurrence: 
     sizes = check_sequence(*inputs[:5], None, None)
     chosen = make_plan(inputs, None, K**-0.5, sizes)
     plan, fused = (chosen._replace(fused=value) for value in (False, True))
+    fused = fused._replace(spans=1)
 
     q, k, v = inputs.q, inputs.k, inputs.v
     narrow = inputs._replace(q=q[:, :0], k=k[:, :0], v=v[:, :0])
     gates = call("gates", lambda narrow: make_gates(narrow, plan), narrow)
     if plan.per_channel:
-        prepared = call("prepare", channel_prepare_kernel(plan), q, k, inputs.log_decay, gates)
-        q_in, *k_in, k_out, carry, matrices = prepared
-        operands, more = (q_in, k_in[0] if k_in else k_out), (matrices, k_out, carry)
+        q_in, *k_in, k_out, carry, matrices = call(
+            "prepare", channel_prepare_kernel(plan), q, k, inputs.log_decay, gates
+        )
+        operands = [q_in, k_in[0] if k_in else k_out, v, gates, matrices, k_out, carry]
     else:
-        operands, more = (q, k), (call("prepare", prepare_kernel(plan), q, k, gates),)
-    call("forward", recurrence_kernel(plan, keep=False), *operands, v, gates, *more)
-    kept = call("forward kept", recurrence_kernel(plan, keep=True), *operands, v, gates, *more)
-    out, _, states, *updates = kept
-    reverse = recurrence_kernel(plan, keep=True, reverse=True)
-    d_v, _, d_states = call("reverse", reverse, *operands, out, gates, *more)
+        operands = [q, k, v, gates, call("prepare", prepare_kernel(plan), q, k, gates)]
+    starts, spanned = [], plan.spans > 1
+    if spanned:
+        starts, first = [jnp.zeros((B, H, plan.spans, K, K))], jnp.zeros((B, H, plan.spans - 1, 2 * K, K))
+        summary = partial(recurrence_kernel, plan, keep=False, started=True, summary=True)
+        call("summary", summary(), *operands, first)
+        call("back summary", summary(reverse=True), *operands, first[..., :K, :])
+    call("forward", recurrence_kernel(plan, keep=False, started=spanned), *operands, *starts)
+    kept = call("forward kept", recurrence_kernel(plan, keep=True, started=spanned), *operands, *starts)
+    _, operands[2], states, *updates = kept
+    reverse = recurrence_kernel(plan, keep=True, reverse=True, started=spanned)
+    _, d_v, d_states = call("reverse", reverse, *operands, *starts)
+    out = operands[2]
     if not plan.per_channel:
         call("fused", recurrence_kernel(fused, keep=False), q, k, v, gates)
         call("fused kept", recurrence_kernel(fused, keep=True), q, k, v, gates)
         call("fused reverse", recurrence_kernel(fused, keep=True, reverse=True), q, k, out, gates)
     arguments = (q, k, updates[0] if updates else v, d_v, out, states, d_states)
     if plan.per_channel:
-        call("gradients", channel_gradients_kernel(plan), *arguments, inputs.log_decay, gates, more[-1])
+        call("gradients", channel_gradients_kernel(plan), *arguments, inputs.log_decay, gates, carry)
     else:
         _, _, sums, *written = call("gradients", gradients_kernel(plan), *arguments, gates)
         call("decay grads", lambda sums: decay_gradient(narrow, sums, plan), sums)

@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and instructions of the Hopper kernels as compiled, with a GPU or without.
 
     python kernels/benchmarks/gpu_resources.py                      # gated delta rule, 128 channels
-    python kernels/benchmarks/gpu_resources.py --recurrence kimi_delta --width 64
+    python kernels/benchmarks/gpu_resources.py --recurrence kimi_delta --shape 1,32768,16,128
 
 Needs JAX's CUDA plugin (`jax[cuda13]`), which brings the assembler. Spills are bytes a thread stores; "serialised" says
 that the assembler put waits between products that were to overlap (its warning C7512).
@@ -68,14 +68,14 @@ def read_dump(folder: Path) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recurrence", default="gated_deltanet")
-    parser.add_argument("--width", type=int, default=128, choices=[64, 128])
+    parser.add_argument("--shape", default="8,4096,16,128", metavar="B,T,H,width")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpu-resources-") as dump:
         set_up(dump)
-        report(args.recurrence, args.width, Path(dump))
+        report(args.recurrence, [int(size) for size in args.shape.split(",")], Path(dump))
 
 
-def report(recurrence: str, width: int, dump: Path) -> None:
+def report(recurrence: str, shape: list[int], dump: Path) -> None:
     import jax
     from gpu_parts import parts
     from jax.experimental import topologies
@@ -86,7 +86,7 @@ def report(recurrence: str, width: int, dump: Path) -> None:
     else:
         description = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
         device = topologies.get_topology_desc("h100", **description).devices[0]
-    print(f"{device.device_kind}, jax {jax.__version__}, {recurrence}, K=V={width}")
+    print(f"{device.device_kind}, jax {jax.__version__}, {recurrence}, B,T,H,width = {shape}")
     described = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="cuda")
     mesh = AbstractMesh((), (), abstract_device=described)
 
@@ -100,7 +100,7 @@ def report(recurrence: str, width: int, dump: Path) -> None:
         return jax.eval_shape(function, *arguments)
 
     with jax.sharding.use_abstract_mesh(mesh):
-        jax.eval_shape(lambda: parts(show, 8, 4096, 16, width, recurrence))
+        jax.eval_shape(lambda: parts(show, *shape, recurrence))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,17 @@ pytestmark = pytest.mark.gpu
 SMALL = {"B": 2, "Hq": 2, "Hk": 2, "N": 2, "K": 64, "V": 64}
 
 
-@pytest.fixture(params=["prepared", "fused"])
+@pytest.fixture(params=["prepared", "fused", "spans"])
 def forward(request, monkeypatch):
-    """Sizes for one of the two forwards: with matrices prepared for few thread blocks, or made on the way for many."""
+    """Sizes for one form: with matrices prepared for few thread blocks, or made on the way for many, or in spans."""
     if request.param == "prepared":
         return {}
-    monkeypatch.setattr(gpu_linear_attention, "FILLED", 0)
-    return {"B": 3}  # no other test has this size, so that none finds its program compiled
+    if request.param == "fused":
+        monkeypatch.setattr(gpu_linear_attention, "FILLED", 0)
+        return {"B": 3}  # no other test has this size, so that none finds its program compiled
+    monkeypatch.setattr(gpu_linear_attention, "FEWEST_SPANS", 2)
+    monkeypatch.setattr(gpu_linear_attention, "SHORTEST_SPAN", 1)
+    return {"B": 5}
 
 
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (64, 128), (128, 64)])

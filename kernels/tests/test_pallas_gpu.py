@@ -57,6 +57,19 @@ def test_packed(suite, recurrence, fused, monkeypatch):
     suite.check_bfloat16(case, "pallas_gpu")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("recurrence", ["simple_gla", "gated_deltanet", "gla", "kimi_delta"])
+def test_spans(suite, recurrence, packed, monkeypatch):
+    """Four spans of one or two chunks, side by side."""
+    monkeypatch.setattr(gpu_linear_attention, "SHORTEST_SPAN", 1)
+    monkeypatch.setattr(gpu_linear_attention, "MOST_SPANS", 4)
+    jax.clear_caches()
+    case = suite.make_case(recurrence, 330, B=1, Hq=1, Hk=1, N=1, K=64, V=64, decay=0.02)
+    if packed:
+        case.segment_ids = np.repeat([[1, 1, 0, 2, 2, 2, 2, 2, 2, 2]], 33, axis=1)
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
 @pytest.mark.parametrize(("fused", "asked"), [(False, "state"), (True, "out")])
 def test_without_initial_state_and_one_result_only(suite, monkeypatch, fused, asked):
     """What is absent is neither read nor made up: gradients of one result, from the zero state."""
@@ -110,9 +123,9 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     q, v, float32 = array(1, 256, 1, K), array(1, 256, 2, V), jnp.float32
     matrices, gates = array(1, 2, 4, plan.matrices, 64, 64), array(1, 4, 2, GATES, 64, dtype=float32)
     lower(prepare_kernel(plan), q, q, gates)
-    start = array(1, 2, V, K, dtype=float32)
+    start = array(1, 2, 1, V, K, dtype=float32)
     for reverse in (False, True):
-        lower(recurrence_kernel(plan, True, reverse, started=True), q, q, v, gates, start, matrices)
+        lower(recurrence_kernel(plan, True, reverse, started=True), q, q, v, gates, matrices, start)
         lower(recurrence_kernel(plan._replace(fused=True), True, reverse), q, q, v, gates)
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
@@ -121,7 +134,7 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     lower(channel_prepare_kernel(plan), q, q, decays, gates)
     for reverse in (False, True):
         kernel = recurrence_kernel(plan, True, reverse, started=True)
-        lower(kernel, gated, gated, v, gates, start, matrices, gated, carry)
+        lower(kernel, gated, gated, v, gates, matrices, gated, carry, start)
     lower(channel_gradients_kernel(plan), q, q, v, v, v, states, states, decays, gates, carry)
 
 

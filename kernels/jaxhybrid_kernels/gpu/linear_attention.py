@@ -14,7 +14,7 @@ from jaxhybrid_kernels.gpu.gates import beta_gradient, decay_gradient, make_gate
 from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
-from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
+from jaxhybrid_kernels.gpu.spans import run_backward, run_forward
 from jaxhybrid_kernels.numerics import target_platform
 from jaxhybrid_kernels.segments import zero_padding
 from jaxhybrid_kernels.validation import Sizes
@@ -23,6 +23,8 @@ WIDTHS = (64, 128)
 HOPPER = "9.0"
 MULTIPROCESSORS = 132
 FILLED = 100  # thread blocks that leave few multiprocessors idle
+FEWEST_SPANS, MOST_SPANS = 4, 16  # two do all of the work twice and save nothing
+SHORTEST_SPAN = 8  # chunks
 
 type Gradient = jax.Array | SymbolicZero  # the latter where nobody used the result
 
@@ -52,13 +54,14 @@ def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int
 
 def make_plan(inputs: Inputs, initial_state: jax.Array | None, scale: float, sizes: Sizes) -> Plan:
     per_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
-    blocks = sizes.V // BLOCK
+    n, blocks = -(-sizes.T // CHUNK), sizes.V // BLOCK
     if sizes.B * sizes.N * blocks <= MULTIPROCESSORS:
         blocks = 1  # few heads: the parts of a value width get a multiprocessor each
+    spans = min(MULTIPROCESSORS // (sizes.B * sizes.N * sizes.V // BLOCK // blocks), n // SHORTEST_SPAN, MOST_SPANS)
     return Plan(
         B=sizes.B,
         T=sizes.T,
-        n=-(-sizes.T // CHUNK),
+        n=n,
         Hq=sizes.Hq,
         Hk=sizes.Hk,
         N=sizes.N,
@@ -71,6 +74,7 @@ def make_plan(inputs: Inputs, initial_state: jax.Array | None, scale: float, siz
         fused=sizes.B * sizes.N >= FILLED and not per_channel,
         interpret=target_platform() == "cpu",
         per_channel=per_channel,
+        spans=spans if spans >= FEWEST_SPANS else 1,
     )
 
 
@@ -96,6 +100,7 @@ class Residuals(NamedTuple):
     matrices: jax.Array | None  # [B,N,n,1 or 2,64,64]; None if fused: the backward makes them again
     states: jax.Array  # [B,N,n,V,K] entry states
     updates: jax.Array | None  # [B,T,N,V] in whole chunks; None without the delta rule: they are v
+    transitions: jax.Array | None  # of spans, see spans.py
     gated: Gated | None  # None without decays per channel
 
 
@@ -105,31 +110,34 @@ def _compute(
     """((out, final state), what the backward needs if keep)."""
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
     gates, gated, matrices = make_gates(inputs, plan), None, None
-    queries, keys = q, k
-    more: list[jax.Array] = []
     if plan.per_channel:
         q_in, *k_in, k_out, carry, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
         gated = Gated(q_in, k_in[0] if plan.delta else k_out, k_out, carry)
-        queries, keys, *more = gated
     elif not plan.fused:
         matrices = prepare_kernel(plan)(q, k, gates)
     start = None if initial_state is None else _transposed(initial_state)
-    run = recurrence_kernel(plan, keep, started=plan.started)
-    out, final, *kept = run(queries, keys, v, gates, *_given(start, matrices), *more)
+    run = run_forward(plan, _operands(q, k, v, gates, matrices, gated), start, keep)
+    out, *kept = run.kept
     residuals = None
     if keep:
         states, *updates = kept
-        residuals = Residuals(gates, matrices, states, updates[0] if updates else None, gated)
-    return (out[:, : plan.T], _transposed(final)), residuals
+        residuals = Residuals(gates, matrices, states, updates[0] if updates else None, run.transitions, gated)
+    return (out[:, : plan.T], _transposed(run.last)), residuals
+
+
+def _operands(
+    q: jax.Array, k: jax.Array, x: jax.Array, gates: jax.Array, matrices: jax.Array | None, gated: Gated | None
+) -> list[jax.Array]:
+    """What both directions of the recurrence read, see recurrence.py."""
+    if gated is not None:
+        q, k = gated.q_in, gated.k_in
+    more = (matrices, *(gated[2:] if gated is not None else ()))
+    return [q, k, x, gates, *(array for array in more if array is not None)]
 
 
 def _transposed(state: jax.Array) -> jax.Array:
     """[B,N,K,V] <-> [B,N,V,K]"""
     return jnp.swapaxes(state, 2, 3)
-
-
-def _given(*arrays: jax.Array | None) -> list[jax.Array]:
-    return [array for array in arrays if array is not None]
 
 
 def _whole_chunks(x: jax.Array, segment_ids: jax.Array | None, plan: Plan) -> jax.Array:
@@ -162,24 +170,24 @@ def _backward(
     given = (inputs.q, inputs.k, inputs.v, d_out.astype(jnp.bfloat16))
     q, k, v, d_out = (_whole_chunks(x, inputs.segment_ids, plan) for x in given)
     gates, gated = residuals.gates, residuals.gated
-    queries, keys, *more = (q, k) if gated is None else gated
     start = None if d_final is None else _transposed(d_final)
-    run = recurrence_kernel(plan, keep=True, reverse=True, started=start is not None)
-    d_v, d_initial, d_states = run(queries, keys, d_out, gates, *_given(start, residuals.matrices), *more)
+    reads = _operands(q, k, d_out, gates, residuals.matrices, gated)
+    run = run_backward(plan, reads, start, residuals.transitions)
+    d_v, d_states = run.kept
     operands = (q, k, v if residuals.updates is None else residuals.updates, d_v, d_out, residuals.states, d_states)
     if gated is None:
         d_q, d_k, sums, *written = gradients_kernel(plan)(*operands, gates)
         d_decays = decay_gradient(inputs, sums, plan)
     else:
-        run = channel_gradients_kernel(plan)
-        d_q, d_k, d_decays, *written = run(*operands, _decays(inputs, plan), gates, gated.carry)
+        channel_gradients = channel_gradients_kernel(plan)
+        d_q, d_k, d_decays, *written = channel_gradients(*operands, _decays(inputs, plan), gates, gated.carry)
         assert inputs.log_decay is not None
         d_decays = _like(d_decays, inputs.log_decay, inputs.segment_ids).astype(inputs.log_decay.dtype)
     d_beta = beta_gradient(inputs, gates, written[0] if written else None, plan)
     d_q, d_k, d_v = (
         _like(gradient, x, inputs.segment_ids) for gradient, x in ((d_q, inputs.q), (d_k, inputs.k), (d_v, inputs.v))
     )
-    return Inputs(d_q, d_k, d_v, d_decays, d_beta, None), _transposed(d_initial) if plan.started else None
+    return Inputs(d_q, d_k, d_v, d_decays, d_beta, None), _transposed(run.last) if plan.started else None
 
 
 def _like(gradient: jax.Array, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -1,6 +1,6 @@
 """Everything static about one call of the Hopper kernels."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,20 @@ class Plan(NamedTuple):
     fused: bool  # the recurrences make their own matrices, see recurrence.py
     interpret: bool
     per_channel: bool = False  # the decays
+    spans: int = 1  # of chunks, side by side, see spans.py
 
     def query_head(self, head: jax.Array) -> jax.Array:
         return lax.div(head, jnp.int32(self.N // self.Hq))
 
     def key_head(self, head: jax.Array) -> jax.Array:
         return lax.div(head, jnp.int32(self.N // self.Hk))
+
+    def chunks_of(self, span: jax.Array) -> tuple[Any, Any]:
+        """(first chunk, chunk after the last one); spans differ by one chunk at most."""
+        if self.spans == 1:
+            return 0, self.n
+        begin, end = (lax.div(index * jnp.int32(self.n), jnp.int32(self.spans)) for index in (span, span + 1))
+        return begin, end
 
     @property
     def padding(self) -> int:

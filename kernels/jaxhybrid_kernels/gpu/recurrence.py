@@ -1,4 +1,5 @@
-"""The recurrence over chunks, forward and backward: one thread block per batch row, value head and part of the width V.
+"""The recurrence over chunks, forward and backward: one thread block per batch row, value head, span of chunks and part
+of the width V.
 
 Each consumer warpgroup holds 64 rows of the transposed state S' [V,K] in registers from the first chunk to the last and
 needs nothing of the others, so all products of a chunk have their left operand in registers and none of them waits for
@@ -13,9 +14,13 @@ With decays per channel the gates are in the operands, the scale too, and k_out 
 One more warpgroup brings the operands of the next chunks to shared memory. With thread blocks enough to fill the GPU
 yet another one makes the next chunk's pair matrix and inverse (see prepare.py) meanwhile, in both directions: making
 them twice costs less than keeping them.
+
+With few heads a sequence is divided into spans that run side by side, each from its own entry state, see spans.py.
+These states come from a summary: the same recurrence without outputs, forwards on K more rows that have no values.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +34,7 @@ from jaxhybrid_kernels.gpu.launch import kernel, unmarked
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import chunk_matrices, workspace
 from jaxhybrid_kernels.gpu.products import shared
-from jaxhybrid_kernels.gpu.steps import Chunk, backward, forward
+from jaxhybrid_kernels.gpu.steps import Chunk, backward, forward, summarize
 
 SHARED_BYTES = 227 * 1024
 
@@ -43,59 +48,69 @@ class Registers(NamedTuple):
 
 
 def recurrence_kernel(
-    plan: Plan, keep: bool, reverse: bool = False, started: bool = False
+    plan: Plan, keep: bool, reverse: bool = False, started: bool = False, summary: bool = False
 ) -> Callable[..., list[jax.Array]]:
-    """(q, k, x [B,T,N,V], gates, start [B,N,V,K], matrices) -> y [B,T,N,V], last [B,N,V,K] and more if keep.
+    """(q, k, x [B,T,N,V], gates, matrices, start [B,N,spans,V,K]) -> last [B,N,spans,V,K], y [B,T,N,V], more if keep.
 
     There is a start only if started, and there are no matrices if the plan is fused. With decays per channel q and k
-    are q_in and k_in, and k_out [B,T,N,K] and carry [B,N,n,K] come last; k is not read without the delta rule.
+    are q_in and k_in, and k_out [B,T,N,K] and carry [B,N,n,K] come before start; k is not read without the delta rule.
+    A summary of all spans but the last one in the run's direction gives last alone, forwards [B,N,spans-1,V+K,K] from
+    such a start.
 
     Forwards x = v, y = out, and kept are the states at the chunks' entries [B,N,n,V,K] and with the delta rule the
     updates U [B,T,N,V]. In reverse x is the gradient of out, y that of v, and kept are the gradients of the states at
     the chunks' exits. T in whole chunks.
     """
-    n, K, V, blocks, fused = plan.n, plan.K, plan.V, plan.blocks, plan.fused
+    K, V, blocks, fused, channels = plan.K, plan.V, plan.blocks, plan.fused, plan.per_channel
     width = blocks * BLOCK
-    keep_updates = keep and plan.delta and not reverse
-    stages = _stages(plan, keep, keep_updates, fused)
+    transition = summary and not reverse
+    spans = plan.spans - summary
+    rows_of_state = V + K if transition else V
+    slots = _slots(plan, reads=not transition)
+    made = [name for name in ("pair", "inverse") if fused and name in slots]
+    outputs = {} if summary else _outputs(plan, keep, reverse)
+    buffers = dict.fromkeys(outputs, (CHUNK, BLOCK)) | ({"states": (BLOCK, K)} if keep or fused else {})
+    stages = _stages(plan, slots, buffers)
     registers = _registers(blocks, fused)
-    advance = backward if reverse else forward
-    channels = plan.per_channel
+    advance = backward if reverse else summarize if summary else forward
     beta_gate = pl.ds(BETA, 1)
 
     def body(q, k, x, gates, *refs, s):
-        start, *others = refs if started else (None, *refs)
-        given, *others = (None, *others) if fused else others
-        k_out, carries, y, last, *more = others if channels else (None, None, *others)
-        kept: dict[str, Any] = dict(zip(outputs, more, strict=True))
+        matrices, *others = (None, *refs) if fused else refs
+        k_out, carries, *others = others if channels else (None, None, *others)
+        start, last, *others = others if started else (None, *others)
+        results: dict[str, Any] = dict(zip(outputs, others, strict=True))
         b, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
-        group = lax.axis_index("group")
+        span, group = lax.axis_index("span"), lax.axis_index("group")
         query_head, key_head = (head, head) if channels else (plan.query_head(head), plan.key_head(head))
+        begin, end = plan.chunks_of(span + 1 if summary and reverse else span)
+        count = end - begin
 
         def position(step):
-            return n - 1 - step if reverse else step
+            return end - 1 - step if reverse else begin + step
 
         def slot_of(step):
             return lax.rem(step, jnp.array(stages, step.dtype))
 
         def load(step, slot):
             c = position(step)
-            tokens, barrier = pl.ds(c * CHUNK, CHUNK), s["loaded"].at[slot]
-            gate = gates.at[b, c, head]
-            if "k" in s:
-                plgpu.copy_gmem_to_smem(k.at[b, tokens, key_head], s["k"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gate.at[beta_gate] if channels else gate, s["gates"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(q.at[b, tokens, query_head], s["q"].at[slot], barrier)
-            if k_out is not None and carries is not None:
-                plgpu.copy_gmem_to_smem(k_out.at[b, tokens, head], s["k_out"].at[slot], barrier)
-                plgpu.copy_gmem_to_smem(carries.at[b, head, c], s["carry"].at[slot], barrier)
+            tokens, gate = pl.ds(c * CHUNK, CHUNK), gates.at[b, c, head]
+            given = {
+                "k": lambda: k.at[b, tokens, key_head],
+                "gates": lambda: gate.at[beta_gate] if channels else gate,
+                "q": lambda: q.at[b, tokens, query_head],
+                "k_out": lambda: k_out.at[b, tokens, head],
+                "carries": lambda: carries.at[b, head, c],
+                "pair": lambda: matrices.at[b, head, c, 0],
+                "inverse": lambda: matrices.at[b, head, c, 1],
+            }
+            for name, source in given.items():
+                if name in slots and name not in made:
+                    plgpu.copy_gmem_to_smem(source(), s[name].at[slot], s["loaded"].at[slot])
             for i in range(blocks):
-                columns_of = pl.ds(part * width + i * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(x.at[b, tokens, head, columns_of], s["x"].at[slot, i], barrier)
-            if given is not None:
-                plgpu.copy_gmem_to_smem(given.at[b, head, c, 0], s["pair"].at[slot], barrier)
-                if plan.delta:
-                    plgpu.copy_gmem_to_smem(given.at[b, head, c, 1], s["inverse"].at[slot], barrier)
+                row = part * width + i * BLOCK
+                columns_of = pl.ds(lax.rem(row, jnp.int32(V)) if transition else row, BLOCK)
+                plgpu.copy_gmem_to_smem(x.at[b, tokens, head, columns_of], s["x"].at[slot, i], s["loaded"].at[slot])
 
         @pl.when(group == blocks)
         def produce():
@@ -104,7 +119,7 @@ def recurrence_kernel(
             for step in range(stages):
                 load(step, step)
 
-            @pl.loop(stages, n)
+            @pl.loop(stages, count)
             def _(step):
                 slot = slot_of(step)
                 plgpu.barrier_wait(s["consumed"].at[slot])
@@ -116,7 +131,7 @@ def recurrence_kernel(
             def prepare():
                 plgpu.set_max_registers(registers.preparer, action="increase")
 
-                @pl.loop(0, n)
+                @pl.loop(0, count)
                 def _(step):
                     slot = slot_of(step)
                     plgpu.barrier_wait(s["loaded"].at[slot])
@@ -132,94 +147,101 @@ def recurrence_kernel(
         def consume():
             if registers is not None:
                 plgpu.set_max_registers(registers.consumer, action="increase")
-            own = pl.ds(part * width + group * BLOCK, BLOCK)
+            first_row = part * width + group * BLOCK
+            own = pl.ds(first_row, BLOCK)
+            valued = first_row < V if transition else None
 
             def chunk_step(step, state):
                 c, slot = position(step), slot_of(step)
                 entry = state.astype(jnp.bfloat16)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                if "state" in s:
-                    s["state"].at[group][...] = entry
+                if "states" in buffers:
+                    s["states"].at[group][...] = entry
                 plgpu.barrier_wait(s["loaded"].at[slot])
-                operands = Chunk(
-                    s["q"].at[slot],
-                    s["k"].at[slot] if "k" in s else None,
-                    s["x"].at[slot, group],
-                    s["pair"].at[slot],
-                    s["inverse"].at[slot] if plan.delta else None,
-                    s["gates"].at[slot],
-                    *([s["k_out"].at[slot], s["carry"].at[slot]] if channels else []),
-                )
+                operands = {name: s[name].at[slot] for name in slots} | {"x": s["x"].at[slot, group]}
                 if fused:  # with so many warpgroups the registers do not suffice
                     plgpu.commit_smem()
-                    entry = s["state"].at[group]
+                    entry = s["states"].at[group]
                     plgpu.barrier_wait(s["prepared"].at[slot])
-                state, result, update = advance(plan, operands, state, entry)
+                state, *computed = advance(plan, Chunk(**operands, valued=valued), state, entry)
                 plgpu.barrier_arrive(s["consumed"].at[slot])
-                s["y"].at[group].transpose((1, 0))[...] = result.astype(jnp.bfloat16)
-                if keep_updates:
-                    s["updates"].at[group].transpose((1, 0))[...] = update
+                for name, result in zip(("y", "updates"), computed, strict=False):
+                    if name in outputs:
+                        s[name].at[group].transpose((1, 0))[...] = result.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 tokens = pl.ds(c * CHUNK, CHUNK)
-                plgpu.copy_smem_to_gmem(s["y"].at[group], y.at[b, tokens, head, own])
-                if keep:
-                    plgpu.copy_smem_to_gmem(s["state"].at[group], kept["states"].at[b, head, c, own])
-                if keep_updates:
-                    plgpu.copy_smem_to_gmem(s["updates"].at[group], kept["updates"].at[b, tokens, head, own])
+                for name, result in results.items():
+                    place = (head, c) if name == "states" else (tokens, head)
+                    plgpu.copy_smem_to_gmem(s[name].at[group], result.at[b, *place, own])
                 return state
 
             if start is None:
                 first = plgpu.layout_cast(jnp.zeros((BLOCK, K), jnp.float32), plgpu.Layout.WGMMA)
             else:
-                first = unmarked(plgpu.load(start.at[b, head, own], layout=plgpu.Layout.WGMMA, optimized=False))
-            last[b, head, own] = lax.fori_loop(0, n, chunk_step, first)
+                first = unmarked(plgpu.load(start.at[b, head, span, own], layout=plgpu.Layout.WGMMA, optimized=False))
+            last[b, head, span, own] = lax.fori_loop(0, count, chunk_step, first)
             plgpu.wait_smem_to_gmem(0)
 
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    outputs = {}
-    arrivals = 3 + blocks + (0 if fused else plan.matrices)
-    if channels:
-        arrivals += 2 if plan.delta else 1
     scratch = {
-        "q": shared(stages, CHUNK, K),
-        "x": shared(stages, blocks, CHUNK, BLOCK),
-        "pair": shared(stages, CHUNK, CHUNK),
-        "gates": plgpu.SMEM((stages, 1 if channels else GATES, CHUNK), jnp.float32),
-        "y": shared(blocks, CHUNK, BLOCK),
-        "loaded": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        **{name: _operand(stages, slot) for name, slot in slots.items()},
+        **{name: shared(blocks, *shape) for name, shape in buffers.items()},
+        "loaded": plgpu.Barrier(num_arrivals=len(slots) - 1 + blocks - len(made), num_barriers=stages),
         "consumed": plgpu.Barrier(num_arrivals=blocks + fused, num_barriers=stages),
     }
-    if plan.delta:
-        scratch["inverse"] = shared(stages, CHUNK, CHUNK)
-    if plan.delta or not channels:
-        scratch["k"] = shared(stages, CHUNK, K)
-    if channels:
-        scratch |= {"k_out": shared(stages, CHUNK, K), "carry": plgpu.SMEM((stages, K), jnp.float32)}
-    if keep:
-        outputs["states"] = array(plan.B, plan.N, n, V, K)
-    if keep or fused:
-        scratch["state"] = shared(blocks, BLOCK, K)
     if fused:
         scratch |= {"work": workspace(), "prepared": plgpu.Barrier(num_barriers=stages)}
-    if keep_updates:
-        outputs["updates"] = array(plan.B, n * CHUNK, plan.N, V)
-        scratch["updates"] = shared(blocks, CHUNK, BLOCK)
     return kernel(
         body,
         plan,
-        [
-            array(plan.B, n * CHUNK, plan.N, V),
-            array(plan.B, plan.N, V, K, dtype=jnp.float32),
-            *outputs.values(),
-        ],
+        [jax.ShapeDtypeStruct((plan.B, plan.N, spans, rows_of_state, K), jnp.float32), *outputs.values()],
         scratch_types={"s": scratch},
-        grid=(V // width, plan.N, plan.B),
-        grid_names=("part", "head", "batch"),
+        grid=(rows_of_state // width, plan.N, spans, plan.B),
+        grid_names=("part", "head", "span", "batch"),
         num_threads=blocks + 1 + fused,
         thread_name="group",
     )
+
+
+def _outputs(plan: Plan, keep: bool, reverse: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    by_token = jax.ShapeDtypeStruct((plan.B, plan.n * CHUNK, plan.N, plan.V), jnp.bfloat16)
+    outputs = {"y": by_token}
+    if keep:
+        outputs["states"] = jax.ShapeDtypeStruct((plan.B, plan.N, plan.n, plan.V, plan.K), jnp.bfloat16)
+    if keep and plan.delta and not reverse:
+        outputs["updates"] = by_token
+    return outputs
+
+
+def _slots(plan: Plan, reads: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """A chunk's operands in shared memory; those of products in bfloat16. Queries and pair matrix are for reads."""
+
+    def operand(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    gates = 1 if plan.per_channel else GATES
+    slots = {"gates": jax.ShapeDtypeStruct((gates, CHUNK), jnp.float32), "x": operand(plan.blocks, CHUNK, BLOCK)}
+    if reads:
+        slots |= {"q": operand(CHUNK, plan.K), "pair": operand(CHUNK, CHUNK)}
+    if plan.delta:
+        slots["inverse"] = operand(CHUNK, CHUNK)
+    if plan.delta or not plan.per_channel:
+        slots["k"] = operand(CHUNK, plan.K)
+    if plan.per_channel:
+        slots |= {"k_out": operand(CHUNK, plan.K), "carries": jax.ShapeDtypeStruct((plan.K,), jnp.float32)}
+    return slots
+
+
+def _operand(stages: int, slot: jax.ShapeDtypeStruct) -> Any:
+    shape = (stages, *slot.shape)
+    return plgpu.SMEM(shape, jnp.float32) if slot.dtype == jnp.float32 else shared(*shape)
+
+
+def _stages(plan: Plan, slots: dict[str, jax.ShapeDtypeStruct], buffers: Mapping[str, tuple[int, ...]]) -> int:
+    """Chunks under way: as many as fit in shared memory, three at most."""
+    per_stage = sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots.values())
+    fixed = 2 * plan.blocks * sum(math.prod(shape) for shape in buffers.values())
+    fixed += (4 * CHUNK * CHUNK if plan.fused else 0) + 1024  # workspace; barriers, alignment
+    return min((SHARED_BYTES - fixed) // per_stage, 3, plan.n // plan.spans)
 
 
 def _registers(blocks: int, fused: bool) -> Registers | None:
@@ -227,13 +249,3 @@ def _registers(blocks: int, fused: bool) -> Registers | None:
     if fused:
         return Registers(24, 136, 176) if blocks == 2 else Registers(40, 232, 232)
     return Registers(40, 0, 232) if blocks == 2 else None
-
-
-def _stages(plan: Plan, keep: bool, keep_updates: bool, fused: bool) -> int:
-    """Chunks under way: as many as fit in shared memory, three at most."""
-    matrix = 2 * CHUNK * CHUNK
-    keys, gates = (3 if plan.delta else 2, CHUNK + plan.K) if plan.per_channel else (2, GATES * CHUNK)
-    per_stage = 2 * CHUNK * (keys * plan.K + plan.blocks * BLOCK) + plan.matrices * matrix + 4 * gates
-    outputs = CHUNK * (2 if keep_updates else 1) + (plan.K if keep or fused else 0)
-    fixed = 2 * plan.blocks * BLOCK * outputs + (2 * matrix if fused else 0) + 1024  # barriers, alignment
-    return min((SHARED_BYTES - fixed) // per_stage, 3, plan.n)
