@@ -15,6 +15,7 @@ from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
 from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
+from jaxhybrid_kernels.validation import check_sequence
 
 CASES = {
     "gated": ("gated_deltanet", {}),
@@ -57,23 +58,60 @@ def test_packed(suite, recurrence, fused, monkeypatch):
     suite.check_bfloat16(case, "pallas_gpu")
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("recurrence", ["simple_gla", "gated_deltanet", "gla", "kimi_delta"])
-def test_spans(suite, recurrence, packed, monkeypatch):
+@pytest.mark.parametrize(
+    ("recurrence", "packed", "K", "V"),
+    [
+        ("simple_gla", True, 64, 64),
+        ("gated_deltanet", False, 64, 64),
+        ("gated_deltanet", True, 128, 128),
+        ("gated_deltanet", True, 64, 128),
+        ("gla", False, 64, 64),
+        ("kimi_delta", True, 128, 64),
+    ],
+)
+def test_spans(suite, recurrence, packed, K, V, monkeypatch):
     """Four spans of one or two chunks, side by side."""
     monkeypatch.setattr(gpu_linear_attention, "SHORTEST_SPAN", 1)
     monkeypatch.setattr(gpu_linear_attention, "MOST_SPANS", 4)
     jax.clear_caches()
-    case = suite.make_case(recurrence, 330, B=1, Hq=1, Hk=1, N=1, K=64, V=64, decay=0.02)
+    case = suite.make_case(recurrence, 330, B=1, Hq=1, Hk=1, N=1, K=K, V=V, decay=0.02)
     if packed:
         case.segment_ids = np.repeat([[1, 1, 0, 2, 2, 2, 2, 2, 2, 2]], 33, axis=1)
     suite.check_bfloat16(case, "pallas_gpu")
 
 
-@pytest.mark.parametrize(("fused", "asked"), [(False, "state"), (True, "out")])
-def test_without_initial_state_and_one_result_only(suite, monkeypatch, fused, asked):
+@pytest.mark.parametrize(
+    ("heads", "T", "K", "V", "spans", "blocks"),
+    [
+        (16, 32768, 128, 128, 5, 2),
+        (9, 32768, 64, 64, 8, 1),
+        (4, 32768, 64, 128, 12, 1),
+        (1, 32768, 128, 128, 16, 2),
+        (8, 4096, 128, 128, 4, 2),
+        (16, 2048, 128, 128, 1, 1),  # too short
+        (32, 32768, 128, 128, 1, 1),
+        (128, 4096, 128, 128, 1, 2),
+    ],
+)
+def test_plan_of_spans(heads, T, K, V, spans, blocks):
+    """The summary's thread blocks, at most one per multiprocessor, decide."""
+    k, v = (jax.ShapeDtypeStruct((1, T, heads, width), jnp.bfloat16) for width in (K, V))
+    inputs = Inputs(k, k, v, None, None, None)
+    plan = gpu_linear_attention.make_plan(inputs, None, 1.0, check_sequence(*inputs, None))
+    assert (plan.spans, plan.blocks) == (spans, blocks)
+    assert V % (blocks * 64) == 0
+    assert spans == 1 or K % (blocks * 64) == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "asked"), [("prepared", "state"), ("fused", "out"), ("spans", "out"), ("spans", "state")]
+)
+def test_without_initial_state_and_one_result_only(suite, monkeypatch, form, asked):
     """What is absent is neither read nor made up: gradients of one result, from the zero state."""
-    monkeypatch.setattr(gpu_linear_attention, "FILLED", 0 if fused else 1000)
+    monkeypatch.setattr(gpu_linear_attention, "FILLED", 0 if form == "fused" else 1000)
+    if form == "spans":
+        monkeypatch.setattr(gpu_linear_attention, "SHORTEST_SPAN", 1)
+        monkeypatch.setattr(gpu_linear_attention, "FEWEST_SPANS", 2)
     jax.clear_caches()
     arrays = dict(suite.make_case("gated_deltanet", B=1, Hq=1, Hk=1, N=1, K=64, V=64).arrays)
     del arrays["initial_state"]

@@ -1,5 +1,6 @@
 """Linear attention by the Hopper kernels, with its custom gradient, and what they refuse."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ WIDTHS = (64, 128)
 HOPPER = "9.0"
 MULTIPROCESSORS = 132
 FILLED = 100  # thread blocks that leave few multiprocessors idle
-FEWEST_SPANS, MOST_SPANS = 4, 16  # two do all of the work twice and save nothing
-SHORTEST_SPAN = 8  # chunks
+FEWEST_SPANS, MOST_SPANS = 4, 16  # two do nearly all of the work twice and save nothing
+SHORTEST_SPAN = 16  # chunks
 
 type Gradient = jax.Array | SymbolicZero  # the latter where nobody used the result
 
@@ -54,10 +55,17 @@ def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int
 
 def make_plan(inputs: Inputs, initial_state: jax.Array | None, scale: float, sizes: Sizes) -> Plan:
     per_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
-    n, blocks = -(-sizes.T // CHUNK), sizes.V // BLOCK
-    if sizes.B * sizes.N * blocks <= MULTIPROCESSORS:
-        blocks = 1  # few heads: the parts of a value width get a multiprocessor each
-    spans = min(MULTIPROCESSORS // (sizes.B * sizes.N * sizes.V // BLOCK // blocks), n // SHORTEST_SPAN, MOST_SPANS)
+    states, n, blocks = sizes.B * sizes.N, -(-sizes.T // CHUNK), sizes.V // BLOCK
+    # As many spans as their summary, which has V + K rows and leaves one span out, finds multiprocessors for.
+    together = math.gcd(sizes.K, sizes.V)
+    in_summary = states * (sizes.K + sizes.V) // together
+    spans = min(1 + MULTIPROCESSORS // in_summary, n // SHORTEST_SPAN, MOST_SPANS)
+    if spans >= FEWEST_SPANS:
+        blocks = together // BLOCK
+    else:
+        spans = 1
+        if states * blocks <= MULTIPROCESSORS:
+            blocks = 1  # the parts of a value width get a multiprocessor each
     return Plan(
         B=sizes.B,
         T=sizes.T,
@@ -71,10 +79,10 @@ def make_plan(inputs: Inputs, initial_state: jax.Array | None, scale: float, siz
         delta=inputs.beta is not None,
         started=initial_state is not None,
         blocks=blocks,
-        fused=sizes.B * sizes.N >= FILLED and not per_channel,
+        fused=states >= FILLED and not per_channel,
         interpret=target_platform() == "cpu",
         per_channel=per_channel,
-        spans=spans if spans >= FEWEST_SPANS else 1,
+        spans=spans,
     )
 
 
