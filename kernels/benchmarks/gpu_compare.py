@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxhybrid_kernels import linear_attention
+from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 
 SHAPES = ("8,4096,16,128", "1,32768,16,128", "4,8192,32,128", "8,4096,9,64")
 RECURRENCES = ("gated_deltanet", "deltanet", "simple_gla", "kimi_delta", "gla")
@@ -43,6 +44,16 @@ def make_inputs(B: int, T: int, H: int, K: int, seed: int, recurrence: str) -> d
 
 def softmax(q: jax.Array, k: jax.Array, v: jax.Array, **gates: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), jnp.zeros(())
+
+
+def in_one_span(**inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """pallas_gpu with every sequence in one run, as it is not for few heads; where it is, the same program."""
+    fewest = gpu_linear_attention.FEWEST_SPANS
+    gpu_linear_attention.FEWEST_SPANS = inputs["k"].shape[1]
+    try:
+        return linear_attention(**inputs, implementation="pallas_gpu")
+    finally:
+        gpu_linear_attention.FEWEST_SPANS = fewest
 
 
 def forward(function: Callable[..., Any], inputs: dict[str, jax.Array]) -> Any:
@@ -99,13 +110,15 @@ def median_ms(calls: Mapping[str, tuple[Callable[..., Any], list[Any]]], rounds:
     return {name: float(np.median(measured)) for name, measured in times.items()}
 
 
-def compare(shape: str, recurrence: str, rounds: int) -> None:
+def compare(shape: str, recurrence: str, rounds: int, one_span: bool) -> None:
     B, T, H, K = (int(size) for size in shape.split(","))
     sets = [make_inputs(B, T, H, K, seed, recurrence) for seed in (0, 1)]
     candidates: dict[str, Callable[..., Any]] = {
         name: partial(linear_attention, implementation=name) for name in ("pallas_gpu", "xla")
     }
     candidates["cuDNN softmax"] = softmax
+    if one_span:
+        candidates = {"pallas_gpu": candidates["pallas_gpu"], "in one span": in_one_span}
     for kind, what in (("forward", forward), ("forward+backward", with_backward)):
         calls = {name: (jax.jit(partial(what, function)), sets) for name, function in candidates.items()}
         times = ", ".join(f"{name} {ms:.3f}" for name, ms in median_ms(calls, rounds).items())
@@ -117,6 +130,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,T,H,width")
     parser.add_argument("--recurrence", default="gated_deltanet", choices=RECURRENCES)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--one-span", action="store_true", help="beside pallas_gpu only what it would be without spans")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--no-check", action="store_true", help="time only, as after `make test-gpu`")
     args = parser.parse_args()
@@ -129,7 +143,7 @@ def main() -> None:
                 check(implementation, B, 70 if on_cpu else 333, H, K, args.recurrence)
     if not args.check_only:
         for shape in args.shapes:
-            compare(shape, args.recurrence, args.rounds)
+            compare(shape, args.recurrence, args.rounds, args.one_span)
 
 
 if __name__ == "__main__":

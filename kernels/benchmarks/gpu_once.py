@@ -18,8 +18,8 @@ from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 
 # What the kernels choose by shape is forced on a small one: module constants, and the recurrences to run with them.
 FORMS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
-    "matrices made on the way": ({"FILLED": 0}, ("gated_deltanet", "simple_gla")),
-    "matrices prepared": ({}, ("gated_deltanet", "simple_gla", "kimi_delta", "gla")),
+    "fused": ({"FILLED": 0}, ("gated_deltanet", "simple_gla")),
+    "prepared": ({}, ("gated_deltanet", "simple_gla", "kimi_delta", "gla")),
     "spans": ({"FEWEST_SPANS": 2, "SHORTEST_SPAN": 1}, ("gated_deltanet", "simple_gla", "kimi_delta", "gla")),
 }
 
@@ -33,6 +33,7 @@ def run(inputs: dict[str, jax.Array], segment_ids: jax.Array | None) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS, help="without --shape")
     parser.add_argument("--shape", metavar="B,T,H,width", help="only this shape, in the form that is chosen for it")
     parser.add_argument("--recurrence", default="gated_deltanet", choices=RECURRENCES, help="with --shape")
     args = parser.parse_args()
@@ -40,7 +41,8 @@ def main() -> None:
         sizes = [int(size) for size in args.shape.split(",")]
         print(f"finite {run(make_inputs(*sizes, 0, args.recurrence), None)}")
         return
-    for form, (constants, recurrences) in FORMS.items():
+    for form in args.forms:
+        constants, recurrences = FORMS[form]
         before = {name: getattr(gpu_linear_attention, name) for name in constants}
         vars(gpu_linear_attention).update(constants)
         jax.clear_caches()

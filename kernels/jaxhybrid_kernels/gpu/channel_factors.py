@@ -22,7 +22,7 @@ from jaxhybrid_kernels.gpu.products import equal_pairs, multiply_sums
 
 RUNS = (32, 16, 8, 4, 2, 1)
 LEVELS = len(RUNS)
-THROUGH, AFTER = LEVELS, LEVELS + 1  # in `spans`, behind one matrix a level
+THROUGH, AFTER = LEVELS, LEVELS + 1  # in `windows`, behind one matrix a level
 FROM, ABOVE, BELOW, DIAGONAL = range(LEVELS, LEVELS + 4)  # in `masks`, likewise
 LEAST = -6e4  # a float16 whose exponential is zero in float32
 UPPER_HALF = -0x10000  # of a float32: sign, exponent and the first seven bits, a bfloat16
@@ -36,7 +36,7 @@ def split(x: jax.Array, high: Any, low: Any) -> None:
     low[...] = (x - upper).astype(jnp.bfloat16)
 
 
-def spans() -> jax.Array:
+def windows() -> jax.Array:
     """[8,64,64] float16 of zeros and ones, by row the tokens whose decays are summed up. By level: those between the
     row's token and the border of its pair of runs, that is of its own run those through it in a second run and after it
     in a first one. Then those through it, and those after it.
@@ -71,7 +71,7 @@ def same_segment(segment: Any) -> jax.Array:
 
 
 def factors(*sums: tuple[jax.Array, Any], interpret: bool) -> list[jax.Array]:
-    """exp of sums of log_decay, for each (span, decay): one sum per row and channel over the row's tokens in span
+    """exp of sums of log_decay, for each (window, decay): one sum per row and channel over the row's tokens in window
     [64,64]; decay [64,64] as `log_decay` gives it, in shared memory."""
     return [lax.exp2(total) for total in multiply_sums(*([term] for term in sums), interpret=interpret)]
 

@@ -35,8 +35,8 @@ from jaxhybrid_kernels.gpu.channel_factors import (
     masks,
     same_segment,
     selection,
-    spans,
     split,
+    windows,
 )
 from jaxhybrid_kernels.gpu.gates import ROW_IN, ROW_OUT, SEGMENT
 from jaxhybrid_kernels.gpu.launch import kernel, unmarked
@@ -65,7 +65,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     extra = 4 - 2 * len(wide)  # the states leave fewer tiles than are needed once they are done with
     tiles_needed = (given + 2) * len(wide) + extra
 
-    def body(q, k, u, d_v, d_out, states, d_states, log_decays, gates, carry, span, mask, *refs):
+    def body(q, k, u, d_v, d_out, states, d_states, log_decays, gates, carry, window, mask, *refs):
         d_q, d_k, d_decays, updates, tiles, q_block, k_block, decay, loaded = refs
         b, c, place = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("part")
         head, half = lax.div(place, jnp.int32(halves)), lax.rem(place, jnp.int32(halves))
@@ -97,7 +97,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.barrier_wait(loaded)
         moved = sum((load(state[i]) * load(d_state[i]) for i in wide[1:]), load(state[0]) * load(d_state[0]))
         moved = moved * along_columns(columns(carry.at[b, head, c, part]))
-        leaving, entry = factors(*((selection(span, i), decay) for i in (AFTER, THROUGH)), interpret=interpret)
+        leaving, entry = factors(*((selection(window, i), decay) for i in (AFTER, THROUGH)), interpret=interpret)
         d_key = product(us, d_state) * leaving * along_rows(rows(own.at[ROW_OUT]), BLOCK)
         before_high, before_low, *free = free
         split(moved + load(k_block) * d_key, before_high, before_low)
@@ -130,7 +130,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
 
         def level(index, sums):
             d_query, d_key, moved = sums
-            (factor,) = factors((selection(span, index), decay), interpret=interpret)
+            (factor,) = factors((selection(window, index), decay), interpret=interpret)
             rounded = factor.astype(jnp.bfloat16)
             queries[...] = load_rounded(q_block) * rounded
             keys[...] = load_rounded(k_block) * rounded
@@ -184,4 +184,4 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         grid=(plan.B, n, N * halves),
         grid_names=("batch", "chunk", "part"),
     )
-    return lambda *operands: run(*operands, spans(), masks())
+    return lambda *operands: run(*operands, windows(), masks())

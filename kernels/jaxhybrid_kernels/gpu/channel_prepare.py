@@ -28,7 +28,7 @@ from jaxhybrid_kernels.gpu.channel_factors import (
     masks,
     same_segment,
     selection,
-    spans,
+    windows,
 )
 from jaxhybrid_kernels.gpu.gates import BETA, CARRY, ROW_IN, ROW_OUT, SEGMENT
 from jaxhybrid_kernels.gpu.launch import kernel
@@ -46,7 +46,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     n, K, N, delta, interpret = plan.n, plan.K, plan.N, plan.delta, plan.interpret
     halves = range(K // BLOCK)
 
-    def body(q, k, log_decays, gates, span, mask, q_in, *refs):
+    def body(q, k, log_decays, gates, window, mask, q_in, *refs):
         *k_in, k_out, carry, matrices = refs[: 4 if delta else 3]
         q_blocks, k_blocks, k_out_blocks, decay, work, loaded, pair_block, *inverse = refs[4 if delta else 3 :]
         b, c, head = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("head")
@@ -66,7 +66,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         gated, decays = k_out_blocks, [decay.at[half] for half in halves]
 
         def level(index, sums):
-            until = selection(span, index)
+            until = selection(window, index)
             queries = []
             for half, factor in enumerate(factors(*((until, decay) for decay in decays), interpret=interpret)):
                 factor = factor.astype(jnp.bfloat16)
@@ -94,7 +94,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             total = multiply(decays[half].transpose((1, 0)), work.strict, interpret=interpret)  # all columns alike
             carry[b, head, c, parts[half]] = lax.exp2(jnp.max(total, axis=1)) * rows(own.at[CARRY])
             keys = load(k_blocks.at[half])
-            sums = [(selection(span, i), decays[half]) for i in (AFTER, THROUGH)]
+            sums = [(selection(window, i), decays[half]) for i in (AFTER, THROUGH)]
             leaving, entry = factors(*sums, interpret=interpret)
             leaving, entry = leaving * along_rows(row_out, BLOCK), entry * along_rows(row_in, BLOCK)
             k_out_blocks.at[half][...] = (keys * leaving).astype(jnp.bfloat16)
@@ -138,4 +138,4 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         grid=(plan.B, n, N),
         grid_names=("batch", "chunk", "head"),
     )
-    return lambda *operands: run(*operands, spans(), masks())
+    return lambda *operands: run(*operands, windows(), masks())
