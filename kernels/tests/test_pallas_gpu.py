@@ -165,6 +165,9 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     for reverse in (False, True):
         lower(recurrence_kernel(plan, True, reverse, started=True), q, q, v, gates, matrices, start)
         lower(recurrence_kernel(plan._replace(fused=True), True, reverse), q, q, v, gates)
+        rows = V if reverse else V + K
+        summary = recurrence_kernel(plan._replace(spans=3, blocks=1), False, reverse, started=True, summary=True)
+        lower(summary, q, q, v, gates, matrices, array(1, 2, 2, rows, K, dtype=float32))
     states = array(1, 2, 4, V, K)
     lower(gradients_kernel(plan), q, q, v, v, v, states, states, gates)
     plan = plan._replace(per_channel=True)
@@ -176,14 +179,15 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     lower(channel_gradients_kernel(plan), q, q, v, v, v, states, states, decays, gates, carry)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("form", ["prepared", "fused", "spans"])
 @pytest.mark.parametrize("states", [False, True])
-def test_lowers_inside_shard_map_under_checkpoint(fused, states):
+def test_lowers_inside_shard_map_under_checkpoint(form, states):
     """With manual axes checked, which the interpreter cannot do; both directions, with and without initial and final
     states."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    sizes = {"B": 1, "T": 128, "n": 2, "Hq": 1, "Hk": 1, "N": 2, "K": 64, "V": 64}
-    plan = Plan(**sizes, scale=1.0, delta=True, started=states, blocks=1, fused=fused, interpret=False)
+    sizes = {"B": 1, "T": 192, "n": 3, "Hq": 1, "Hk": 1, "N": 2, "K": 64, "V": 64}
+    forms = {"fused": form == "fused", "spans": 3 if form == "spans" else 1}
+    plan = Plan(**sizes, **forms, scale=1.0, delta=True, started=states, blocks=1, interpret=False)
 
     def local(q, k, v, log_decay, beta, state=None):
         inputs = Inputs(q, k, v, log_decay, beta, None)
@@ -200,8 +204,8 @@ def test_lowers_inside_shard_map_under_checkpoint(fused, states):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P("data")))
 
     float32 = jnp.float32
-    narrow, state = array(2, 128, 2, dtype=float32), array(2, 2, 64, 64, dtype=float32)
-    q, v = array(2, 128, 1, 64), array(2, 128, 2, 64)
+    narrow, state = array(2, 192, 2, dtype=float32), array(2, 2, 64, 64, dtype=float32)
+    q, v = array(2, 192, 1, 64), array(2, 192, 2, 64)
     with jax.set_mesh(mesh):
         arguments = (q, q, v, narrow, narrow, *([state] if states else []))
         lower(jax.grad(loss, argnums=tuple(range(len(arguments)))), *arguments)
