@@ -97,7 +97,7 @@ def tpu_backward(
         ),
         outputs,
         blocks,
-        [(layout.heads, K, V)],
+        (jax.ShapeDtypeStruct((layout.heads, K, V), jnp.float32),),
         reverse=True,
     )
     d_log_decay, d_beta = gate_gradients(gradients.gates, inputs, layout)
