@@ -7,6 +7,7 @@ The inverse itself needs no gradient: W = inverse Z, so that the gradient of I +
 the sum of W (dU - coupling' dZ) over channels, which is W dZ over beta: nothing cancels.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from jaxhybrid_kernels.tpu.operands import Operands, StateGradients
 from jaxhybrid_kernels.tpu.products import product, product_transposed, transposed_product
 from jaxhybrid_kernels.tpu.solve import Halves, below, solve, solve_transposed
 from jaxhybrid_kernels.tpu.turns import Chain, take_turns
+from jaxhybrid_kernels.tpu.waiting import set_aside, unknown_zero
 
 
 class Gradients(NamedTuple):
@@ -97,7 +99,10 @@ def tpu_backward(
         ),
         outputs,
         blocks,
-        [(layout.heads, K, V)],
+        (
+            jax.ShapeDtypeStruct((layout.heads, K, V), jnp.float32),
+            [jax.ShapeDtypeStruct((1, CHUNK, V), jnp.float32)] * layout.heads if layout.delta else None,
+        ),
         reverse=True,
     )
     d_log_decay, d_beta = gate_gradients(gradients.gates, inputs, layout)
@@ -121,9 +126,11 @@ def backward_kernel(
     d_final_ref: Any,
     results: Gradients,
     d_state_ref: Any,
+    waiting: list[Any] | None,
     *,
     layout: Layout,
 ) -> None:
+    """waiting: scratch [1,C,V] of each head for its solution, see waiting.py; None for the additive rule."""
     time = pl.program_id(2)
 
     @pl.when(time == 0)
@@ -133,10 +140,13 @@ def backward_kernel(
     gates = grid_step_gates(arrays.gates, layout)
     shared = _Shared(results, layout)
     tokens = chunk_tokens(gates[0], CHUNK) if layout.decay == "channel" else None
-    chains = [
-        _head(h, gates[h], tokens, arrays, residuals, d_out_ref, d_state_ref, results, shared, layout)
-        for h in range(layout.heads)
-    ]
+    zero = unknown_zero(2)
+
+    def chain(h: int) -> Chain[tuple[jax.Array | None, jax.Array | None]]:
+        aside = None if waiting is None else partial(set_aside, waiting[h], zero=zero)
+        return _head(h, gates[h], tokens, arrays, residuals, d_out_ref, d_state_ref, results, aside, shared, layout)
+
+    chains = [chain(h) for h in range(layout.heads)]
     d_sums, d_betas = zip(*take_turns(chains))
     columns = [column for column in (*d_sums, *d_betas) if column is not None]
     if columns:
@@ -173,6 +183,7 @@ def _head(
     d_out_ref: Any,
     d_state_ref: Any,
     results: Gradients,
+    aside: Callable[[jax.Array], Any] | None,
     shared: _Shared,
     layout: Layout,
 ) -> Chain[tuple[jax.Array | None, jax.Array | None]]:
@@ -196,6 +207,7 @@ def _head(
         d_out[0] if layout.queries == 1 else jnp.concatenate(d_out, axis=0),
         d_state_ref[h],
         layout.scale,
+        aside,
     )
     d_state_ref[h] = d_entry
     write_head(results.v, h, d_v)
@@ -220,19 +232,23 @@ def chunk_gradients(
     d_out: jax.Array,
     d_exit: jax.Array,
     scale: float,
+    aside: Callable[[jax.Array], Any] | None,
 ) -> Chain[tuple[jax.Array, jax.Array, jax.Array | None, StateGradients]]:
-    """(Gradient of the entry state [K,V] float32, of v [C,V], of beta times beta [C,1], and of the operands)."""
+    """(Gradient of the entry state [K,V] float32, of v [C,V], of beta times beta [C,1], and of the operands).
+
+    aside: stores the solution of the delta rule and gives what to read it from."""
     C, dtype, beta, beta_row = v.shape[0], v.dtype, gates.beta, gates.beta_row
     d_exit_compute = d_exit.astype(dtype)
-    solution = v.astype(jnp.float32)
+    solution: Any = v.astype(jnp.float32)
     matrix = None
     if operands.coupling is not None and inverses is not None:
         matrix = Halves(inverses, below(operands.coupling, dtype), None if beta is None else beta[: C // 2])
         predicted = product(operands.k_in, entry)
         yield
         solution = yield from solve(matrix, solution - scale_rows(predicted, operands.row_in))
-    solution_compute = solution.astype(dtype)
-    written = scale_rows(scale_rows(solution, beta), operands.row_out).astype(dtype)
+        if aside is not None:
+            solution = aside(solution)
+    written = scale_rows(scale_rows(solution[...], beta), operands.row_out).astype(dtype)
     d_read = (scale * scale_rows(d_out.astype(jnp.float32), operands.row_in)).astype(dtype)
     d_update = scale * transposed_product(operands.pair.astype(dtype), d_out)
     d_update = d_update + scale_rows(product(operands.k_out, d_exit_compute), operands.row_out)
@@ -245,7 +261,7 @@ def chunk_gradients(
         d_entry = scale_state(d_exit, operands.carry) + transposed_product(operands.q_in, d_read)
         d_k_out = product_transposed(written, d_exit_compute)
         d_q_in = product_transposed(d_read, entry)
-        d_pair = product_transposed(d_out, solution_compute)
+        d_pair = product_transposed(d_out, solution[...].astype(dtype))
         return d_entry, d_update, None, StateGradients(d_q_in, None, d_k_out, d_carry, d_pair, None)
     d_v = yield from solve_transposed(matrix, scale_rows(d_update, beta))
     d_predicted = (-scale_rows(d_v, operands.row_in)).astype(dtype)
@@ -253,14 +269,14 @@ def chunk_gradients(
     d_reading = jnp.concatenate([d_read, d_predicted], axis=0)
     d_entry = scale_state(d_exit, operands.carry) + transposed_product(reading, d_reading)
     yield
-    d_pairs = product_transposed(jnp.concatenate([d_out, d_v.astype(dtype)], axis=0), solution_compute)
+    d_pairs = product_transposed(jnp.concatenate([d_out, d_v.astype(dtype)], axis=0), solution[...].astype(dtype))
     d_k_out = product_transposed(written, d_exit_compute)
     d_in = product_transposed(d_reading, entry)
     yield
     R = d_out.shape[0]
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     d_strict = jnp.where(row > column, -d_pairs[R:], 0)
-    d_beta = jnp.sum(d_v * solution, axis=1, keepdims=True)
+    d_beta = jnp.sum(d_v * solution[...], axis=1, keepdims=True)
     d_pair, d_coupling = d_pairs[:R] * beta_row, d_strict * beta_row
     gradients = StateGradients(d_in[:R], d_in[R:], d_k_out, d_carry, d_pair, d_coupling)
     return d_entry, d_v, d_beta, gradients

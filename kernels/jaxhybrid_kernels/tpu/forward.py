@@ -36,6 +36,7 @@ from jaxhybrid_kernels.tpu.operands import scale_columns
 from jaxhybrid_kernels.tpu.products import product
 from jaxhybrid_kernels.tpu.solve import halves, solve
 from jaxhybrid_kernels.tpu.turns import Chain, take_turns
+from jaxhybrid_kernels.tpu.waiting import set_aside, unknown_zero
 
 
 class Arrays(NamedTuple):
@@ -55,6 +56,14 @@ class Residuals(NamedTuple):
     states: Any  # [B,N,n,K,V] entry states, compute dtype
     inverses: Any  # [B,N,n,C/2,C] compute dtype, see solve.py; None for the additive rule
     scores: Any  # [B,N,n,R*C,C] compute dtype, see channel_gates.keep_scores; None without a decay per channel
+
+
+class Waiting(NamedTuple):
+    """Scratch for what the later turns of a head need, see waiting.py."""
+
+    read: Any  # [1,(1+R)*C,V] float32: what k and q read of the entry state
+    coupling: Any  # [1,C,C] float32
+    pair: Any  # [1,R*C,C] compute dtype
 
 
 class Results(NamedTuple):
@@ -100,7 +109,7 @@ def tpu_forward(
         (input_blocks(layout), state_block(layout)),
         outputs,
         Results(token_block(layout, sizes.out_heads, V), state_block(layout), kept_blocks),
-        [(layout.heads, K, V)],
+        (jax.ShapeDtypeStruct((layout.heads, K, V), jnp.float32), waiting_arrays(layout)),
     )
     out = results.out.reshape(sizes.B, -1, sizes.out_heads, V)[:, : sizes.T, :, : sizes.V]
     return (out, take_back_state(results.final, layout)), results.kept
@@ -135,7 +144,26 @@ def residual_blocks(layout: Layout) -> Residuals:
     return Residuals(states, inverses, scores)
 
 
-def forward_kernel(arrays: Arrays, initial_ref: Any, results: Results, state_ref: Any, *, layout: Layout) -> None:
+def waiting_arrays(layout: Layout) -> list[Waiting] | None:
+    """One for each head; the additive rule has too few turns to need any."""
+    if not layout.delta:
+        return None
+    rows = layout.queries * CHUNK
+    read = jax.ShapeDtypeStruct((1, CHUNK + rows, layout.V), jnp.float32)
+    coupling = jax.ShapeDtypeStruct((1, CHUNK, CHUNK), jnp.float32)
+    pair = jax.ShapeDtypeStruct((1, rows, CHUNK), layout.dtype)
+    return [Waiting(read, coupling, pair)] * layout.heads
+
+
+def forward_kernel(
+    arrays: Arrays,
+    initial_ref: Any,
+    results: Results,
+    state_ref: Any,
+    waiting: list[Waiting] | None,
+    *,
+    layout: Layout,
+) -> None:
     time = pl.program_id(2)
 
     @pl.when(time == 0)
@@ -144,7 +172,13 @@ def forward_kernel(arrays: Arrays, initial_ref: Any, results: Results, state_ref
 
     gates = grid_step_gates(arrays.gates, layout)
     tokens = chunk_tokens(gates[0], CHUNK) if layout.decay == "channel" else None
-    take_turns([_head(h, gates[h], tokens, arrays, results, state_ref, layout) for h in range(layout.heads)])
+    zero = unknown_zero(2)
+    take_turns(
+        [
+            _head(h, gates[h], tokens, arrays, results, state_ref, waiting and waiting[h], zero, layout)
+            for h in range(layout.heads)
+        ]
+    )
 
     @pl.when(time == layout.chunks - 1)
     def _():
@@ -158,6 +192,8 @@ def _head(
     arrays: Arrays,
     results: Results,
     state_ref: Any,
+    waiting: Waiting | None,
+    zero: jax.Array,
     layout: Layout,
 ) -> Chain[None]:
     """One head's chunk."""
@@ -178,25 +214,31 @@ def _head(
         operands = scale_columns(operands, beta)
         read = read_state(operands.q_in, operands.k_in)
         yield
+    read = scale_rows(read, operands.row_in)
+    pair = operands.pair.astype(dtype)
     solution = read_head(arrays.v, h, layout.V).astype(jnp.float32)
-    if operands.coupling is not None:
-        predicted, read = read[:CHUNK], read[CHUNK:]
-        matrix = yield from halves(operands.coupling, layout.exact, dtype)
-        solution = yield from solve(matrix, solution - scale_rows(predicted, operands.row_in))
+    if operands.coupling is not None and waiting is not None:
+        read = set_aside(waiting.read, read, zero)
+        coupling = set_aside(waiting.coupling, operands.coupling, zero)
+        pair = set_aside(waiting.pair, pair, zero)
+        matrix = yield from halves(coupling, layout.exact, dtype)
+        solution = yield from solve(matrix, solution - read[:CHUNK])
+        read = read[CHUNK:]
         if kept is not None:
             kept.inverses[0, h, 0] = matrix.inverses
     if kept is not None:
         kept.states[0, h, 0] = entry
     # What reads the solution and what writes it to the state, in one product.
-    writing, weights = operands.k_out.T, operands.lanes_out
+    writing = operands.k_out.T if tokens is not None else read_key(arrays, h, layout).T
+    weights = operands.lanes_out
     if beta is not None:
         weights = beta if weights is None else weights * beta
     if weights is not None:
         writing = (writing * weights).astype(dtype)
-    rows = operands.pair.shape[0]
-    both = product(jnp.concatenate([operands.pair.astype(dtype), writing], axis=0), solution.astype(dtype))
+    rows = pair.shape[0]
+    both = product(jnp.concatenate([pair[...], writing], axis=0), solution.astype(dtype))
     state_ref[h] = scale_state(state_ref[h], operands.carry) + both[rows:]
-    out = layout.scale * (scale_rows(read, operands.row_in) + both[:rows])
+    out = layout.scale * (read + both[:rows])
     for r in range(layout.queries):
         write_head(results.out, h * layout.queries + r, out[r * CHUNK : (r + 1) * CHUNK])
 
@@ -215,7 +257,12 @@ def read_query_key(arrays: Arrays, head: int, layout: Layout) -> tuple[jax.Array
     """q [R*C,K] and k [C,K] of a value head."""
     queries = [read_head(arrays.q, i, layout.K) for i in layout.query_heads_of(head)]
     q = queries[0] if len(queries) == 1 else jnp.concatenate(queries, axis=0)
-    return q, read_head(arrays.k, layout.key_head_of(head), layout.K)
+    return q, read_key(arrays, head, layout)
+
+
+def read_key(arrays: Arrays, head: int, layout: Layout) -> jax.Array:
+    """k [C,K] of a value head."""
+    return read_head(arrays.k, layout.key_head_of(head), layout.K)
 
 
 def read_channels(arrays: Arrays, head: int, layout: Layout) -> ChannelHead:

@@ -50,12 +50,12 @@ def launch(
     input_blocks: Any,
     outputs: Any,
     output_blocks: Any,
-    scratch: list[tuple[int, ...]],
+    scratch: tuple[Any, ...],
     reverse: bool = False,
 ) -> Any:
     """Runs kernel(*inputs, outputs, *scratch), all of them references, on every block, chunks in order or reversed.
 
-    outputs: ShapeDtypeStructs; scratch: shapes of float32 arrays that live as long as a (batch, head group).
+    outputs: ShapeDtypeStructs; scratch: trees of them, arrays that live as long as a (batch, head group).
     On a CPU the kernel is interpreted.
     """
     varying = jax.typeof(jax.tree.leaves(inputs)[0]).manual_axis_type
@@ -77,7 +77,7 @@ def launch(
         grid=(layout.sizes.B, layout.steps, layout.chunks),
         in_specs=specifications(input_blocks),
         out_specs=(specifications(output_blocks),),
-        scratch_shapes=[pltpu.VMEM(shape, "float32") for shape in scratch],
+        scratch_shapes=jax.tree.map(lambda x: pltpu.VMEM(x.shape, x.dtype), scratch),
         name=name,
     )
     on_chip = call(

@@ -24,7 +24,7 @@ class Halves(NamedTuple):
 
 
 def halves(lower: jax.Array, exact: bool, dtype: Any) -> Chain[Halves]:
-    """From lower [C,C] float32, strict with anything on its diagonal."""
+    """From lower [C,C] float32, or a reference to it, strict with anything on its diagonal."""
     inverses = yield from invert_blocks(lower, lower.shape[0] // 2, exact)
     return Halves(inverses.astype(dtype), below(lower, dtype))
 
