@@ -175,7 +175,9 @@ def forward_kernel(
     zero = unknown_zero(2)
     take_turns(
         [
-            _head(h, gates[h], tokens, arrays, results, state_ref, waiting and waiting[h], zero, layout)
+            _head(
+                h, gates[h], tokens, arrays, results, state_ref, None if waiting is None else waiting[h], zero, layout
+            )
             for h in range(layout.heads)
         ]
     )
