@@ -69,10 +69,9 @@ def parts(call: Callable[..., Any], B: int, T: int, H: int, K: int, recurrence: 
         call("back summary", summary(reverse=True), *operands, first[..., :K, :])
     call("forward", recurrence_kernel(plan, keep=False, started=spanned), *operands, *starts)
     kept = call("forward kept", recurrence_kernel(plan, keep=True, started=spanned), *operands, *starts)
-    _, operands[2], states, *updates = kept
+    _, out, states, *updates = kept
     reverse = recurrence_kernel(plan, keep=True, reverse=True, started=spanned)
-    _, d_v, d_states = call("reverse", reverse, *operands, *starts)
-    out = operands[2]
+    _, d_v, d_states = call("reverse", reverse, *operands[:2], out, *operands[3:], *starts)
     if not plan.per_channel:
         call("fused", recurrence_kernel(fused, keep=False), q, k, v, gates)
         call("fused kept", recurrence_kernel(fused, keep=True), q, k, v, gates)

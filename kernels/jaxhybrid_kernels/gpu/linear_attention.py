@@ -180,8 +180,7 @@ def _backward(
     gates, gated = residuals.gates, residuals.gated
     start = None if d_final is None else _transposed(d_final)
     reads = _operands(q, k, d_out, gates, residuals.matrices, gated)
-    run = run_backward(plan, reads, start, residuals.transitions)
-    d_v, d_states = run.kept
+    d_initial, d_v, d_states = run_backward(plan, reads, start, residuals.transitions)
     operands = (q, k, v if residuals.updates is None else residuals.updates, d_v, d_out, residuals.states, d_states)
     if gated is None:
         d_q, d_k, sums, *written = gradients_kernel(plan)(*operands, gates)
@@ -195,7 +194,7 @@ def _backward(
     d_q, d_k, d_v = (
         _like(gradient, x, inputs.segment_ids) for gradient, x in ((d_q, inputs.q), (d_k, inputs.k), (d_v, inputs.v))
     )
-    return Inputs(d_q, d_k, d_v, d_decays, d_beta, None), _transposed(run.last) if plan.started else None
+    return Inputs(d_q, d_k, d_v, d_decays, d_beta, None), _transposed(d_initial) if plan.started else None
 
 
 def _like(gradient: jax.Array, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

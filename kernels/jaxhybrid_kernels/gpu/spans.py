@@ -17,7 +17,7 @@ from jaxhybrid_kernels.gpu.recurrence import recurrence_kernel
 
 
 class Result(NamedTuple):
-    """What a run leaves; see recurrence.py."""
+    """What the forward run leaves; see recurrence.py."""
 
     last: jax.Array  # [B,N,V,K]
     kept: list[jax.Array]  # y and, if asked for, more
@@ -42,19 +42,22 @@ def run_forward(plan: Plan, operands: list[jax.Array], start: jax.Array | None, 
 
 def run_backward(
     plan: Plan, operands: list[jax.Array], start: jax.Array | None, transitions: jax.Array | None
-) -> Result:
-    """start is the gradient of the final state [B,N,V,K], transitions what the forward run left."""
+) -> list[jax.Array]:
+    """The gradients of the initial state, of v, and of the states at the chunks' exits.
+
+    start is the gradient of the final state [B,N,V,K], transitions what the forward run left.
+    """
     if transitions is None:
         run = recurrence_kernel(plan, keep=True, reverse=True, started=start is not None)
         last, *kept = run(*operands, *_whole(start))
-        return Result(last[:, :, 0], kept, None)
+        return [last[:, :, 0], *kept]
     first = _first_state(plan, start)
     starts = jnp.pad(first[:, :, None], [(0, 0), (0, 0), (plan.spans - 2, 0), (0, 0), (0, 0)])
     (ends,) = recurrence_kernel(plan, keep=False, reverse=True, started=True, summary=True)(*operands, starts)
     turned = jnp.swapaxes(jnp.flip(transitions, axis=2), 3, 4)
     entries = jnp.flip(_entry_states(first, jnp.flip(ends, axis=2), turned), axis=2)
     last, *kept = recurrence_kernel(plan, keep=True, reverse=True, started=True)(*operands, entries)
-    return Result(last[:, :, 0], kept, transitions)
+    return [last[:, :, 0], *kept]
 
 
 def _whole(start: jax.Array | None) -> list[jax.Array]:
