@@ -3,7 +3,8 @@
     python kernels/benchmarks/tpu_schedule.py --chips v5e v6e --callable kernels/benchmarks/tpu_neighbours.py:normalized
 
 NAME is one of: bare (Gated DeltaNet from [B,T,H*K]), activated (SiLU of q, k, v before it), normalized (and q and k
-divided by their norms), the same with _backward, and gated (RMS norm of the outputs times SiLU of a gate, alone).
+divided by their norms inside the kernels), normalized_by_xla (before them), the same with _backward, and gated (RMS
+norm of the outputs times SiLU of a gate, alone).
 """
 
 import jax
@@ -28,6 +29,13 @@ def activated():
 
 
 def normalized():
+    def layer(q, k, v, log_decay, beta):
+        return _attention(*map(jax.nn.silu, (q, k, v)), log_decay, beta, norm_eps=EPS)
+
+    return layer, bare()[1]
+
+
+def normalized_by_xla():
     def layer(q, k, v, log_decay, beta):
         q, k, v = map(jax.nn.silu, (q, k, v))
         return _attention(_normalize(_heads(q)), _normalize(_heads(k)), v, log_decay, beta)
@@ -54,9 +62,13 @@ def normalized_backward():
     return _with_backward(*normalized())
 
 
-def _attention(q, k, v, log_decay, beta):
+def normalized_by_xla_backward():
+    return _with_backward(*normalized_by_xla())
+
+
+def _attention(q, k, v, log_decay, beta, norm_eps=None):
     q, k, v = map(_heads, (q, k, v))
-    out, _ = linear_attention(q, k, v, log_decay, beta, implementation="pallas_tpu")
+    out, _ = linear_attention(q, k, v, log_decay, beta, implementation="pallas_tpu", norm_eps=norm_eps)
     return out.reshape(B, T, H * K)
 
 

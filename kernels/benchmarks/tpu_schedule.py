@@ -90,8 +90,9 @@ def our_jobs(options):
             arrays["initial_state"] = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
         operator = dplr_attention if name == "dplr" else linear_attention
 
-        def run(arrays, operator=operator):
-            return operator(**arrays, implementation=options.implementation)
+        def run(arrays, name=name, operator=operator):
+            norm = {"norm_eps": 1e-6} if options.norms and name != "dplr" else {}
+            return operator(**arrays, implementation=options.implementation, **norm)
 
         built = directions(run, (arrays,))
         for direction in options.directions:
@@ -350,6 +351,7 @@ def main():
     parser.add_argument("--value-width", type=int, help="of a value head, by default that of a key head")
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
     parser.add_argument("--packed", action="store_true", help="with segment ids and initial states")
+    parser.add_argument("--norms", action="store_true", help="with queries and keys divided by their L2 norms")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=["forward"])
     parser.add_argument("--all", action="store_true", help="all directions")
     parser.add_argument("--callable", help="FILE.py:NAME or MODULE:NAME instead of our operators")

@@ -9,6 +9,7 @@ from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.chunked import Residuals, chunked_forward
 from jaxhybrid_kernels.chunked_backward import chunked_backward
 from jaxhybrid_kernels.gpu.linear_attention import gpu_linear_attention, gpu_refusal, make_plan
+from jaxhybrid_kernels.norms import normalize_tokens
 from jaxhybrid_kernels.numerics import split_axes, state_dtype, target_platform, varying_zero
 from jaxhybrid_kernels.recurrent import recurrent_linear_attention
 from jaxhybrid_kernels.reference import reference_linear_attention
@@ -18,6 +19,7 @@ from jaxhybrid_kernels.validation import (
     Sizes,
     check_chunk_size,
     check_implementation,
+    check_norm_eps,
     check_scale,
     check_sequence,
 )
@@ -34,6 +36,7 @@ def linear_attention(
     scale: float | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    norm_eps: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Linear attention with a [K,V] state per value head:  S = diag(a) S;  S += k u';  o = scale S' q.
 
@@ -53,6 +56,8 @@ def linear_attention(
                     "pallas_gpu" (Hopper, bfloat16, 64 or 128 channels, one query per state at most; interpreted on a
                     CPU), or None: "recurrent" for one token, else "pallas_tpu" on a TPU or
                     "pallas_gpu" on a GPU if it takes the arguments, else "xla".
+    norm_eps:       None, or a positive Python number: then q and k are first divided by sqrt(sum of squares + norm_eps)
+                    over K, as the delta rules want keys. "pallas_tpu" does it inside its delta-rule kernels.
 
     Returns out [B,T,max(Hq,N),V] in v's dtype and the state after the last non-padding token, [B,N,K,V] float32. All
     arguments but segment_ids are differentiable, through both results. Arguments in float64 are computed in float64.
@@ -61,6 +66,7 @@ def linear_attention(
     check_implementation(implementation)
     check_chunk_size(chunk_size)
     check_scale(scale)
+    check_norm_eps(norm_eps)
     sizes = check_sequence(q, k, v, log_decay, beta, segment_ids, initial_state)
     inputs = Inputs(q, k, v, log_decay, beta, segment_ids)
 
@@ -77,6 +83,9 @@ def linear_attention(
     elif implementation in ("pallas_tpu", "pallas_gpu") and (reason := refusal(implementation)) is not None:
         raise ValueError(reason)
     scale = float(sizes.K**-0.5 if scale is None else scale)
+    if norm_eps is not None and (implementation != "pallas_tpu" or beta is None):
+        q, k = normalize_tokens(q, k, segment_ids, norm_eps)
+        inputs, norm_eps = inputs._replace(q=q, k=k), None
     if implementation == "reference":
         return reference_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)
     if implementation == "recurrent":
@@ -89,7 +98,7 @@ def linear_attention(
     zero = varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state)
     inputs, initial_state = jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, initial_state))
     if implementation == "pallas_tpu":
-        return tpu_linear_attention(make_layout(inputs, scale, sizes), inputs, initial_state)
+        return tpu_linear_attention(make_layout(inputs, scale, sizes, norm_eps), inputs, initial_state)
     if implementation == "pallas_gpu":
         return gpu_linear_attention(make_plan(inputs, initial_state, scale, sizes), inputs, initial_state)
     per_channel = log_decay is not None and log_decay.ndim == 4

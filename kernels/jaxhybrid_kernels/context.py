@@ -23,9 +23,10 @@ from jaxhybrid_kernels.dplr.api import dplr_attention
 from jaxhybrid_kernels.dplr.inputs import Inputs as DplrInputs
 from jaxhybrid_kernels.dplr.inputs import check_inputs
 from jaxhybrid_kernels.mesh_axis import affine_prefix, axis_size, on_last_shard, opens_segment
+from jaxhybrid_kernels.norms import normalize_tokens
 from jaxhybrid_kernels.numerics import compute_dtype, product, state_dtype, varying_zero
 from jaxhybrid_kernels.segments import segment_index, zero_padding
-from jaxhybrid_kernels.validation import check_sequence
+from jaxhybrid_kernels.validation import check_norm_eps, check_sequence
 
 
 def context_linear_attention(
@@ -39,6 +40,7 @@ def context_linear_attention(
     scale: float | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    norm_eps: float | None = None,
     *,
     axis_name: str,
 ) -> tuple[jax.Array, jax.Array]:
@@ -49,7 +51,10 @@ def context_linear_attention(
     (PartitionSpec without `axis_name`). Documents may cross shards, and shards may be padding throughout. All else,
     with gradients and errors, as for `linear_attention`; ValueError also if `axis_name` is no axis of a shard_map here.
     """
+    check_norm_eps(norm_eps)
     check_sequence(q, k, v, log_decay, beta, segment_ids, initial_state)
+    if norm_eps is not None:  # once for all runs of a shard
+        q, k = normalize_tokens(q, k, segment_ids, norm_eps)
     operator = Operator(linear_attention, scale, chunk_size, implementation)
     return _over_shards(operator, Inputs(q, k, v, log_decay, beta, segment_ids), initial_state, axis_name)
 

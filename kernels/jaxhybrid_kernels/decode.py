@@ -22,13 +22,14 @@ from jaxhybrid_kernels.short_convolution import short_convolution_step as convol
 FEW_TOKENS = 8  # up to here a scan of steps beats the chunked form (forward alone; measured on a CPU)
 
 _donating = partial(jax.jit, static_argnames="scale", donate_argnames="state")
+_normalizing = partial(jax.jit, static_argnames=("scale", "norm_eps"), donate_argnames="state")
 
-linear_attention_step = _donating(recurrent.linear_attention_step)
+linear_attention_step = _normalizing(recurrent.linear_attention_step)
 dplr_attention_step = _donating(dplr.dplr_attention_step)
 short_convolution_step = jax.jit(convolution_step, donate_argnames="state")
 
 
-@_donating
+@_normalizing
 def linear_attention_steps(
     q: jax.Array,
     k: jax.Array,
@@ -38,10 +39,13 @@ def linear_attention_steps(
     state: jax.Array,
     segment_ids: jax.Array | None = None,
     scale: float | None = None,
+    norm_eps: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`linear_attention` of T tokens from state [B,N,K,V]: (out [B,T,H,V], state after the last that counts)."""
     implementation = "recurrent" if q.shape[1] <= FEW_TOKENS else None
-    return linear_attention(q, k, v, log_decay, beta, segment_ids, state, scale, implementation=implementation)
+    return linear_attention(
+        q, k, v, log_decay, beta, segment_ids, state, scale, implementation=implementation, norm_eps=norm_eps
+    )
 
 
 @_donating

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.norms import l2_normalize
 from jaxhybrid_kernels.numerics import product, state_dtype, varying_zero
 from jaxhybrid_kernels.segments import segment_starts, zero_padding
-from jaxhybrid_kernels.validation import Sizes, check_scale, check_step
+from jaxhybrid_kernels.validation import Sizes, check_norm_eps, check_scale, check_step
 
 
 def linear_attention_step(
@@ -17,6 +18,7 @@ def linear_attention_step(
     beta: jax.Array | None,
     state: jax.Array,
     scale: float | None = None,
+    norm_eps: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `linear_attention`, for decoding.
 
@@ -24,7 +26,10 @@ def linear_attention_step(
     Returns (out [B,max(Hq,N),V] in v's dtype, state after the token). Raises ValueError for shapes that do not agree.
     """
     check_scale(scale)
+    check_norm_eps(norm_eps)
     sizes = check_step(q, k, v, log_decay, beta, state)
+    if norm_eps is not None:
+        q, k = l2_normalize(q, norm_eps), l2_normalize(k, norm_eps)
     return step(q, k, v, log_decay, beta, state, sizes.K**-0.5 if scale is None else scale, sizes)
 
 

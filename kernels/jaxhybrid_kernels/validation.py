@@ -47,6 +47,11 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(f"scale={scale!r} must be a Python number or None (it is compiled in).")
 
 
+def check_norm_eps(norm_eps: float | None) -> None:
+    if norm_eps is not None and not (isinstance(norm_eps, (int, float)) and norm_eps > 0):
+        raise ValueError(f"norm_eps={norm_eps!r} must be a positive Python number or None (it is compiled in).")
+
+
 def check_floating(**arrays: jax.Array | None) -> None:
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):

@@ -35,6 +35,7 @@ class Case:
     d_out: np.ndarray
     d_state: np.ndarray
     segment_ids: np.ndarray | None = None
+    norm_eps: float | None = None
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self):
@@ -48,7 +49,7 @@ class Case:
         """The same case for tokens [start, stop)."""
         arrays = {n: a if n == "initial_state" else a[:, start:stop] for n, a in self.arrays.items()}
         segments = None if self.segment_ids is None else self.segment_ids[:, start:stop]
-        return Case(arrays, self.d_out[:, start:stop], self.d_state, segments)
+        return Case(arrays, self.d_out[:, start:stop], self.d_state, segments, self.norm_eps)
 
 
 def make_case(name, T=TOKENS, *, B=2, Hq=2, Hk=2, N=2, K=16, V=24, correlation=0.0, rate=1.0, decay=0.2, seed=0):
@@ -74,14 +75,15 @@ def make_case(name, T=TOKENS, *, B=2, Hq=2, Hk=2, N=2, K=16, V=24, correlation=0
 # Compiling is nearly all of the time here; the code generator's own optimisations are left out to halve it.
 @partial(
     jax.jit,
-    static_argnames=("implementation", "chunk_size"),
+    static_argnames=("implementation", "chunk_size", "norm_eps"),
     compiler_options={"xla_backend_optimization_level": 0},
 )
-def results_and_gradients(arrays, segment_ids, d_out, d_state, implementation, chunk_size=None):
+def results_and_gradients(arrays, segment_ids, d_out, d_state, implementation, chunk_size=None, norm_eps=None):
     """((out, state), gradients by name) for the given cotangents."""
 
     def run(arrays):
-        return linear_attention(**arrays, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size)
+        options = {"implementation": implementation, "chunk_size": chunk_size, "norm_eps": norm_eps}
+        return linear_attention(**arrays, segment_ids=segment_ids, **options)
 
     (out, state), pull = jax.vjp(run, arrays)
     return (out, state), pull((d_out.astype(out.dtype), d_state.astype(state.dtype)))[0]
@@ -100,7 +102,9 @@ def oracle(case):
     with jax.enable_x64(True):
         (out, state), gradients = jax.tree.map(
             np.asarray,
-            results_and_gradients(arrays, pad(segments), pad(case.d_out), case.d_state, implementation="reference"),
+            results_and_gradients(
+                arrays, pad(segments), pad(case.d_out), case.d_state, "reference", norm_eps=case.norm_eps
+            ),
         )
     assert out.dtype == np.float64
     gradients = {n: g if n == "initial_state" else g[:, :T] for n, g in gradients.items()}
@@ -112,7 +116,7 @@ def run(case, implementation, dtype=jnp.float32, chunk_size=None):
     arrays = {n: jnp.asarray(a, dtype if n in ("q", "k", "v") else jnp.float32) for n, a in case.arrays.items()}
     segments = None if case.segment_ids is None else jnp.asarray(case.segment_ids, jnp.int32)
     d_out, d_state = jnp.asarray(case.d_out, jnp.float32), jnp.asarray(case.d_state, jnp.float32)
-    return results_and_gradients(arrays, segments, d_out, d_state, implementation, chunk_size)
+    return results_and_gradients(arrays, segments, d_out, d_state, implementation, chunk_size, case.norm_eps)
 
 
 def relative_error(actual, expected):

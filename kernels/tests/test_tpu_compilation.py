@@ -49,8 +49,8 @@ def test_every_recurrence_compiles(tpu_schedule, chip):
 
 @pytest.mark.parametrize("chip", ["v4", *(pytest.param(chip, marks=pytest.mark.slow) for chip in CHIPS[1:])])
 def test_packed_float32_compiles(tpu_schedule, chip):
-    """The kernels that need most VMEM, on the chip that has least: all heads in float32, with segments and states."""
-    sizes = ("--heads", "8", "--dtype", "float32", "--packed")
+    """The kernels that need most VMEM, on the chip that has least: all heads, float32, segments, states and norms."""
+    sizes = ("--heads", "8", "--dtype", "float32", "--packed", "--norms")
     compile_all(tpu_schedule, chip, *sizes, "--recurrence", "gated_deltanet", "kimi_delta", "dplr")
 
 
@@ -127,7 +127,8 @@ def copy_seldom():
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_widths_compile(tpu_schedule, chip, width):
-    compile_all(tpu_schedule, chip, "--heads", "8", "--width", str(width), "--dtype", "bfloat16", "float32", "--packed")
+    sizes = ("--heads", "8", "--width", str(width), "--dtype", "bfloat16", "float32")
+    compile_all(tpu_schedule, chip, *sizes, "--packed", "--norms")
 
 
 def test_sharded_over_four_chips(tpu_schedule, tmp_path):

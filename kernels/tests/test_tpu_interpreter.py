@@ -47,12 +47,13 @@ def with_gradients(operator, segment_ids, arrays, cotangents):
 def test_linear_attention(suite, recurrence, sizes):
     case = suite.make_case(recurrence, **({"B": 1} | sizes))
     case.segment_ids = np.where(np.arange(case.tokens) < 70, 3, 5)[None].repeat(case.d_out.shape[0], axis=0)
+    case.norm_eps = 1e-6
     arrays, d_out, d_state = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32), (case.arrays, case.d_out, case.d_state)
     )
 
     def operator(**arguments):
-        return linear_attention(**arguments, implementation="pallas_tpu")
+        return linear_attention(**arguments, implementation="pallas_tpu", norm_eps=case.norm_eps)
 
     actual = simulate(
         lambda *arguments: with_gradients(operator, *arguments), jnp.asarray(case.segment_ids), arrays, (d_out, d_state)

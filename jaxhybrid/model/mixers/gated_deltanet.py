@@ -95,7 +95,7 @@ def apply(
         q, new_state["q_conv"] = _convolve(q, params["q_conv"], context, before.get("q_conv"))
         k, new_state["k_conv"] = _convolve(k, params["k_conv"], context, before.get("k_conv"))
         v, new_state["v_conv"] = _convolve(v, params["v_conv"], context, before.get("v_conv"))
-    q, k, v = _l2_normalize(jax.nn.silu(q)), _l2_normalize(jax.nn.silu(k)), jax.nn.silu(v)
+    q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
 
     # Gates in float32: in 16 bits a slow decay rounds to no decay.
     a = jnp.einsum("btd,dn->btn", x_BTD, params["a_proj"], preferred_element_type=jnp.float32)
@@ -121,7 +121,7 @@ def _recurrence(
     segment_ids: jax.Array | None,
     memory: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel on each device's own examples; absent arguments stay absent."""
+    """The kernel on each device's own examples, q and k normalized; absent arguments stay absent."""
     optional = {"segment_ids": segment_ids, "initial_state": memory}
     names = [name for name, value in optional.items() if value is not None]
 
@@ -129,7 +129,7 @@ def _recurrence(
         q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, beta: jax.Array, *rest: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         given: dict[str, Any] = dict(zip(names, rest))
-        return linear_attention(q, k, v, log_decay=log_decay, beta=beta, **given)
+        return linear_attention(q, k, v, log_decay=log_decay, beta=beta, norm_eps=L2_EPS, **given)
 
     return per_example(run, q, k, v, log_decay, beta, *(optional[name] for name in names))
 
@@ -148,11 +148,6 @@ def _convolve(
 
     taps = taps_WHK.reshape(taps_WHK.shape[0], H * K)
     return per_example(run, x_BTHK, *(optional[name] for name in names), whole=(taps,))
-
-
-def _l2_normalize(x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, axis=-1, keepdims=True) + L2_EPS)).astype(x.dtype)
 
 
 # --- initial values that are not plain zeros, ones or normals

@@ -35,6 +35,7 @@ from jaxhybrid_kernels.tpu.gates import HeadGates, gate_gradient_rows, gate_grad
 from jaxhybrid_kernels.tpu.head_gates import head_gradients, head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back, take_back_state
+from jaxhybrid_kernels.tpu.norms import Norms, norm_arrays, norm_gradients, normalize
 from jaxhybrid_kernels.tpu.operands import Operands, StateGradients
 from jaxhybrid_kernels.tpu.products import product, product_transposed, transposed_product
 from jaxhybrid_kernels.tpu.solve import Halves, below, solve, solve_transposed
@@ -49,6 +50,13 @@ class Gradients(NamedTuple):
     log_decay: Any  # [B,n*C,N*K] when per channel, else None
     gates: Any  # [B,steps,n,rows,C]
     initial: Any  # [B,N,K,V]
+
+
+class Waiting(NamedTuple):
+    """Scratch for what the later turns of a head need, see waiting.py."""
+
+    solution: Any  # [1,C,V] float32
+    norms: Norms | None
 
 
 def tpu_backward(
@@ -101,7 +109,7 @@ def tpu_backward(
         blocks,
         (
             jax.ShapeDtypeStruct((layout.heads, K, V), jnp.float32),
-            [jax.ShapeDtypeStruct((1, CHUNK, V), jnp.float32)] * layout.heads if layout.delta else None,
+            waiting_arrays(layout),
         ),
         reverse=True,
     )
@@ -119,6 +127,14 @@ def tpu_backward(
     return d_inputs, take_back_state(gradients.initial, layout)
 
 
+def waiting_arrays(layout: Layout) -> list[Waiting] | None:
+    """One for each head; None for the additive rule."""
+    if not layout.delta:
+        return None
+    solution = jax.ShapeDtypeStruct((1, CHUNK, layout.V), jnp.float32)
+    return [Waiting(solution, norm_arrays(layout, backward=True))] * layout.heads
+
+
 def backward_kernel(
     arrays: Arrays,
     residuals: Residuals,
@@ -126,11 +142,10 @@ def backward_kernel(
     d_final_ref: Any,
     results: Gradients,
     d_state_ref: Any,
-    waiting: list[Any] | None,
+    waiting: list[Waiting] | None,
     *,
     layout: Layout,
 ) -> None:
-    """waiting: scratch [1,C,V] of each head for its solution, see waiting.py; None for the additive rule."""
     time = pl.program_id(2)
 
     @pl.when(time == 0)
@@ -143,8 +158,10 @@ def backward_kernel(
     zero = unknown_zero(2)
 
     def chain(h: int) -> Chain[tuple[jax.Array | None, jax.Array | None]]:
-        aside = None if waiting is None else partial(set_aside, waiting[h], zero=zero)
-        return _head(h, gates[h], tokens, arrays, residuals, d_out_ref, d_state_ref, results, aside, shared, layout)
+        aside = None if waiting is None else waiting[h]
+        return _head(
+            h, gates[h], tokens, arrays, residuals, d_out_ref, d_state_ref, results, aside, zero, shared, layout
+        )
 
     chains = [chain(h) for h in range(layout.heads)]
     d_sums, d_betas = zip(*take_turns(chains))
@@ -183,14 +200,21 @@ def _head(
     d_out_ref: Any,
     d_state_ref: Any,
     results: Gradients,
-    aside: Callable[[jax.Array], Any] | None,
+    waiting: Waiting | None,
+    zero: jax.Array,
     shared: _Shared,
     layout: Layout,
 ) -> Chain[tuple[jax.Array | None, jax.Array | None]]:
     """One head's chunk; returns the columns [C,1] of its gate gradients, those of the sum and of beta's logarithm."""
     q, k = read_query_key(arrays, h, layout)
-    v = read_head(arrays.v, h, layout.V)
-    d_out = [read_head(d_out_ref, h * layout.queries + r, layout.V) for r in range(layout.queries)]
+    v = read_head(arrays.v, h, layout.V).astype(jnp.float32)
+    d_outs = [read_head(d_out_ref, h * layout.queries + r, layout.V) for r in range(layout.queries)]
+    d_out = d_outs[0] if layout.queries == 1 else jnp.concatenate(d_outs, axis=0)
+    norms = None
+    if waiting is not None and waiting.norms is not None:
+        gates, norms = normalize(q, k, gates, layout, waiting.norms, zero)
+        v = scale_rows(v, norms.key[...])
+        d_out = scale_rows(d_out.astype(jnp.float32), norms.query_inverse[...]).astype(layout.dtype)
     head = None if tokens is None else read_channels(arrays, h, layout)
     if tokens is None or head is None:
         operands = yield from head_operands(q, k, gates)
@@ -204,19 +228,22 @@ def _head(
         gates,
         inverses,
         residuals.states[0, h, 0],
-        d_out[0] if layout.queries == 1 else jnp.concatenate(d_out, axis=0),
+        d_out,
         d_state_ref[h],
         layout.scale,
-        aside,
+        None if waiting is None else partial(set_aside, waiting.solution, zero=zero),
     )
     d_state_ref[h] = d_entry
-    write_head(results.v, h, d_v)
+    write_head(results.v, h, d_v if norms is None else scale_rows(d_v, norms.key[...]))
     d_sum = None
     if tokens is None or head is None:
         d_q, d_k, d_sum = yield from head_gradients(q, k, gates, gradients, layout.scale)
     else:
         d_q, d_k, d_log_decay = yield from channel_gradients(head, tokens, arrays.constants, gradients, layout.scale)
         write_head(results.log_decay, h, d_log_decay)
+    if norms is not None and d_beta is not None:
+        d_key = jnp.sum(v * d_v, axis=1, keepdims=True) - 2 * d_beta
+        d_q, d_k = norm_gradients(q, k, norms, d_q, d_k, d_key)
     for r, at in enumerate(layout.query_heads_of(h)):
         shared.add("q", at, d_q[r * CHUNK : (r + 1) * CHUNK])
     shared.add("k", layout.key_head_of(h), d_k)
@@ -234,12 +261,12 @@ def chunk_gradients(
     scale: float,
     aside: Callable[[jax.Array], Any] | None,
 ) -> Chain[tuple[jax.Array, jax.Array, jax.Array | None, StateGradients]]:
-    """(Gradient of the entry state [K,V] float32, of v [C,V], of beta times beta [C,1], and of the operands).
+    """(Gradient of the entry state [K,V] float32, of v [C,V] float32, of beta times beta [C,1], and of the operands).
 
     aside: stores the solution of the delta rule and gives what to read it from."""
-    C, dtype, beta, beta_row = v.shape[0], v.dtype, gates.beta, gates.beta_row
+    C, dtype, beta, beta_row = v.shape[0], entry.dtype, gates.beta, gates.beta_row
     d_exit_compute = d_exit.astype(dtype)
-    solution: Any = v.astype(jnp.float32)
+    solution: Any = v
     matrix = None
     if operands.coupling is not None and inverses is not None:
         matrix = Halves(inverses, below(operands.coupling, dtype), None if beta is None else beta[: C // 2])

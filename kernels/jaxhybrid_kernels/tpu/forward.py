@@ -32,6 +32,7 @@ from jaxhybrid_kernels.tpu.gates import (
 from jaxhybrid_kernels.tpu.head_gates import head_operands
 from jaxhybrid_kernels.tpu.launch import chunk_block, launch, state_block, token_block, whole_block
 from jaxhybrid_kernels.tpu.layout import CHUNK, Layout, lay_out, lay_out_state, take_back_state
+from jaxhybrid_kernels.tpu.norms import Norms, norm_arrays, normalize
 from jaxhybrid_kernels.tpu.operands import scale_columns
 from jaxhybrid_kernels.tpu.products import product
 from jaxhybrid_kernels.tpu.solve import halves, solve
@@ -64,6 +65,7 @@ class Waiting(NamedTuple):
     read: Any  # [1,(1+R)*C,V] float32: what k and q read of the entry state
     coupling: Any  # [1,C,C] float32
     pair: Any  # [1,R*C,C] compute dtype
+    norms: Norms | None
 
 
 class Results(NamedTuple):
@@ -152,7 +154,7 @@ def waiting_arrays(layout: Layout) -> list[Waiting] | None:
     read = jax.ShapeDtypeStruct((1, CHUNK + rows, layout.V), jnp.float32)
     coupling = jax.ShapeDtypeStruct((1, CHUNK, CHUNK), jnp.float32)
     pair = jax.ShapeDtypeStruct((1, rows, CHUNK), layout.dtype)
-    return [Waiting(read, coupling, pair)] * layout.heads
+    return [Waiting(read, coupling, pair, norm_arrays(layout, backward=False))] * layout.heads
 
 
 def forward_kernel(
@@ -199,14 +201,18 @@ def _head(
     layout: Layout,
 ) -> Chain[None]:
     """One head's chunk."""
-    beta, kept, dtype = gates.beta_row, results.kept, layout.dtype
+    kept, dtype = results.kept, layout.dtype
     entry = state_ref[h].astype(dtype)
+    q, k = read_query_key(arrays, h, layout)
+    norms = None
+    if waiting is not None and waiting.norms is not None:
+        gates, norms = normalize(q, k, gates, layout, waiting.norms, zero)
+    beta = gates.beta_row
 
     def read_state(q_in: jax.Array, k_in: jax.Array) -> jax.Array:
         return product(jnp.concatenate([k_in, q_in], axis=0) if layout.delta else q_in, entry)
 
     if tokens is None:  # the states are read first: that takes the matrix units while decays are made
-        q, k = read_query_key(arrays, h, layout)
         read = read_state(q, k)
         operands = yield from head_operands(q, k, gates, beta)
     else:
@@ -219,6 +225,8 @@ def _head(
     read = scale_rows(read, operands.row_in)
     pair = operands.pair.astype(dtype)
     solution = read_head(arrays.v, h, layout.V).astype(jnp.float32)
+    if norms is not None:
+        solution = scale_rows(solution, norms.key[...])
     if operands.coupling is not None and waiting is not None:
         read = set_aside(waiting.read, read, zero)
         coupling = set_aside(waiting.coupling, operands.coupling, zero)
@@ -241,6 +249,8 @@ def _head(
     both = product(jnp.concatenate([pair[...], writing], axis=0), solution.astype(dtype))
     state_ref[h] = scale_state(state_ref[h], operands.carry) + both[rows:]
     out = layout.scale * (read + both[:rows])
+    if norms is not None:
+        out = scale_rows(out, norms.query_inverse[...])
     for r in range(layout.queries):
         write_head(results.out, h * layout.queries + r, out[r * CHUNK : (r + 1) * CHUNK])
 

@@ -38,6 +38,7 @@ class Layout(NamedTuple):
     delta: bool
     decay: str | None  # None, "head" or "channel"
     segments: bool
+    norm_eps: float | None  # of the L2 norms that q and k are to be divided by, None: none; delta rule only
 
     @property
     def steps(self) -> int:
@@ -79,7 +80,7 @@ class Layout(NamedTuple):
         return head * self.k_heads // self.heads
 
 
-def make_layout(inputs: Inputs, scale: float, sizes: Sizes) -> Layout:
+def make_layout(inputs: Inputs, scale: float, sizes: Sizes, norm_eps: float | None = None) -> Layout:
     K, V = padded_width(sizes.K), padded_width(sizes.V)
     decay = None
     dtype = jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v))
@@ -108,6 +109,7 @@ def make_layout(inputs: Inputs, scale: float, sizes: Sizes) -> Layout:
         inputs.beta is not None,
         decay,
         inputs.segment_ids is not None,
+        norm_eps,
     )
 
 
