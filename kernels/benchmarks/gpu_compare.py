@@ -7,7 +7,7 @@
 Nothing is timed before both of our forms agree with the float64 token recurrence: cosine above 0.999 of the outputs,
 the state and every gradient. Times are medians over rounds that run all candidates in turn, each a row of calls over
 two sets of inputs, waited for once; a row lasts long enough for that wait not to count. A candidate that fails is
-reported and left out.
+reported and left out, and the command ends with an error.
 """
 
 import argparse
@@ -110,7 +110,8 @@ def median_ms(calls: Mapping[str, tuple[Callable[..., Any], list[Any]]], rounds:
     return {name: float(np.median(measured)) for name, measured in times.items()}
 
 
-def compare(shape: str, recurrence: str, rounds: int, one_span: bool) -> None:
+def compare(shape: str, recurrence: str, rounds: int, one_span: bool) -> set[str]:
+    """Prints the times of one shape; returns the candidates that failed."""
     B, T, H, K = (int(size) for size in shape.split(","))
     sets = [make_inputs(B, T, H, K, seed, recurrence) for seed in (0, 1)]
     candidates: dict[str, Callable[..., Any]] = {
@@ -119,10 +120,14 @@ def compare(shape: str, recurrence: str, rounds: int, one_span: bool) -> None:
     candidates["cuDNN softmax"] = softmax
     if one_span:
         candidates = {"pallas_gpu": candidates["pallas_gpu"], "in one span": in_one_span}
+    failed: set[str] = set()
     for kind, what in (("forward", forward), ("forward+backward", with_backward)):
         calls = {name: (jax.jit(partial(what, function)), sets) for name, function in candidates.items()}
-        times = ", ".join(f"{name} {ms:.3f}" for name, ms in median_ms(calls, rounds).items())
-        print(f"B{B} T{T} H{H} K=V={K} {recurrence} {kind}, ms: {times}", flush=True)
+        times = median_ms(calls, rounds)
+        failed |= set(calls) - set(times)
+        listed = ", ".join(f"{name} {ms:.3f}" for name, ms in times.items())
+        print(f"B{B} T{T} H{H} K=V={K} {recurrence} {kind}, ms: {listed}", flush=True)
+    return failed
 
 
 def main() -> None:
@@ -142,8 +147,9 @@ def main() -> None:
             for implementation in ("xla", "pallas_gpu"):
                 check(implementation, B, 70 if on_cpu else 333, H, K, args.recurrence)
     if not args.check_only:
-        for shape in args.shapes:
-            compare(shape, args.recurrence, args.rounds, args.one_span)
+        failed = [compare(shape, args.recurrence, args.rounds, args.one_span) for shape in args.shapes]
+        if names := sorted(set().union(*failed)):
+            raise SystemExit(f"failed: {', '.join(names)}")
 
 
 if __name__ == "__main__":
