@@ -13,10 +13,17 @@ def test_results_and_gradients(suite, recurrence, implementation, tokens):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "tokens"),
-    [("xla", 1), ("xla", 63), ("xla", 64), ("xla", 100), ("pallas_tpu", 1), ("pallas_tpu", 128), ("pallas_tpu", 129)],
+    ("recurrence", "implementation", "tokens"),
+    [
+        *((name, "xla", tokens) for name in ("gated_deltanet", "kimi_delta") for tokens in (1, 63, 64, 100)),
+        ("gated_deltanet", "pallas_tpu", 1),
+        ("gated_deltanet", "pallas_tpu", 128),
+        ("kimi_delta", "pallas_tpu", 1),
+        pytest.param("gated_deltanet", "pallas_tpu", 129, marks=pytest.mark.slow),
+        pytest.param("kimi_delta", "pallas_tpu", 128, marks=pytest.mark.slow),
+        pytest.param("kimi_delta", "pallas_tpu", 129, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("recurrence", ["gated_deltanet", "kimi_delta"])
 def test_odd_lengths(suite, recurrence, implementation, tokens):
     case = suite.make_case(recurrence, tokens)
     suite.check(suite.run(case, implementation), suite.oracle(case))
