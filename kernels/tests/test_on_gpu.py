@@ -103,6 +103,15 @@ def test_zero_rows(suite):
     suite.check_bfloat16(case, "pallas_gpu")
 
 
+def test_norms(suite, forward):
+    case = suite.make_case("gated_deltanet", **SMALL | forward)
+    for name in ("q", "k"):
+        case.arrays[name] *= np.exp(np.random.default_rng(1).normal(size=(*case.arrays[name].shape[:3], 1)))
+        case.arrays[name][:, 5::7] = 0
+    case.norm_eps = 1e-6
+    suite.check_bfloat16(case, "pallas_gpu")
+
+
 def test_same_bits_every_time(suite, forward):
     """A race between the copy engine, the tensor cores and the threads would show as bits that change."""
     case = suite.make_case("gated_deltanet", 1000, **SMALL | {"K": 128, "V": 128} | forward)
