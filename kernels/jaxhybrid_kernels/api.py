@@ -9,10 +9,11 @@ from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.chunked import Residuals, chunked_forward
 from jaxhybrid_kernels.chunked_backward import chunked_backward
 from jaxhybrid_kernels.gpu.linear_attention import gpu_linear_attention, gpu_refusal, make_plan
-from jaxhybrid_kernels.norms import normalize_tokens
+from jaxhybrid_kernels.norms import l2_normalize, normalize_tokens
 from jaxhybrid_kernels.numerics import split_axes, state_dtype, target_platform, varying_zero
 from jaxhybrid_kernels.recurrent import recurrent_linear_attention
 from jaxhybrid_kernels.reference import reference_linear_attention
+from jaxhybrid_kernels.segments import zero_padding
 from jaxhybrid_kernels.tpu.layout import make_layout
 from jaxhybrid_kernels.tpu.linear_attention import tpu_linear_attention, tpu_refusal
 from jaxhybrid_kernels.validation import (
@@ -83,11 +84,13 @@ def linear_attention(
     elif implementation in ("pallas_tpu", "pallas_gpu") and (reason := refusal(implementation)) is not None:
         raise ValueError(reason)
     scale = float(sizes.K**-0.5 if scale is None else scale)
-    if norm_eps is not None and (implementation != "pallas_tpu" or beta is None):
-        q, k = normalize_tokens(q, k, segment_ids, norm_eps)
-        inputs, norm_eps = inputs._replace(q=q, k=k), None
     if implementation == "reference":
+        if norm_eps is not None:
+            q, k = (l2_normalize(zero_padding(x, segment_ids), norm_eps) for x in (q, k))
         return reference_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)
+    if norm_eps is not None and (implementation != "pallas_tpu" or beta is None):
+        q, k = (normalize_tokens(x, segment_ids, norm_eps) for x in (q, k))
+        inputs, norm_eps = inputs._replace(q=q, k=k), None
     if implementation == "recurrent":
         return recurrent_linear_attention(q, k, v, log_decay, beta, segment_ids, initial_state, scale, sizes)
     dtype = state_dtype(q, k, v, log_decay, beta, initial_state)

@@ -54,7 +54,7 @@ def context_linear_attention(
     check_norm_eps(norm_eps)
     check_sequence(q, k, v, log_decay, beta, segment_ids, initial_state)
     if norm_eps is not None:  # once for all runs of a shard
-        q, k = normalize_tokens(q, k, segment_ids, norm_eps)
+        q, k = (normalize_tokens(x, segment_ids, norm_eps) for x in (q, k))
     operator = Operator(linear_attention, scale, chunk_size, implementation)
     return _over_shards(operator, Inputs(q, k, v, log_decay, beta, segment_ids), initial_state, axis_name)
 
