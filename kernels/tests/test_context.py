@@ -96,7 +96,7 @@ def test_every_implementation(suite, recurrence, implementation):
     suite.check(run(case, operator, make_mesh(context=2), check_vma=not interpreted), suite.oracle(case))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)])
 def test_batch_and_sequence_both_split(suite, kind):
     """Also rematerialised, with another scale, and in several chunks a shard."""
     case = suite.make_case("gated_deltanet", TOKENS)

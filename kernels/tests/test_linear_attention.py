@@ -6,22 +6,30 @@ DELTA_RULES = ["deltanet", "gated_deltanet", "kimi_delta"]
 CHUNKED = ["xla", "pallas_tpu"]
 
 
-@pytest.mark.parametrize("tokens", [7, 130])
-def test_results_and_gradients(suite, recurrence, implementation, tokens):
-    case = suite.make_case(recurrence, tokens)
+def _slow(recurrences, implementation, lengths):
+    """Cases that only the slow suite runs."""
+    return [
+        pytest.param(name, implementation, tokens, marks=pytest.mark.slow) for name in recurrences for tokens in lengths
+    ]
+
+
+def test_results_and_gradients(suite, recurrence, implementation):
+    case = suite.make_case(recurrence)
     suite.check(suite.run(case, implementation), suite.oracle(case))
 
 
 @pytest.mark.parametrize(
     ("recurrence", "implementation", "tokens"),
     [
-        *((name, "xla", tokens) for name in ("gated_deltanet", "kimi_delta") for tokens in (1, 63, 64, 100)),
+        *((name, "xla", tokens) for name in ("gated_deltanet", "kimi_delta") for tokens in (1, 64, 100)),
+        *((name, "recurrent", 7) for name in ("gated_deltanet", "kimi_delta")),
         ("gated_deltanet", "pallas_tpu", 1),
         ("gated_deltanet", "pallas_tpu", 128),
-        ("kimi_delta", "pallas_tpu", 1),
-        pytest.param("gated_deltanet", "pallas_tpu", 129, marks=pytest.mark.slow),
-        pytest.param("kimi_delta", "pallas_tpu", 128, marks=pytest.mark.slow),
-        pytest.param("kimi_delta", "pallas_tpu", 129, marks=pytest.mark.slow),
+        ("kimi_delta", "pallas_tpu", 7),
+        *_slow(("gated_deltanet", "kimi_delta"), "xla", (7, 63)),
+        *_slow(("gated_deltanet", "kimi_delta"), "pallas_tpu", (129,)),
+        *_slow(("linear_attention", "simple_gla", "gla", "deltanet"), "pallas_tpu", (7,)),
+        *_slow(("kimi_delta",), "pallas_tpu", (1, 128)),
     ],
 )
 def test_odd_lengths(suite, recurrence, implementation, tokens):
@@ -40,7 +48,7 @@ def test_chunk_sizes(suite, recurrence, chunk_size):
 @pytest.mark.parametrize(
     ("recurrence", "Hq", "Hk", "N"),
     [
-        ("gated_deltanet", 1, 1, 2),
+        pytest.param("gated_deltanet", 1, 1, 2, marks=pytest.mark.slow),
         ("gated_deltanet", 2, 1, 2),
         ("gated_deltanet", 4, 2, 2),
         ("simple_gla", 4, 1, 2),

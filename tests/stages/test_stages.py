@@ -211,7 +211,7 @@ def shardings_like(params, specs_by_name, mesh):
 
 
 @pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune"])
-@pytest.mark.parametrize("shape", [(2, 4), (1, 8)])
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((1, 8), marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(stage, shape, teacher, linear, hybrid, batch):
     params, step = stage_steps(teacher, linear, hybrid, batch)[stage]
     optimizer = make_optimizer(RATES, params)
