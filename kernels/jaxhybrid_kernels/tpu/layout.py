@@ -19,10 +19,10 @@ CHUNK = 128
 WIDTHS = (64, 128, 256)
 MOST_HEADS = 16  # of 128 channels in bfloat16, a query each, per grid step: independent chains that hide latencies
 MOST_HEADS_TPU7X = 2  # its compiler takes many minutes for more
-# Times the size of an element, for one head in a packed backward: with a decay per channel, mostly spilled registers,
-# and without.
+# Times the size of an element, for one head of 128 channels in a packed backward with norms: with a decay per channel,
+# mostly spilled registers, and without.
 CHANNEL_VMEM = 4 * 2**20
-HEAD_VMEM = 3 * 2**18
+HEAD_VMEM = 15 * 2**16
 
 
 class Layout(NamedTuple):
@@ -85,18 +85,18 @@ def make_layout(inputs: Inputs, scale: float, sizes: Sizes, norm_eps: float | No
     decay = None
     dtype = jnp.dtype(compute_dtype(inputs.q, inputs.k, inputs.v))
     most = MOST_HEADS * 2 // (dtype.itemsize * sizes.queries_per_state)
+    vmem = MOST_HEADS
     if inputs.log_decay is not None:
         decay = "head" if inputs.log_decay.ndim == 3 else "channel"
     if target_platform() == "tpu":
         chip = pltpu.get_tpu_info()
         if chip.generation >= 7:
             most = min(most, MOST_HEADS_TPU7X)
-        vmem = (CHANNEL_VMEM if decay == "channel" else HEAD_VMEM) * dtype.itemsize
-        most = min(most, chip.vmem_capacity_bytes // vmem)
-    heads = _heads_per_step(sizes, K, V, most)
+        vmem = chip.vmem_capacity_bytes // ((CHANNEL_VMEM if decay == "channel" else HEAD_VMEM) * dtype.itemsize)
+    heads = _heads_per_step(sizes, K, V, most, vmem)
     if heads is None:
         K, V = max(K, 128), max(V, 128)
-        heads = _heads_per_step(sizes, K, V, most)
+        heads = _heads_per_step(sizes, K, V, most, vmem)
     assert heads is not None  # one head is always possible at full lanes
     return Layout(
         sizes,
@@ -118,9 +118,14 @@ def padded_width(width: int) -> int:
     return next(w for w in WIDTHS if w >= width)
 
 
-def _heads_per_step(sizes: Sizes, K: int, V: int, most: int) -> int | None:
-    """The largest divisor of N, up to `most` of 128 channels, whose blocks are whole lanes and share no head partly."""
-    for heads in range(max(most * 128 // max(K, V, 128), 1), 0, -1):
+def _heads_per_step(sizes: Sizes, K: int, V: int, most: int, vmem: int) -> int | None:
+    """The largest divisor of N, up to `most` of 128 channels, whose blocks are whole lanes and share no head partly.
+
+    vmem: for how many heads of 128 channels there is memory; half of what a head takes grows with K V, half with K + V.
+    """
+    wide_K, wide_V = max(K, 128), max(V, 128)
+    room = vmem * 4 * 128**2 // (2 * wide_K * wide_V + 128 * (wide_K + wide_V))
+    for heads in range(max(min(most * 128 // max(wide_K, wide_V), room), 1), 0, -1):
         fits = sizes.N % heads == 0
         for count, width in ((sizes.Hq, K), (sizes.Hk, K), (sizes.N, V), (sizes.out_heads, V)):
             share = -(-sizes.N // count)
