@@ -28,7 +28,10 @@ def test_results_and_gradients(suite, recurrence, implementation):
         ("kimi_delta", "pallas_tpu", 7),
         *_slow(("gated_deltanet", "kimi_delta"), "xla", (7, 63)),
         *_slow(("gated_deltanet", "kimi_delta"), "pallas_tpu", (129,)),
+        *_slow(("linear_attention", "simple_gla", "gla", "deltanet"), "xla", (7,)),
+        *_slow(("linear_attention", "simple_gla", "gla", "deltanet"), "recurrent", (7,)),
         *_slow(("linear_attention", "simple_gla", "gla", "deltanet"), "pallas_tpu", (7,)),
+        *_slow(("gated_deltanet",), "pallas_tpu", (7,)),
         *_slow(("kimi_delta",), "pallas_tpu", (1, 128)),
     ],
 )

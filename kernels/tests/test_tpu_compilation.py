@@ -130,7 +130,7 @@ def copy_seldom():
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_widths_compile(tpu_schedule, chip, width):
     sizes = ("--heads", "8", "--width", str(width), "--dtype", "bfloat16", "float32")
-    compile_all(tpu_schedule, chip, *sizes, "--packed", "--norms")
+    compile_all(tpu_schedule, chip, *sizes, "--packed", "--norms", "--all")
 
 
 def test_sharded_over_four_chips(tpu_schedule, tmp_path):
