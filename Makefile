@@ -5,23 +5,31 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 UV_FETCH := $(filter .uv/bin/uv,$(UV))
 
-.PHONY: demo test test-slow test-gpu lint bench bench-kernels setup tpu-compiler
+.PHONY: demo test test-kernels test-slow test-faults test-gpu lint bench bench-kernels setup tpu-compiler
 
 demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid, in minutes, on a CPU
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
 	$(RUN) jaxhybrid run configs/demo.yaml $(ARGS)
 
-test: ## the test suite, about twenty minutes on two cores
+test: ## the test suite
 	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
+
+test-kernels: ## every form of the kernels: interpreted, lowered for GPUs, compiled for TPUs
+	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
+	$(RUN) pytest -m "not slow and not gpu" kernels/tests -n 2 --dist worksteal $(ARGS)
 
 test-slow: ## long studies that `make test` leaves out
 	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -m slow $(ARGS)
 
-test-gpu: ## the Hopper kernels on a Hopper GPU, every gradient against float64
-	@$(MAKE) --no-print-directory setup EXTRAS="--extra cuda13"
-	$(RUN) pytest -m gpu kernels/tests $(ARGS)
+test-faults: ## would the tests notice? Plants faults in a copy, one after the other, and runs the test that must fail
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval"
+	$(RUN) python tests/planted_faults.py $(ARGS)
+
+test-gpu: ## what only a Hopper GPU can run: its kernels and its attention
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra cuda13 --extra torch"
+	$(RUN) pytest -m gpu kernels/tests tests/model $(ARGS)
 
 lint: ## style, types and the direction of imports
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval"

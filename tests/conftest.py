@@ -1,8 +1,12 @@
-"""Eight fake CPU devices for the sharded tests, no word to the network, and a tiny teacher for everyone."""
+"""Eight fake CPU devices for the sharded tests, no word to the network, a tiny teacher and a whole run for everyone."""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is nearly all of the time here; leaving out LLVM's optimisations halves it.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -10,10 +14,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.params import initialize
 from jaxhybrid.model.transformer import Model, declare
+from tests.runs import Workshop
 
 
 def make_teacher(**changes):
@@ -54,3 +60,18 @@ def teacher():
 @pytest.fixture
 def batch(teacher):
     return make_batch(teacher.config.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A workshop with one uninterrupted run in it, shared by the processes of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    workshop = Workshop(root / "whole")
+    with FileLock(root / "whole.lock"):
+        if not workshop.folder.exists():
+            workshop.folder.mkdir()
+            workshop.prepare()
+            (workshop.folder / "output.txt").write_text(workshop.finish("run", workshop.config))
+    return workshop

@@ -54,12 +54,12 @@ class Workshop:
                 "heldout_tokens": 2048,
                 "cache_dir": str(self.folder / "tokens"),
             },
-            align=stage(tokens=8 * 64 * 10, checkpoint_every=3),
+            align=stage(tokens=8 * 64 * 10, checkpoint_every=3, log_every=1),
             score=stage(
-                tokens=8 * 64 * 6, budgets=[1, 2], heldout_tokens=512, evaluate_every=3, checkpoint_every=2, log_every=4
+                tokens=8 * 64 * 6, budgets=[1, 2], heldout_tokens=500, evaluate_every=3, checkpoint_every=2, log_every=4
             ),
-            distill=stage(tokens=8 * 64 * 10, checkpoint_every=3),
-            finetune=stage(tokens=8 * 64 * 6, checkpoint_every=2),
+            distill=stage(tokens=8 * 64 * 10, checkpoint_every=3, log_every=1),
+            finetune=stage(tokens=8 * 64 * 6, checkpoint_every=2, log_every=1),
         )
 
     def start(self, *arguments: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:

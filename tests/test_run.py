@@ -1,37 +1,19 @@
 """Whole runs from the command line: done once, stopped and gone on with, spread over processes, partly taken over."""
 
-import os
 import random
 import shutil
 import signal
 
 import jax
 import numpy as np
-import pytest
-from filelock import FileLock
 from orbax.checkpoint import v1 as ocp
 
 from jaxhybrid.weights.huggingface import load_student
-from tests.runs import Workshop, exported, read, records, snapshot
+from tests.runs import exported, read, records, snapshot
 
 # Every write beyond 60 kB into a file fails, whichever library does it; a checkpoint of align is larger.
 FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
 STAGES = ("align", "score", "distill", "finetune")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A workshop with one uninterrupted run in it, shared by the processes of pytest-xdist."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    workshop = Workshop(root / "whole")
-    with FileLock(root / "whole.lock"):
-        if not workshop.folder.exists():
-            workshop.folder.mkdir()
-            workshop.prepare()
-            (workshop.folder / "output.txt").write_text(workshop.finish("run", workshop.config))
-    return workshop
 
 
 def trained(run):

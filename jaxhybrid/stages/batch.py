@@ -30,5 +30,6 @@ def accumulate(compute: Callable[[Batch], Any], batch: Batch) -> Any:
     def add(total: Any, micro: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, compute(micro)), None
 
-    first = compute(jax.tree.map(lambda x: x[0], batch))
-    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+    # From zeros and not from the first one's result: `compute`, a whole gradient, is then compiled once.
+    shapes = jax.eval_shape(compute, jax.tree.map(lambda x: x[0], batch))
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), batch)[0]

@@ -1,10 +1,16 @@
 """Cases, the float64 oracle and comparisons shared by the kernel tests; eight fake CPU devices for the sharded ones."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is nearly all of the time here; leaving out LLVM's optimisations halves it.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +78,7 @@ def make_case(name, T=TOKENS, *, B=2, Hq=2, Hk=2, N=2, K=16, V=24, correlation=0
     return Case(arrays, rng.normal(size=(B, T, max(Hq, N), V)), rng.normal(size=(B, N, K, V)))
 
 
-# Compiling is nearly all of the time here; the code generator's own optimisations are left out to halve it.
-@partial(
-    jax.jit,
-    static_argnames=("implementation", "chunk_size", "norm_eps"),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+@partial(jax.jit, static_argnames=("implementation", "chunk_size", "norm_eps"))
 def results_and_gradients(arrays, segment_ids, d_out, d_state, implementation, chunk_size=None, norm_eps=None):
     """((out, state), gradients by name) for the given cotangents."""
 
@@ -170,6 +171,21 @@ class Suite:
 @pytest.fixture(scope="session")
 def suite():
     return Suite
+
+
+# What `make test` runs of this folder: the operator's edges, and the recurrence that models use, by every
+# implementation. All of it is `make test-kernels`.
+QUICK = re.compile(
+    r"test_(interface|decode|debug|short_convolution|tpu_branches)\.py"
+    r"|::test_(results_and_gradients|packed_equals_separate)\[gated_deltanet"
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent == Path(__file__).parent and not QUICK.search(item.nodeid):
+            item.add_marker("kernels")
 
 
 def pytest_generate_tests(metafunc):

@@ -48,9 +48,7 @@ def make_case(T, *, B=2, N=2, K=16, V=24, correlation=0.0, rate=None, decay=0.2,
     return Case(arrays, rng.normal(size=(B, T, N, V)), rng.normal(size=(B, N, K, V)))
 
 
-@partial(
-    jax.jit, static_argnames=("implementation", "chunk_size"), compiler_options={"xla_backend_optimization_level": 0}
-)
+@partial(jax.jit, static_argnames=("implementation", "chunk_size"))
 def results_and_gradients(arrays, segment_ids, d_out, d_state, implementation, chunk_size=None):
     def run(arrays):
         return dplr_attention(**arrays, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size)

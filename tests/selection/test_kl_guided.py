@@ -18,11 +18,13 @@ STEPS, ROWS, LENGTH = 4, 2, 16
 
 
 class Stream:
-    """Batch n is a function of n."""
+    """Batch n is a function of n. The machine goes away before batch number `breaks_at`, if any."""
 
-    position = 0
+    position, breaks_at = 0, None
 
     def __next__(self):
+        if self.position == self.breaks_at:
+            raise OSError("the machine went away")
         self.position += 1
         return batch_of(self.position)
 
@@ -43,7 +45,7 @@ def score(teacher):
     student = convert(teacher, (GATED_DELTANET,) * 4, GatedDeltaNetConfig(), jax.random.key(1))
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
 
-    def run(folder, candidates=range(4), **changes):
+    def run(folder, candidates=range(4), batches=Stream, **changes):
         settings = {
             "optimizer": OptimizerConfig(STEPS, learning_rate=1e-3, mixer_learning_rate=1e-2),
             "evaluate_every": 1,
@@ -55,7 +57,7 @@ def score(teacher):
         with jax.set_mesh(mesh):
             own = Model(jax.device_put(student.params, jax.NamedSharding(mesh, jax.P())), student.config)
             other = Model(jax.device_put(teacher.params, jax.NamedSharding(mesh, jax.P())), teacher.config)
-            compiled = score_candidates(other, own, config, Stream, [batch_of(99)], folder, mesh, candidates)
+            compiled = score_candidates(other, own, config, batches, [batch_of(99)], folder, mesh, candidates)
         return read_scores(folder / "scores", 4), compiled
 
     return run
@@ -70,6 +72,15 @@ def test_rounds_and_recomputed_teacher_give_the_scores_of_one_go(score, tmp_path
     )
     assert set(compiled.values()) == {1}
     assert rounds == whole
+
+
+def test_a_resumed_candidate_goes_on_with_the_teachers_states_of_its_own_batches(score, tmp_path):
+    whole, _ = score(tmp_path / "whole")
+    breaking = type("Breaking", (Stream,), {"breaks_at": 3})
+    with pytest.raises(OSError, match="went away"):
+        score(tmp_path / "resumed", batches=breaking, checkpoint_every=2)
+    resumed, _ = score(tmp_path / "resumed")
+    assert resumed == whole
 
 
 def test_scoring_ends_when_the_best_layers_stay_the_same(score, tmp_path, capsys):

@@ -8,28 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.model import attention
 from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig
-from jaxhybrid.model.layers import rms_norm
-from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.params import initialize
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
 from jaxhybrid.model.transformer import (
-    add_mlp,
     candidate_hidden_states,
     declare,
-    embed,
-    forward,
     hidden_states,
-    take_layer,
-    token_context,
 )
 from jaxhybrid.stages.align import align_loss, align_step, alignment_gradients, linear_mixers
 from jaxhybrid.stages.distill import distill_step, teacher_outputs
 from jaxhybrid.stages.finetune import finetune_step
-from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
+from jaxhybrid.stages.score import candidate_params, score_step
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
 from jaxhybrid.weights.convert import convert, with_softmax_layers
+from tests.oracles import plain_alignment
 
 F, G = FULL_ATTENTION, GATED_DELTANET
 MIXER = GatedDeltaNetConfig()
@@ -52,24 +45,6 @@ def close(actual, expected, tolerance=1e-4):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         scale = max(np.abs(b).max(), 1e-6)
         assert np.abs(a - b).max() <= tolerance * scale, (jax.tree_util.keystr(path), np.abs(a - b).max(), scale)
-
-
-def plain_alignment(mixers, teacher, student_config, batch):
-    """Loss of every linear layer, teacher's walk written as a Python loop, no scan."""
-    config, params = teacher.config, teacher.params
-    context = token_context(config, batch["tokens"], batch["segment_ids"], None)
-    mask, x, losses, row = batch["segment_ids"] != 0, embed(params, batch["tokens"]), [], 0
-    for layer, kind in enumerate(student_config.layer_types):
-        block = take_layer(params["blocks"], layer)
-        normed = rms_norm(x, block["input_norm"], config.norm_eps)
-        target, _ = attention.apply(take_layer(params["mixers"][F], layer), config, normed, context)
-        if kind == G:
-            mixed, _ = MIXERS[G].apply(take_layer(mixers[G], row), student_config, normed, context)
-            row += 1
-            distance = jnp.sqrt(jnp.sum((target - mixed) ** 2, -1) + 1e-12) / np.sqrt(config.hidden_size)
-            losses.append(jnp.sum(distance * mask) / mask.sum())
-        x = add_mlp(block, config, x + target)
-    return jnp.stack(losses)
 
 
 @pytest.mark.parametrize("which", ["linear", "hybrid"])
@@ -106,42 +81,6 @@ def test_alignment_memory_does_not_grow_with_depth(teacher):
     assert grown < 4 * tokens * teacher.config.hidden_size * 4  # less than one [B,T,D] array per added layer
 
 
-def test_microbatches_add_up(teacher, linear, batch):
-    optimizer = make_optimizer(RATES, linear.params)
-    static = {
-        "teacher_config": teacher.config, "student_config": linear.config, "optimizer": optimizer, "dtype": jnp.float32,
-    }  # fmt: skip
-    split = jax.tree.map(lambda x: x.reshape(4, 2, -1), batch)
-    state = start(linear.params, optimizer)
-    whole, metrics = jax.jit(partial(distill_step, **static))(state, teacher.params, batch)
-    parts, metrics_parts = jax.jit(partial(distill_step, **static))(state, teacher.params, split)
-    np.testing.assert_allclose(metrics["loss"], metrics_parts["loss"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["gradient_norm"], metrics_parts["gradient_norm"], rtol=1e-4)
-    assert int(parts.step) == int(whole.step) == 1
-
-
-def test_distill_loss_and_gradient_norm_equal_dense_kl(teacher, hybrid, batch):
-    optimizer = make_optimizer(RATES, hybrid.params)
-    step = jax.jit(
-        partial(
-            distill_step, teacher_config=teacher.config, student_config=hybrid.config, optimizer=optimizer,
-            dtype=jnp.float32, chunk_tokens=50,
-        )
-    )  # fmt: skip
-    _, metrics = step(start(hybrid.params, optimizer), teacher.params, batch)
-
-    def dense(params):
-        mask = batch["segment_ids"] != 0
-        log_p = jax.nn.log_softmax(forward(teacher.params, teacher.config, batch["tokens"], batch["segment_ids"]))
-        log_q = jax.nn.log_softmax(forward(params, hybrid.config, batch["tokens"], batch["segment_ids"]))
-        return jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1) * mask) / mask.sum()
-
-    loss, gradients = jax.jit(jax.value_and_grad(dense))(hybrid.params)
-    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradients)))
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-4)
-
-
 def test_candidate_equals_the_hybrid_it_stands_for_in_one_program(teacher, linear, batch):
     run = jax.jit(
         lambda params, layer: candidate_hidden_states(
@@ -157,25 +96,6 @@ def test_candidate_equals_the_hybrid_it_stands_for_in_one_program(teacher, linea
         np.testing.assert_allclose(actual, expected, atol=2e-5)
     assert run._cache_size() == 1
     assert make._cache_size() == 1
-
-
-def test_score_step_is_one_executable_and_learns(teacher, linear, batch):
-    hidden, head = teacher_outputs(teacher.params, teacher.config, batch, jnp.float32)
-    batch = {**batch, "teacher_hidden": hidden}
-    first = candidate_params(linear.params, teacher.params, jnp.int32(0))
-    optimizer = make_optimizer(RATES, first)
-    static = {"student_config": linear.config, "linear_kind": G, "dtype": jnp.float32}
-    step = jax.jit(partial(score_step, optimizer=optimizer, **static))
-    measure = jax.jit(partial(candidate_kl, **static))
-    for layer in (0, 3):
-        state = start(candidate_params(linear.params, teacher.params, jnp.int32(layer)), optimizer)
-        before = measure(state.params, jnp.int32(layer), batch, head)
-        for _ in range(3):
-            state, metrics = step(state, jnp.int32(layer), batch, head)
-        after = measure(state.params, jnp.int32(layer), batch, head)
-        assert after < before
-        assert np.isfinite(metrics["loss"])
-    assert step._cache_size() == measure._cache_size() == 1
 
 
 def stage_steps(teacher, linear, hybrid, batch):

@@ -37,6 +37,16 @@ def test_grouped_heads_are_cloned_whole(teacher):
         np.testing.assert_array_equal(student["v_proj"][0, 0, head], expected + 0.5)
 
 
+@pytest.mark.parametrize("expand", [True, False])
+def test_a_gate_copied_from_the_values_has_the_values_heads(teacher, expand):
+    """Query head i is gated by the K/V head that it reads."""
+    mixer = GatedDeltaNetConfig(expand_kv=expand, gate_init="value")
+    student = convert(teacher, PATTERN, mixer, jax.random.key(0)).params["mixers"][G]
+    values = teacher.params["mixers"][F]["v_proj"][np.array([0, 2, 3])]
+    for head in range(4):
+        np.testing.assert_array_equal(student["g_proj"][:, :, head], values[:, :, head // 2])
+
+
 def test_grouped_states_keep_the_teachers_heads(teacher):
     student = convert(teacher, PATTERN, GatedDeltaNetConfig(expand_kv=False), jax.random.key(0))
     rows = np.array([0, 2, 3])

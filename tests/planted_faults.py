@@ -1,0 +1,303 @@
+"""Would the tests notice? Plants one fault at a time in a copy of the package and runs the test that must fail then.
+
+    python tests/planted_faults.py              # every fault; half a minute of processor time each
+    python tests/planted_faults.py score held   # those whose name holds one of these words
+
+Every fault is a plausible slip that leaves a run going: it trains, finishes and exports. Exit code 1 when one survives.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+UPDATES = "tests/stages/test_updates.py::test_two_updates_equal_the_method_written_out"
+WIRING = "tests/test_wiring.py"
+OPTIMIZER = "tests/train/test_optimizer.py"
+QUALITY = "tests/evaluate/test_quality.py"
+CONVERT = "tests/weights/test_convert.py"
+SCORING = "tests/selection/test_kl_guided.py"
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str  # in jaxhybrid/
+    right: str  # occurs once
+    wrong: str
+    test: str  # a pytest node that must fail
+
+
+FAULTS = [
+    # Which tokens, which head, which parameters a step works with.
+    Fault(
+        "align: loss by microbatch",
+        "stages/align.py",
+        "micro, tokens, teacher_config",
+        "micro, count_tokens(micro), teacher_config",
+        f"{UPDATES}[align]",
+    ),
+    Fault(
+        "align: mean of layers forgotten", "stages/align.py", "lambda g: g / count", "lambda g: g", f"{UPDATES}[align]"
+    ),
+    Fault(
+        "align: padding counts",
+        "stages/align.py",
+        "alignment_loss(target, output, mask) / tokens",
+        "alignment_loss(target, output, jnp.ones_like(mask)) / tokens",
+        f"{UPDATES}[align]",
+    ),
+    Fault(
+        "score: loss by microbatch",
+        "stages/score.py",
+        "return total / tokens",
+        "return total / count_tokens(micro)",
+        f"{UPDATES}[score]",
+    ),
+    Fault(
+        "score: mixers alone train",
+        "stages/score.py",
+        "return jax.value_and_grad(loss)(state.params)",
+        "value, g = jax.value_and_grad(loss)(state.params)\n"
+        "        return value, {n: x if n == 'mixers' else jax.tree.map(jnp.zeros_like, x) for n, x in g.items()}",
+        f"{UPDATES}[score]",
+    ),
+    Fault(
+        "score: the student's head for the teacher's",
+        "stages/score.py",
+        "teacher_head.astype(dtype),",
+        "gather(head_matrix(params, student_config).astype(dtype)),",
+        f"{UPDATES}[score]",
+    ),
+    Fault(
+        "score: the attention of the layer before",
+        "stages/score.py",
+        "dynamic_slice_in_dim(w, layer, 1)",
+        "dynamic_slice_in_dim(w, layer - 1, 1)",
+        f"{UPDATES}[score]",
+    ),
+    Fault(
+        "distill: loss by microbatch",
+        "stages/distill.py",
+        "chunk_tokens=chunk_tokens) / tokens",
+        "chunk_tokens=chunk_tokens) / count_tokens(micro)",
+        f"{UPDATES}[distill]",
+    ),
+    Fault(
+        "distill: the student's head for the teacher's",
+        "stages/distill.py",
+        "linear_kl(student, own_head, hidden, head,",
+        "linear_kl(student, own_head, hidden, own_head,",
+        f"{UPDATES}[distill]",
+    ),
+    Fault(
+        "distill: KL the other way round",
+        "stages/distill.py",
+        "linear_kl(student, own_head, hidden, head,",
+        "linear_kl(hidden, head, student, own_head,",
+        f"{UPDATES}[distill]",
+    ),
+    Fault(
+        "finetune: loss by microbatch",
+        "stages/finetune.py",
+        "chunk_tokens=chunk_tokens) / tokens",
+        "chunk_tokens=chunk_tokens) / jnp.sum(mask)",
+        f"{UPDATES}[finetune]",
+    ),
+    Fault(
+        "finetune: predicts over the border of documents",
+        "losses.py",
+        "((segments == following) & (segments != 0))",
+        "((following != 0) & (segments != 0))",
+        f"{UPDATES}[finetune]",
+    ),
+    Fault(
+        "last microbatch forgotten",
+        "stages/batch.py",
+        "jax.tree.map(jnp.zeros_like, shapes), batch)",
+        "jax.tree.map(jnp.zeros_like, shapes), jax.tree.map(lambda x: x[:-1], batch))",
+        f"{UPDATES}[distill]",
+    ),
+    # The optimizer.
+    Fault(
+        "rates: warm-up ignored",
+        "train/optimizer.py",
+        "if warmup else value",
+        "if False else value",
+        f"{OPTIMIZER}::test_rates",
+    ),
+    Fault(
+        "rates: cosine upside down",
+        "train/optimizer.py",
+        "(1 + jnp.cos(math.pi * done))",
+        "(1 - jnp.cos(math.pi * done))",
+        f"{OPTIMIZER}::test_rates",
+    ),
+    Fault(
+        "rates: one for both groups",
+        "train/optimizer.py",
+        '"mixer": adamw(config.mixer_learning_rate,',
+        '"mixer": adamw(config.learning_rate,',
+        f"{OPTIMIZER}::test_both_groups_follow_their_own_rates",
+    ),
+    Fault(
+        "groups: the norm before a mixer left out",
+        "train/optimizer.py",
+        '{"mixers", "input_norm"}',
+        '{"mixers"}',
+        f"{OPTIMIZER}::test_every_leaf_has_its_group",
+    ),
+    Fault(
+        "no clipping",
+        "train/optimizer.py",
+        "optax.clip_by_global_norm(config.clip_norm)",
+        "optax.identity()",
+        f"{OPTIMIZER}::test_clipping_is_by_the_norm_over_all_leaves",
+    ),
+    # Where a stage starts from, and on which text it is measured.
+    Fault(
+        "candidates from the unaligned student",
+        "pipeline.py",
+        "            self.aligned(),\n            config,",
+        "            self.converted(),\n            config,",
+        WIRING,
+    ),
+    Fault(
+        "distillation from unaligned mixers",
+        "pipeline.py",
+        "return with_softmax_layers(self.aligned(), self.teacher, types)",
+        "return with_softmax_layers(self.converted(), self.teacher, types)",
+        WIRING,
+    ),
+    Fault(
+        "finetuning from the undistilled student",
+        "pipeline.py",
+        'params = self.folder.load_params("distill", student.params)',
+        "params = student.params",
+        WIRING,
+    ),
+    Fault(
+        "evaluation of the undistilled student",
+        "pipeline.py",
+        "return Model(self.folder.load_params(stage, hybrid.params), hybrid.config, hybrid.folder)",
+        "return hybrid",
+        WIRING,
+    ),
+    Fault(
+        "held-out text is training text",
+        "pipeline.py",
+        "            self.text.heldout, sequence_length, batch_size, tokens,",
+        "            self.text.train, sequence_length, batch_size, tokens,",
+        WIRING,
+    ),
+    Fault(
+        "training text holds the held-out one",
+        "data/text.py",
+        "train, heldout = take_heldout(train, config.heldout_tokens)",
+        "_, heldout = take_heldout(train, config.heldout_tokens)",
+        WIRING,
+    ),
+    Fault(
+        "held-out KL counts padding",
+        "selection/kl_guided.py",
+        'np.count_nonzero(batch["segment_ids"])',
+        'batch["segment_ids"].size',
+        WIRING,
+    ),
+    Fault(
+        "a resumed candidate reads the first batch's states",
+        "selection/kl_guided.py",
+        'self.number = state["number"]',
+        "self.number = 0",
+        f"{SCORING}::test_a_resumed_candidate_goes_on_with_the_teachers_states_of_its_own_batches",
+    ),
+    # Evaluation.
+    Fault(
+        "evaluation: KL the other way round",
+        "evaluate/quality.py",
+        "linear_kl(*own, *other, tokens)",
+        "linear_kl(*other, *own, tokens)",
+        QUALITY,
+    ),
+    Fault(
+        "evaluation: perplexity over all tokens",
+        "evaluate/quality.py",
+        "math.exp(cross_entropy / predicted)",
+        "math.exp(cross_entropy / tokens)",
+        QUALITY,
+    ),
+    Fault(
+        "evaluation: KL counts padding",
+        "evaluate/quality.py",
+        'tokens = token_mask(batch["segment_ids"])',
+        "tokens = jnp.ones_like(mask)",
+        QUALITY,
+    ),
+    # Conversion.
+    Fault(
+        "rows repeated instead of heads",
+        "weights/convert.py",
+        "return jnp.repeat(w, repeats, axis=axis)",
+        "return jnp.repeat(w.reshape(*w.shape[:-2], -1), repeats, axis=-1).reshape(*w.shape[:-2], -1, w.shape[-1])",
+        f"{CONVERT}::test_grouped_heads_are_cloned_whole",
+    ),
+    Fault(
+        "a value gate in the wrong head order",
+        "weights/convert.py",
+        'carried["g_proj"] = jnp.repeat(attention["v_proj"], config.num_heads // config.num_kv_heads, axis=2)',
+        'carried["g_proj"] = jnp.tile(attention["v_proj"], (1, 1, config.num_heads // config.num_kv_heads, 1))',
+        f"{CONVERT}::test_a_gate_copied_from_the_values_has_the_values_heads",
+    ),
+]
+
+
+def survives(fault: Fault, copy: Path) -> bool:
+    file = copy / "jaxhybrid" / fault.file
+    sound = file.read_text()
+    if sound.count(fault.right) != 1:
+        raise SystemExit(
+            f"{fault.name}: {fault.file} holds {fault.right!r} {sound.count(fault.right)} times, not once."
+        )
+    file.write_text(sound.replace(fault.right, fault.wrong))
+    try:
+        return not fails(fault.test, copy)
+    finally:
+        file.write_text(sound)
+
+
+def fails(test: str, copy: Path) -> bool:
+    """Whether an assertion of the test fails, with the copy's package in place of the installed one."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=short", test]
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    asserted = "AssertionError" in done.stdout and "\nERROR " not in done.stdout
+    if done.returncode != 0 and not asserted:  # the fault stops the program: a test was not needed to see it
+        raise SystemExit(f"{test} ended otherwise than by an assertion:\n{done.stdout}{done.stderr}")
+    return done.returncode != 0
+
+
+def main(words: list[str]) -> int:
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("jaxhybrid", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "conftest.py"):
+            shutil.copyfile(ROOT / name, copy / name)
+        survivors = []
+        for fault in chosen:
+            alive = survives(fault, copy)
+            survivors += [fault] * alive
+            print(
+                f"{'SURVIVED' if alive else 'caught  '}  {fault.name:52} {fault.test.removeprefix('tests/')}",
+                flush=True,
+            )
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
