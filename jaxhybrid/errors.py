@@ -25,5 +25,9 @@ class RunError(JaxHybridError):
     """A run folder belongs to another config, cannot be written, or lacks a stage's result."""
 
 
+class DamageError(RunError):
+    """What lies on the disk is not what was written there."""
+
+
 class DivergenceError(JaxHybridError):
     """Training produced a value that is not finite."""

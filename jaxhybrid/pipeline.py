@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.config import RunConfig, differences, fingerprint, load_config, validate_against
 from jaxhybrid.data import batches, heldout_batches
 from jaxhybrid.data.text import Text, open_text
@@ -18,7 +19,6 @@ from jaxhybrid.errors import RunError
 from jaxhybrid.evaluate.quality import evaluate_quality
 from jaxhybrid.evaluate.recall import recall_accuracy
 from jaxhybrid.export.folder import export, refuse_to_replace
-from jaxhybrid.files import read_json, write_json
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.params import Params, cast_params
@@ -249,12 +249,12 @@ class Pipeline:
         if not files:
             raise RunError(f"{other} has no scores to merge: no candidate is finished there.")
         for file in files:
-            write_json(self.folder.stage("score") / "scores" / file.name, read_json(file))
+            write_result(self.folder.stage("score") / "scores" / file.name, read_result(file))
 
     def write_scores(self, scores: Scores) -> None:
         """`scores.json`: curves, ranking by either curve, and stability for each budget to follow."""
         budgets = {str(b): layers_in_budget(b, self.depth) for b in self.config.score.budgets}
-        write_json(
+        write_result(
             self.folder.path / "scores.json",
             {
                 "ranking": scores.ranking("heldout"),
@@ -290,7 +290,7 @@ class Pipeline:
             }
         if settings.method != "explicit":
             record["other_budgets"] = {str(b): list(choose(b)) for b in self.config.score.budgets}
-        write_json(self.folder.path / "layers.json", record)
+        write_result(self.folder.path / "layers.json", record)
         print(f"select: {settings.method} keeps layers {list(layers)} softmax")
         return layers
 
@@ -369,7 +369,7 @@ class Pipeline:
             "heldout_tokens": settings.heldout_tokens,
             "recall_samples": settings.recall.samples,
         }
-        write_json(self.folder.path / "evaluation.json", result)
+        write_result(self.folder.path / "evaluation.json", result)
         return result
 
     @property

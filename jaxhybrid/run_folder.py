@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
+from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.config import UPSTREAM, RunConfig, differences, fingerprint, load_config, to_yaml
 from jaxhybrid.errors import RunError
 from jaxhybrid.files import draft_of, make_folder, read_json, remove, storage_errors, write_json, write_text
 from jaxhybrid.model.params import Params
-from jaxhybrid.train.checkpoint import damage, orbax_errors
+from jaxhybrid.train.checkpoint import read_tree, write_tree
 
 PACKAGES = ("jaxhybrid", "jaxhybrid-kernels", "jax", "jaxlib", "optax", "orbax-checkpoint", "grain", "transformers")
 STAGES = ("align", "score", "distill", "finetune")
@@ -70,9 +70,8 @@ class RunFolder:
     def finish(self, stage: str, summary: dict[str, Any], params: Params | None = None) -> None:
         """Writes a stage's parameters and marks it done; its checkpoints are then not needed any more, and removed."""
         if params is not None:
-            with orbax_errors(self.stage(stage)):
-                ocp.save(self.stage(stage).absolute() / "params", params, overwrite=True)
-        write_json(self.stage(stage) / "done.json", summary)
+            write_tree(self.stage(stage) / "params", params)
+        write_result(self.stage(stage) / "done.json", summary)
         self._clear(stage)
 
     def _clear(self, stage: str) -> None:
@@ -85,17 +84,19 @@ class RunFolder:
         """Parameters a finished stage left, placed as `like` (arrays or ShapeDtypeStructs with shardings) is."""
         if not self.is_done(stage):
             raise RunError(f"{self.path} has no finished {stage} stage. Run `jaxhybrid {stage} {self.path}`.")
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        path = self.stage(stage).absolute() / "params"
-        with damage(path, f"Delete the folder {self.stage(stage)} to train that stage again"):
-            return ocp.load(path, abstract)
+        try:
+            params, _ = read_tree(self.stage(stage) / "params", like)
+        except RunError as error:
+            way_out = f"Delete the folder {self.stage(stage)} to train that stage again"
+            raise type(error)(f"{error}. {way_out}.") from error
+        return params
 
     def read(self, name: str, made_by: str) -> Any:
         """A JSON result of the run, or an error naming the verb that makes it."""
         path = self.path / name
         if not path.exists():
             raise RunError(f"{path} does not exist yet. Run `jaxhybrid {made_by} {self.path}`.")
-        return read_json(path)
+        return read_result(path, f"Run `jaxhybrid {made_by} {self.path}` again.")
 
     def reuse(self, other: Path) -> dict[str, str]:
         """Takes over the finished align and score stages of another run, where the settings they depend on agree.
@@ -126,7 +127,7 @@ class RunFolder:
                 outcome[stage] = "not taken: " + "; ".join(changed)
             else:
                 if stage == "score":
-                    write_json(self.path / "scores.json", read_json(other / "scores.json"))
+                    write_result(self.path / "scores.json", read_result(other / "scores.json"))
                 self._take(other / stage)
                 outcome[stage] = f"taken from {other}"
         return outcome
@@ -179,14 +180,14 @@ def describe(path: Path) -> str:
     for stage in STAGES:
         done = path / stage / "done.json"
         if done.exists():
-            lines.append(f"  {stage:9} done      {json.dumps(read_json(done))}")
+            lines.append(f"  {stage:9} done      {json.dumps(read_result(done))}")
         elif (path / stage).exists():
             lines.append(f"  {stage:9} started")
         else:
             lines.append(f"  {stage:9} -")
     for name in ("layers.json", "evaluation.json"):
         if (path / name).exists():
-            lines.append(f"  {name}: {json.dumps(read_json(path / name))}")
+            lines.append(f"  {name}: {json.dumps(read_result(path / name))}")
     for name in ("export", "report"):
         lines.append(f"  {name:9} {'written' if (path / name).exists() else '-'}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from jaxhybrid.train.metrics import read_metrics
 from tests.tiny import stage, write_config, write_teacher
 
 # No torch, as on most machines that train: the library must not need it. Levels of optimisation do not matter here.
@@ -114,8 +115,10 @@ def exported(run: Path) -> dict[str, np.ndarray]:
 
 def records(folder: Path) -> list[dict]:
     """What a stage recorded, without how fast it was."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [
+        {name: value for name, value in record.items() if name != "tokens_per_second"}
+        for record in read_metrics(folder)
+    ]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

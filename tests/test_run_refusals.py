@@ -182,17 +182,9 @@ def test_an_export_does_not_take_a_folder_that_holds_other_things(workshop, refu
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "another shape"])
-def test_parameters_that_cannot_be_read(made, damage):
-    folder = made("run")
-    like = {"w": jnp.zeros(4096 if damage != "another shape" else 5)}
-    for path in [path for path in (folder.stage("align") / "params").rglob("*") if path.is_file()]:
-        if damage == "gone":
-            path.unlink()
-        elif damage == "cut":
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(RunError, match=r"align/params is damaged or does not fit.*Delete the folder .*align to train"):
-        folder.load_params("align", like)
+def test_parameters_of_another_shape(made):
+    with pytest.raises(RunError, match=r"align/params does not fit this run.*Delete the folder .*align to train"):
+        made("run").load_params("align", {"w": jnp.zeros(5)})
 
 
 def test_report_of_a_mistyped_name_makes_no_folder(workshop, refused, tmp_path):

@@ -1,15 +1,16 @@
 """Documents as one flat file of token ids, made once and mapped into memory afterwards.
 
 A cache folder holds `tokens.bin` (all documents end to end, uint16 or uint32), `lengths.npy` and `hashes.npy` (one
-entry per document) and `meta.json`. Its name is a hash of source, tokenizer and settings, so another setting is another
+entry per document), `blocks.npy` (checksums of `tokens.bin`) and `meta.json` (with those of the others). Its name is a hash of source, tokenizer and settings, so another setting is another
 folder. Any document can be read at random, which is what makes shuffling and exact resumption cheap.
 """
 
 import hashlib
 import json
 import os
+import warnings
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,12 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from jaxhybrid.checksums import file_checksum, read_result, write_result
 from jaxhybrid.data.sources import Source
+from jaxhybrid.data.token_file import TokenFile, block_checksums
 from jaxhybrid.data.vocabulary import Vocabulary
-from jaxhybrid.errors import DataError
-from jaxhybrid.files import draft_of, make_folder, storage_errors
+from jaxhybrid.errors import DamageError, DataError, RunError
+from jaxhybrid.files import draft_of, make_folder, remove, storage_errors
 
 FORMAT = 1  # of the cache folder; raised when old folders must not be read
 WAY_OUT = "set data.cache_dir to another folder"
@@ -33,7 +36,7 @@ LongDocuments = Literal["split", "cut"]
 class TokenDataset:
     """Documents as token ids. Document i is tokens[starts[i] : starts[i] + lengths[i]]; a view shares `tokens`."""
 
-    tokens: np.ndarray  # flat ids, memory-mapped
+    tokens: np.ndarray | TokenFile  # flat ids
     starts: np.ndarray  # [documents] int64
     lengths: np.ndarray  # [documents] int64
     hashes: np.ndarray  # [documents] uint64 of the text; pieces of one document share it
@@ -84,19 +87,34 @@ def open_tokens(
     left out. On a pod every host that has its own disk tokenises for itself; hosts that share `cache_dir` may all do
     the work, the first to finish is kept.
 
-    Raises DataError when the source holds no text, a file is unreadable, or the cache folder is damaged, and RunError
-    when it cannot be written.
+    A cache that is damaged is made again, with a warning: now, or when the damaged part is first read.
+
+    Raises DataError when the source holds no text or a file is unreadable, and RunError when the cache cannot be written.
     """
     settings = [FORMAT, source.fingerprint, vocabulary.fingerprint, max_document_tokens, long_documents]
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12).hexdigest()
     folder = Path(os.path.expanduser(cache_dir)) / key
-    if not folder.is_dir():
+
+    def make(again: bool) -> None:
         make_folder(folder.parent, WAY_OUT)
         with storage_errors(folder, WAY_OUT), draft_of(folder) as unfinished:
             unfinished.mkdir()
             _write(unfinished, source, vocabulary, max_document_tokens, long_documents, progress)
+            if again:
+                remove(folder)
             _rename(unfinished, folder)
-    return _read(folder, source.name)
+
+    def read() -> TokenDataset:
+        return _read(folder, source.name, lambda: make(again=True))
+
+    if not folder.is_dir():
+        make(again=False)
+    try:
+        return read()
+    except DamageError as error:
+        warnings.warn(f"{error}. The text is tokenised again.", stacklevel=2)
+        make(again=True)
+        return read()
 
 
 def _rename(unfinished: Path, folder: Path) -> None:
@@ -135,6 +153,7 @@ def _write(
         raise DataError(f"Source {source.name!r} holds no text: every document is empty or there is none.")
     np.save(folder / "lengths.npy", np.frombuffer(lengths, np.int64))
     np.save(folder / "hashes.npy", np.frombuffer(hashes, np.uint64))
+    np.save(folder / "blocks.npy", block_checksums(folder / "tokens.bin", vocabulary.dtype))
     meta = {
         "format": FORMAT,
         "dtype": vocabulary.dtype.name,
@@ -145,20 +164,42 @@ def _write(
         "encoding": vocabulary.fingerprint,
         "max_document_tokens": max_tokens,
         "long_documents": long_documents,
+        "checksums": {name: file_checksum(folder / name) for name in ("lengths.npy", "hashes.npy", "blocks.npy")},
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+    write_result(folder / "meta.json", meta)
 
 
-def _read(folder: Path, name: str) -> TokenDataset:
+def _read(folder: Path, name: str, make_again: Callable[[], None]) -> TokenDataset:
+    def checksums() -> np.ndarray:
+        return np.load(folder / "blocks.npy")
+
+    def tokens_again() -> np.ndarray:
+        make_again()
+        return checksums()
+
     try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        meta: dict[str, Any] = read_result(folder / "meta.json")
+        summed = meta.get("checksums", {})
+        for file, expected in summed.items():
+            if file_checksum(folder / file) != expected:
+                raise ValueError(f"{file} does not match its checksum")
         lengths, hashes = np.load(folder / "lengths.npy"), np.load(folder / "hashes.npy")
-        tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-        whole = len(tokens) == meta["tokens"] == lengths.sum() and len(lengths) == len(hashes) == meta["documents"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"The token cache {folder} is damaged ({error}); delete the folder to make it anew.") from error
-    if not whole:
-        raise DataError(f"The token cache {folder} is damaged (its sizes disagree); delete the folder to make it anew.")
+        path, dtype = folder / "tokens.bin", np.dtype(meta["dtype"])
+        if path.stat().st_size != meta["tokens"] * dtype.itemsize:
+            raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes for {meta['tokens']:,} tokens")
+        if not (lengths.sum() == meta["tokens"] and len(lengths) == len(hashes) == meta["documents"]):
+            raise ValueError("its sizes disagree")
+        tokens = TokenFile(path, dtype, checksums() if summed else None, tokens_again)
+    except PermissionError as error:
+        raise DataError(f"The token cache {folder} cannot be read ({error.strerror}); {WAY_OUT}.") from error
+    except (OSError, ValueError, KeyError, RunError) as error:
+        raise DamageError(f"The token cache {folder} is damaged ({error})") from error
+    if not summed:
+        warnings.warn(
+            f"The token cache {folder} has no checksums: an earlier version made it. It is read unverified; delete the "
+            "folder to have the text tokenised anew.",
+            stacklevel=3,
+        )
     starts = np.cumsum(lengths) - lengths
     return TokenDataset(tokens, starts, lengths, hashes, meta["encoding"], name)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from jaxhybrid.checksums import read_result
 from jaxhybrid.errors import RunError
-from jaxhybrid.files import read_json
 from jaxhybrid.selection.ranking import CandidateScore, Scores, layers_in_budget
 from jaxhybrid.train.metrics import Record, read_metrics, training_figures
 
@@ -110,7 +110,7 @@ def read_results(path: Path) -> Results:
 
 
 def _read(path: Path) -> Any:
-    return read_json(path) if path.exists() else None
+    return read_result(path) if path.exists() else None
 
 
 def _read_stage(folder: Path) -> StageResult:

@@ -1,7 +1,7 @@
 """Scoring the layers: every candidate trained on the same batches by the same program, resumable anywhere."""
 
 import math
-import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhybrid.errors import ConfigError, DivergenceError
-from jaxhybrid.files import read_json, write_json
+from jaxhybrid.checksums import read_result
+from jaxhybrid.errors import ConfigError, DamageError, DivergenceError
+from jaxhybrid.files import remove
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import Model, head_matrix
-from jaxhybrid.selection.ranking import CandidateScore, Curve, read_scores
+from jaxhybrid.selection.ranking import SCORE_AGAIN, CandidateScore, Curve, read_scores, write_score
 from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_caches
 from jaxhybrid.stages.distill import teacher_outputs
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
@@ -88,14 +89,14 @@ def score_candidates(
             if not _finished(folder, layer, steps, config):
                 _train_candidate(programs, layer, steps, batches, heldout_batches, label)
             if config.stop_budget is None:  # else the next round goes on from there
-                shutil.rmtree(programs.candidate_folder(layer), ignore_errors=True)
+                remove(programs.candidate_folder(layer))
         if config.stop_budget is not None and position + 1 < len(rounds):
             scores = read_scores(folder / "scores", depth)
             if scores.is_stable(config.stop_budget, config.stop_window, config.stop_jaccard):
                 print(f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping.")
                 break
     for layer in candidates:
-        shutil.rmtree(programs.candidate_folder(layer), ignore_errors=True)
+        remove(programs.candidate_folder(layer))
     programs.close()
     return programs.compiled()
 
@@ -104,7 +105,7 @@ def _finished(folder: Path, layer: int, steps: int, config: ScoringConfig) -> bo
     file = folder / "scores" / f"{layer:03d}.json"
     if not file.exists():
         return False
-    done = CandidateScore.from_json(read_json(file)).heldout[-1][0]
+    done = CandidateScore.from_json(read_result(file, SCORE_AGAIN)).heldout[-1][0]
     return done >= steps * config.batch_size * config.sequence_length
 
 
@@ -131,25 +132,26 @@ def _train_candidate(
             return None
         return {"heldout_kl": programs.heldout_kl(state.params, index, heldout)}
 
-    state = programs.begin(programs.student.params, programs.teacher.params, index)
-    untrained = programs.heldout_kl(state.params, index, heldout)
+    def begin() -> Any:
+        return programs.begin(programs.student.params, programs.teacher.params, index)
+
+    untrained = programs.heldout_kl(begin().params, index, heldout)
     tokens_per_step = config.batch_size * config.sequence_length
-    train(
-        state,
-        step,
-        _Numbered(batches()),
-        folder,
-        LoopConfig(
-            steps,
-            tokens_per_step,
-            config.checkpoint_every,
-            config.log_every,
-            label,
-            # The score is all that is kept of a candidate; only rounds go on from its last state.
-            keep_last=config.stop_budget is not None,
-        ),
-        measure=measure,
+    loop = LoopConfig(
+        steps,
+        tokens_per_step,
+        config.checkpoint_every,
+        config.log_every,
+        label,
+        # The score is all that is kept of a candidate; only rounds go on from its last state.
+        keep_last=config.stop_budget is not None,
     )
+    try:
+        train(begin(), step, _Numbered(batches()), folder, loop, measure=measure)
+    except DamageError as error:
+        warnings.warn(f"{error} The candidate of layer {layer} starts over.", stacklevel=2)
+        remove(folder)
+        train(begin(), step, _Numbered(batches()), folder, loop, measure=measure)
     records = read_metrics(folder)
     heldout_curve: Curve = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
     score = CandidateScore(
@@ -157,7 +159,7 @@ def _train_candidate(
         train=[(r["tokens"], r["loss"]) for r in records if "loss" in r],
         heldout=[(0, untrained), *heldout_curve],
     )
-    write_json(programs.folder / "scores" / f"{layer:03d}.json", score.to_json())
+    write_score(programs.folder / "scores", score)
 
 
 class _Numbered:

@@ -6,11 +6,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.errors import ConfigError, RunError
-from jaxhybrid.files import read_json
 
 Curve = list[tuple[int, float]]  # (tokens trained on, KL in nats per token)
 RankBy = Literal["heldout", "train"]
+SCORE_AGAIN = "Delete it and run `jaxhybrid score` again to train that candidate anew."
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
+def write_score(folder: Path, score: CandidateScore) -> None:
+    """`folder/LLL.json`."""
+    write_result(folder / f"{score.layer:03d}.json", score.to_json())
+
+
 def read_scores(folder: Path, depth: int) -> Scores:
     """The scores in `folder`, one file per candidate, whichever processes wrote them.
 
@@ -94,7 +100,7 @@ def read_scores(folder: Path, depth: int) -> Scores:
             f"{len(missing)} of {depth} layers have no score in {folder}: {missing}. Score them with "
             f"`jaxhybrid score CONFIG --candidates {first}:{last}`, or bring another run's in with `--merge RUN`."
         )
-    return Scores(tuple(CandidateScore.from_json(read_json(file)) for file in files.values()))
+    return Scores(tuple(CandidateScore.from_json(read_result(file, SCORE_AGAIN)) for file in files.values()))
 
 
 def layers_in_budget(budget: int | float, depth: int, key: str = "budget") -> int:

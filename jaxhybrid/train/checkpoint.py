@@ -2,7 +2,10 @@
 
 import errno
 import os
+import re
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,60 +13,134 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxhybrid.errors import RunError
-from jaxhybrid.files import make_folder, storage_errors
+from jaxhybrid.checksums import MANIFEST, verify, write_manifest
+from jaxhybrid.errors import DamageError, RunError
+from jaxhybrid.files import make_folder, remove, storage_errors
 
 Position = dict[str, Any]  # JSON: where the batch iterator is, and whatever else going on from here needs
 
+_UNFINISHED = re.compile(r"\d+(\.draft)?(\.orbax-checkpoint-tmp.*)?")
+
 
 class Checkpoints:
-    """The checkpoints in one folder, newest two kept. A checkpoint appears under its name only when it is whole."""
+    """The checkpoints in one folder, the newest `keep` kept. One has its step as its name only when it is whole."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        self.folder = make_folder(folder)
-        self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self.folder, self.keep = make_folder(folder), keep
+        for path in self.folder.iterdir():  # what a killed process left
+            if _UNFINISHED.fullmatch(path.name) and not path.name.isdecimal():
+                remove(path)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the whole checkpoints, oldest first."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     @property
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        return self.steps[-1] if self.steps else None
 
     def save(self, step: int, state: Any, position: Position, *, wait: bool = False) -> None:
         """Starts writing; returns once the arrays are copied, or with `wait` once the checkpoint is on disk."""
-        if step == self.latest:
-            return
+        self.wait()
+        draft = self.folder / f"{step}.draft"
         with orbax_errors(self.folder):
-            self._checkpointer.save_async(step, state, custom_metadata={"position": position})
-            if wait:
-                self._checkpointer.wait()
+            saving = ocp.save_async(draft.absolute(), state, custom_metadata=_metadata(position=position))
+        self._writing = self._thread.submit(self._commit, step, draft, saving)
+        if wait:
+            self.wait()
+
+    def _commit(self, step: int, draft: Path, saving: Any) -> None:
+        saving.result()
+        write_manifest(draft)
+        draft.rename(self.folder / str(step))
+        for older in self.steps[: -self.keep]:
+            remove(self.folder / str(older))
 
     def restore(self, like: Any) -> tuple[Any, Position]:
-        """The newest state, placed as the arrays (or ShapeDtypeStructs with shardings) of `like` are."""
-        step = self.latest
-        if step is None:
+        """The newest state, placed as the arrays (or ShapeDtypeStructs with shardings) of `like` are.
+
+        Checkpoints that are damaged are set aside, with a warning, once an older one was read.
+
+        Raises:
+            DamageError: there is no other one.
+            RunError: there is none at all, or it does not fit `like`.
+        """
+        if not self.steps:
             raise RunError(f"{self.folder} has no checkpoint.")
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        with damage(
-            self.folder / str(step), "Delete it to go on from an older one, or the stage's folder to start over"
-        ):
-            state = self._checkpointer.load(step, abstract)
-            metadata = self._checkpointer.metadata(step).custom_metadata
-        if not isinstance(metadata, dict):
-            raise RunError(
-                f"{self.folder / str(step)} lacks its position in the data. Delete it to go on from an older one."
-            )
+        faults: dict[int, DamageError] = {}
+        way_out = f"Delete the folder {self.folder} to start over."
+        for step in reversed(self.steps):
+            try:
+                state, position = self._read(step, like)
+            except DamageError as error:
+                faults[step] = error
+                continue
+            except RunError as error:
+                raise RunError(f"{error}. {way_out}") from error
+            for damaged, fault in faults.items():
+                aside = _set_aside(self.folder / str(damaged))
+                warnings.warn(f"{fault}: set aside as {aside}; going on from step {step}.", stacklevel=2)
+            return state, position
+        found = "; ".join(map(str, faults.values()))
+        raise DamageError(f"{found}. There is no other checkpoint. {way_out}")
+
+    def _read(self, step: int, like: Any) -> tuple[Any, Position]:
+        state, metadata = read_tree(self.folder / str(step), like)
+        if "position" not in metadata:
+            raise DamageError(f"{self.folder / str(step)} lacks its place in the data")
         return state, metadata["position"]
+
+    def wait(self) -> None:
+        """Until what is being written is on disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with orbax_errors(self.folder):
+                writing.result()
 
     def close(self) -> None:
         """Waits for what is being written."""
-        with orbax_errors(self.folder):
-            self._checkpointer.close()
+        self._thread.shutdown()
+        self.wait()
+
+
+def write_tree(folder: Path, tree: Any) -> None:
+    """Arrays and their checksums, in place of what `folder` holds."""
+    with orbax_errors(folder):
+        ocp.save(folder.absolute(), tree, overwrite=True, custom_metadata=_metadata())
+    write_manifest(folder)
+
+
+def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """The arrays in `folder`, placed as those (or the ShapeDtypeStructs) of `like` are, and what was written with them.
+
+    Raises:
+        DamageError: a file is gone or damaged.
+        RunError: the arrays are other ones than those of `like`.
+    """
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    whole = verify(folder)
+    with _unreadable(folder, whole):
+        metadata = ocp.metadata(folder.absolute()).custom_metadata or {}
+        if not whole and MANIFEST in metadata:
+            raise DamageError(f"{folder / MANIFEST} is gone")
+        tree = ocp.load(folder.absolute(), abstract)
+    if not whole:
+        warnings.warn(f"{folder} has no checksums: an earlier version wrote it. It is read unverified.", stacklevel=2)
+    return tree, metadata
+
+
+def _metadata(**custom: Any) -> dict[str, Any]:
+    """What orbax keeps beside the arrays; from the manifest's name in it follows that there was one."""
+    return {**custom, MANIFEST: True}
+
+
+def _set_aside(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f"-{n}" for n in range(2, 100))))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 @contextmanager
@@ -81,12 +158,14 @@ def orbax_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def damage(path: Path, way_out: str) -> Iterator[None]:
-    """Says of what orbax raises while it reads that `path` is damaged or of another shape."""
+def _unreadable(folder: Path, whole: bool) -> Iterator[None]:
+    """Says of what orbax raises while it reads: the folder does not fit or, unless it is known to be whole, is damaged."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError):  # a device without room, say
+    except (MemoryError, jax.errors.JaxRuntimeError, RunError):  # a device without room, say
         raise
     except Exception as error:  # tensorstore has no type of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise RunError(f"{path} is damaged or does not fit this run ({reason}). {way_out}.") from error
+        if whole:
+            raise RunError(f"{folder} does not fit this run ({reason})") from error
+        raise DamageError(f"{folder} is damaged or does not fit this run ({reason})") from error

@@ -91,7 +91,7 @@ def train(
             record = bool(measured) or last or done % config.log_every == 0
             if record or save:
                 # Steps run ahead of the host; reading their metrics waits for them, so it is done in groups.
-                unrecorded = [*unrecorded, *_read(pending, folder, checkpoints.latest)]
+                unrecorded = [*unrecorded, *_read(pending, folder, checkpoints)]
             if record:
                 values = {name: np.mean([one[name] for one in unrecorded], axis=0).tolist() for name in metrics}
                 tokens = (done - recorded) * config.tokens_per_step
@@ -127,7 +127,7 @@ class _Pending:
     metrics: dict[str, jax.Array]
 
 
-def _read(pending: deque[_Pending], folder: Path, checkpoint: int | None) -> list[Metrics]:
+def _read(pending: deque[_Pending], folder: Path, checkpoints: Checkpoints) -> list[Metrics]:
     """Metrics of each pending update, which are dropped. Stops at the first that is not finite."""
     read: list[Metrics] = []
     while pending:
@@ -138,9 +138,9 @@ def _read(pending: deque[_Pending], folder: Path, checkpoint: int | None) -> lis
             path = make_folder(folder) / f"bad-batch-{item.step}.npz"
             with storage_errors(path):
                 np.savez(path, **item.batch)  # type: ignore[arg-type]  # numpy's stub takes array names for options
-            saved = (
-                "there is no checkpoint yet" if checkpoint is None else f"the last good checkpoint is step {checkpoint}"
-            )
+            checkpoints.wait()
+            step = checkpoints.latest
+            saved = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
             raise DivergenceError(
                 f"{bad[0]} is {values[bad[0]]} at step {item.step}; its batch is saved as {path}; {saved}. "
                 "Lower the learning rate or clip_norm, or look at the batch; then run the same command again."

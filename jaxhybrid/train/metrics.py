@@ -11,19 +11,35 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from jaxhybrid.checksums import seal, unseal
+from jaxhybrid.errors import DamageError
 from jaxhybrid.files import make_folder, storage_errors, write_text
 
 Record = dict[str, Any]  # {"step": 12, "tokens": 4096, "loss": ...}: plain numbers and short lists of them
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of `folder/metrics.jsonl`, oldest first; none if there is no file."""
+    """The records of `folder/metrics.jsonl`, oldest first; none if there is no file. Raises DamageError naming a line."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     # A killed process may leave half a last line; it belongs to a step that will be run again.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
+
+
+def _line(record: Record) -> str:
+    return json.dumps(seal(record), allow_nan=False) + "\n"
+
+
+def _parsed(line: bytes, where: str) -> Record:
+    way_out = "Delete that line to go on without it, or the folder to start over."
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # not JSON, or not even text
+        raise DamageError(f"{where} is damaged ({error}). {way_out}") from error
+    return unseal(record, where, way_out)
 
 
 def training_figures(records: list[Record]) -> Record:
@@ -47,7 +63,7 @@ class Recorder:
     def __init__(self, folder: Path, *, resume_step: int, total_tokens: int, done_tokens: int, label: str):
         make_folder(folder)
         kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(folder / "metrics.jsonl", "".join(map(_line, kept)))
         self._path = folder / "metrics.jsonl"
         with storage_errors(folder):
             self._file: TextIO = self._path.open("a")
@@ -58,7 +74,7 @@ class Recorder:
 
     def write(self, record: Record) -> None:
         with storage_errors(self._path):
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.write(_line(record))
             self._file.flush()
             numbers = {name: x for name, x in record.items() if name != "step" and isinstance(x, int | float)}
             self._board.write(record["step"], numbers)

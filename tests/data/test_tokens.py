@@ -1,12 +1,14 @@
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
 
 import jaxhybrid.data.tokens as tokens_module
-from jaxhybrid.data import load_vocabulary, open_source, open_tokens
+from jaxhybrid.data import load_vocabulary, open_source, open_tokens, token_file
 from jaxhybrid.errors import DataError, RunError
+from tests.harms import harms
 
 DOCUMENTS = ["w0 w1 w2", "w3", "", "w4 w5 w6 w7 w8 w9"]
 
@@ -27,7 +29,6 @@ def test_documents_become_one_flat_file(source, vocabulary, tmp_path):
     assert documents(dataset) == [[3, 4, 5, 2], [6, 2], [7, 8, 9, 10, 11, 12, 2]]
     assert dataset.num_tokens == 13
     assert dataset.tokens.dtype == np.uint16
-    assert isinstance(dataset.tokens, np.memmap)
 
 
 def test_groups_do_not_change_the_result(source, vocabulary, tmp_path, monkeypatch):
@@ -95,13 +96,55 @@ def test_another_process_may_finish_first(source, vocabulary, tmp_path, monkeypa
     assert len(os.listdir(tmp_path / "cache")) == 1
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "lengths.npy", "meta.json"])
-def test_a_damaged_cache_is_refused_with_its_folder(file, source, vocabulary, tmp_path):
+def test_every_damage_to_a_cache_is_found_and_mended(source, vocabulary, tmp_path):
+    whole = open_tokens(source, vocabulary, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sorted(os.listdir(folder)) == ["blocks.npy", "hashes.npy", "lengths.npy", "meta.json", "tokens.bin"]
+    for path, harm in harms(folder, seed=5):
+        intact = path.read_bytes()
+        with harm, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            dataset = open_tokens(source, vocabulary, tmp_path / "cache")
+            assert documents(dataset) == documents(whole)
+            assert dataset.fingerprint == whole.fingerprint
+            if path.name == "meta.json" and not warned:  # a blank became another one
+                assert json.loads(path.read_text()) == json.loads(intact)
+                continue
+            (message,) = [str(warning.message) for warning in warned]
+            assert str(folder) in message
+            assert path.name in message
+            assert message.endswith("The text is tokenised again.")
+            assert os.listdir(tmp_path / "cache") == [folder.name]
+            assert path.read_bytes() == intact
+
+
+def test_a_damaged_block_is_found_when_it_is_read_and_not_before(source, vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_file, "BLOCK_BYTES", 4)
     open_tokens(source, vocabulary, tmp_path / "cache")
-    path = next((tmp_path / "cache").iterdir()) / file
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"cache .* is damaged .* delete the folder"):
-        open_tokens(source, vocabulary, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*/tokens.bin")
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-1] + b"?")
+    dataset = open_tokens(source, vocabulary, tmp_path / "cache")
+    assert dataset.document(1).tolist() == [6, 2]
+    with pytest.warns(UserWarning, match=r"tokens\.bin is damaged: block 6 of 7"):
+        assert dataset.document(2).tolist() == [7, 8, 9, 10, 11, 12, 2]
+    assert path.read_bytes() == intact
+    # Its text has been replaced by another one of the same size.
+    path.write_bytes(intact[:-1] + b"?")
+    dataset = open_tokens(source, vocabulary, tmp_path / "cache")
+    monkeypatch.setattr(type(source), "documents", lambda _: iter(["w1"] * 6 + [""]))
+    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"its text gives other tokens now"):
+        dataset.document(2)
+
+
+def test_a_cache_without_checksums_is_read_with_a_note(source, vocabulary, tmp_path):
+    whole = open_tokens(source, vocabulary, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if "checksum" not in k}))
+    (folder / "blocks.npy").unlink()
+    with pytest.warns(UserWarning, match=f"{folder} has no checksums"):
+        assert documents(open_tokens(source, vocabulary, tmp_path / "cache")) == documents(whole)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_refused(source, vocabulary, tmp_path):
