@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from jaxhybrid.errors import DamageError, RunError
@@ -23,7 +24,9 @@ AGAIN = "Delete it and run the step that wrote it again."
 
 
 def checksum(data: Any) -> int:
-    """Of bytes, or of an array in row-major order."""
+    """Of bytes, or of the bytes of an array."""
+    if isinstance(data, np.ndarray):
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     return xxhash.xxh3_64_intdigest(data)
 
 

@@ -202,6 +202,8 @@ class Pipeline:
             stop_budget=None if stop is None else layers_in_budget(self.config.select.budget, self.depth),
             stop_window=3 if stop is None else stop.window,
             stop_jaccard=1.0 if stop is None else stop.jaccard,
+            stop_every=1 if stop is None else stop.every,
+            kept_dtype=jnp.dtype(settings.kept_dtype),
         )
         begun_before = any((folder / name).exists() for name in ("scores", "candidates"))
         began = time.perf_counter()

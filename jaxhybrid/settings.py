@@ -223,6 +223,9 @@ class StabilityConfig(Section):
     jaccard: Annotated[float, Field(gt=0, le=1)] = about(
         1.0, "least overlap of the chosen sets of neighbouring evaluations"
     )
+    every: Count = about(
+        1, "evaluations between two looks at the sets; at each look every candidate is written to disk and read again"
+    )
 
 
 class ScoreConfig(KlStageConfig):
@@ -237,6 +240,11 @@ class ScoreConfig(KlStageConfig):
     )
     budgets: Budgets = about((0.125, 0.25, 0.5), "budgets whose chosen sets are followed over tokens")
     stop_when_stable: StabilityConfig | None = about(None, "rule to stop before tokens are used up; null: never")
+    kept_dtype: Dtype = about(
+        "float32",
+        "all candidates wait on disk between two looks of stop_when_stable, 12 bytes a parameter each in float32; "
+        "bfloat16 keeps 6 (changes and moments rounded), which changes scores slightly",
+    )
 
 
 class DistillConfig(KlStageConfig):

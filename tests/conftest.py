@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from filelock import FileLock
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.params import initialize
@@ -75,3 +76,18 @@ def whole(tmp_path_factory):
             workshop.prepare()
             (workshop.folder / "output.txt").write_text(workshop.finish("run", workshop.config))
     return workshop
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Programs that a module compiles again come from a file; tracing them is left."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+                "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -11,7 +11,9 @@ import numpy as np
 from jaxhybrid.checksums import checksum
 from jaxhybrid.errors import DataError
 
-BLOCK_BYTES = 1 << 17  # as much as Linux reads around a page of a mapped file: verifying reads hardly more from the disk
+BLOCK_BYTES = (
+    1 << 17
+)  # as much as Linux reads around a page of a mapped file: verifying reads hardly more from the disk
 
 
 class TokenFile:
@@ -20,9 +22,7 @@ class TokenFile:
     A block is verified when it is first read. When one is damaged, the file is made again.
     """
 
-    def __init__(
-        self, path: Path, dtype: np.dtype, checksums: np.ndarray | None, make_again: Callable[[], np.ndarray]
-    ):
+    def __init__(self, path: Path, dtype: np.dtype, checksums: np.ndarray | None, make_again: Callable[[], np.ndarray]):
         """
         Args:
             checksums: what `block_checksums` gave; None reads unverified.

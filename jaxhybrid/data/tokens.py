@@ -1,8 +1,9 @@
 """Documents as one flat file of token ids, made once and mapped into memory afterwards.
 
 A cache folder holds `tokens.bin` (all documents end to end, uint16 or uint32), `lengths.npy` and `hashes.npy` (one
-entry per document), `blocks.npy` (checksums of `tokens.bin`) and `meta.json` (with those of the others). Its name is a hash of source, tokenizer and settings, so another setting is another
-folder. Any document can be read at random, which is what makes shuffling and exact resumption cheap.
+entry per document), `blocks.npy` (checksums of `tokens.bin`) and `meta.json` (with those of the others). Its name is a
+hash of source, tokenizer and settings, so another setting is another folder. Any document can be read at random, which
+is what makes shuffling and exact resumption cheap.
 """
 
 import hashlib
@@ -89,7 +90,8 @@ def open_tokens(
 
     A cache that is damaged is made again, with a warning: now, or when the damaged part is first read.
 
-    Raises DataError when the source holds no text or a file is unreadable, and RunError when the cache cannot be written.
+    Raises DataError when the source holds no text or a file is unreadable, and RunError when the cache cannot be
+    written.
     """
     settings = [FORMAT, source.fingerprint, vocabulary.fingerprint, max_document_tokens, long_documents]
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12).hexdigest()

@@ -19,6 +19,7 @@ from jaxhybrid.files import remove
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import Model, head_matrix
+from jaxhybrid.selection.kept_state import KeptState
 from jaxhybrid.selection.ranking import SCORE_AGAIN, CandidateScore, Curve, read_scores, write_score
 from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_caches
 from jaxhybrid.stages.distill import teacher_outputs
@@ -47,6 +48,8 @@ class ScoringConfig:
     stop_budget: int | None = None  # stop early once the top-`stop_budget` set is stable, in rounds of `evaluate_every`
     stop_window: int = 3
     stop_jaccard: float = 1.0
+    stop_every: int = 1  # evaluations in a round after the first one
+    kept_dtype: Any = jnp.float32  # of candidates' states between rounds; bfloat16 rounds them
 
 
 def score_candidates(
@@ -77,20 +80,16 @@ def score_candidates(
         raise ConfigError("Stopping when the ranking is stable needs all candidates in one process; drop --candidates.")
     remove_caches(folder, candidates)
     programs = _Programs(teacher, student, config, mesh, folder, candidates)
-    heldout_batches = [programs.with_teacher("heldout", i, batch, len(heldout)) for i, batch in enumerate(heldout)]
-    total = config.optimizer.total_steps
-    rounds = (
-        [total] if config.stop_budget is None else [*range(config.evaluate_every, total, config.evaluate_every), total]
-    )
-
+    rounds = rounds_of(config)
     for position, steps in enumerate(rounds):
         for count, layer in enumerate(candidates):
             label = f"score layer {layer} ({count + 1} of {len(candidates)})"
             if not _finished(folder, layer, steps, config):
-                _train_candidate(programs, layer, steps, batches, heldout_batches, label)
-            if config.stop_budget is None:  # else the next round goes on from there
+                _train_candidate(programs, layer, rounds[: position + 1], batches, heldout, label)
+            if position + 1 == len(rounds):  # else the next round goes on from there
                 remove(programs.candidate_folder(layer))
-        if config.stop_budget is not None and position + 1 < len(rounds):
+        if position + 1 < len(rounds):
+            assert config.stop_budget is not None
             scores = read_scores(folder / "scores", depth)
             if scores.is_stable(config.stop_budget, config.stop_window, config.stop_jaccard):
                 print(f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping.")
@@ -99,6 +98,14 @@ def score_candidates(
         remove(programs.candidate_folder(layer))
     programs.close()
     return programs.compiled()
+
+
+def rounds_of(config: ScoringConfig) -> list[int]:
+    """Steps at which every candidate waits for all others. The first that can end scoring is the first of them."""
+    total, every = config.optimizer.total_steps, config.evaluate_every
+    if config.stop_budget is None:
+        return [total]
+    return [*range(every * (config.stop_window + 1), total, every * config.stop_every), total]
 
 
 def _finished(folder: Path, layer: int, steps: int, config: ScoringConfig) -> bool:
@@ -112,11 +119,12 @@ def _finished(folder: Path, layer: int, steps: int, config: ScoringConfig) -> bo
 def _train_candidate(
     programs: "_Programs",
     layer: int,
-    steps: int,
+    rounds: Sequence[int],
     batches: Callable[[], Batches],
-    heldout: list[dict[str, np.ndarray]],
+    heldout: Sequence[HostBatch],
     label: str,
 ) -> None:
+    """Takes the candidate to the end of the last of `rounds`, from where it was left, and writes its score."""
     config = programs.config
     folder = programs.candidate_folder(layer)
     index = jnp.int32(layer)
@@ -137,21 +145,27 @@ def _train_candidate(
 
     untrained = programs.heldout_kl(begin().params, index, heldout)
     tokens_per_step = config.batch_size * config.sequence_length
-    loop = LoopConfig(
-        steps,
-        tokens_per_step,
-        config.checkpoint_every,
-        config.log_every,
-        label,
-        # The score is all that is kept of a candidate; only rounds go on from its last state.
-        keep_last=config.stop_budget is not None,
-    )
+
+    def run() -> None:
+        kept = KeptState(folder, config.kept_dtype, begin)
+        for steps in rounds:
+            if kept.step >= steps:
+                continue
+            loop = LoopConfig(
+                steps, tokens_per_step, config.checkpoint_every, config.log_every, label, keep_checkpoints=1,
+                keep_last=False,
+            )  # fmt: skip
+            stream = _Numbered(batches())
+            state = train(kept.restore(stream), step, stream, folder, loop, measure=measure)
+            if steps < config.optimizer.total_steps:  # after the last round the score is all that is kept
+                kept.save(state, stream)
+
     try:
-        train(begin(), step, _Numbered(batches()), folder, loop, measure=measure)
+        run()
     except DamageError as error:
         warnings.warn(f"{error} The candidate of layer {layer} starts over.", stacklevel=2)
         remove(folder)
-        train(begin(), step, _Numbered(batches()), folder, loop, measure=measure)
+        run()
     records = read_metrics(folder)
     heldout_curve: Curve = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
     score = CandidateScore(
@@ -249,7 +263,8 @@ class _Programs:
     def heldout_kl(self, params: Any, layer: jax.Array, heldout: Sequence[HostBatch]) -> float:
         """Mean KL in nats per token over the held-out batches."""
         total, tokens = 0.0, 0
-        for batch in heldout:
+        for index, own in enumerate(heldout):
+            batch = self.with_teacher("heldout", index, own, len(heldout))
             total += float(self._heldout(params, layer, place_batch(batch, self.mesh), self.teacher_head))
             tokens += int(np.count_nonzero(batch["segment_ids"]))
         if not math.isfinite(total):

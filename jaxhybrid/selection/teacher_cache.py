@@ -2,56 +2,97 @@
 
 import os
 import re
-import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxhybrid.errors import RunError
-from jaxhybrid.files import make_folder, read_json, remove, storage_errors, write_json
+from jaxhybrid.checksums import checksum, read_result, write_result
+from jaxhybrid.errors import DamageError, RunError
+from jaxhybrid.files import make_folder, remove, storage_errors
+
+ABSENT, UNSUMMED = np.uint64(0), ~np.uint64(0)  # in place of a checksum
+AGAIN = "The teacher's hidden states are computed again."
 
 
 class TeacherCache:
     """[batches, rows, T, D] in the compute dtype in a file, filled as batches are first asked for.
 
-    Losing the process loses nothing: a batch counts as present only after its rows are on disk.
+    Losing the process loses nothing: a batch counts as present only after its rows are on disk, with their checksum.
+    Rows that do not match it are computed again, with a warning.
     """
 
     def __init__(self, path: Path, batches: int, rows: int, length: int, width: int, dtype: np.dtype):
         make_folder(path.parent)
         self.path, shape = path, (batches, rows, length, width)
-        needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(path.parent).free
-        mark = path.with_suffix(".json")
+        sizes = {path: int(np.prod(shape)) * dtype.itemsize, path.with_suffix(".sums"): batches * 8}
         description = {"shape": list(shape), "dtype": dtype.name}
-        if not (path.exists() and mark.exists() and read_json(mark) == description):
-            if needed > free:
-                raise RunError(
-                    f"The teacher's hidden states for scoring need {needed / 2**30:.1f} GiB at {path}, "
-                    f"{free / 2**30:.1f} GiB are free. Choose another run_dir, lower score.tokens, or set "
-                    "score.keep_teacher_states=false to run the teacher again for every layer."
-                )
+        if not self._is_there(description, sizes):
             with storage_errors(path):
                 self.delete()
-                _reserve(path, needed)
-                _reserve(path.with_suffix(".present"), batches)
-                write_json(mark, description)
+                try:
+                    for file, size in sizes.items():
+                        _reserve(file, size)
+                except OSError:
+                    self.delete()
+                    raise
+                write_result(path.with_suffix(".json"), description)
         self._states = np.memmap(path, dtype, "r+", shape=shape)
-        self._present = np.memmap(path.with_suffix(".present"), np.uint8, "r+", shape=(batches,))
+        self._sums = np.memmap(path.with_suffix(".sums"), np.uint64, "r+", shape=(batches,))  # ABSENT at first
+
+    def _is_there(self, description: dict[str, Any], sizes: dict[Path, int]) -> bool:
+        """Whether an earlier process left this cache; warns if it is damaged."""
+        mark = self.path.with_suffix(".json")
+        if not mark.exists():
+            return False
+        try:
+            if read_result(mark) != description:
+                return False
+            self._upgrade()
+            for file, size in sizes.items():
+                found = file.stat().st_size if file.exists() else 0
+                if found != size:
+                    raise DamageError(f"{file} has {found:,} bytes and had {size:,}.")
+        except RunError as error:
+            warnings.warn(f"{error} {AGAIN}", stacklevel=4)
+            return False
+        return True
+
+    def _upgrade(self) -> None:
+        """An earlier version kept a byte for each batch that is present, and no checksums."""
+        present, sums = self.path.with_suffix(".present"), self.path.with_suffix(".sums")
+        if present.exists() and not sums.exists():
+            warnings.warn(
+                f"{self.path} has no checksums: an earlier version made it. It is read unverified.", stacklevel=5
+            )
+            np.where(np.fromfile(present, np.uint8) == 0, ABSENT, UNSUMMED).tofile(sums)
+            present.unlink()
 
     def get(self, index: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """Hidden states of batch `index`, [rows,T,D]; `compute()` gives them the first time."""
-        if not self._present[index]:
+        known, present = self._sums[index], checksum(self._states[index])
+        if known == present:
+            return np.asarray(self._states[index])
+        if known != UNSUMMED:
+            if known != ABSENT:
+                warnings.warn(f"Batch {index} of {self.path} does not match its checksum. {AGAIN}", stacklevel=4)
             self._states[index] = compute()
-            with storage_errors(self.path):
-                self._states.flush()
-                self._present[index] = 1
-                self._present.flush()
+        with storage_errors(self.path):
+            self._states.flush()
+            self._sums[index] = checksum(self._states[index])
+            self._sums.flush()
         return np.asarray(self._states[index])
 
     def delete(self) -> None:
         """Removes the files; an open map of them stays readable."""
-        for suffix in (".json", ".present", self.path.suffix):  # the mark that says the others are whole goes first
+        for suffix in (
+            ".json",
+            ".present",
+            ".sums",
+            self.path.suffix,
+        ):  # the mark that says the others are whole goes first
             self.path.with_suffix(suffix).unlink(missing_ok=True)
 
 

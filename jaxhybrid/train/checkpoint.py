@@ -159,7 +159,7 @@ def orbax_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _unreadable(folder: Path, whole: bool) -> Iterator[None]:
-    """Says of what orbax raises while it reads: the folder does not fit or, unless it is known to be whole, is damaged."""
+    """Says of what orbax raises while it reads: the folder does not fit or, unless it is `whole`, may be damaged."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError, RunError):  # a device without room, say

@@ -36,6 +36,7 @@ class LoopConfig:
     checkpoint_every: int = 200
     log_every: int = 10
     label: str = "train"
+    keep_checkpoints: int = 2  # newest ones
     keep_last: bool = True  # write a checkpoint after the last step
 
 
@@ -59,7 +60,7 @@ def train(
         DivergenceError: a loss or gradient is not finite; names the step, the batch and the last checkpoint.
         Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
     """
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
     unrecorded: list[Metrics] = []  # of the steps since the last record
     if checkpoints.latest is not None:
         state, position = checkpoints.restore(state)

@@ -19,7 +19,11 @@ Record = dict[str, Any]  # {"step": 12, "tokens": 4096, "loss": ...}: plain numb
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of `folder/metrics.jsonl`, oldest first; none if there is no file. Raises DamageError naming a line."""
+    """The records of `folder/metrics.jsonl`, oldest first; none if there is no file.
+
+    Raises:
+        DamageError: a line is not what was written; names it.
+    """
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []

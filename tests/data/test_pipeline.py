@@ -43,7 +43,7 @@ def test_every_epoch_has_every_token_once_in_a_new_order(dataset):
     rows = -(-dataset.num_tokens // 16)
     iterator = batches(dataset, 16, 1, seed=0)
     first, second = take(iterator, rows), take(iterator, rows)
-    assert used_tokens(first) == used_tokens(second) == sorted(dataset.tokens.tolist())
+    assert used_tokens(first) == used_tokens(second) == sorted(np.asarray(dataset.tokens).tolist())
     assert sum(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(first, second)) < 5
 
 

@@ -133,7 +133,7 @@ def test_a_damaged_block_is_found_when_it_is_read_and_not_before(source, vocabul
     path.write_bytes(intact[:-1] + b"?")
     dataset = open_tokens(source, vocabulary, tmp_path / "cache")
     monkeypatch.setattr(type(source), "documents", lambda _: iter(["w1"] * 6 + [""]))
-    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"its text gives other tokens now"):
+    with pytest.warns(UserWarning, match="block 6"), pytest.raises(DataError, match=r"its text gives other tokens now"):
         dataset.document(2)
 
 

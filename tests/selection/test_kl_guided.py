@@ -41,7 +41,7 @@ def batch_of(number):
 
 
 @pytest.fixture(scope="module")
-def score(teacher):
+def score(teacher, compiled_once):
     student = convert(teacher, (GATED_DELTANET,) * 4, GatedDeltaNetConfig(), jax.random.key(1))
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
 
@@ -63,24 +63,81 @@ def score(teacher):
     return run
 
 
-def test_rounds_and_recomputed_teacher_give_the_scores_of_one_go(score, tmp_path):
-    whole, compiled = score(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def in_one_go(score, tmp_path_factory):
+    """Scores of candidates that were trained in one go."""
+    scores, compiled = score(tmp_path_factory.mktemp("in_one_go"))
     assert set(compiled.values()) == {1}
-    assert [tokens for tokens, _ in whole.candidates[0].heldout] == [i * ROWS * LENGTH for i in range(STEPS + 1)]
-    rounds, compiled = score(
-        tmp_path / "rounds", stop_budget=1, stop_window=100, stop_jaccard=1.0, keep_teacher_states=False
-    )
-    assert set(compiled.values()) == {1}
-    assert rounds == whole
+    assert [tokens for tokens, _ in scores.candidates[0].heldout] == [i * ROWS * LENGTH for i in range(STEPS + 1)]
+    return scores
 
 
-def test_a_resumed_candidate_goes_on_with_the_teachers_states_of_its_own_batches(score, tmp_path):
-    whole, _ = score(tmp_path / "whole")
-    breaking = type("Breaking", (Stream,), {"breaks_at": 3})
+# Rounds of two steps, never stable.
+ROUNDS = {"stop_budget": 1, "stop_window": 1, "stop_jaccard": 2.0, "stop_every": 2}
+
+
+class Interference:
+    """Does something when the n-th training of a candidate is taken up: 1 to 4 in the first round, then 5 to 8."""
+
+    def __init__(self, acts):
+        self.acts, self.opened = acts, 0
+
+    def __call__(self):
+        self.opened += 1
+        return self.acts.get(self.opened, Stream)() or Stream()
+
+
+BREAKING = type("Breaking", (Stream,), {"breaks_at": 3})
+
+
+def kept(folder, layer):
+    """The data file of the one state that is kept of a candidate, after two steps."""
+    (state,) = (folder / "candidates" / f"{layer:03d}").glob("kept/*")
+    assert state.name == "2"
+    (data,) = (state / "state" / "ocdbt.process_0" / "d").iterdir()
+    return data
+
+
+def test_rounds_give_the_scores_of_one_go_even_when_a_state_is_damaged(score, in_one_go, tmp_path):
+    def damage():
+        assert not list(tmp_path.glob("candidates/*/checkpoints/*"))
+        data = [kept(tmp_path, layer) for layer in range(4)][1]
+        data.write_bytes(data.read_bytes()[:-1] + b"?")
+
+    with pytest.warns(UserWarning, match=r"001/kept/2.*The candidate of layer 1 starts over"):
+        rounds, compiled = score(
+            tmp_path, batches=Interference({5: damage}), checkpoint_every=1, keep_teacher_states=False, **ROUNDS
+        )
+    assert rounds == in_one_go
+    assert set(compiled.values()) == {1}
+
+
+def test_rounded_candidates_score_nearly_the_same_however_often_they_are_stopped(score, in_one_go, tmp_path):
+    sizes = []
+    rounded = ROUNDS | {"kept_dtype": jnp.bfloat16, "checkpoint_every": 1}
+
+    def look():
+        sizes.append(kept(tmp_path / "undisturbed", 0).stat().st_size)
+
+    expected, compiled = score(tmp_path / "undisturbed", batches=Interference({5: look}), **rounded)
+    assert set(compiled.values()) == {1}
+    for ours, exact in zip(expected.candidates, in_one_go.candidates):
+        np.testing.assert_allclose(ours.heldout, exact.heldout, rtol=5e-3)
+        assert ours.heldout[:3] == exact.heldout[:3]  # nothing was rounded yet
+        assert ours.heldout[3:] != exact.heldout[3:]
+
     with pytest.raises(OSError, match="went away"):
-        score(tmp_path / "resumed", batches=breaking, checkpoint_every=2)
-    resumed, _ = score(tmp_path / "resumed")
-    assert resumed == whole
+        score(tmp_path / "stopped", batches=Interference({6: BREAKING}), **rounded)
+    exact = tmp_path / "stopped" / "candidates" / "001" / "checkpoints" / "3" / "state" / "ocdbt.process_0" / "d"
+    (data,) = exact.iterdir()
+    assert 0.4 < sizes[0] / data.stat().st_size < 0.6
+    assert score(tmp_path / "stopped", **rounded)[0] == expected
+
+
+def test_a_resumed_candidate_goes_on_with_the_teachers_states_of_its_own_batches(score, in_one_go, tmp_path):
+    with pytest.raises(OSError, match="went away"):
+        score(tmp_path, batches=BREAKING, checkpoint_every=2)
+    assert score(tmp_path)[0] == in_one_go
 
 
 def test_scoring_ends_when_the_best_layers_stay_the_same(score, tmp_path, capsys):
