@@ -15,17 +15,18 @@ from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.config import RunConfig, differences, fingerprint, load_config, validate_against
 from jaxhybrid.data import batches, heldout_batches
 from jaxhybrid.data.text import Text, open_text
+from jaxhybrid.disk import DiskPlan, require, used_bytes
 from jaxhybrid.errors import RunError
 from jaxhybrid.evaluate.quality import evaluate_quality
 from jaxhybrid.evaluate.recall import recall_accuracy
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
-from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.params import Params, cast_params
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, declare
 from jaxhybrid.report import evaluation_table, write_report
-from jaxhybrid.run_folder import RunFolder
+from jaxhybrid.run_folder import STAGES, RunFolder
 from jaxhybrid.selection.kl_guided import ScoringConfig, score_candidates
 from jaxhybrid.selection.methods import layer_types, select_layers
 from jaxhybrid.selection.ranking import Scores, layers_in_budget, read_scores
@@ -123,7 +124,9 @@ class Pipeline:
 
     def run(self) -> None:
         """Everything that is missing, in order, then the table and the paths."""
-        refuse_to_replace(self.export_folder, None, overwrite=False)  # now, not after hours of training
+        # Refused now, not after hours of training.
+        refuse_to_replace(self.export_folder, None, overwrite=False)
+        self._require_disk_for_run()
         self.align()
         if self.config.select.method == "kl_guided":
             self.score()
@@ -148,6 +151,7 @@ class Pipeline:
         """Stage 1: the linear mixers of every layer learn the teacher's attention outputs."""
         if self.folder.is_done("align"):
             return
+        self._require_disk("align")
         settings, student = self.config.align, self.converted()
         static: dict[str, Any] = {
             "teacher_config": self.teacher.config,
@@ -185,6 +189,7 @@ class Pipeline:
         """Importance of every layer, or of some of them; the last one to be scored completes `scores.json`."""
         if self.folder.is_done("score"):
             return
+        self._require_disk("score", candidates)
         settings, folder = self.config.score, self.folder.stage("score")
         stop = settings.stop_when_stable
         config = ScoringConfig(
@@ -306,6 +311,7 @@ class Pipeline:
         """Stage 2: KL to the teacher, all parameters."""
         if self.folder.is_done("distill"):
             return
+        self._require_disk("distill")
         settings, student = self.config.distill, self.hybrid()
         optimizer = make_optimizer(optimizer_config(settings), student.params)
         step = partial(
@@ -324,6 +330,7 @@ class Pipeline:
         """Stage 3: cross entropy, usually at a longer context."""
         if self.folder.is_done("finetune"):
             return
+        self._require_disk("finetune")
         settings, student = self.config.finetune, self.hybrid()
         params = self.folder.load_params("distill", student.params)
         optimizer = make_optimizer(optimizer_config(settings), params)
@@ -383,9 +390,31 @@ class Pipeline:
         settings = self.config.export
         target = Path(folder or self.export_folder)
         refuse_to_replace(target, None, overwrite)  # before anything is loaded
+        require("export", self.disk.needs("export"), 0, target)
         student = jax.device_get(self.student())
         size = shard_bytes(settings.max_shard)
         return export(student, target, settings.dtype, max_shard_bytes=size, overwrite=overwrite)
+
+    # --- disk
+
+    @cached_property
+    def disk(self) -> DiskPlan:
+        linear = self.student_config((self.linear_kind,) * self.depth)
+        kept = layers_in_budget(self.config.select.budget, self.depth)
+        return DiskPlan(self.config, linear, linear.with_layers((FULL_ATTENTION,) * kept + linear.layer_types[kept:]))
+
+    def _require_disk(self, stage: str, candidates: Sequence[int] | None = None) -> None:
+        folder = self.folder.stage(stage)
+        require(stage, self.disk.needs(stage, candidates), used_bytes([folder]), folder)
+
+    def _require_disk_for_run(self) -> None:
+        scored = self.config.select.method == "kl_guided"
+        stages = [stage for stage in STAGES if not self.folder.is_done(stage) and (stage != "score" or scored)]
+        if stages:
+            there = used_bytes(map(self.folder.stage, stages))
+            exported = [] if self.config.export.folder else ["export"]
+            stage, needs = self.disk.most([*stages, *exported])
+            require(f"the run, most of it at {stage},", needs, there, self.folder.path)
 
     # --- the training that three stages share
 

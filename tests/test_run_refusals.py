@@ -86,6 +86,16 @@ def test_settings(workshop, refused, tmp_path, overrides, parts):
         assert RunFolder.open(config).path == tmp_path / "run"
 
 
+def test_too_little_disk_is_said_before_anything_is_trained(workshop, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxhybrid.disk.free_bytes", lambda path: 400_000)
+    arguments = workshop.config, f"run_dir={tmp_path / 'run'}", "score.stop_when_stable={}"
+    parts = ["400 kB are free at", "choose another run_dir"]
+    refused("run", *arguments, parts=["the run, most of it at", *parts])
+    refused("align", *arguments, parts=["align takes up to", "3 checkpoints", "align.checkpoint_every=10", *parts])
+    refused("score", *arguments, parts=["3 waiting candidates: score.kept_dtype=bfloat16", *parts])
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "versions.json"]
+
+
 def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
