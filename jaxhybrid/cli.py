@@ -210,11 +210,22 @@ def benchmark(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """What a run folder holds and which stages are done."""
-    from jaxhybrid.run_folder import describe
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare parameters and checkpoints with their checksums, too; reads all of them.")
+    ] = False,
+) -> None:
+    """Where a run is: stages, figures, disk, results, and the command that comes next."""
+    from jaxhybrid.report.inspection import inspect_run
+    from jaxhybrid.report.screen import print_run
 
-    print(describe(folder))
+    found = inspect_run(folder, verify)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_run(found)
 
 
 @app.command("settings")

@@ -7,7 +7,6 @@ runs/NAME/
   export/  report/
 """
 
-import json
 import os
 import platform
 import shutil
@@ -170,24 +169,3 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     devices = jax.devices()
     return found | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
-
-
-def describe(path: Path) -> str:
-    """What a run folder holds, for people."""
-    if not (path / "config.yaml").exists():
-        raise RunError(f"{path} is not a run folder: it has no config.yaml.")
-    lines = [f"{path}"]
-    for stage in STAGES:
-        done = path / stage / "done.json"
-        if done.exists():
-            lines.append(f"  {stage:9} done      {json.dumps(read_result(done))}")
-        elif (path / stage).exists():
-            lines.append(f"  {stage:9} started")
-        else:
-            lines.append(f"  {stage:9} -")
-    for name in ("layers.json", "evaluation.json"):
-        if (path / name).exists():
-            lines.append(f"  {name}: {json.dumps(read_result(path / name))}")
-    for name in ("export", "report"):
-        lines.append(f"  {name:9} {'written' if (path / name).exists() else '-'}")
-    return "\n".join(lines)

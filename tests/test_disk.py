@@ -55,7 +55,9 @@ def test_a_stage_takes_what_is_said(teacher, tmp_path):
     written = {"2 checkpoints": tmp_path / "checkpoints", "parameters": tmp_path / "distill" / "params"}
     assert said.keys() == written.keys()
     for what, folder in written.items():
-        assert 0.9 * said[what] < used_bytes([folder]) < 1.1 * said[what] + 64_000  # in blocks, badly filled by small files
+        assert (
+            0.9 * said[what] < used_bytes([folder]) < 1.1 * said[what] + 64_000
+        )  # in blocks, badly filled by small files
 
 
 def test_the_disk_of_the_3b_recipe():
