@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,6 +258,7 @@ def main() -> None:
     """Entry point: an error the user can act on is one message and exit code 2 (128 + n after a signal)."""
     # orbax tells every step of a save, and a failed one with several stack traces before it raises the error itself.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
     try:
         app()
     except JaxHybridError as error:

@@ -245,7 +245,10 @@ def test_what_does_not_affect_results_is_no_difference(load, override):
         ("mixer.qkv_bias=false", ["mixer.qkv_bias: null -> false"]),
         (
             "score.stop_when_stable={window: 4}",
-            ["score.stop_when_stable.window: null -> 4", "score.stop_when_stable.jaccard: null -> 1.0"],
+            [
+                f"score.stop_when_stable.{rule}"
+                for rule in ("window: null -> 4", "jaccard: null -> 1.0", "every: null -> 1")
+            ],
         ),
         ("select.method=uniform", ["select.method: kl_guided -> uniform"]),
     ],

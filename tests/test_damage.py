@@ -83,8 +83,16 @@ def test_a_checkpoint_that_does_not_fit_is_not_taken_for_damage(tmp_path):
     assert opened.latest == 6
 
 
-def test_checkpoints_and_parameters_without_checksums_are_read_with_a_note(tmp_path):
-    earlier = ocp.training.Checkpointer(tmp_path / "stage")  # as versions without checksums wrote them
+def test_parameters_without_checksums_are_read_with_a_note(tmp_path):
+    ocp.save(tmp_path / "align" / "params", STATE["params"])  # as versions without checksums wrote them
+    (tmp_path / "align" / "done.json").write_text("{}")
+    with pytest.warns(UserWarning, match="params has no checksums"):
+        params = RunFolder(tmp_path).load_params("align", STATE["params"])
+    np.testing.assert_array_equal(params["w"], STATE["params"]["w"])
+
+
+def test_checkpoints_without_checksums_are_read_with_a_note(tmp_path):
+    earlier = ocp.training.Checkpointer(tmp_path / "stage")
     earlier.save(6, STATE, custom_metadata={"position": POSITION})
     earlier.close()
     with pytest.warns(UserWarning, match="6 has no checksums"):

@@ -83,7 +83,7 @@ def test_the_same_command_again_trains_nothing(whole, tmp_path):
     assert_same_results(run, whole.run)
 
 
-def test_killed_and_terminated_a_run_goes_on_to_the_same_numbers(whole, tmp_path):
+def test_killed_terminated_and_damaged_a_run_goes_on_to_the_same_numbers(whole, tmp_path):
     run = tmp_path / "run"
     command = ("run", whole.config, f"run_dir={run}")
     rng = random.Random(5)
@@ -110,9 +110,18 @@ def test_killed_and_terminated_a_run_goes_on_to_the_same_numbers(whole, tmp_path
     message = stopped.stderr.splitlines()[-1]
     step = int(message.split("after step ")[1].split()[0])
     assert f"checkpoint {run / 'finetune' / 'checkpoints' / str(step)} is written" in message
-    assert (run / "finetune" / "checkpoints" / str(step)).is_dir()
+    newest = run / "finetune" / "checkpoints" / str(step)
+    assert newest.is_dir()
+    with next((newest / "state" / "ocdbt.process_0" / "d").iterdir()).open("r+b") as data:
+        data.seek(-100, os.SEEK_END)
+        byte = data.read(1)[0]
+        data.seek(-100, os.SEEK_END)
+        data.write(bytes([byte ^ 1]))
 
-    whole.finish(*command)
+    resumed = whole.start(*command)
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    assert "does not match its checksum: set aside" in resumed.stderr
+    assert "going on from step 2." in resumed.stderr
     assert_same_results(run, whole.run)
     assert read(run / "score" / "done.json")["tokens_per_second"] is None  # no one process did all of it
 

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import sys
+import warnings
 from contextlib import closing, contextmanager
 
 import jax.numpy as jnp
@@ -255,6 +256,8 @@ def test_reuse_takes_what_the_settings_allow(made, workshop, tmp_path, overrides
         assert (run.stage(stage) / "params").exists() == taken
         if taken:
             assert not (run.stage(stage) / "checkpoints").exists()
+            with warnings.catch_warnings(action="error"):  # the checksums came along
+                run.load_params(stage, {"w": jnp.zeros(4096)})
     assert (run.path / "scores.json").exists() == run.is_done("score")
     assert snapshot(other.path) == before
     assert all(words.startswith("not taken") for words in run.reuse(other.path).values())
