@@ -1,6 +1,8 @@
 """One bit flipped, a file cut short or gone: whatever a later stage reads is found damaged and named, never used."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -63,6 +65,20 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp
     with pytest.warns(UserWarning, match="going on from step 3"):
         opened.restore(STATE)
     assert len(list(tmp_path.glob("6.damaged*"))) == 2
+
+
+def test_a_sector_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    opened = checkpoints(tmp_path, 3, 6)
+    read = Path.open
+
+    def fail(self, *arguments, **options):
+        if self == tmp_path / "6" / "state" / "_METADATA":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.warns(UserWarning, match=r"6/state/_METADATA cannot be read \(Input/output error\): set aside"):
+        assert int(opened.restore(STATE)[0]["step"]) == 3
 
 
 def test_checkpoints_that_are_all_damaged_stay_where_they_are(tmp_path):

@@ -27,7 +27,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = make_folder(folder), keep
-        for path in self.folder.iterdir():  # what a killed process left
+        self._writes = jax.process_index() == 0  # names; every process writes its own arrays
+        for path in self.folder.iterdir() if self._writes else ():  # what a killed process left
             if _UNFINISHED.fullmatch(path.name) and not path.name.isdecimal():
                 remove(path)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -54,7 +55,9 @@ class Checkpoints:
             self.wait()
 
     def _commit(self, step: int, draft: Path, saving: Any) -> None:
-        saving.result()
+        saving.result()  # every process's arrays are there
+        if not self._writes:
+            return
         write_manifest(draft)
         draft.rename(self.folder / str(step))
         for older in self.steps[: -self.keep]:
