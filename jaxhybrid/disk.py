@@ -1,6 +1,7 @@
 """How much disk a run takes at most, said before a stage begins, and refused when there is less."""
 
 import math
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -127,14 +128,14 @@ def free_bytes(path: Path) -> int:
 
 def used_bytes(folders: Iterable[Path]) -> int:
     """What lies in them on the disk; 0 for those that are not there."""
-    files = (path for folder in folders for path in folder.rglob("*"))
-    return sum(_blocks(path) for path in files)
+    walks = (walk for folder in folders for walk in os.walk(folder))
+    return sum(_blocks(os.path.join(folder, name)) for folder, _, files in walks for name in files)
 
 
-def _blocks(path: Path) -> int:
+def _blocks(path: str) -> int:
     try:
-        return path.lstat().st_blocks * 512
-    except FileNotFoundError:  # removed by another process meanwhile
+        return os.lstat(path).st_blocks * 512
+    except FileNotFoundError:  # a run is at work there
         return 0
 
 

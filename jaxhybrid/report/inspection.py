@@ -64,7 +64,8 @@ class _Reader:
         try:
             return parse(path) if path.exists() else None
         except RunError as error:
-            self.damaged.append(str(error))
+            if path.exists():  # else a run that is at work there has removed it meanwhile
+                self.damaged.append(str(error))
         except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             self.damaged.append(f"{path} is damaged ({type(error).__name__}: {reason}).")
