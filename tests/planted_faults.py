@@ -251,6 +251,42 @@ FAULTS = [
         'carried["g_proj"] = jnp.tile(attention["v_proj"], (1, 1, config.num_heads // config.num_kv_heads, 1))',
         f"{CONVERT}::test_a_gate_copied_from_the_values_has_the_values_heads",
     ),
+    # What lies on the disk.
+    Fault(
+        "damaged teacher states are used",
+        "selection/teacher_cache.py",
+        "if known == present:",
+        "if known != ABSENT:",
+        "tests/selection/test_teacher_cache.py::test_every_damage_is_found_and_mended",
+    ),
+    Fault(
+        "damaged tokens are used",
+        "data/token_file.py",
+        "== self._checksums[block]",
+        "!= 0",
+        "tests/data/test_tokens.py::test_every_damage_to_a_cache_is_found_and_mended",
+    ),
+    Fault(
+        "damaged scores are used",
+        "checksums.py",
+        "if value[KEY] != _text_checksum(found):",
+        "if not value[KEY]:",
+        "tests/test_damage.py::test_every_damage_to_scores_is_found_or_harmless",
+    ),
+    Fault(
+        "a round goes on from the last round's checkpoint",
+        "selection/kept_state.py",
+        "> [self.step]",
+        ">= [self.step]",
+        "tests/selection/test_kept_state.py",
+    ),
+    Fault(
+        "moments come back, changes do not",
+        "selection/kept_state.py",
+        "then + change",
+        "then",
+        "tests/selection/test_kept_state.py",
+    ),
 ]
 
 

@@ -1,5 +1,6 @@
 """Whole runs from the command line: done once, stopped and gone on with, spread over processes, partly taken over."""
 
+import os
 import random
 import shutil
 import signal
