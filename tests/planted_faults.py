@@ -7,6 +7,7 @@ Every fault is a plausible slip that leaves a run going: it trains, finishes and
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -309,7 +310,7 @@ def fails(test: str, copy: Path) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=short", test]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    asserted = "AssertionError" in done.stdout and "\nERROR " not in done.stdout
+    asserted = re.search(r"^E +(AssertionError|assert )", done.stdout, re.MULTILINE) and "\nERROR " not in done.stdout
     if done.returncode != 0 and not asserted:  # the fault stops the program: a test was not needed to see it
         raise SystemExit(f"{test} ended otherwise than by an assertion:\n{done.stdout}{done.stderr}")
     return done.returncode != 0
