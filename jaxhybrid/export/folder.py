@@ -18,10 +18,17 @@ from jaxhybrid.files import draft_of, make_folder, storage_errors, write_json
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.weights.files import read_table
+from jaxhybrid.weights.huggingface import TERMS_FILES
 from jaxhybrid.weights.save import save_weights
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
-CODE_FILES = ("configuration_jaxhybrid.py", "modeling_jaxhybrid.py")
+CODE_FILES = (
+    "configuration_jaxhybrid.py",
+    "linear_attention_jaxhybrid.py",
+    "modeling_jaxhybrid.py",
+    "packing_jaxhybrid.py",
+    "softmax_attention_jaxhybrid.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_jaxhybrid.JaxHybridConfig",
     "AutoModel": "modeling_jaxhybrid.JaxHybridModel",
@@ -38,8 +45,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates",
 )
-LICENSE_PATTERNS = ("LICENSE*", "NOTICE*")  # terms of the base model travel with weights made from it
-WRITTEN = (*CODE_FILES, *TOKENIZER_FILES, *LICENSE_PATTERNS, "config.json", "generation_config.json", "README.md")
+WRITTEN = (*CODE_FILES, *TOKENIZER_FILES, *TERMS_FILES, "config.json", "generation_config.json", "README.md")
 WRITTEN_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 WAY_OUT = "choose another folder; nothing is left of the export: run it again"
 
@@ -54,8 +60,8 @@ def export(
 ) -> Path:
     """Writes `model` to `folder`: safetensors, config, generation config, tokenizer, model code and a model card.
 
-    The folder appears whole or not at all. Tokenizer, generation config and licence files come from `model.folder`.
-    With several processes all must call it, and the first one writes.
+    The folder appears whole or not at all. Tokenizer, generation config and the terms of the base model come from
+    `model.folder`. With several processes all must call it, and the first one writes.
     It loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` without jaxhybrid or jax.
 
     Args:
@@ -75,17 +81,11 @@ def export(
     target = Path(folder).expanduser().absolute()
     source = Path(model.folder) if model.folder else None
     refuse_to_replace(target, source, overwrite)
-    if not model.config.softmax_layers:
-        warnings.warn(
-            "The exported model has no softmax layer. transformers measures its cache by one, so the folder sets "
-            "use_cache=False: generation works but reads the whole text again for every token.",
-            stacklevel=2,
-        )
 
     source_config = _table(source, "config.json")
     base = base_model_name(source, source_config)
     config = _config(model.config, source_config, base, dtype)
-    generation_config = _generation_config(model.config, source, source_config)
+    generation_config = _generation_config(source, source_config)
     writer = jax.process_index() == 0
     make_folder(target.parent, WAY_OUT)
     with storage_errors(target, WAY_OUT), draft_of(target) as draft:
@@ -142,26 +142,20 @@ def _table(source: Path | None, name: str) -> dict[str, Any]:
 
 
 def _config(config: ModelConfig, source_config: dict[str, Any], base: str | None, dtype: str) -> dict[str, Any]:
-    hf = student_config_to_hf(config, source_config) | {
+    return student_config_to_hf(config, source_config) | {
         "model_type": "jaxhybrid",
         "architectures": ["JaxHybridForCausalLM"],
         "auto_map": AUTO_MAP,
         "dtype": dtype,
         "base_model": base,
     }
-    if not config.softmax_layers:
-        hf["use_cache"] = False
-    return hf
 
 
-def _generation_config(config: ModelConfig, source: Path | None, source_config: dict[str, Any]) -> dict[str, Any]:
-    generation = _table(source, "generation_config.json")
-    if not generation:  # what `generate` needs to know where a text ends
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        generation = {name: source_config[name] for name in ids if source_config.get(name) is not None}
-    if not config.softmax_layers:
-        generation["use_cache"] = False
-    return generation
+def _generation_config(source: Path | None, source_config: dict[str, Any]) -> dict[str, Any]:
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")  # what `generate` needs to know where a text ends
+    return _table(source, "generation_config.json") or {
+        name: source_config[name] for name in ids if source_config.get(name) is not None
+    }
 
 
 def _copy_tokenizer(source: Path | None, draft: Path) -> None:
@@ -174,8 +168,8 @@ def _copy_tokenizer(source: Path | None, draft: Path) -> None:
         )
     if source is None:
         return
-    licenses = [path.name for pattern in LICENSE_PATTERNS for path in source.glob(pattern) if path.is_file()]
-    for name in (*present, *licenses):
+    terms = [path.name for pattern in TERMS_FILES for path in source.glob(pattern) if path.is_file()]
+    for name in (*present, *terms):  # the terms of the base model hold for weights made from it
         if (source / name).is_dir():
             shutil.copytree(source / name, draft / name)
         else:

@@ -2,60 +2,25 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from jaxhybrid.export.remote_code.configuration_jaxhybrid import JaxHybridConfig
-from jaxhybrid.export.remote_code.modeling_jaxhybrid import (
-    JaxHybridForCausalLM,
+from jaxhybrid.export.remote_code.linear_attention_jaxhybrid import (
     JaxHybridGatedDeltaNet,
     chunked_gated_delta_rule,
     gated_delta_rule_step,
 )
-
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-PLAIN = {"expand_kv": True, "output_gate": True, "conv_size": 0, "rope": False, "qkv_bias": False, "qk_norm": False}
-FULL = {"expand_kv": False, "output_gate": True, "conv_size": 4, "rope": True, "qkv_bias": True, "qk_norm": True}
-HYBRID = ["linear_attention", "full_attention", "linear_attention"]
-DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+from jaxhybrid.export.remote_code.modeling_jaxhybrid import JaxHybridForCausalLM
+from tests.export.models import DEFAULT_ROPE, FULL, HYBRID, PLAIN, SHAPE, make_model, shaken, tokens
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def make_model(linear=PLAIN, layer_types=HYBRID, attn="sdpa", **changes):
-    settings = SHAPE | {"rope_parameters": DEFAULT_ROPE, "layer_types": layer_types, "gated_deltanet": linear} | changes
-    model = JaxHybridForCausalLM._from_config(JaxHybridConfig(**settings), attn_implementation=attn).eval()
-    return shaken(model)
-
-
-def shaken(model):
-    """Biases, norms and taps away from their initial values, so that none of them is without effect."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "A_log" not in name and "dt_bias" not in name:
-                parameter += (0.2 if parameter.ndim > 1 else 0.3) * torch.randn_like(parameter)
-    return model
-
-
-def tokens(rows, length, vocabulary=61):
-    return torch.randint(1, vocabulary, (rows, length))
 
 
 # --- against transformers
@@ -130,7 +95,7 @@ def test_linear_layer_equals_qwen35():
     ours.load_state_dict(weights)
     x = torch.randn(2, 150, 32)
     with torch.no_grad():
-        assert (ours(x, (None, None), None, None) - native(x)).abs().max() < 1e-5
+        assert (ours(x, (None, None), None, None, None) - native(x)).abs().max() < 1e-5
 
 
 # --- the delta rule
@@ -204,21 +169,109 @@ def test_generation(linear):
 
 
 def test_all_linear_model():
-    """transformers cannot measure a cache without a softmax layer: the model runs and generates uncached."""
-    model = make_model(FULL, layer_types=["linear_attention"] * 3)
-    x = tokens(1, 20)
-    assert model(x).past_key_values is None
-    out = model.generate(x, max_new_tokens=3, do_sample=False, use_cache=False)
+    """transformers measures a cache by a softmax layer: a model without one measures its own."""
+    model, x = make_model(FULL, layer_types=["linear_attention"] * 3), tokens(1, 20)
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(x, use_cache=False, **greedy)
+    for options in ({}, {"cache_implementation": "static"}, {"inputs_embeds": model.model.embed_tokens(x)}):
+        assert torch.equal(model.generate(x, **greedy, **options)[:, -6:], expected[:, -6:]), options
     with torch.no_grad():
-        assert torch.equal(out[0, 20], model(x).logits[0, -1].argmax())
+        whole = model(x).logits
+        for cache in (model(x[:, :7])[1], DynamicCache(config=model.config)):
+            past = 7 if cache.has_previous_state(0, 0) else 0
+            parts = [model(x[:, at], cache=cache).logits for at in (slice(past, 12), slice(12, 20))]
+            assert (torch.cat(parts, 1) - whole[:, past:]).abs().max() < 1e-4
 
 
-def test_masks_it_cannot_honour_are_refused():
+# --- arguments
+
+
+def test_both_names_of_a_cache():
+    model, x = make_model(FULL), tokens(1, 12)
+    with torch.no_grad():
+        whole = model(x).logits[:, 8:]
+        for forward in (model, model.model):
+            for name in ("cache", "past_key_values"):
+                cache = DynamicCache(config=model.config)
+                forward(x[:, :8], **{name: cache})
+                assert (model(x[:, 8:], **{name: cache}).logits - whole).abs().max() < 1e-4
+            cache = DynamicCache(config=model.config)
+            forward(x, cache=cache, past_key_values=cache)
+            with pytest.raises(ValueError, match="two names"):
+                forward(x, cache=cache, past_key_values=DynamicCache(config=model.config))
+
+
+def test_no_keyword_is_swallowed():
     model, x = make_model(), tokens(1, 8)
-    with pytest.raises(ValueError, match="restart inside a row"):
-        model(x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
+    for forward in (model, model.model):
+        for name in ("attention_maks", "cache_position", "is_causal", "token_type_ids", "output_router_logits"):
+            with pytest.raises(TypeError, match=f"'{name}'"):
+                forward(x, **{name: None})
+    with pytest.raises(ValueError, match="attention_maks"):
+        model.generate(x, attention_maks=torch.ones_like(x), max_new_tokens=1)
+
+
+def test_outputs_that_can_be_asked_for():
+    model, x = make_model(FULL, attn="eager"), tokens(2, 8)
+    out = model(x, output_hidden_states=True, output_attentions=True)
+    assert [h.shape for h in out.hidden_states] == [(2, 8, 32)] * 4
+    assert [a.shape for a in out.attentions] == [(2, 4, 8, 8)]  # of the softmax layer
+    assert torch.equal(model(x, return_dict=False)[0], out.logits)
+    assert torch.equal(model(x, logits_to_keep=3).logits, out.logits[:, -3:])
+    assert torch.equal(model(x, logits_to_keep=torch.tensor([2, 5])).logits, out.logits[:, [2, 5]])
+    with pytest.raises(ValueError, match="logits_to_keep has 2 axes"):
+        model(x, logits_to_keep=torch.ones(2, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match='attn_implementation="eager"'):
+        make_model(attn="sdpa")(x, output_attentions=True)
+
+
+def test_loss():
+    model, x = make_model(), tokens(2, 9)
+    assert model.accepts_loss_kwargs
+    logits = model(x).logits[:, :-1].flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(logits, x[:, 1:].flatten(), reduction="sum")
+    shifted = torch.nn.functional.pad(x[:, 1:], (0, 1), value=-100)
+    for arguments in ({"labels": x}, {"shift_labels": shifted}, {"labels": x, "num_items_in_batch": 16}):
+        assert torch.allclose(model(x, **arguments).loss, total / 16), arguments.keys()
+    assert torch.allclose(model(x, labels=x, num_items_in_batch=torch.tensor(5)).loss, total / 5)
+
+
+def test_what_it_cannot_honour_is_refused():
+    model, x = make_model(), tokens(1, 8)
     with pytest.raises(ValueError, match="padding mask"):
         model(x, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"no tokens: its shape is \(1, 0\)"):
+        model(x[:, :0])
+    with pytest.raises(ValueError, match="exactly one"):
+        model(x, inputs_embeds=model.model.embed_tokens(x))
+    for cache in (DynamicCache(), DynamicCache(config=LlamaConfig(**SHAPE)), ((x, x),)):
+        with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+            model(x, past_key_values=cache)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="fill the cache twice"):
+        model(x, past_key_values=DynamicCache(config=model.config))
+
+
+def test_dynamic_rope_forgets_longer_texts():
+    rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
+    model, x = make_model(FULL, rope_parameters=rope), tokens(1, 100)
+    with torch.no_grad():
+        before = model(x[:, :70]).logits  # beyond max_position_embeddings of 64
+        model(x)
+        assert torch.equal(model(x[:, :70]).logits, before)
+
+
+def test_compiled_in_one_piece():
+    """As `generate` compiles it for a static cache: a graph break would fail."""
+    model, x = make_model(FULL, layer_types=["linear_attention", "full_attention"], num_hidden_layers=2), tokens(2, 20)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        caches = [StaticCache(config=model.config, max_cache_len=32) for _ in range(2)]
+        for cache in caches:
+            model(x, position_ids=torch.cat([torch.arange(8), torch.arange(12)])[None], past_key_values=cache)
+        token, place = tokens(2, 1), torch.full((2, 1), 12)
+        logits = [f(token, position_ids=place, past_key_values=c).logits for f, c in zip((model, compiled), caches)]
+        assert (logits[0] - logits[1]).abs().max() < 1e-5
 
 
 # --- training, dtypes, files
@@ -254,13 +307,16 @@ def test_save_and_load(tmp_path, tied):
     half = JaxHybridForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     layer = half.model.layers[0].linear_attn
     assert layer.q_proj.weight.dtype == torch.bfloat16
-    assert torch.equal(layer.A_log, model.model.layers[0].linear_attn.A_log)
-    assert torch.equal(layer.dt_bias, model.model.layers[0].linear_attn.dt_bias)
+    whole = model.model.layers[0].linear_attn
+    for kept in ("A_log", "dt_bias", "a_proj.weight", "b_proj.weight"):
+        assert torch.equal(layer.get_parameter(kept), whole.get_parameter(kept)), kept
     with torch.no_grad():
         scale = model(x).logits.std()
         assert (half(x).logits.float() - model(x).logits).abs().mean() < 0.1 * scale
     everything_half = loaded.to(torch.bfloat16)  # decays too, by the user's wish
     assert everything_half(x).logits.isfinite().all()
+    gates, inputs = everything_half.model.layers[0].linear_attn.a_proj, torch.randn(3, 32, dtype=torch.bfloat16)
+    assert torch.equal(gates(inputs), inputs.float() @ gates.weight.float().T)  # but gates still in float32
 
 
 def test_fresh_linear_layers_start_sensibly():

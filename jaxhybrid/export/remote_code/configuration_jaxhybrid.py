@@ -65,6 +65,11 @@ class JaxHybridConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def number_of_conv_states(self) -> int:
+        """transformers gives a linear layer so many in its caches: the convolution's, and one of where tokens are."""
+        return 2
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether softmax layers have biases on q, k and v."""
         return self.attention_bias or self.base_model_type == "qwen2"
