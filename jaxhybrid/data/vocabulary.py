@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def load_vocabulary(
 
     name = os.fspath(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, config=_plain_config(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise DataError(f"Cannot load a tokenizer from {name!r}: {error}") from error
     if not tokenizer.is_fast:
@@ -85,6 +86,16 @@ def load_vocabulary(
         end_id=_token_id(encoder, end, name),
         begin_id=None if begin is None else _token_id(encoder, begin, name),
     )
+
+
+def _plain_config(name: str) -> Any:
+    """For an exported hybrid its config without the class of its own, which is code of the folder: transformers would
+    warn that it does without. None for others: transformers reads it."""
+    from transformers import PreTrainedConfig
+
+    path = Path(name) / "config.json"
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    return PreTrainedConfig.from_dict(table) if table.get("model_type") == "jaxhybrid" else None
 
 
 def _token_id(encoder: Any, token: str | None, name: str) -> int:

@@ -21,7 +21,8 @@ from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder
 from jaxhybrid.weights.files import StoredTensor, read_table, stored_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "ACCEPTABLE_USE*")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *TERMS_FILES)
 # Buffers that older checkpoints carry and that the rotary settings of the config imply.
 ROTARY_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -1,0 +1,24 @@
+"""What surrounds a teacher's weights."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """What surrounds a teacher's weights: config, tokenizer, generation config, licence."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("hub") / "models--acme--tiny-1M" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0} | {f"w{i}": i for i in range(1, 61)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}'
+    )
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.7, "do_sample": true}')
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 0, "bos_token_id": 1}')
+    (folder / "LICENSE").write_text("Do good.\n")
+    (folder / "USE_POLICY.md").write_text("Do no harm.\n")
+    (folder / "pytorch_model.bin").write_text("not to be copied")
+    return folder

@@ -1,0 +1,83 @@
+"""Small students in all their kinds, to be exported."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig, RopeConfig
+from jaxhybrid.model.params import is_spec
+from jaxhybrid.model.transformer import Model, declare
+
+SOFT, LIN = FULL_ATTENTION, GATED_DELTANET
+PLAIN = GatedDeltaNetConfig(qkv_bias=False, qk_norm=False)
+FULL = GatedDeltaNetConfig(expand_kv=False, conv_size=4, rope=True, qkv_bias=True, qk_norm=True)
+LLAMA3 = RopeConfig("llama3", 500.0, factor=8.0, original_max_position_embeddings=32)
+YARN = RopeConfig("yarn", 500.0, factor=4.0, original_max_position_embeddings=16)
+LENGTH, PADDING = 90, 13
+
+CASES = {
+    "llama_paper": {"rope": LLAMA3, "num_layers": 3, "layer_types": (LIN, SOFT, LIN)},
+    "llama_everything": {
+        "tie_embeddings": True,
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "gated_deltanet": GatedDeltaNetConfig(expand_kv=False, conv_size=4, rope=True, qkv_bias=True, qk_norm=False),
+    },
+    "qwen2": {
+        "family": "qwen2",
+        "qkv_bias": True,
+        "rope": YARN,
+        "gated_deltanet": GatedDeltaNetConfig(output_gate=False, conv_size=2, qkv_bias=True, qk_norm=False),
+    },
+    "qwen2_bias_left": {"family": "qwen2", "qkv_bias": True, "tie_embeddings": True, "layer_types": (SOFT, LIN)},
+    "qwen3": {
+        "family": "qwen3",
+        "qk_norm": True,
+        "rope": RopeConfig("linear", 500.0, factor=2.0),
+        "gated_deltanet": GatedDeltaNetConfig(expand_kv=False, conv_size=4, qkv_bias=False, qk_norm=True),
+    },
+    "qwen3_everything": {
+        "family": "qwen3",
+        "qkv_bias": True,
+        "o_bias": True,
+        "qk_norm": True,
+        "rope": RopeConfig("dynamic", 500.0, factor=4.0),
+        "gated_deltanet": FULL,
+        "head_dim": 32,  # heads wider than hidden_size / num_heads
+    },
+    "all_softmax": {"layer_types": (SOFT, SOFT), "gated_deltanet": None},
+    "all_linear": {"layer_types": (LIN, LIN)},
+}
+
+
+def make_student(folder, **changes):
+    settings = {
+        "family": "llama",
+        "vocab_size": 61,
+        "hidden_size": 64,  # 4-bit layers want multiples of 64
+        "intermediate_size": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "norm_eps": 1e-4,  # a smaller one magnifies float32 rounding where a linear layer's output is small
+        "max_position_embeddings": 64,
+        "layer_types": (LIN, SOFT),
+        "gated_deltanet": PLAIN,
+    }
+    config = ModelConfig(**settings | changes)
+    rng = np.random.default_rng(0)
+
+    def draw(path, spec):
+        name, noise = path[-1].key, rng.standard_normal(spec.shape)
+        if name in ("A_log", "dt_bias"):
+            values = noise
+        elif name.endswith("norm"):
+            values = 1 + 0.3 * noise
+        else:  # projections, taps, biases: large enough that none of them is without effect
+            values = 0.1 * noise
+        return jnp.asarray(values, jnp.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, declare(config), is_leaf=is_spec)
+    return Model(params, config, str(folder))
