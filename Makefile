@@ -5,14 +5,14 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 UV_FETCH := $(filter .uv/bin/uv,$(UV))
 
-.PHONY: demo test test-kernels test-slow test-faults test-gpu lint bench bench-kernels setup tpu-compiler
+.PHONY: demo test test-kernels test-slow test-versions test-faults test-gpu lint bench bench-kernels setup tpu-compiler environments
 
 demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid, in minutes, on a CPU
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
 	$(RUN) jaxhybrid run configs/demo.yaml $(ARGS)
 
 test: ## the test suite
-	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
+	@$(MAKE) --no-print-directory setup tpu-compiler environments EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
 test-kernels: ## every form of the kernels: interpreted, lowered for GPUs, compiled for TPUs
@@ -22,6 +22,12 @@ test-kernels: ## every form of the kernels: interpreted, lowered for GPUs, compi
 test-slow: ## long studies that `make test` leaves out
 	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -m slow $(ARGS)
+
+test-versions: ## `make test` and `make test-kernels` with the oldest JAX and transformers that pyproject.toml allows
+	@$(MAKE) --no-print-directory setup environments .venv/jax-oldest/requirements.txt \
+		EXTRAS="--extra demo --extra torch --extra eval"
+	PYTHONPATH=$(CURDIR)/.venv/jax-oldest:$(CURDIR)/.venv/transformers-oldest \
+		$(RUN) pytest -m "not slow and not gpu" -n 2 --dist worksteal $(ARGS)
 
 test-faults: ## would the tests notice? Plants faults in a copy, one after the other, and runs the test that must fail
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval"
@@ -57,6 +63,14 @@ tpu-compiler: .venv/tpu-compiler/requirements.txt
 	@mkdir -p $(@D)
 	$(UV) export --frozen --quiet --only-group tpu-compiler --no-emit-project --output-file $@
 	$(UV) pip install --quiet --target $(@D) --requirements $@
+
+# Other versions of packages, each in a folder that PYTHONPATH puts before the environment. What it does not name is as there.
+environments: .venv/transformers-oldest/requirements.txt .venv/transformers-newest/requirements.txt
+
+.venv/%/requirements.txt: tests/environments/%.txt | setup
+	@rm -rf $(@D)
+	$(UV) pip install --quiet --no-deps --target $(@D) --requirements $<
+	@cp $< $@
 
 .uv/bin/uv:
 	python3 -m venv .uv

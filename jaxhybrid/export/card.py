@@ -5,6 +5,8 @@ from typing import Any
 
 from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
 
+TRANSFORMERS = ">=5.16,<5.25"  # what exports are tested with
+
 CARD = """\
 ---
 {metadata}
@@ -20,7 +22,7 @@ whose memory does not grow with the text.
 
 ## Use
 
-Needs `torch` and `transformers>=5.8`. The two Python files in this folder are the model; `trust_remote_code` lets
+Needs `torch` and `transformers{transformers}`. The Python files in this folder are the model; `trust_remote_code` lets
 transformers run them.
 
 ```python
@@ -66,6 +68,7 @@ def model_card(config: ModelConfig, name: str, base: str | None, dtype: str) -> 
         linear=config.num_layers - len(softmax),
         mixer="" if config.gated_deltanet is None else _describe(config, config.gated_deltanet),
         dtype=dtype,
+        transformers=TRANSFORMERS,
     )
 
 

@@ -1,0 +1,153 @@
+"""Exported folders, read by processes without jax: with the oldest and the newest transformers that they are for."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from jaxhybrid.export.card import TRANSFORMERS
+from jaxhybrid.export.folder import export
+from jaxhybrid.model.transformer import forward
+from tests.export.students import CASES, make_student
+
+ROOT = Path(__file__).parents[2]
+READERS = {"transformers-oldest": (), "transformers-newest": ("--other-ways",)}
+LENGTH = 90
+# KL of the whole model and the quantized one, nats per token. With its gates in 8 bits it is 0.01 to 0.1.
+MOST_KL = {"bnb8": 0.003, "ao8": 0.002, "bnb4": 0.3}
+
+
+def requirements(name):
+    return (ROOT / "tests" / "environments" / f"{name}.txt").read_text()
+
+
+def pinned(name):
+    return dict(line.split("==") for line in requirements(name).splitlines() if "==" in line)
+
+
+def environment(name):
+    """The folder of packages that stand in for those of the main environment."""
+    folder = Path(sys.prefix) / name
+    made = folder / "requirements.txt"
+    assert made.exists(), f"{folder} is not there: make environments"
+    assert made.read_text() == requirements(name), f"{folder} is old: make environments"
+    return folder
+
+
+def run_isolated(arguments, place, packages):
+    """In the environment of a user's process: own caches, no hub, and this repository not on the path."""
+    caches = {"HF_HOME": str(place / "home"), "HF_MODULES_CACHE": str(place / packages.name)}
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | caches | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(packages)},
+        cwd=place,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory, teacher_folder):
+    """A folder per case: `model`, the tokens and documents in inputs.npz, and our logits in ours.npz."""
+    place = tmp_path_factory.mktemp("exports")
+    tokens = np.random.default_rng(0).integers(1, 61, (2, LENGTH)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[0, 20:], segments[0, 21:] = 2, 3
+    segments[1, :13], segments[1, 80:] = 0, 2
+    documents = {"logits": np.ones_like(tokens), "padded": np.minimum(segments, 1), "packed": segments}
+    for name, changes in CASES.items():
+        student = make_student(teacher_folder, **changes)
+        export(student, place / name / "model", dtype="float32")
+        np.savez(place / name / "inputs.npz", tokens=tokens, segments=segments)
+        run = jax.jit(
+            lambda params, ids, config=student.config: forward(params, config, tokens, ids),
+            compiler_options={"xla_backend_optimization_level": 0},  # compiles in half the time
+        )
+        np.savez(place / name / "ours.npz", **{kind: run(student.params, ids) for kind, ids in documents.items()})
+    return place
+
+
+@pytest.fixture(scope="module", params=READERS)
+def read_back(request, exports):
+    """Per case: what the reader got from the folder."""
+    packages = environment(request.param)
+    folders = [str(exports / name / "model") for name in CASES]
+    run_isolated([str(Path(__file__).with_name("reader.py")), *READERS[request.param], *folders], exports, packages)
+    version = pinned(request.param)["transformers"]
+    return {name: np.load(exports / name / f"{version}.npz") for name in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_ours(read_back, exports, case, record_property):
+    ours, theirs = np.load(exports / case / "ours.npz"), read_back[case]
+    real = np.load(exports / case / "inputs.npz")["segments"][..., None] > 0
+    assert np.std(ours["logits"]) > 0.3  # else equal would mean little
+    for name in ("logits", "padded", "packed"):
+        difference = (np.abs(theirs[name] - ours[name]) * (real | (name == "logits"))).max()
+        record_property(f"max_difference_{name}", float(difference))
+        assert difference < 1e-4, name
+    assert np.array_equal(theirs["saved"], theirs["logits"])  # by save_pretrained, with its code
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loads_whole_and_only_with_trust(read_back, case):
+    theirs = read_back[case]
+    assert str(theirs["loading"]) == "{}"
+    assert "trust_remote_code=True" in str(theirs["refusal"])
+    assert str(theirs["dtype"]) == "torch.float32"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generation(read_back, case):
+    """From a cache as without one; a batch with padding as each prompt alone."""
+    theirs = read_back[case]
+    assert theirs["singles"].shape == (3, 6)
+    for other in ("uncached", "static", "in_pieces", "batch", "batch_static"):
+        assert np.array_equal(theirs["singles"], theirs[other]), other
+    assert np.array_equal(theirs["beams"], theirs["beams_uncached"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_card_runs_without_a_warning(read_back, case):
+    assert str(read_back[case]["card_prints"]).strip()
+    assert read_back[case]["card_warns"].tolist() == []
+
+
+@pytest.mark.parametrize("read_back", ["transformers-newest"], indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_other_ways_of_loading(read_back, case):
+    theirs = read_back[case]
+    for name in ("in_memory", "on_disk"):
+        assert np.abs(theirs[name] - theirs["logits"]).max() < 1e-6, name
+    for kind, most in MOST_KL.items():
+        assert theirs[f"{kind}_layers"] >= 14, kind  # else nothing was quantized
+        assert theirs[f"{kind}_changed_gates"].tolist() == []
+        assert theirs[f"{kind}_kl"] < most, kind
+
+
+def test_versions_are_the_ones_claimed():
+    """What pyproject.toml, README and model card allow begins with the oldest and ends with the newest tested."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    locked = {p["name"]: p["version"] for p in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
+    assert allowed["transformers"] == SpecifierSet(TRANSFORMERS)
+    assert f"`transformers{TRANSFORMERS}`" in (ROOT / "README.md").read_text()
+    assert locked["transformers"] == pinned("transformers-newest")["transformers"]
+    for name, oldest in (("transformers", "transformers-oldest"), ("jax", "jax-oldest")):
+        for version in (pinned(oldest)[name], locked[name]):
+            assert allowed[name].contains(version)
+        bounds = {s.operator: Version(s.version).release for s in allowed[name]}
+        assert Version(pinned(oldest)[name]).release[: len(bounds[">="])] == bounds[">="]
+        major, minor = Version(locked[name]).release[:2]
+        assert bounds["<"] == (major, minor + 1)
