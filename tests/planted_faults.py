@@ -22,6 +22,7 @@ OPTIMIZER = "tests/train/test_optimizer.py"
 QUALITY = "tests/evaluate/test_quality.py"
 CONVERT = "tests/weights/test_convert.py"
 SCORING = "tests/selection/test_kl_guided.py"
+PACKING = "tests/export/test_packing.py"
 
 
 class Fault(NamedTuple):
@@ -287,6 +288,56 @@ FAULTS = [
         "then + change",
         "then",
         "tests/selection/test_kept_state.py",
+    ),
+    # What transformers gets.
+    Fault(
+        "export: convolution reaches over documents",
+        "export/remote_code/linear_attention_jaxhybrid.py",
+        " * same[:, None, w]",
+        "",
+        f"{PACKING}::test_documents_of_a_row_are_apart[full-sdpa]",
+    ),
+    Fault(
+        "export: a document takes over a state",
+        "export/remote_code/linear_attention_jaxhybrid.py",
+        "log_decay.masked_fill(first[..., None], FORGET)",
+        "log_decay",
+        f"{PACKING}::test_documents_of_a_row_are_apart[plain-eager]",
+    ),
+    Fault(
+        "export: softmax layers see the document before",
+        "export/remote_code/packing_jaxhybrid.py",
+        "key >= start[batch, query - columns]",
+        "key >= 0",
+        f"{PACKING}::test_documents_of_a_row_are_apart[plain-eager]",
+    ),
+    Fault(
+        "export: a later call forgets its document",
+        "export/remote_code/packing_jaxhybrid.py",
+        "start = torch.maximum(torch.where(first, column, 0).cummax(1).values, start)",
+        "start = torch.where(first, column, 0).cummax(1).values",
+        f"{PACKING}::test_documents_that_start_in_a_later_call",
+    ),
+    Fault(
+        "export: padding counts as the token before",
+        "export/remote_code/packing_jaxhybrid.py",
+        "return padded.gather(1, F.pad(torch.where(real, place, 0), (1, 0)).cummax(1).values)",
+        "return padded",
+        f"{PACKING}::test_rows_with_padding",
+    ),
+    Fault(
+        "export: gates in the dtype of their weights",
+        "export/remote_code/linear_attention_jaxhybrid.py",
+        "F.linear(x.float(), self.weight.float())",
+        "F.linear(x.to(self.weight.dtype), self.weight).float()",
+        "tests/export/test_modeling.py::test_save_and_load",
+    ),
+    Fault(
+        "export: one of the cache's names is dropped",
+        "export/remote_code/modeling_jaxhybrid.py",
+        "cache = past_key_values if cache is None else cache",
+        "cache = past_key_values",
+        "tests/export/test_modeling.py::test_both_names_of_a_cache",
     ),
 ]
 

@@ -32,7 +32,9 @@ def apart(model, documents, start=0):
 
 
 @pytest.mark.parametrize(
-    ("linear", "attn"), [(PLAIN, "eager"), (FULL, "sdpa"), (SHORT, "sdpa"), (FULL, "flex_attention")]
+    ("linear", "attn"),
+    [(PLAIN, "eager"), (FULL, "sdpa"), (SHORT, "sdpa"), (FULL, "flex_attention")],
+    ids=["plain-eager", "full-sdpa", "short-sdpa", "full-flex"],
 )
 @torch.compiler.set_stance("force_eager")  # flex attention would compile for a minute
 def test_documents_of_a_row_are_apart(linear, attn):
