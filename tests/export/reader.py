@@ -97,12 +97,13 @@ def read(folder, inputs, other_ways):
     tokens, segments = (torch.from_numpy(inputs[name]).long() for name in ("tokens", "segments"))
     model, loading = load(folder, output_loading_info=True)
     mask = (segments != 0).long()
-    model.save_pretrained(folder.parent / "saved")
+    again = folder.parent / f"saved-{transformers.__version__}"
+    model.save_pretrained(again)
     found = {
         "logits": model(tokens).logits,
         "padded": model(tokens, attention_mask=mask).logits,
         "packed": model(tokens, attention_mask=mask, position_ids=positions(segments)).logits,
-        "saved": load(folder.parent / "saved")(tokens).logits,
+        "saved": load(again)(tokens).logits,
         "refusal": refusal_without_trust(folder),
         "loading": str({name: sorted(map(str, found)) for name, found in loading.items() if found}),
         "dtype": str(AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype),
