@@ -43,6 +43,11 @@ def environment(name):
     return folder
 
 
+def arrays(file):
+    with np.load(file) as found:
+        return dict(found)
+
+
 def run_isolated(arguments, place, packages):
     """In the environment of a user's process: own caches, no hub, and this repository not on the path."""
     caches = {"HF_HOME": str(place / "home"), "HF_MODULES_CACHE": str(place / packages.name)}
@@ -99,13 +104,13 @@ def read_back(request, exports):
             folders = [str(exports / name / "model") for name in CASES]
             reader = str(Path(__file__).with_name("reader.py"))
             run_isolated([reader, *READERS[request.param], *folders], exports, packages)
-    return dict(zip(CASES, map(np.load, written)))
+    return dict(zip(CASES, map(arrays, written)))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_ours(read_back, exports, case, record_property):
-    ours, theirs = np.load(exports / case / "ours.npz"), read_back[case]
-    real = np.load(exports / case / "inputs.npz")["segments"][..., None] > 0
+    ours, theirs = arrays(exports / case / "ours.npz"), read_back[case]
+    real = arrays(exports / case / "inputs.npz")["segments"][..., None] > 0
     assert np.std(ours["logits"]) > 0.3  # else equal would mean little
     for name in ("logits", "padded", "packed"):
         difference = (np.abs(theirs[name] - ours[name]) * (real | (name == "logits"))).max()
