@@ -110,7 +110,9 @@ def open_gguf(name: str) -> GgufModel:
         return _open_split(name, files)
     if any(begins[1:]):
         second = files[begins.index(True, 1)]
-        raise WeightsError(f"{name} matches {second}, which begins a GGUF file of its own. Correct the pattern.")
+        raise WeightsError(
+            f"{name} matches {second}, which begins a GGUF file but is not the first by name. Correct the pattern."
+        )
     head = _head(files, name)
     if head.metadata.get("split.count", 1) != 1:
         raise WeightsError(

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -137,7 +136,7 @@ class Draft:
 
 
 def draft(model, vocabulary, kinds=("F32",)):
-    """The draft of a transformers model. Matrices get the types of `kinds` in turn: random blocks for a quantised one."""
+    """The draft of a transformers model. Matrices get the types of `kinds` in turn, quantised ones random blocks."""
     config, rng, turns = model.config, np.random.default_rng(0), itertools.cycle(kinds)
     architecture = config.model_type
     tensors = {}

@@ -1,4 +1,4 @@
-"""GGUF files as teachers: logits of the model they were made from, weights as transformers' own GGUF reader has them."""
+"""GGUF files as teachers: logits of the model they were made from, weights as transformers reads them."""
 
 import json
 
