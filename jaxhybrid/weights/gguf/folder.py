@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxhybrid.errors import JaxHybridError
-from jaxhybrid.files import draft_of, make_folder, read_json, remove, storage_errors, write_json
+from jaxhybrid.files import draft_of, make_folder, read_json, remove, storage_errors, write_json, write_text
 from jaxhybrid.weights.files import SINGLE_FILE
 from jaxhybrid.weights.gguf.config import hugging_face_config, token_id
 from jaxhybrid.weights.gguf.model import GgufModel, open_gguf
 from jaxhybrid.weights.gguf.tensors import write_weights
-from jaxhybrid.weights.gguf.tokenizer import write_tokenizer
+from jaxhybrid.weights.gguf.tokenizer import rebuild_tokenizer
 
 LAYOUT_VERSION = 1  # raise when the folder's content changes
 ORIGIN = "gguf.json"  # where the folder is from and how large its files are, to know it again
@@ -60,7 +60,9 @@ def write_folder(model: GgufModel, folder: Path) -> None:
     config = hugging_face_config(model)
     write_json(folder / "config.json", config, WAY_OUT)
     write_json(folder / "generation_config.json", _generation_config(model, config), WAY_OUT)
-    write_tokenizer(model, config["max_position_embeddings"], folder)
+    tokenizer, settings = rebuild_tokenizer(model, config["max_position_embeddings"])
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True), WAY_OUT)
+    write_json(folder / "tokenizer_config.json", settings, WAY_OUT)
     write_weights(model, config, folder / SINGLE_FILE)
 
 

@@ -6,7 +6,6 @@ one of the original Hugging Face tokenizer that llama.cpp gave this name.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tokenizers import (
@@ -21,7 +20,6 @@ from tokenizers import (
 )
 
 from jaxhybrid.errors import WeightsError
-from jaxhybrid.files import write_json
 from jaxhybrid.weights.gguf.config import role_ids
 from jaxhybrid.weights.gguf.model import OTHER_FILE, GgufModel
 
@@ -75,8 +73,8 @@ WORDS: Mapping[str, Words] = {
 }
 
 
-def write_tokenizer(model: GgufModel, length: int, folder: Path) -> None:
-    """Writes the tokenizer's two files; `length` is the model's context.
+def rebuild_tokenizer(model: GgufModel, length: int) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer and its tokenizer_config.json; `length` is the model's context.
 
     Raises:
         WeightsError: the tokenizer is of a kind that is not known, or its lists do not fit together.
@@ -94,7 +92,6 @@ def write_tokenizer(model: GgufModel, length: int, folder: Path) -> None:
     special = vocabulary.of_type(UNKNOWN) + vocabulary.of_type(CONTROL)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in vocabulary.of_type(USER_DEFINED)])
-    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {f"{role}_token": token for role, token in roles.items()} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": [token for token in special if token not in roles.values()],
@@ -103,7 +100,7 @@ def write_tokenizer(model: GgufModel, length: int, folder: Path) -> None:
         "model_max_length": length,
         **_chat_template(model),
     }
-    write_json(folder / "tokenizer_config.json", settings)
+    return tokenizer, settings
 
 
 class _Vocabulary:
@@ -114,7 +111,8 @@ class _Vocabulary:
         self.tokens: list[str] = model.settings("tokenizer.ggml.tokens", str)
         self.types: list[int] = model.settings("tokenizer.ggml.token_type", int)
         # Rows of the embedding that the original vocabulary has no token for are named by their number.
-        self.ids = {token: i for i, token in enumerate(self.tokens) if token != f"[PAD{i}]"}
+        used = role_ids(model).values()
+        self.ids = {token: i for i, token in enumerate(self.tokens) if token != f"[PAD{i}]" or i in used}
         if len(self.types) != len(self.tokens):
             raise WeightsError(
                 f"{model.name} has {len(self.tokens)} tokens and {len(self.types)} types of tokens. {OTHER_FILE}"
@@ -172,6 +170,9 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     """Llama 2's kind: pieces with a score, spaces as ▁, bytes for characters that have no piece."""
     if vocabulary.flag("remove_extra_whitespaces", False):
         raise WeightsError(f"{vocabulary.model.name} has a tokenizer that removes spaces, not known. {OTHER_FILE}")
+    spaced = next((token for token in vocabulary.of_type(USER_DEFINED) if SPACE in token), None)
+    if spaced is not None:
+        raise WeightsError(f"{vocabulary.model.name} has the added token {spaced!r} with a space in it. {OTHER_FILE}")
     unknown = vocabulary.of_type(UNKNOWN)
     tokenizer = Tokenizer(
         models.BPE(

@@ -11,8 +11,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from jaxhybrid.data.vocabulary import load_vocabulary
+from jaxhybrid.errors import WeightsError
 from jaxhybrid.weights.gguf.model import open_gguf
-from jaxhybrid.weights.gguf.tokenizer import write_tokenizer
+from jaxhybrid.weights.gguf.tokenizer import rebuild_tokenizer
 from tests.tiny import TEXT
 from tests.weights.gguf.make import MIXED, Draft, byte_level_vocabulary
 
@@ -38,7 +39,9 @@ def rebuild(tmp_path):
         path = Draft("llama", vocabulary, {}).write(tmp_path / "vocabulary.gguf")
         folder = tmp_path / "tokenizer"
         folder.mkdir(exist_ok=True)
-        write_tokenizer(open_gguf(str(path)), 64, folder)
+        backend, settings = rebuild_tokenizer(open_gguf(str(path)), 64)
+        backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         return AutoTokenizer.from_pretrained(folder)
 
     return build
@@ -123,6 +126,12 @@ def test_a_file_without_roles_or_template(rebuild):
     del vocabulary["tokenizer.chat_template"]
     tokenizer = rebuild(vocabulary)
     assert tokenizer.bos_token is tokenizer.pad_token is tokenizer.chat_template is None
+
+
+def test_a_filled_up_row_that_has_a_role_is_a_token(rebuild):
+    tokenizer = rebuild(byte_level_vocabulary("qwen2") | {"tokenizer.ggml.padding_token_id": 511})
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("[PAD511]", 511)
+    assert len(tokenizer.get_vocab()) == 496
 
 
 def test_named_chat_templates(rebuild):
@@ -229,6 +238,23 @@ def test_sentencepiece_without_the_space_before(pieces, rebuild):
     tokenizer = rebuild(sentencepiece_vocabulary(pieces, **{"tokenizer.ggml.add_space_prefix": False}))
     assert tokenizer.decode(tokenizer("anna has", add_special_tokens=False).input_ids) == "anna has"
     assert not tokenizer.tokenize("anna")[0].startswith("\u2581")
+
+
+def test_an_added_token_with_a_space_is_refused(pieces, rebuild):
+    vocabulary = sentencepiece_vocabulary(pieces)
+    vocabulary["tokenizer.ggml.token_type"][vocabulary["tokenizer.ggml.tokens"].index("\u2581h")] = 4
+    with pytest.raises(WeightsError, match="'\u2581h' with a space"):
+        rebuild(vocabulary)
+
+
+def test_scores_that_order_nothing_are_refused(pieces, rebuild):
+    count = pieces.get_piece_size()
+    with pytest.raises(WeightsError, match="one score for all tokens"):
+        rebuild(sentencepiece_vocabulary(pieces, **{"tokenizer.ggml.scores": [-1000.0] * count}))
+    with pytest.raises(WeightsError, match=f"{count} tokens, 2 scores"):
+        rebuild(sentencepiece_vocabulary(pieces, **{"tokenizer.ggml.scores": [0.0, -1.0]}))
+    with pytest.raises(WeightsError, match="removes spaces"):
+        rebuild(sentencepiece_vocabulary(pieces, **{"tokenizer.ggml.remove_extra_whitespaces": True}))
 
 
 def test_the_written_tokenizer_has_no_hole(pieces, rebuild, tmp_path):
