@@ -1,7 +1,9 @@
 """GGUF files as teachers: logits of the model they were made from, weights as transformers reads them."""
 
 import json
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +12,17 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from jaxhybrid.config import load_config
+from jaxhybrid.export.folder import export
+from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import forward
+from jaxhybrid.pipeline import Pipeline
 from jaxhybrid.text import complete
+from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.gguf.head import TENSOR_TYPES
 from jaxhybrid.weights.gguf.model import open_gguf
-from jaxhybrid.weights.huggingface import load_teacher
+from jaxhybrid.weights.huggingface import load_student, load_teacher
+from tests.tiny import write_config
 from tests.weights.conftest import make_torch_model
 from tests.weights.gguf.make import SHAPE, byte_level_vocabulary, draft, transformers_model
 
@@ -103,7 +111,16 @@ def test_the_folder_is_as_transformers_writes_one(small, tmp_path):
     assert all(value.dtype == np.float32 for value in load_file(f"{folder}/model.safetensors").values())
 
 
-def test_a_gguf_teacher_generates(small, tmp_path):
-    file = str(small.write(tmp_path / "model.gguf"))
-    text, chat = (complete(file, ["anna has"], 5, chat=chat) for chat in (False, True))
-    assert all(isinstance(answer, str) for answer in (*text, *chat))
+def test_what_takes_a_teacher_takes_a_gguf_file(small, tmp_path):
+    """A config's `teacher`, generation by the chat template, and the export of a hybrid made from it."""
+    file = small.write(tmp_path / "model.gguf")
+    (answer,) = complete(str(file), ["anna has"], 5, chat=True)
+    assert isinstance(answer, str)
+    with Pipeline(load_config(write_config(tmp_path / "config.yaml", file))) as pipeline:
+        teacher = pipeline.teacher
+    assert teacher.config.family == "qwen2"
+    student = convert(teacher, ("full_attention", "gated_deltanet"), GatedDeltaNetConfig(), jax.random.key(0))
+    exported = export(student, tmp_path / "export")
+    assert load_student(exported).config.layer_types == ("full_attention", "gated_deltanet")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (exported / name).read_text() == (Path(teacher.folder) / name).read_text()
