@@ -118,8 +118,10 @@ class _Reader:
         (axes,) = self.numbers("I")
         *dimensions, type_number, offset = self.numbers(f"{axes}QIQ")
         kind, block, block_bytes = _tensor_type(self.name, name, type_number)
-        if not dimensions or dimensions[0] % block:
-            raise WeightsError(f"{self.name} has {name} of shape {dimensions}, no whole number of {kind} blocks.")
+        if 0 in (dimensions or [0]) or dimensions[0] % block:
+            raise WeightsError(
+                f"{self.name} has {name} of shape {dimensions[::-1]}, not rows of whole {kind} blocks. {FETCH_AGAIN}"
+            )
         return name, kind, tuple(reversed(dimensions)), offset, math.prod(dimensions) // block * block_bytes
 
 

@@ -130,20 +130,19 @@ def _head(files: list[Path], name: str) -> Head:
 def _open_split(name: str, files: list[Path]) -> GgufModel:
     """llama.cpp's split: each file is a GGUF file with some of the tensors, the first has the metadata as well."""
     heads = {file: _head([file], str(file)) for file in files}
-    count = next(iter(heads.values())).metadata.get("split.count", 0)
-    numbers = {head.metadata.get("split.no"): file for file, head in heads.items()}
-    if sorted(numbers, key=str) != sorted(range(count), key=str) or len(files) != count:
+    stated = {file: (head.metadata.get("split.no"), head.metadata.get("split.count")) for file, head in heads.items()}
+    by_number = [file for i in range(len(files)) for file, (number, _) in stated.items() if number == i]
+    if [stated[file] for file in by_number] != [(i, len(files)) for i in range(len(files))]:
         raise WeightsError(
             f"{name} means {len(files)} GGUF files, which are not the parts of one model: "
             f"{', '.join(file.name for file in files[:5])}. Name one model."
         )
-    ordered = [numbers[number] for number in range(count)]
-    entries = [(entry, [file]) for file in ordered for entry in heads[file].tensors]
+    entries = [(entry, [file]) for file in by_number for entry in heads[file].tensors]
     refuse_repeated(name, (entry for entry, _ in entries))
-    metadata = heads[ordered[0]].metadata
+    metadata = heads[by_number[0]].metadata
     if metadata.get("split.tensors.count", len(entries)) != len(entries):
         raise WeightsError(
             f"{name} has {len(entries)} tensors, its split.tensors.count is {metadata['split.tensors.count']}. "
             f"{FETCH_AGAIN}"
         )
-    return GgufModel(name, ordered, metadata, {entry.name: (entry, where) for entry, where in entries})
+    return GgufModel(name, by_number, metadata, {entry.name: (entry, where) for entry, where in entries})

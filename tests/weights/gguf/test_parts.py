@@ -109,6 +109,12 @@ def test_split_files_that_do_not_belong_together(split, file):
     shutil.copyfile(split[2], split[0].with_name("alone.gguf"))
     with pytest.raises(WeightsError, match="one of the 3 files of a split model"):
         gguf_folder(str(split[0].with_name("alone.gguf")))
+    second = split[1].read_bytes()
+    shutil.copyfile(split[0], split[1])
+    with pytest.raises(WeightsError, match="not the parts of one model"):
+        gguf_folder(str(split[0]))
+    split[1].write_bytes(second)
+    assert gguf_folder(str(split[0]))
     split[1].unlink()
     with pytest.raises(WeightsError, match=r"m-00002-of-00003\.gguf is not there"):
         gguf_folder(str(split[0]))

@@ -114,6 +114,16 @@ def test_files_that_are_not_whole(small, refused, tmp_path):
     refused(tmp_path / "absent.gguf", "absent.gguf", "not there")
 
 
+def test_tensors_of_no_size_or_of_half_a_block(small, refused, tmp_path):
+    file = small.write(tmp_path / "whole.gguf")
+    data, name = file.read_bytes(), b"blk.0.attn_norm.weight"
+    place = data.index(name) + len(name) + 4  # of its one dimension
+    for size, kind in ((0, 0), (16, 2)):  # F32, Q4_0
+        bad = data[:place] + struct.pack("<QI", size, kind) + data[place + 12 :]
+        (tmp_path / "bad.gguf").write_bytes(bad)
+        refused(tmp_path / "bad.gguf", name.decode(), f"shape [{size}]", "whole")
+
+
 def test_a_damaged_head_is_an_error_of_the_input(small, tmp_path, cache):
     """Bytes changed at random places: refused, or without effect; never another exception."""
     for name in list(small.tensors):  # a smaller file, whose head is all that matters
