@@ -30,7 +30,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings over the config, as key=value.", metavar="[KEY=VALUE]...")
 ]
 ModelFolder = Annotated[
-    str, typer.Argument(help="An exported folder, or a teacher (folder, hub id, demo:smollm2-135m).")
+    str, typer.Argument(help="An exported folder, or a teacher (folder, hub id, GGUF file, demo:smollm2-135m).")
 ]
 
 

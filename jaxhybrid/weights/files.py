@@ -1,9 +1,10 @@
 """A folder of safetensors files read as memory maps: only the bytes that are used are read."""
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,31 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error from error
     path.chmod(mode)
+
+
+def stream_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], rows: Callable[[str], Iterable[np.ndarray]]
+) -> None:
+    """The same file for float32 tensors that need not be in memory together.
+
+    rows: gives the values of one tensor in order, in pieces.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in sorted(shapes.items()):
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(shapes):
+            before = stream.tell()
+            for piece in rows(name):
+                stream.write(np.ascontiguousarray(piece, "<f4").data)
+            assert stream.tell() - before == 4 * math.prod(shapes[name]), name
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def read_table(path: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from jaxhybrid.model.partition import param_shardings
 from jaxhybrid.model.transformer import Model, declare
 from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder
 from jaxhybrid.weights.files import StoredTensor, read_table, stored_tensors
+from jaxhybrid.weights.gguf.folder import gguf_folder
+from jaxhybrid.weights.gguf.source import is_gguf
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "ACCEPTABLE_USE*")
@@ -36,7 +38,7 @@ def load_teacher(
     mesh: Mesh | None = None,
     shardings: Params | None = None,
 ) -> Model:
-    """The softmax model of a local folder, a hub id, or `demo:smollm2-135m`.
+    """The softmax model of a local folder, a hub id, a GGUF file or a pattern of its parts, or `demo:smollm2-135m`.
 
     Args:
         dtype: of the parameters; the ones declared float32 stay float32.
@@ -181,8 +183,13 @@ def _resolve(path_or_id: str | os.PathLike[str]) -> Path:
         return demo_teacher_folder(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        if ggufs and not (folder / "config.json").is_file():
+            raise WeightsError(f"{name} is a folder of GGUF files; name the file: {folder / ggufs[0]}.")
         return folder.absolute()
-    if folder.suffix in (".safetensors", ".bin", ".pt", ".gguf") or folder.is_file():
+    if is_gguf(name):
+        return gguf_folder(name)
+    if folder.suffix in (".safetensors", ".bin", ".pt") or folder.is_file():
         raise WeightsError(f"{name} is a file; name the folder that holds it and its config.json.")
     if not HUB_ID.fullmatch(name):
         raise WeightsError(f"{name} is neither a folder nor a hub id of the form owner/name.")
