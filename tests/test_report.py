@@ -17,7 +17,46 @@ from jaxhybrid.selection.ranking import CandidateScore, Scores, layers_in_budget
 
 DEPTH = 12
 KEPT = [3, 6, 10]
+
+
+def share(value, low, high):
+    return {"share": value, "low": low, "high": high}
+
+
+def recall_of(right, thirds=True):
+    """Figures as `recall_figures` gives them, around one share of right answers."""
+    names = ["first_query", "later_queries", *(f"{third}_third" for third in ("first", "middle", "last") if thirds)]
+    return {
+        "right": share(right, right - 0.031, right + 0.02),
+        **{name: share(right - 0.01 * i, 0.0, 1.0) for i, name in enumerate(names, 1)},
+        "first_token": share(right + 0.015, 0.0, 1.0),
+        "another_name": share(0.7 * (1 - right), 0.0, 1.0),
+    }
+
+
+def recall_task(pairs, filler, chance, applies=True, **models):
+    figures = {name: recall_of(right, pairs > 2) for name, right in models.items()}
+    return {
+        "pairs": pairs, "filler_tokens": filler, "prompts": 500, "prompt_tokens": 300.5, "chance": chance,
+        "applies": applies, "models": figures,
+    }  # fmt: skip
+
+
 EVALUATION = {
+    "models": {
+        "teacher": {"perplexity": 14.256, "kl": 0.0, "tokens": 8192},
+        "distill": {"perplexity": 17.901, "kl": 0.21384, "tokens": 8192},
+        "finetune": {"perplexity": 1016.5, "kl": None, "tokens": 8192},
+    },
+    "softmax_layers": KEPT,
+    "heldout_tokens": 8192,
+    "recall": [
+        recall_task(2, 0, {"right": 0.5, "first_token": 0.55}, teacher=0.96, distill=0.85, finetune=0.8),
+        recall_task(16, 2048, {"right": 1 / 16, "first_token": 0.17}, teacher=0.94, distill=0.35, finetune=0.25),
+        recall_task(64, 2048, {"right": 1 / 64, "first_token": 0.12}, applies=False, teacher=0.612),
+    ],
+}
+EARLIER_EVALUATION = {  # of the probe before, whose files lie in the folders of old runs
     "models": {
         "teacher": {"perplexity": 14.256, "kl": 0.0, "tokens": 8192, "recall_4": 1.0, "recall_16": 0.95},
         "distill": {"perplexity": 17.901, "kl": 0.21384, "tokens": 8192, "recall_4": 0.85, "recall_16": 0.3},
@@ -109,6 +148,7 @@ def make_run(run):
         heldout_loss_after=float(np.mean(after)),
         heldout_layer_loss_before=before,
         heldout_layer_loss_after=after,
+        mean_segment_tokens=843.2,
     )
     write(
         run / "score" / "done.json",
@@ -127,7 +167,7 @@ def make_run(run):
     return run
 
 
-FIGURES = {"importance", "candidate_curves", "stability", "layer_losses", "align", "distill", "finetune"}
+FIGURES = {"recall", "importance", "candidate_curves", "stability", "layer_losses", "align", "distill", "finetune"}
 
 
 def figures(run):
@@ -159,19 +199,42 @@ def test_every_figure_is_drawn_and_embedded(page):
     assert "not run" not in text_of(page)
 
 
+def test_an_evaluation_of_the_earlier_probe_is_shown_and_named(tmp_path):
+    write(tmp_path / "config.yaml", "name: old\n")
+    write(tmp_path / "evaluation.json", EARLIER_EVALUATION)
+    page = write_report(tmp_path)
+    evaluation = section(page, "evaluation")
+    for words in ("recall_4", "recall_16", "85.0 %", "20 prompts", "does not compare models"):
+        assert words in evaluation
+    assert figures(tmp_path) == set()
+
+
 def test_page_needs_no_network(page):
     assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script", page.read_text())
 
 
 def test_numbers_are_in_the_tables(page):
     evaluation = section(page, "evaluation")
-    for number in ("14.26", "17.90", "1,016.50", "0.2138", "85.0 %", "95.0 %", "8,192 held-out", "20 prompts"):
+    for number in ("14.26", "17.90", "1,016.50", "0.2138", "8,192 held-out", "500 prompts each", "2 pairs", "50.0 %"):
         assert number in evaluation
+    for number in ("16 pairs + 2,048", "94.0 % (91-96)", "35.0 % (32-37)", "34.0 %", "45.5 %", "6.2 %"):
+        assert number in evaluation
+    assert "Recall of 64 pairs with 2,048 tokens of prose does not apply to this teacher: 61.2 %" in evaluation
     stages = section(page, "stages")
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", stages, re.S)[1:]]
-    assert rows[0][:6] == ["align", "done", "60", "122,880", "5,030", "3.00"]
-    assert rows[0][6:] == [f"{3 * math.exp(-3 / 60) + 0.1:.4f}", f"{3 * math.exp(-3) + 0.1:.4f}"]
-    assert rows[1] == ["score", "done", "–", "983,040", "–", "2.00", "–", "–"]
+    assert rows[0][:7] == ["align", "done", "60", "122,880", "843", "5,030", "3.00"]
+    assert rows[0][7:] == [f"{3 * math.exp(-3 / 60) + 0.1:.4f}", f"{3 * math.exp(-3) + 0.1:.4f}"]
+    assert rows[1] == [
+        "score",
+        "done",
+        "–",
+        "983,040",
+        "–",
+        "–",
+        "2.00",
+        "–",
+        "–",
+    ]  # as runs before segments were measured
     layers = section(page, "layers")
     assert re.findall(r'class="softmax">(\d+)<', layers) == ["3", "6", "10"]
     assert "12.5 % (2 layers)" in layers
@@ -230,7 +293,7 @@ def test_a_second_report_replaces_the_first(tmp_path):
     write_stage(run / "distill", note="")
     write_stage(run / "finetune", note="")
     first = write_report(run).read_bytes()
-    assert figures(run) == {"distill", "finetune"}
+    assert figures(run) == {"recall", "distill", "finetune"}
     assert write_report(run).read_bytes() == first
     (run / "evaluation.json").unlink()
     (run / "finetune").rename(tmp_path / "elsewhere")
@@ -257,7 +320,33 @@ def test_wrong_folders_are_refused(tmp_path):
 
 
 def test_evaluation_table_is_aligned():
-    assert evaluation_table(EVALUATION).splitlines() == [
+    assert evaluation_table(EVALUATION).splitlines() == EVALUATION_TABLE.splitlines()
+
+
+EVALUATION_TABLE = """\
+model     perplexity      KL
+--------  ----------  ------
+teacher        14.26  0.0000
+distill        17.90  0.2138
+finetune    1,016.50       -
+
+recall of         model       right (95 %)  1st asked   later  1st third     2nd     3rd  1st token  another's
+----------------  --------  --------------  ---------  ------  ---------  ------  ------  ---------  ---------
+2 pairs           chance            50.0 %          -       -          -       -       -     55.0 %          -
+2 pairs           teacher   96.0 % (93-98)     95.0 %  94.0 %          -       -       -     97.5 %      2.8 %
+2 pairs           distill   85.0 % (82-87)     84.0 %  83.0 %          -       -       -     86.5 %     10.5 %
+2 pairs           finetune  80.0 % (77-82)     79.0 %  78.0 %          -       -       -     81.5 %     14.0 %
+16 pairs + 2,048  chance             6.2 %          -       -          -       -       -     17.0 %          -
+16 pairs + 2,048  teacher   94.0 % (91-96)     93.0 %  92.0 %     91.0 %  90.0 %  89.0 %     95.5 %      4.2 %
+16 pairs + 2,048  distill   35.0 % (32-37)     34.0 %  33.0 %     32.0 %  31.0 %  30.0 %     36.5 %     45.5 %
+16 pairs + 2,048  finetune  25.0 % (22-27)     24.0 %  23.0 %     22.0 %  21.0 %  20.0 %     26.5 %     52.5 %
+
+Recall of 64 pairs with 2,048 tokens of prose does not apply to this teacher: 61.2 % of its answers are right (58-63), too few to compare students by.
+"""  # noqa: E501
+
+
+def test_an_evaluation_of_the_earlier_probe_is_a_table():
+    assert evaluation_table(EARLIER_EVALUATION).splitlines() == [
         "model     perplexity      KL  recall_4  recall_16",
         "--------  ----------  ------  --------  ---------",
         "teacher        14.26  0.0000   100.0 %     95.0 %",

@@ -1,9 +1,11 @@
-"""Key-value recall: read a list of names and numbers, then say one name's number again.
+"""Key-value recall: read a list of names and numbers, then say each name's number again.
 
 What a linear layer's fixed-size state is worst at and softmax layers are kept for. Synthetic text, any tokenizer, no
-download. An answer counts when greedy decoding would give exactly its tokens.
+download. An answer is right when greedy decoding would give exactly its tokens.
 """
 
+import random
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,102 +14,120 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhybrid.errors import ConfigError, DataError
+from jaxhybrid.evaluate.recall_figures import Share, chance, recall_figures
+from jaxhybrid.evaluate.recall_prompts import RecallTask
 from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.layers import exact_dtype
 from jaxhybrid.model.params import Params
 from jaxhybrid.model.partition import gather, per_example
 from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
 from jaxhybrid.train.placement import place_batch
 
-NAMES = tuple(
+TOKENS_AT_ONCE = 512  # whose logits are held
+
+LEAST_TEACHER = 0.8  # right answers; a teacher with fewer does not do the task, which then says nothing of its students
+Greedy = Callable[[np.ndarray, np.ndarray], np.ndarray]  # tokens [n,T], places [n,Q] -> the model's tokens [n,Q,A]
+
+
+def compare_recall(
+    models: dict[str, Model], tasks: Sequence[RecallTask], *, mesh: Mesh, batch_tokens: int, dtype: Any = jnp.bfloat16
+) -> list[dict[str, Any]]:
+    """For each task what it is, what chance gives, and the figures of the models, by name, the teacher first.
+
+    Where the teacher has fewer than LEAST_TEACHER of its answers right, `applies` is false and no student is measured.
     """
-    amber anchor apple arrow autumn badge basket beacon birch blanket bottle branch bridge bronze bucket butter
-    button candle canyon carpet castle cedar cherry circle cloud clover coffee copper coral cotton cradle crystal
-    curtain dagger daisy desert diamond dolphin dragon eagle ember engine falcon feather fiddle flame forest fossil
-    fountain garden garlic ginger glacier granite hammer harbor hazel helmet hollow honey horizon island ivory
-    jacket jasmine jungle kettle ladder lantern lemon lily linen lizard magnet maple marble meadow mirror mountain
-    needle nickel oasis ocean olive onion orange orchid otter oyster paddle palace paper parrot pebble pencil
-    pepper pillow pirate planet pocket pottery puzzle rabbit ribbon river rocket saddle sailor salmon shadow silver
-    spider spiral summer sunset table temple thistle thunder tiger timber tulip tunnel turtle valley velvet violet
-    walnut willow window winter wolf
-    """.split()  # noqa: SIM905 - a list this long reads better as text
-)
+    results = []
+    for task in tasks:
+        record: dict[str, Any] = {
+            "pairs": task.pairs,
+            "filler_tokens": task.filler_tokens,
+            "prompts": len(task.tokens),
+            "prompt_tokens": round(float(task.lengths.mean()), 1),
+            "chance": chance(task),
+            "applies": True,
+            "models": {},
+        }
+        for name, model in models.items():
+            if record["applies"]:
+                record["models"][name] = recall(model, task, mesh=mesh, batch_tokens=batch_tokens, dtype=dtype)
+                record["applies"] = record["models"]["teacher"]["right"]["share"] >= LEAST_TEACHER
+        results.append(record)
+    return results
 
 
-def recall_prompts(tokenizer: Any, pairs: int, samples: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """`samples` seeded (prompt, answer) token lists, each with `pairs` names and four-digit numbers.
+def recall(
+    model: Model, task: RecallTask, *, mesh: Mesh, batch_tokens: int, dtype: Any = jnp.bfloat16
+) -> dict[str, Share]:
+    """The figures of one model, as `recall_figures` gives them. The model is placed on `mesh`.
 
-    Raises:
-        ConfigError: more pairs than there are names.
-        DataError: the tokenizer merges answers with the text before them.
-    """
-    if not 1 <= pairs <= len(NAMES):
-        raise ConfigError(f"evaluate.recall pairs={pairs}: between 1 and {len(NAMES)}.")
-    rng = np.random.default_rng(seed)
-    prompts = []
-    for _ in range(samples):
-        names = [NAMES[i] for i in rng.permutation(len(NAMES))[:pairs]]
-        numbers = [str(n) for n in rng.integers(1000, 10000, pairs)]
-        asked = int(rng.integers(pairs))
-        listing = "".join(f"The number of {name} is {number}.\n" for name, number in zip(names, numbers))
-        # Question and answer are tokenised together, as a running text has them.
-        question = listing + f"The number of {names[asked]} is"
-        prompt = tokenizer(question, add_special_tokens=False)["input_ids"]
-        whole = tokenizer(f"{question} {numbers[asked]}", add_special_tokens=False)["input_ids"]
-        if whole[: len(prompt)] != prompt:
-            raise DataError(
-                "This tokenizer merges the probe's answer with its question; the recall probe does not apply."
-            )
-        prompts.append((prompt, whole[len(prompt) :]))
-    return prompts
-
-
-def recall_accuracy(
-    model: Model,
-    tokenizer: Any,
-    pairs: int,
-    samples: int,
-    *,
-    mesh: Mesh,
-    batch_size: int = 16,
-    seed: int = 0,
-    dtype: Any = jnp.bfloat16,
-) -> float:
-    """Share of prompts whose whole answer is the model's greedy choice, token by token. The model is placed on `mesh`.
-
-    Whole batches of `batch_size` prompts (rounded up to a multiple of the devices) run at once.
+    Prompts run in batches of about `batch_tokens` tokens, at least one prompt a device; one program for all of them.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_size = -(-batch_size // devices) * devices
-    prompts = recall_prompts(tokenizer, pairs, samples, seed)
-    longest = -(-max(len(prompt) + len(answer) for prompt, answer in prompts) // 64) * 64  # kernels like round lengths
-    answer_length = max(len(answer) for _, answer in prompts)
-    right = 0
-    for first in range(0, samples, batch_size):
-        group = prompts[first : first + batch_size]
-        tokens = np.zeros((batch_size, longest), np.int32)
-        segments = np.zeros_like(tokens)
-        places = np.zeros((batch_size, answer_length), np.int32)  # where each answer token is predicted
-        answers = np.full((batch_size, answer_length), -1, np.int32)
-        for row, (prompt, answer) in enumerate(group):
-            text = [*prompt, *answer]
-            tokens[row, : len(text)], segments[row, : len(text)] = text, 1
-            places[row, : len(answer)] = np.arange(len(answer)) + len(prompt) - 1
-            answers[row, : len(answer)] = answer
-        batch = place_batch({"tokens": tokens, "segment_ids": segments, "places": places}, mesh)
-        chosen = np.asarray(_greedy_at(model.params, batch, config=model.config, dtype=dtype))
-        right += int(((chosen == answers) | (answers < 0)).all(axis=1)[: len(group)].sum())
-    return right / samples
+    width, length = task.tokens.shape[1], task.answers.shape[2]
+    rows = min(max(batch_tokens // width, 1), len(task.tokens))
+    rows = -(-rows // devices) * devices
+
+    def greedy(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+        offsets = np.arange(length)
+        found = []
+        for first in range(0, len(tokens), rows):
+            numbers = np.arange(first, first + rows) % len(tokens)  # the last batch is filled up with earlier prompts
+            at = (places[numbers][..., None] + offsets).reshape(rows, -1)
+            batch = place_batch({"tokens": tokens[numbers], "places": at}, mesh)
+            found.append(np.asarray(_greedy_at(model.params, batch, config=model.config, dtype=dtype)))
+        return np.concatenate(found)[: len(tokens)].reshape(*places.shape, length)
+
+    chosen = greedy(task.tokens, task.places)
+    return recall_figures(task, chosen, says_another_name(task, chosen, greedy))
+
+
+def says_another_name(task: RecallTask, chosen: np.ndarray, greedy: Greedy) -> np.ndarray:
+    """[P]: whether a wrong answer of the prompt, drawn by its seed, is the number of another name of that prompt.
+
+    `chosen` has what follows the *right* beginning of each answer. What the model says after a wrong token of its own
+    is found by putting that token into the prompt, as long as the answer may still become another name's.
+    """
+    prompts, length = len(chosen), chosen.shape[2]
+    wrong = (chosen != task.answers) & (task.answers >= 0)
+    missed = wrong.any(-1)
+    rng = random.Random(0)
+    drawn = np.argmax(missed * np.array([[rng.random() for _ in row] for row in missed]), 1)
+    tokens, result = task.tokens.copy(), np.zeros(prompts, bool)
+    said: dict[int, list[int]] = {}  # tokens of the followed answer of a prompt
+    for prompt in np.flatnonzero(missed.any(1)).tolist():
+        own = chosen[prompt, drawn[prompt]]
+        said[prompt] = [int(token) for token in own[: np.argmax(wrong[prompt, drawn[prompt]]) + 1]]
+    while said:
+        for prompt, words in list(said.items()):
+            others = np.delete(task.answers[prompt], drawn[prompt], 0)
+            alike = others[(others[:, : len(words)] == words).all(1)]
+            ended = len(words) == length
+            result[prompt] = any(ended or other[len(words)] < 0 for other in alike)
+            if result[prompt] or not len(alike):
+                del said[prompt]
+        if said:
+            going = np.array(list(said))
+            for prompt, words in said.items():
+                begin = task.places[prompt, drawn[prompt]] + 1
+                tokens[prompt, begin : begin + len(words)] = words
+            more = greedy(tokens[going], task.places[going])
+            for row, prompt in enumerate(going.tolist()):
+                said[prompt].append(int(more[row, drawn[prompt], len(said[prompt])]))
+    return result
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def _greedy_at(params: Params, batch: dict[str, jax.Array], *, config: ModelConfig, dtype: Any) -> jax.Array:
-    """The most likely next token after each of `places` [B,A]."""
-    hidden = hidden_states(params, config, batch["tokens"], batch["segment_ids"], dtype=dtype)
+    """The most likely next token after each of `places` [B,M] in `tokens` [B,T], each row one text from its start."""
+    hidden = hidden_states(params, config, batch["tokens"], dtype=dtype)
     head = gather(head_matrix(params, config).astype(dtype))
 
     def choose(hidden: jax.Array, places: jax.Array, head: jax.Array) -> jax.Array:
-        at_places = jnp.take_along_axis(hidden, places[..., None], axis=1)
-        return jnp.argmax(jnp.einsum("bad,ds->bas", at_places, head), axis=-1)
+        at_places = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
+
+        def best(state: jax.Array) -> jax.Array:  # of exact logits: rounded ones tie, and the lower token wins a tie
+            return jnp.argmax(jnp.dot(state, head, preferred_element_type=exact_dtype(state.dtype)))
+
+        return jax.lax.map(best, at_places, batch_size=TOKENS_AT_ONCE).reshape(places.shape)
 
     return per_example(choose, hidden, batch["places"], whole=(head,))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from jaxhybrid.files import draft_of, make_folder, storage_errors
 from jaxhybrid.report import plots
 from jaxhybrid.report.results import STAGES, Results, StageResult, budget_label, read_results
-from jaxhybrid.report.table import evaluation_rows
+from jaxhybrid.report.table import evaluation_rows, recall_refusals, recall_rows
 
 LOSS = {
     "align": "alignment loss",
@@ -64,17 +64,20 @@ def write_report(run_folder: Path) -> Path:
     return page
 
 
-FIGURES = {"importance", "candidate_curves", "stability", "layer_losses", "align", "distill", "finetune"}
+FIGURES = {"recall", "importance", "candidate_curves", "stability", "layer_losses", "align", "distill", "finetune"}
 
 
 def _figures(results: Results) -> dict[str, tuple[Figure, str]]:
     """The plots this run has data for, with a description of each, by file name."""
     figures: dict[str, tuple[Figure, str]] = {}
+    if results.recall:
+        figures["recall"] = plots.recall(results.recall), "Share of right answers in each recall task"
     if results.scores:
-        figures["importance"] = plots.importance(results.scores, results.kept), "Importance of each layer"
+        scored = results.scores, results.kept, results.rank_by
+        figures["importance"] = plots.importance(*scored), "Importance of each layer"
         figures["candidate_curves"] = (
-            plots.candidate_curves(results.scores, results.kept),
-            "Held-out KL of each candidate over training tokens",
+            plots.candidate_curves(*scored),
+            f"{plots.CURVES[results.rank_by].capitalize()} KL of each candidate over training tokens",
         )
         if budgets := {name: rows for name, rows in results.stability().items() if rows}:
             figures["stability"] = plots.stability(budgets), "Overlap of the chosen sets over training tokens"
@@ -100,12 +103,14 @@ def _render(results: Results, pictures: dict[str, Picture]) -> str:
         lstrip_blocks=True,
     )
     header, rows = evaluation_rows(results.evaluation) if results.evaluation else ([], [])
+    recall_header, recall = recall_rows(results.evaluation or {})
     method = (results.layers or {}).get("method") or (results.config.get("select") or {}).get("method", "kl_guided")
     return environment.get_template("page.html.j2").render(
         name=results.config.get("name", results.path.name),
         teacher=results.config.get("teacher", "not named"),
         mixer=(results.config.get("mixer") or {}).get("kind"),
         method=method,
+        curves=plots.CURVES[results.rank_by],
         kept=results.kept,
         depth=results.depth,
         layers=results.layers,
@@ -113,6 +118,9 @@ def _render(results: Results, pictures: dict[str, Picture]) -> str:
         evaluation=results.evaluation,
         evaluation_header=header,
         evaluation_rows=rows,
+        recall_header=recall_header,
+        recall_rows=recall,
+        recall_refusals=recall_refusals(results.evaluation or {}),
         pictures=pictures,
         statuses={name: results.stages[name].status for name in STAGES},
         stage_rows=[_stage_row(results.stages[name]) for name in STAGES],
@@ -144,6 +152,7 @@ def _stage_row(stage: StageResult) -> list[str]:
         stage.status,
         cell(figures.get("steps"), ",d"),
         cell(figures.get("tokens", figures.get("candidate_tokens")), ",d"),
+        cell(figures.get("mean_segment_tokens"), ",.0f"),
         cell(figures.get("tokens_per_second"), ",.0f"),
         cell(memory / 2**30 if memory is not None else None, ".2f"),
         cell(figures.get("loss_first"), ".4f"),

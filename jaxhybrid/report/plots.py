@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice, product
+from typing import Any
 
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -11,7 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from jaxhybrid.report.results import Points
-from jaxhybrid.selection.ranking import Scores
+from jaxhybrid.report.table import recall_label
+from jaxhybrid.selection.ranking import RankBy, Scores
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY, "#222222")
@@ -52,9 +54,43 @@ def plot_style() -> Iterator[None]:
         yield
 
 
-def importance(scores: Scores, kept: Sequence[int]) -> Figure:
-    """Minus the final held-out KL of each layer's candidate, the kept layers highlighted."""
-    values = scores.importance()
+def recall(tasks: Sequence[dict[str, Any]]) -> Figure:
+    """Share of right answers of every model in each recall task, with its 95 % interval and what chance gives."""
+    figure, axes = _figure(3.6)
+    models = list(tasks[0]["models"])
+    width = 0.8 / len(models)
+    for number, (model, colour) in enumerate(zip(models, COLOURS)):
+        right = [task["models"][model]["right"] for task in tasks]
+        axes.bar(
+            [group - 0.4 + (number + 0.5) * width for group in range(len(tasks))],
+            [100 * figures["share"] for figures in right],
+            yerr=[
+                [100 * (figures["share"] - figures["low"]) for figures in right],
+                [100 * (figures["high"] - figures["share"]) for figures in right],
+            ],
+            width=0.9 * width,
+            color=colour,
+            ecolor=INK,
+            capsize=4,
+            label=model,
+        )
+    chances = [100 * task["chance"]["right"] for task in tasks]
+    starts, ends = ([group + side for group in range(len(tasks))] for side in (-0.45, 0.45))
+    axes.hlines(chances, starts, ends, color=INK, linestyle=":", label="chance")
+    axes.set_xticks(range(len(tasks)), [recall_label(task) for task in tasks])
+    axes.grid(visible=False, axis="x")
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("right answers (%)")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(models) + 1, borderaxespad=0.2)
+    return figure
+
+
+CURVES: dict[RankBy, str] = {"heldout": "held-out", "train": "training"}  # what KL a ranking goes by
+
+
+def importance(scores: Scores, kept: Sequence[int], by: RankBy) -> Figure:
+    """Minus the final KL of each layer's candidate, the kept layers highlighted."""
+    values = scores.importance(by)
     low, high = min(values.values()), max(values.values())
     span = (high - low) or abs(high) or 1.0
     floor = low - 0.08 * span
@@ -66,7 +102,7 @@ def importance(scores: Scores, kept: Sequence[int]) -> Figure:
         color=[SOFTMAX if layer in kept else LINEAR for layer in values],
         width=0.75,
     )
-    rank = {layer: place for place, layer in enumerate(scores.ranking(), 1)}
+    rank = {layer: place for place, layer in enumerate(scores.ranking(by), 1)}
     small = 10 if len(values) <= 40 else 8
     for layer, bar in zip(values, bars):
         if layer in kept:
@@ -75,38 +111,38 @@ def importance(scores: Scores, kept: Sequence[int]) -> Figure:
     axes.set_ylim(floor, high + 0.1 * span)
     axes.set_xlim(-0.7, max(values) + 0.7)
     _layer_axis(axes)
-    axes.set_ylabel("minus held-out KL\n(nats per token)")
+    axes.set_ylabel(f"minus {CURVES[by]} KL\n(nats per token)")
     if kept:
         names = [Patch(color=SOFTMAX, label="kept softmax (number: rank)"), Patch(color=LINEAR, label="made linear")]
         _legend_above(axes, handles=names)
     return figure
 
 
-def candidate_curves(scores: Scores, kept: Sequence[int]) -> Figure:
-    """Held-out KL of every candidate over its training tokens; kept layers coloured and named at their end."""
-    chosen = [c for c in sorted(scores.candidates, key=lambda c: c.kl("heldout")) if c.layer in kept]
+def candidate_curves(scores: Scores, kept: Sequence[int], by: RankBy) -> Figure:
+    """KL of every candidate over its training tokens; kept layers coloured and named at their end."""
+    chosen = [c for c in sorted(scores.candidates, key=lambda c: c.kl(by)) if c.layer in kept]
     height = max(3.8, LABEL_HEIGHT * len(chosen) + 1.2)
     figure, axes = _figure(height)
     for candidate in scores.candidates:
         if candidate.layer not in kept:
-            tokens, kl = zip(*candidate.heldout)
+            tokens, kl = zip(*getattr(candidate, by))
             axes.plot(tokens, kl, color=LINEAR, linewidth=1, alpha=0.8, zorder=2)
     looks = {c.layer: look for c, look in zip(chosen, _looks(len(chosen)))}
     for candidate in reversed(chosen):
         colour, line = looks[candidate.layer]
-        tokens, kl = zip(*candidate.heldout)
+        tokens, kl = zip(*getattr(candidate, by))
         axes.plot(tokens, kl, line, color=colour, marker="o", markersize=3.5, zorder=3)
-    _log_if_positive(axes, [kl for c in scores.candidates for _, kl in c.heldout])
+    _log_if_positive(axes, [kl for c in scores.candidates for _, kl in getattr(c, by)])
     _token_axis(axes, "training tokens of a candidate")
-    axes.set_ylabel("held-out KL (nats per token)")
-    ends = [axes.transScale.transform((0, c.kl("heldout")))[1] for c in chosen]
+    axes.set_ylabel(f"{CURVES[by]} KL (nats per token)")
+    ends = [axes.transScale.transform((0, c.kl(by)))[1] for c in chosen]
     bottom, top = (axes.transScale.transform((0, y))[1] for y in axes.get_ylim())
-    last = max(c.heldout[-1][0] for c in scores.candidates)
+    last = max(getattr(c, by)[-1][0] for c in scores.candidates)
     places = _spread([(end - bottom) / (top - bottom) for end in ends], LABEL_HEIGHT / (height - 0.8))
     for candidate, place in zip(chosen, places):
         axes.annotate(
             f" layer {candidate.layer}",
-            xy=candidate.heldout[-1],
+            xy=getattr(candidate, by)[-1],
             xytext=(1.06, place),
             textcoords="axes fraction",
             va="center",

@@ -8,7 +8,7 @@ import yaml
 
 from jaxhybrid.checksums import read_result
 from jaxhybrid.errors import RunError
-from jaxhybrid.selection.ranking import CandidateScore, Scores, layers_in_budget
+from jaxhybrid.selection.ranking import CandidateScore, RankBy, Scores, layers_in_budget
 from jaxhybrid.train.metrics import Record, read_metrics, training_figures
 
 STAGES = ("align", "score", "distill", "finetune")
@@ -44,6 +44,7 @@ class Results:
     stages: dict[str, StageResult]
     scores: Scores | None
     score_budgets: dict[str, list[dict[str, float]]]  # budget as written in the config -> rows of Scores.stability
+    rank_by: RankBy  # which curves the layers are ranked by
     layers: dict[str, Any] | None
     evaluation: dict[str, Any] | None
 
@@ -58,6 +59,11 @@ class Results:
         if self.scores:
             return len(self.scores.candidates)
         return len(self.stages["align"].summary.get("heldout_layer_loss_before", [])) or None
+
+    @property
+    def recall(self) -> list[dict[str, Any]]:
+        """The recall tasks that the teacher can do, as `evaluation.json` has them."""
+        return [task for task in (self.evaluation or {}).get("recall", []) if task["applies"]]
 
     def stability(self) -> dict[str, list[dict[str, float]]]:
         """Rows of `Scores.stability` by a label of the budget; the chosen budget comes first."""
@@ -104,6 +110,7 @@ def read_results(path: Path) -> Results:
         {name: _read_stage(path / name) for name in STAGES},
         Scores(tuple(CandidateScore.from_json(c) for c in scores["candidates"])) if scores else None,
         scores["stability"] if scores else {},
+        scores.get("rank_by", "heldout") if scores else "heldout",
         _read(path / "layers.json"),
         _read(path / "evaluation.json"),
     )

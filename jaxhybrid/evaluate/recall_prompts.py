@@ -1,0 +1,191 @@
+"""The text of the recall probe: a list of names and numbers, then the same names in another order, each number asked.
+
+    Names and numbers.
+
+    amber: 5123
+    wolf: 8416
+
+    wolf: 8416
+    amber: 5123
+
+Every number of the second list is asked for: a prompt gives as many answers as it has pairs, each pair is asked once,
+and from the second question on the prompt itself shows what is wanted. Prose may stand between list and questions.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from jaxhybrid.data.packing import hash_seed
+from jaxhybrid.errors import ConfigError, DataError
+from jaxhybrid.settings import RecallConfig
+
+HEADER = "Names and numbers.\n\n"  # without one, the list's first pair would also be where attention rests
+NAMES = tuple(
+    """
+    amber anchor apple arrow autumn badge basket beacon birch blanket bottle branch bridge bronze bucket butter
+    button candle canyon carpet castle cedar cherry circle cloud clover coffee copper coral cotton cradle crystal
+    curtain dagger daisy desert diamond dolphin dragon eagle ember engine falcon feather fiddle flame forest fossil
+    fountain garden garlic ginger glacier granite hammer harbor hazel helmet hollow honey horizon island ivory
+    jacket jasmine jungle kettle ladder lantern lemon lily linen lizard magnet maple marble meadow mirror mountain
+    needle nickel oasis ocean olive onion orange orchid otter oyster paddle palace paper parrot pebble pencil
+    pepper pillow pirate planet pocket pottery puzzle rabbit ribbon river rocket saddle sailor salmon shadow silver
+    spider spiral summer sunset table temple thistle thunder tiger timber tulip tunnel turtle valley velvet violet
+    walnut willow window winter wolf
+    """.split()  # noqa: SIM905 - a list this long reads better as text
+)
+PEOPLE = "baker carpenter clerk doctor farmer judge miller nurse painter plumber porter tailor teacher".split()  # noqa: SIM905
+DEEDS = (
+    "asked about", "forgot", "had heard of", "looked for", "never saw", "often spoke of", "passed", "returned to",
+    "sat near", "thought about", "waited outside", "walked past", "wrote about",
+)  # fmt: skip
+PLACES = "barn bakery cellar chapel church cottage factory hospital library mill museum office school".split()  # noqa: SIM905
+TIMES = (
+    "after lunch", "before dawn", "during the holidays", "early in the week", "every other day", "in the rain",
+    "late at night", "on the way home", "once a month", "that evening", "until it was dark", "with a friend",
+    "without a word",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """Prompts with equally many pairs and equally much prose, as arrays: P prompts of T tokens, Q questions in each,
+    answers of up to A tokens."""
+
+    pairs: int
+    filler_tokens: int  # asked for; whole sentences that fit
+    tokens: np.ndarray  # [P,T] int32; 0 after a prompt's end, at least A of them
+    places: np.ndarray  # [P,Q] the last token before each answer
+    answers: np.ndarray  # [P,Q,A] the answer's tokens, -1 after its end
+    listed: np.ndarray  # [P,Q] where in the list the asked pair stands, from 0
+    lengths: np.ndarray  # [P] tokens of each prompt
+
+
+def recall_tasks(tokenizer: Any, settings: RecallConfig, context: int) -> list[RecallTask]:
+    """Every length of the list with every amount of prose.
+
+    Raises:
+        ConfigError: a prompt would be longer than `context`; or as `recall_task`.
+        DataError: as `recall_task`.
+    """
+    tasks = []
+    for pairs, filler in product(settings.pairs, settings.filler):
+        task = recall_task(tokenizer, pairs, filler, settings.samples)
+        if (longest := task.tokens.shape[1]) > context:
+            raise ConfigError(
+                f"evaluate.recall: prompts of {pairs} pairs and {filler} tokens of filler take {longest} tokens, the "
+                f"teacher has a context of {context}. Ask for fewer in evaluate.recall.pairs or evaluate.recall.filler."
+            )
+        tasks.append(task)
+    return tasks
+
+
+def recall_task(tokenizer: Any, pairs: int, filler_tokens: int = 0, prompts: int = 500, seed: int = 0) -> RecallTask:
+    """`prompts` seeded prompts. Names, numbers and orders are those of any other `filler_tokens`.
+
+    Raises:
+        ConfigError: fewer than two pairs or more than there are names.
+        DataError: the tokenizer joins a number with a name, so that it cannot be asked for.
+    """
+    if not 2 <= pairs <= len(NAMES):
+        raise ConfigError(f"evaluate.recall.pairs has {pairs}; give numbers from 2 to {len(NAMES)}.")
+    drawn = [_draw(random.Random(hash_seed(seed, f"recall {pairs} {number}")), pairs) for number in range(prompts)]
+    prose = _prose(tokenizer, filler_tokens, prompts, seed)
+    texts, spans = zip(*(_write(*lists, sentences) for lists, sentences in zip(drawn, prose)))
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    asked = [
+        [_tokens_of(span, np.array(offsets)) for span in numbers]
+        for numbers, offsets in zip(spans, encoded["offset_mapping"])
+    ]
+    head = text_beginning(tokenizer)
+    lengths = np.array([len(head) + len(ids) for ids in encoded["input_ids"]])
+    longest_answer = max(stop - start for numbers in asked for start, stop in numbers)
+    width = -(-(lengths.max() + longest_answer) // 32) * 32  # kernels like round lengths
+    tokens = np.zeros((prompts, width), np.int32)
+    answers = np.full((prompts, pairs, longest_answer), -1, np.int32)
+    places = np.zeros((prompts, pairs), np.int32)
+    for prompt, (ids, numbers) in enumerate(zip(encoded["input_ids"], asked)):
+        tokens[prompt, : lengths[prompt]] = [*head, *ids]
+        for question, (start, stop) in enumerate(numbers):
+            answers[prompt, question, : stop - start] = ids[start:stop]
+            places[prompt, question] = len(head) + start - 1
+    return RecallTask(
+        pairs, filler_tokens, tokens, places, answers, np.array([order for _, _, order in drawn]), lengths
+    )
+
+
+def text_beginning(tokenizer: Any) -> list[int]:
+    """The tokens that this tokenizer puts before a text: its BOS, if it begins texts with one."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return whole[: whole.index(plain[0])]
+
+
+def _draw(rng: random.Random, pairs: int) -> tuple[list[str], list[str], list[int]]:
+    """Names and numbers in the order of the list, and the order in which they are asked.
+
+    By `random()` alone: it is what Python promises never to change, and a figure must be repeatable.
+    """
+    names = _shuffled(rng, NAMES)[:pairs]
+    numbers: list[str] = []
+    while len(numbers) < pairs:
+        number = str(1000 + int(9000 * rng.random()))
+        if number not in numbers:
+            numbers.append(number)
+    return names, numbers, _shuffled(rng, range(pairs))
+
+
+def _shuffled(rng: random.Random, values: Sequence[Any]) -> list[Any]:
+    keys = [rng.random() for _ in values]
+    return [values[index] for index in sorted(range(len(values)), key=keys.__getitem__)]
+
+
+def _write(names: list[str], numbers: list[str], order: list[int], prose: str) -> tuple[str, list[tuple[int, int]]]:
+    """A prompt, and the characters of every number that is asked for."""
+    text = HEADER + "".join(f"{name}: {number}\n" for name, number in zip(names, numbers)) + "\n"
+    if prose:
+        text += f"{prose}\n\n{HEADER}"
+    spans = []
+    for pair in order:
+        text += f"{names[pair]}: "
+        spans.append((len(text), len(text) + len(numbers[pair])))
+        text += f"{numbers[pair]}\n"
+    return text, spans
+
+
+def _tokens_of(span: tuple[int, int], offsets: np.ndarray) -> tuple[int, int]:
+    """The tokens [start, stop) that hold the characters `span` of a text. `offsets` [n,2]: each token's characters."""
+    begin, end = span
+    held = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > begin) & (offsets[:, 0] < offsets[:, 1]))
+    if not len(held) or offsets[held[0], 0] < begin - len(": ") or offsets[held[-1], 1] > end + len("\n"):
+        raise DataError(
+            "This tokenizer joins the numbers of the recall probe with the names beside them, so the probe does not "
+            "apply. Leave it out with evaluate.recall.pairs=[]."
+        )
+    return int(held[0]), int(held[-1]) + 1
+
+
+def _prose(tokenizer: Any, tokens: int, prompts: int, seed: int) -> list[str]:
+    """Made-up sentences for each prompt, as many as fit into `tokens` tokens."""
+    if not tokens:
+        return [""] * prompts
+    texts, ends = [], []
+    for prompt in range(prompts):
+        rng = random.Random(hash_seed(seed, f"recall filler {prompt}"))
+        sentences = [_sentence(rng) for _ in range(tokens // 6 + 1)]  # none has fewer than six words
+        texts.append(" ".join(sentences))
+        ends.append(np.cumsum([len(sentence) + 1 for sentence in sentences]) - 1)
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [
+        text[: max((int(end) for end in stops if end <= np.array(offsets)[:tokens, 1].max()), default=0)]
+        for text, stops, offsets in zip(texts, ends, encoded)
+    ]
+
+
+def _sentence(rng: random.Random) -> str:
+    who, did, where, when = (words[int(len(words) * rng.random())] for words in (PEOPLE, DEEDS, PLACES, TIMES))
+    return f"The {who} {did} the {where} {when}."

@@ -1,0 +1,67 @@
+"""Logits are exact in every place that makes them: a head in bfloat16 must not round them to 8 bits."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from jaxhybrid.evaluate.harness import _continuations
+from jaxhybrid.evaluate.quality import _sums
+from jaxhybrid.evaluate.recall import _greedy_at
+from jaxhybrid.model.decode import decode, initial_decode_state
+from jaxhybrid.model.transformer import forward
+from jaxhybrid.stages.distill import distill_step
+from jaxhybrid.stages.finetune import finetune_step
+from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+
+PLACES = jnp.zeros((8, 3), jnp.int32)
+BF16 = {"dtype": jnp.bfloat16}
+
+
+def products(jaxpr):
+    """Every matrix product in a program and in the programs inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+            if isinstance(value, Jaxpr | ClosedJaxpr):
+                yield from products(getattr(value, "jaxpr", value))
+
+
+def makers_of_logits(model, batch):
+    """name -> (function, arguments)"""
+    params, config, tokens = model.params, model.config, batch["tokens"]
+    optimizer = make_optimizer(OptimizerConfig(total_steps=1), params)
+    static = {"student_config": config, "optimizer": optimizer, **BF16}
+    places = {"tokens": tokens, "places": PLACES}
+    return {
+        "forward": (partial(forward, config=config, **BF16), {"params": params, "tokens_BT": tokens}),
+        "decode": (
+            partial(decode, config=config, **BF16),
+            {"params": params, "tokens_BT": tokens, "state": initial_decode_state(config, 8, 32, jnp.bfloat16)},
+        ),
+        "recall": (partial(_greedy_at, config=config, **BF16), {"params": params, "batch": places}),
+        "harness": (
+            lambda params, **arrays: _continuations(params, **arrays, config=config, **BF16),
+            {"params": params, "tokens": tokens, "segments": tokens, "places": PLACES, "targets": PLACES},
+        ),
+        "quality": (lambda params, batch: _sums(params, config, params, config, batch, jnp.bfloat16), None),
+        "distill": (
+            lambda params, batch: distill_step(
+                start(params, optimizer), params, batch, teacher_config=config, **static
+            ),
+            None,
+        ),
+        "finetune": (lambda params, batch: finetune_step(start(params, optimizer), batch, **static), None),
+    }
+
+
+@pytest.mark.parametrize("name", ["forward", "decode", "recall", "harness", "quality", "distill", "finetune"])
+def test_logits_are_float32(name, teacher, batch):
+    function, arguments = makers_of_logits(teacher, batch)[name]
+    program = jax.make_jaxpr(lambda given: function(**given))(arguments or {"params": teacher.params, "batch": batch})
+    of_words = [out for out in products(program.jaxpr) if teacher.config.vocab_size in out.shape]
+    assert of_words
+    assert {out.dtype for out in of_words} == {jnp.dtype(jnp.float32)}
