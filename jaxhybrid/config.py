@@ -158,11 +158,11 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
     value = text if text.startswith(("*", "?", "!", "@", "%")) else _parse_yaml(text, f"override {override!r}")
     for index, name in enumerate(parents):
         child = tree.get(name)
-        if child is None:
-            child = tree[name] = {}
-        if not isinstance(child, dict):
+        if not isinstance(child, dict | None):
             raise ConfigError(f"Override {override!r}: {'.'.join(parents[: index + 1])} is {child!r}, not a section.")
-        tree = child
+        own = dict(child or {})  # through an alias of YAML another section may be the same dict
+        tree[name] = own
+        tree = own
     tree[leaf] = value
 
 

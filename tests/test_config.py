@@ -90,6 +90,12 @@ def test_overrides(load, override, key, value):
     assert type(found) is type(value)
 
 
+def test_an_override_changes_one_section_of_those_that_share_an_anchor(load):
+    stages = "distill: &rows {batch_size: 8}\nfinetune: *rows\n"
+    config = load("finetune.batch_size=4", text=MINIMAL + stages)
+    assert (config.distill.batch_size, config.finetune.batch_size) == (8, 4)
+
+
 def test_later_overrides_win(load):
     assert load("seed=1", "seed=2").seed == 2
 
@@ -112,6 +118,18 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         (["align.tokns=1"], "Unknown setting 'align.tokns'. Did you mean 'align.tokens'?"),
         (["shuffle_buffer=1"], "Unknown setting 'shuffle_buffer'. Did you mean 'data.shuffle_buffer'?"),
         (["score.stop_when_stable={windw: 3}"], "Did you mean 'score.stop_when_stable.window'?"),
+        (
+            ["score.stop_when_stable={window: 3, window_tokens: 100_000_000}"],
+            "score.stop_when_stable: window_tokens is 100000000 and window 3; give one of them.",
+        ),
+        (
+            ["score.stop_when_stable={window_tokens: 20_000_000}"],
+            "score: stop_when_stable.window_tokens 20,000,000 must hold two evaluations, 26,214,400 tokens",
+        ),
+        (
+            ["score.stop_when_stable={}", "score.tokens=100_000_000"],
+            "fewer than the 100,000,000 tokens of a candidate.",
+        ),
         (["zzz.qqq=1"], "Unknown setting 'zzz'. `jaxhybrid settings` lists every setting."),
         (["align.learning_rate=fast"], "align.learning_rate is 'fast' (str); it should be a valid number."),
         (["align.learning_rate=.inf"], "align.learning_rate is inf (float); it should be a finite number."),
@@ -158,6 +176,14 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         (
             ["select.method=explicit", "select.layers=[1, 2]", "select.budget=3"],
             "select: layers [1, 2] must be different ones and as many as budget 3.",
+        ),
+        (
+            ["data.min_document_tokens=9", "data.max_document_tokens=8"],
+            "data: min_document_tokens 9 is above max_document_tokens 8; no text would be left.",
+        ),
+        (
+            ["finetune.min_document_tokens=9", "data.max_document_tokens=8"],
+            "finetune.min_document_tokens 9 is above max_document_tokens 8; no text would be left.",
         ),
         (["data.heldout=pydoc"], "data: train and heldout both name ['pydoc']; held-out text must be other text."),
         (["evaluate.heldout_tokens=3_000_000"], "evaluate.heldout_tokens 3,000,000 are more than the 2,000,000 that"),
@@ -250,12 +276,35 @@ def test_what_does_not_affect_results_is_no_difference(load, override):
                 for rule in ("window: null -> 4", "jaccard: null -> 1.0", "every: null -> 1")
             ],
         ),
+        (
+            "score.stop_when_stable={}",
+            [
+                "score.stop_when_stable.window_tokens: null -> 100_000_000",
+                "score.stop_when_stable.jaccard: null -> 1.0",
+            ],
+        ),
         ("select.method=uniform", ["select.method: kl_guided -> uniform"]),
     ],
 )
 def test_differences_are_named(load, override, expected):
     assert differences(load(), load(override)) == expected
     assert fingerprint(load()) != fingerprint(load(override))
+
+
+def test_settings_of_an_earlier_version_mean_what_they_meant(load):
+    """A config as a run folder of a version without the newer settings holds it."""
+    earlier = MINIMAL.replace("train: pydoc", "train: pydoc\n  max_document_tokens: null") + (
+        "score: {stop_when_stable: {window: 3, jaccard: 1.0}}\n"
+        "select: {method: kl_guided, budget: 0.25, layers: null, seed: 0}\n"
+        "evaluate: {recall: {pairs: [10, 50], samples: 500}}\n"
+    )
+    config = load(text=earlier)
+    assert (config.score.stop_when_stable.window, config.score.stop_when_stable.window_tokens) == (3, None)
+    assert (config.select.rank_by, config.select.uniform) == ("heldout", "last")
+    assert config.data.separate_documents
+    assert config.data.min_document_tokens is config.finetune.min_document_tokens is None
+    assert config.evaluate.recall.filler == (0,)
+    assert differences(config, load("score.stop_when_stable={window: 3}")) == []
 
 
 def test_a_stage_depends_on_what_comes_before_it_alone(load):

@@ -1,6 +1,6 @@
 """Text in, batches of token rows out: sources -> tokens -> packed rows -> resumable per-host batches."""
 
-from jaxhybrid.data.pipeline import Batch, BatchIterator, batches, heldout_batches
+from jaxhybrid.data.pipeline import Batch, BatchIterator, batches, heldout_batches, mean_segment_tokens
 from jaxhybrid.data.sources import Source, open_source
 from jaxhybrid.data.split import take_heldout
 from jaxhybrid.data.streaming import TokenStream
@@ -19,6 +19,7 @@ __all__ = [
     "batches",
     "heldout_batches",
     "load_vocabulary",
+    "mean_segment_tokens",
     "open_source",
     "open_text",
     "open_tokens",

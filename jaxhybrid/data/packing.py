@@ -4,7 +4,7 @@ A row holds parts of one or more documents; `segment_ids` count them 1, 2, ... w
 end of a row goes on at the start of the next as a new segment, so no token is lost and none is repeated; a document
 longer than T becomes consecutive pieces. Segment 0 is padding and is found only after the last document. Nothing may
 look across a segment: attention, convolution and state reset there, and the token after the last of a segment is no
-target.
+target. Where documents are not to be separate, the text of a row is one segment.
 """
 
 import hashlib
@@ -18,9 +18,16 @@ class PackedRows:
     """The rows of `dataset` with its documents in `order`; any row can be made at random in about T + documents-per-row
     time."""
 
-    def __init__(self, dataset: TokenDataset, sequence_length: int, order: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        sequence_length: int,
+        order: np.ndarray | None = None,
+        separate_documents: bool = True,
+    ) -> None:
         self.dataset = dataset
         self.sequence_length = sequence_length
+        self.separate_documents = separate_documents
         self.order = np.arange(len(dataset)) if order is None else order
         self.ends = np.cumsum(dataset.lengths[self.order])  # [documents] where each document ends in the ordered text
 
@@ -38,7 +45,7 @@ class PackedRows:
             end = int(self.ends[position])
             begin = int(self.dataset.starts[document]) + at - (end - int(self.dataset.lengths[document]))
             count = min(end, stop) - at
-            segment += 1
+            segment = segment + 1 if self.separate_documents else 1
             here = slice(at - start, at - start + count)
             tokens_T[here] = self.dataset.tokens[begin : begin + count]
             segment_ids_T[here] = segment

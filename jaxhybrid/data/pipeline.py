@@ -9,7 +9,7 @@ on another number.
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -38,8 +38,10 @@ class ShuffledBatches:
         seed: int,
         process_index: int,
         process_count: int,
+        separate_documents: bool,
     ) -> None:
         self.dataset, self.sequence_length, self.batch_size, self.seed = dataset, sequence_length, batch_size, seed
+        self.separate_documents = separate_documents
         self.rows = _host_rows(batch_size, process_index, process_count)
         self._epochs: dict[int, tuple[PackedRows, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -63,7 +65,7 @@ class ShuffledBatches:
         with self._lock:
             if epoch not in self._epochs:
                 documents = shuffled_order(len(self.dataset), self.seed, f"documents {epoch}")
-                packed = PackedRows(self.dataset, self.sequence_length, documents)
+                packed = PackedRows(self.dataset, self.sequence_length, documents, self.separate_documents)
                 # Reading ahead can straddle two epochs; older ones are not needed again.
                 self._epochs = {e: plan for e, plan in self._epochs.items() if e >= epoch - 1}
                 self._epochs[epoch] = packed, shuffled_order(len(packed), self.seed, f"rows {epoch}")
@@ -120,6 +122,7 @@ def batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    separate_documents: bool = True,
 ) -> BatchIterator:
     """Endless training batches: this host's rows, `batch_size / process_count` of them, of every global batch.
 
@@ -133,12 +136,14 @@ def batches(
         "batch_size": batch_size,
         "seed": seed,
     }
+    if not separate_documents:  # named only then: a run made before there was the choice can be resumed
+        drawn_from["separate_documents"] = False
     if isinstance(data, TokenStream):
-        stream = StreamBatches(data, sequence_length, len(rows), seed, process_index, process_count)
+        stream = StreamBatches(data, sequence_length, len(rows), seed, process_index, process_count, separate_documents)
         drawn_from["process_count"] = process_count  # documents are dealt out to hosts
         return BatchIterator(iter(ThreadPrefetchIterDataset(stream, prefetch_buffer_size=PREFETCH_BATCHES)), drawn_from)
     _require_tokens(data, sequence_length * batch_size, f"one batch of {batch_size} rows of {sequence_length}")
-    source = ShuffledBatches(data, sequence_length, batch_size, seed, process_index, process_count)
+    source = ShuffledBatches(data, sequence_length, batch_size, seed, process_index, process_count, separate_documents)
     reading = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
     return BatchIterator(iter(grain.MapDataset.source(source).to_iter_dataset(reading)), drawn_from)
 
@@ -155,10 +160,11 @@ class HeldoutBatches(Sequence[Batch]):
         tokens: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
+        separate_documents: bool = True,
     ) -> None:
         self.tokens = dataset.num_tokens if tokens is None else tokens
         _require_tokens(dataset, self.tokens, f"held-out evaluation on {self.tokens:,}")
-        self._packed = PackedRows(dataset, sequence_length)
+        self._packed = PackedRows(dataset, sequence_length, separate_documents=separate_documents)
         self._batch_size = batch_size
         self._rows = _host_rows(batch_size, process_index, process_count)
         self._num_rows = -(-self.tokens // sequence_length)
@@ -186,12 +192,24 @@ def heldout_batches(
     tokens: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    separate_documents: bool = True,
 ) -> HeldoutBatches:
     """The first `tokens` tokens of `dataset` (all when None), each once, unshuffled; iterate it as often as needed.
 
     Raises DataError when the dataset has fewer.
     """
-    return HeldoutBatches(dataset, sequence_length, batch_size, tokens, process_index, process_count)
+    return HeldoutBatches(
+        dataset, sequence_length, batch_size, tokens, process_index, process_count, separate_documents
+    )
+
+
+def mean_segment_tokens(batches: Iterable[Batch]) -> float:
+    """Mean length of the segments in some batches: how far back a token may look at most, on average twice of it."""
+    tokens = segments = 0
+    for batch in batches:
+        tokens += int(np.count_nonzero(batch["segment_ids"]))
+        segments += int(batch["segment_ids"].max(axis=1).sum())
+    return tokens / max(segments, 1)
 
 
 def _empty_batch(rows: int, sequence_length: int) -> Batch:

@@ -8,7 +8,7 @@ where the disk allows.
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import grain
@@ -41,6 +41,7 @@ class TokenStream:
     max_document_tokens: int | None = None
     long_documents: LongDocuments = "split"
     shuffle_buffer: int = 10_000  # documents
+    min_document_tokens: int = 1  # documents, and pieces of one, that are shorter are passed over
     excluded: frozenset[int] = field(default=frozenset(), repr=False)  # hashes of texts to pass over (held out)
 
     @property
@@ -49,8 +50,14 @@ class TokenStream:
 
     @property
     def fingerprint(self) -> str:
-        settings = (self.max_document_tokens, self.long_documents, self.shuffle_buffer, sorted(self.excluded))
-        return f"{hash_seed(0, repr((self.source.fingerprint, self.vocabulary.fingerprint, settings))):016x}"
+        settings = [self.max_document_tokens, self.long_documents, self.shuffle_buffer, sorted(self.excluded)]
+        if self.min_document_tokens > 1:  # else as before there was a choice, for runs that are resumed
+            settings.append(self.min_document_tokens)
+        return f"{hash_seed(0, repr((self.source.fingerprint, self.vocabulary.fingerprint, tuple(settings)))):016x}"
+
+    def at_least(self, tokens: int) -> "TokenStream":
+        """The documents of `tokens` tokens or more; the others are still tokenised, to know how long they are."""
+        return replace(self, min_document_tokens=max(tokens, self.min_document_tokens))
 
     def pieces(
         self, seed: int | None = None, epoch: int = 0, skip: int = 0, share: int = 0, shares: int = 1
@@ -78,7 +85,8 @@ class TokenStream:
             for (number, text_hash), ids in zip(taken, self.vocabulary.encode(group)):
                 offset = 0
                 for piece in pieces(ids, self.max_document_tokens, self.long_documents):
-                    yield Piece(number, offset, text_hash, piece)
+                    if len(piece) >= self.min_document_tokens:
+                        yield Piece(number, offset, text_hash, piece)
                     offset += len(piece)
 
 
@@ -103,10 +111,18 @@ class StreamBatches(grain.IterDataset):
     """Endless batches {tokens, segment_ids} [B, T] of one host's share of a stream."""
 
     def __init__(
-        self, stream: TokenStream, sequence_length: int, rows: int, seed: int, share: int, shares: int
+        self,
+        stream: TokenStream,
+        sequence_length: int,
+        rows: int,
+        seed: int,
+        share: int,
+        shares: int,
+        separate_documents: bool,
     ) -> None:
         super().__init__()
         self.stream, self.sequence_length, self.rows = stream, sequence_length, rows
+        self.separate_documents = separate_documents
         self.seed, self.share, self.shares = seed, share, shares
 
     def __iter__(self) -> "StreamIterator":
@@ -155,7 +171,7 @@ class StreamIterator(grain.DatasetIterator):
             if piece is None:
                 break
             used = piece.ids[: len(tokens_T) - at]
-            segment += 1
+            segment = segment + 1 if self._batches.separate_documents else 1
             tokens_T[at : at + len(used)] = used
             segments_T[at : at + len(used)] = segment
             at += len(used)

@@ -22,16 +22,16 @@ def open_text(config: DataConfig, teacher_folder: str, vocab_size: int, progress
     vocabulary = load_vocabulary(
         config.tokenizer or teacher_folder, vocab_size, config.document_end_token, config.prepend_bos
     )
-    longest, treatment = config.max_document_tokens, config.long_documents
+    longest, treatment, least = config.max_document_tokens, config.long_documents, config.min_document_tokens or 1
 
     def cached(spec: tuple[str, ...]) -> TokenDataset:
         source = open_source(spec, config.text_column)
-        return open_tokens(source, vocabulary, config.cache_dir, longest, treatment, progress)
+        return open_tokens(source, vocabulary, config.cache_dir, longest, treatment, progress).at_least(least)
 
     train: TokenDataset | TokenStream
     if config.streaming:
         source = open_source(config.train, config.text_column, streaming=True)
-        train = TokenStream(source, vocabulary, longest, treatment, config.shuffle_buffer)
+        train = TokenStream(source, vocabulary, longest, treatment, config.shuffle_buffer).at_least(least)
     else:
         train = cached(config.train)
     if config.heldout is None:

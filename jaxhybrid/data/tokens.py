@@ -63,6 +63,18 @@ class TokenDataset:
         digest.update(np.ascontiguousarray(self.lengths).tobytes())
         return digest.hexdigest()
 
+    def at_least(self, tokens: int) -> "TokenDataset":
+        """The documents of `tokens` tokens or more. Raises DataError if there is none."""
+        if self.lengths.min() >= tokens:
+            return self
+        kept = np.flatnonzero(self.lengths >= tokens)
+        if not len(kept):
+            raise DataError(
+                f"No document of {self.name!r} has the {tokens:,} tokens that min_document_tokens asks for; the "
+                f"longest has {int(self.lengths.max()):,}. Ask for fewer, or give longer text."
+            )
+        return self.select(kept, self.name)
+
     def select(self, documents: np.ndarray, name: str) -> "TokenDataset":
         """The view of the documents with these indices."""
         return replace(

@@ -59,6 +59,15 @@ def test_packing_invariants(lengths, sequence_length, seed):
         np.testing.assert_array_equal(changes, np.diff(segment[used]) != 0)  # a segment is one document, and back
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths_strategy, st.integers(1, 24))
+def test_documents_that_are_not_separate_give_the_same_rows_as_one_segment(lengths, sequence_length):
+    dataset = make_dataset(lengths)
+    apart, together = (all_rows(PackedRows(dataset, sequence_length, None, separate)) for separate in (True, False))
+    np.testing.assert_array_equal(together[0], apart[0])
+    np.testing.assert_array_equal(together[1], (apart[1] > 0).astype(int))
+
+
 @settings(max_examples=100, deadline=None)
 @given(lengths_strategy, st.integers(2, 24))
 def test_targets_never_cross(lengths, sequence_length):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxhybrid.data import batches, heldout_batches, open_source, open_tokens, take_heldout
+from jaxhybrid.data import batches, heldout_batches, mean_segment_tokens, open_source, open_tokens, take_heldout
 from jaxhybrid.errors import DataError, RunError
 
 
@@ -162,3 +162,56 @@ def test_pydoc_end_to_end(vocabulary, tmp_path):
     assert all((b["segment_ids"][:, 0] == 1).all() for b in seen)
     assert sum(b["tokens"].size for b in heldout_batches(heldout, 128, 8, 5_000)) == 5 * 8 * 128
     iterator.close()
+
+
+def test_documents_that_are_not_separate_are_one_text_a_row(dataset):
+    apart, together = (batches(dataset, 16, 4, seed=1, separate_documents=separate) for separate in (True, False))
+    segments = 0
+    for a, b in zip(take(apart, 40), take(together, 40)):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        np.testing.assert_array_equal(b["segment_ids"], (a["segment_ids"] > 0).astype(int))
+        segments = max(segments, a["segment_ids"].max())
+    assert segments > 2
+    state = json.loads(json.dumps(together.get_state()))
+    resumed = batches(dataset, 16, 4, seed=1, separate_documents=False)
+    resumed.set_state(state)
+    assert_same(take(resumed, 5), take(together, 5))
+    with pytest.raises(RunError, match=r"separate_documents was False .* and is None now"):
+        apart.set_state(state)
+    held = heldout_batches(dataset, 16, 4, 200, separate_documents=False)
+    assert {int(b["segment_ids"].max()) for b in held} == {1}
+    np.testing.assert_array_equal(
+        np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in held]), dataset.tokens[:200]
+    )
+
+
+def test_a_run_made_before_documents_could_be_joined_is_resumed(dataset):
+    assert batches(dataset, 16, 4, seed=1).get_state()["drawn_from"].keys() == {
+        "data", "sequence_length", "batch_size", "seed",
+    }  # fmt: skip
+
+
+def test_short_documents_are_passed_over(dataset):
+    long = dataset.at_least(20)
+    assert sorted(long.lengths) == sorted(length for length in dataset.lengths if length >= 20)
+    assert 0 < len(long) < len(dataset)
+    assert long.fingerprint != dataset.fingerprint
+    assert used_tokens(take(batches(long, 16, 1, seed=0), -(-long.num_tokens // 16))) == sorted(
+        token for i in range(len(long)) for token in long.document(i)
+    )
+    assert dataset.at_least(int(dataset.lengths.min())) is dataset
+    with pytest.raises(
+        DataError, match=r"No document of .* has the 42 tokens .* min_document_tokens .* longest has 41"
+    ):
+        dataset.at_least(42)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_the_mean_segment_is_counted(dataset, separate):
+    held = heldout_batches(dataset, 16, 4, 200, separate_documents=separate)
+    lengths = [
+        int((row == segment).sum()) for b in held for row in b["segment_ids"] for segment in set(row.tolist()) - {0}
+    ]
+    assert mean_segment_tokens(held) == pytest.approx(np.mean(lengths))
+    assert sum(lengths) == 200
+    assert (max(lengths) == min(lengths[:-1]) == 16) != separate

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxhybrid.data import TokenStream, batches, open_source, open_tokens
+from jaxhybrid.data.packing import hash_seed
 from jaxhybrid.errors import DataError, RunError
 
 
@@ -48,14 +49,16 @@ def test_a_pass_has_every_token_once_and_the_next_another_order(stream, vocabula
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 11, 50])
-@pytest.mark.parametrize("max_document_tokens", [None, 5])
-def test_resumes_bit_for_bit_at_any_step(stream, step, max_document_tokens):
-    stream = replace(stream, max_document_tokens=max_document_tokens)
-    iterator = batches(stream, 16, 2, seed=1)
+@pytest.mark.parametrize(
+    ("longest", "shortest", "separate"), [(None, 1, True), (5, 1, True), (5, 3, True), (None, 6, False)]
+)
+def test_resumes_bit_for_bit_at_any_step(stream, step, longest, shortest, separate):
+    stream = replace(stream, max_document_tokens=longest).at_least(shortest)
+    iterator = batches(stream, 16, 2, seed=1, separate_documents=separate)
     take(iterator, step)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 30)
-    resumed = batches(stream, 16, 2, seed=1)
+    resumed = batches(stream, 16, 2, seed=1, separate_documents=separate)
     resumed.set_state(state)
     assert_same(take(resumed, 30), expected)
     assert resumed.get_state() == iterator.get_state()
@@ -99,3 +102,33 @@ def test_an_error_of_the_source_reaches_the_reader(vocabulary, tmp_path):
     broken = TokenStream(open_source(str(tmp_path / "a.jsonl"), streaming=True), vocabulary)
     with pytest.raises(DataError, match="no column 'text'"):
         next(batches(broken, 2, 1, seed=0))
+
+
+def test_documents_that_are_not_separate_are_one_text_a_row(stream):
+    apart, together = (batches(stream, 16, 2, seed=3, separate_documents=separate) for separate in (True, False))
+    for a, b in zip(take(apart, 20), take(together, 20)):
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        np.testing.assert_array_equal(b["segment_ids"], (a["segment_ids"] > 0).astype(int))
+    with pytest.raises(RunError, match="separate_documents was False"):
+        apart.set_state(together.get_state())
+
+
+def test_short_documents_and_pieces_are_passed_over(stream):
+    lengths = [len(piece.ids) for piece in stream.pieces()]
+    long = [piece.ids.tolist() for piece in stream.at_least(9).pieces()]
+    assert [len(ids) for ids in long] == [length for length in lengths if length >= 9]
+    assert stream.at_least(9).at_least(4) == stream.at_least(9)
+    split = replace(stream, max_document_tokens=5)
+    expected = [piece for piece in split.pieces() if len(piece.ids) >= 5]
+    for ours, theirs in zip(split.at_least(5).pieces(), expected, strict=True):
+        assert ours[:3] == theirs[:3]
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+    assert stream.at_least(9).fingerprint != stream.fingerprint
+    with pytest.raises(DataError, match="fills 0 rows"):
+        next(batches(stream.at_least(1000), 16, 1, seed=0))
+
+
+def test_a_stream_of_a_run_made_before_short_documents_could_be_left_out_is_resumed(stream):
+    settings = (None, "split", 7, [])
+    earlier = hash_seed(0, repr((stream.source.fingerprint, stream.vocabulary.fingerprint, settings)))
+    assert stream.fingerprint == f"{earlier:016x}"
