@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from jax.experimental import multihost_utils
 
 from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.config import RunConfig, differences, fingerprint, load_config, validate_against
-from jaxhybrid.data import batches, heldout_batches
+from jaxhybrid.data import BatchIterator, batches, heldout_batches, mean_segment_tokens
 from jaxhybrid.data.text import Text, open_text
 from jaxhybrid.disk import DiskPlan, require, used_bytes
 from jaxhybrid.errors import RunError
 from jaxhybrid.evaluate.quality import evaluate_quality
-from jaxhybrid.evaluate.recall import recall_accuracy
+from jaxhybrid.evaluate.recall import compare_recall
+from jaxhybrid.evaluate.recall_prompts import RecallTask, recall_tasks
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
@@ -29,7 +31,7 @@ from jaxhybrid.report import evaluation_table, write_report
 from jaxhybrid.run_folder import STAGES, RunFolder
 from jaxhybrid.selection.kl_guided import ScoringConfig, score_candidates
 from jaxhybrid.selection.methods import layer_types, select_layers
-from jaxhybrid.selection.ranking import Scores, layers_in_budget, read_scores
+from jaxhybrid.selection.ranking import Scores, StabilityRule, layers_in_budget, read_scores
 from jaxhybrid.settings import AlignConfig, GroupedStageConfig, StageConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
@@ -42,6 +44,7 @@ from jaxhybrid.weights.convert import convert, resolve_mixer, with_softmax_layer
 from jaxhybrid.weights.huggingface import load_teacher
 
 FEW_TOKENS = 10_000_000  # below this, distillation has only begun
+SAMPLED_TOKENS = 500_000  # of a stage's first batches, whose segments are measured
 
 
 class Pipeline:
@@ -108,17 +111,43 @@ class Pipeline:
         """Training and held-out text, and the tokenizer."""
         return open_text(self.config.data, self.teacher.folder, self.teacher.config.vocab_size)
 
-    def stream(self, stage: StageConfig, salt: int) -> Any:
+    def stream(self, stage: StageConfig, salt: int) -> BatchIterator:
         """The stage's training batches from their start; stages see different orders."""
-        seed = self.config.seed * 1000 + salt
         return batches(
-            self.text.train, stage.sequence_length, stage.batch_size, seed, jax.process_index(), jax.process_count()
+            self.text.train.at_least(stage.min_document_tokens or 1),
+            stage.sequence_length,
+            stage.batch_size,
+            self.config.seed * 1000 + salt,
+            jax.process_index(),
+            jax.process_count(),
+            self.config.data.separate_documents,
         )
+
+    def segment_tokens(self, name: str, stage: StageConfig, salt: int) -> float:
+        """Mean length of a segment in the stage's first batches; said, for it bounds the context that is trained."""
+        stream = self.stream(stage, salt)
+        count = max(1, min(SAMPLED_TOKENS // stage.tokens_per_step, stage.steps))
+        mean = round(mean_segment_tokens(islice(stream, count)), 1)
+        stream.close()
+        print(f"{name}: rows of {stage.sequence_length:,} tokens, a segment has {mean:,} on average")
+        return mean
 
     def heldout(self, sequence_length: int, batch_size: int, tokens: int) -> Sequence[HostBatch]:
         return heldout_batches(
-            self.text.heldout, sequence_length, batch_size, tokens, jax.process_index(), jax.process_count()
+            self.text.heldout,
+            sequence_length,
+            batch_size,
+            tokens,
+            jax.process_index(),
+            jax.process_count(),
+            self.config.data.separate_documents,
         )
+
+    @cached_property
+    def recall_tasks(self) -> list[RecallTask]:
+        """The prompts of the recall probe; refuses those that the teacher cannot read."""
+        context = self.teacher.config.max_position_embeddings
+        return recall_tasks(self.text.vocabulary.tokenizer, self.config.evaluate.recall, context)
 
     # --- stages
 
@@ -127,6 +156,7 @@ class Pipeline:
         # Refused now, not after hours of training.
         refuse_to_replace(self.export_folder, None, overwrite=False)
         self._require_disk_for_run()
+        _ = self.recall_tasks
         self.align()
         if self.config.select.method == "kl_guided":
             self.score()
@@ -168,9 +198,9 @@ class Pipeline:
         placed = place_batch(batch, self.mesh)
         measure = jax.jit(partial(align_loss, **static))
         before = np.asarray(measure(mixers, self.frozen_teacher.params, placed))
-        mixers = self._train("align", settings, mixers, optimizer, step, salt=1)
+        mixers, figures = self._train("align", settings, mixers, optimizer, step, salt=1)
         after = np.asarray(measure(mixers, self.frozen_teacher.params, placed))
-        summary = {
+        summary = figures | {
             "heldout_loss_before": float(before.mean()),
             "heldout_loss_after": float(after.mean()),
             "heldout_layer_loss_before": before.tolist(),
@@ -191,7 +221,7 @@ class Pipeline:
             return
         self._require_disk("score", candidates)
         settings, folder = self.config.score, self.folder.stage("score")
-        stop = settings.stop_when_stable
+        stop, best = settings.stop_when_stable, layers_in_budget(self.config.select.budget, self.depth)
         config = ScoringConfig(
             optimizer=optimizer_config(settings),
             batch_size=settings.batch_size,
@@ -204,12 +234,12 @@ class Pipeline:
             remat=settings.remat,
             chunk_tokens=settings.kl_chunk,
             keep_teacher_states=settings.keep_teacher_states,
-            stop_budget=None if stop is None else layers_in_budget(self.config.select.budget, self.depth),
-            stop_window=3 if stop is None else stop.window,
-            stop_jaccard=1.0 if stop is None else stop.jaccard,
+            stop_when_stable=None if stop is None else StabilityRule(best, stop.window_tokens, stop.window, stop.jaccard),
             stop_every=1 if stop is None else stop.every,
+            rank_by=self.config.select.rank_by,
             kept_dtype=jnp.dtype(settings.kept_dtype),
         )
+        segment_tokens = self.segment_tokens("score", settings, salt=2)
         begun_before = any((folder / name).exists() for name in ("scores", "candidates"))
         began = time.perf_counter()
         compiled = score_candidates(
@@ -235,6 +265,7 @@ class Pipeline:
             {
                 "compiled_programs": compiled,
                 "candidate_tokens": tokens,
+                "mean_segment_tokens": segment_tokens,
                 # This process's share of the work is the whole only if it did all of it.
                 "seconds": None if begun_before else round(seconds, 1),
                 "tokens_per_second": None if begun_before else round(tokens / seconds),
@@ -259,15 +290,19 @@ class Pipeline:
             write_result(self.folder.stage("score") / "scores" / file.name, read_result(file))
 
     def write_scores(self, scores: Scores) -> None:
-        """`scores.json`: curves, ranking by either curve, and stability for each budget to follow."""
+        """`scores.json`: curves, ranking by either one, and, by the one that `select.rank_by` names, importance and
+        stability for each budget to follow."""
         budgets = {str(b): layers_in_budget(b, self.depth) for b in self.config.score.budgets}
+        by = self.config.select.rank_by
         write_result(
             self.folder.path / "scores.json",
             {
-                "ranking": scores.ranking("heldout"),
+                "rank_by": by,
+                "ranking": scores.ranking(by),
+                "ranking_by_heldout_kl": scores.ranking("heldout"),
                 "ranking_by_training_kl": scores.ranking("train"),
-                "importance": {str(layer): value for layer, value in scores.importance().items()},
-                "stability": {name: scores.stability(count) for name, count in budgets.items()},
+                "importance": {str(layer): value for layer, value in scores.importance(by).items()},
+                "stability": {name: scores.stability(count, by) for name, count in budgets.items()},
                 "candidates": [candidate.to_json() for candidate in scores.candidates],
             },
         )
@@ -284,17 +319,21 @@ class Pipeline:
             self.depth,
             layers=settings.layers or (),
             seed=settings.seed,
+            uniform_by=settings.uniform,
             scores=self.scores,
+            rank_by=settings.rank_by,
         )
         layers = choose(settings.budget)
         record: dict[str, Any] = {"method": settings.method, "budget": settings.budget, "softmax_layers": list(layers)}
         if settings.method == "kl_guided":
-            scores = self.scores()
+            scores, by = self.scores(), settings.rank_by
             record |= {
-                "ranking": scores.ranking(),
-                "importance": {str(layer): value for layer, value in scores.importance().items()},
-                "stability": scores.stability(len(layers)),
+                "rank_by": by,
+                "ranking": scores.ranking(by),
+                "importance": {str(layer): value for layer, value in scores.importance(by).items()},
+                "stability": scores.stability(len(layers), by),
             }
+            self.write_scores(scores)  # those of another run were ranked as that one has it
         if settings.method != "explicit":
             record["other_budgets"] = {str(b): list(choose(b)) for b in self.config.score.budgets}
         write_result(self.folder.path / "layers.json", record)
@@ -323,8 +362,7 @@ class Pipeline:
             remat=settings.remat,
             chunk_tokens=settings.kl_chunk,
         )
-        params = self._train("distill", settings, student.params, optimizer, step, salt=3)
-        self._finish("distill", params, {})
+        self._finish("distill", *self._train("distill", settings, student.params, optimizer, step, salt=3))
 
     def finetune(self) -> None:
         """Stage 3: cross entropy, usually at a longer context."""
@@ -340,8 +378,7 @@ class Pipeline:
                 state, batch, student_config=student.config, optimizer=optimizer, dtype=self.dtype, remat=settings.remat
             )
 
-        params = self._train("finetune", settings, params, optimizer, step, salt=4)
-        self._finish("finetune", params, {})
+        self._finish("finetune", *self._train("finetune", settings, params, optimizer, step, salt=4))
 
     def student(self, stage: str | None = None) -> Model:
         """The trained hybrid, after the given stage or the last one done."""
@@ -362,21 +399,18 @@ class Pipeline:
         for name, model in models.items():
             quality = evaluate_quality(model, self.frozen_teacher, heldout, self.mesh, self.dtype)
             rows[name] = {key: quality[key] for key in ("perplexity", "kl", "tokens")}
-            for pairs in settings.recall.pairs:
-                rows[name][f"recall_{pairs}"] = recall_accuracy(
-                    model,
-                    self.text.vocabulary.tokenizer,
-                    pairs,
-                    settings.recall.samples,
-                    mesh=self.mesh,
-                    dtype=self.dtype,
-                )
         layers = self.folder.path / "layers.json"
         result = {
             "models": rows,
             "softmax_layers": self.folder.read("layers.json", "select")["softmax_layers"] if layers.exists() else None,
             "heldout_tokens": settings.heldout_tokens,
-            "recall_samples": settings.recall.samples,
+            "recall": compare_recall(
+                models,
+                self.recall_tasks,
+                mesh=self.mesh,
+                batch_tokens=settings.batch_size * settings.sequence_length,
+                dtype=self.dtype,
+            ),
         }
         write_result(self.folder.path / "evaluation.json", result)
         return result
@@ -426,7 +460,9 @@ class Pipeline:
         optimizer: Any,
         step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
         salt: int,
-    ) -> Params:
+    ) -> tuple[Params, dict[str, Any]]:
+        """Trained parameters, and what the stage's record says beside what its metrics do."""
+        figures = {"mean_segment_tokens": self.segment_tokens(name, settings, salt)}
         teacher = self.frozen_teacher.params
         compiled = jax.jit(step, donate_argnums=0)
 
@@ -438,7 +474,7 @@ class Pipeline:
             settings.steps, settings.tokens_per_step, settings.checkpoint_every, settings.log_every, label=name
         )
         state = train(begin(params), on_host_batch, self.stream(settings, salt), self.folder.stage(name), loop)
-        return state.params
+        return state.params, figures
 
     def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
         figures = training_figures(read_metrics(self.folder.stage(name)))

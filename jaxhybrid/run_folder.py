@@ -116,8 +116,10 @@ class RunFolder:
         outcome = {}
         for stage in ("align", "score"):
             changed = differences(theirs, ours, UPSTREAM[stage])
-            if stage == "score" and ours.score.stop_when_stable and theirs.select.budget != ours.select.budget:
-                changed.append(f"select.budget: {theirs.select.budget} -> {ours.select.budget}, which ended scoring")
+            if stage == "score" and ours.score.stop_when_stable:
+                chosen_by = ("select.budget:", "select.rank_by:")
+                choice = [line for line in differences(theirs, ours, ("select",)) if line.startswith(chosen_by)]
+                changed += [f"{line}, which ended scoring" for line in choice]
             if self.is_done(stage):
                 outcome[stage] = f"not taken: done already in {self.path}"
             elif not RunFolder(other).is_done(stage):

@@ -39,6 +39,7 @@ def _as_sources(value: Any) -> Any:
 # Tuples, written as YAML lists.
 Budgets = Annotated[tuple[Budget, ...], BeforeValidator(_as_tuple)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)]
+Amounts = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)]
 Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_sources), Field(min_length=1)]
@@ -93,8 +94,14 @@ class DataConfig(Section):
     document_end_token: str | None = about(None, "token put after every document; null: the tokenizer's EOS")
     prepend_bos: bool = about(False, "put the BOS token before every document")
     max_document_tokens: Annotated[int, Field(ge=2)] | None = about(None, "longest document; null: any length")
+    min_document_tokens: Count | None = about(
+        None, "documents shorter than this are passed over, held-out ones too; null: none. A split one counts by piece"
+    )
     long_documents: Literal["split", "cut"] = about(
         "split", "over max_document_tokens: split into several, or cut the rest off"
+    )
+    separate_documents: bool = about(
+        True, "documents in a row do not see each other; false: a row is one text, as in KL-guided selection's code"
     )
     streaming: bool = about(
         False, "read train in passing, without a token cache: slower to resume, shuffled in a buffer only"
@@ -106,7 +113,16 @@ class DataConfig(Section):
     def _check(self) -> "DataConfig":
         if self.heldout and (shared := set(self.heldout) & set(self.train)):
             raise ValueError(f"train and heldout both name {sorted(shared)}; held-out text must be other text")
+        self.check_least(self.min_document_tokens)
         return self
+
+    def check_least(self, tokens: int | None) -> None:
+        """Refuses a shortest document that is longer than the longest."""
+        longest = self.max_document_tokens
+        if tokens is not None and longest is not None and tokens > longest:
+            raise ValueError(
+                f"min_document_tokens {tokens} is above max_document_tokens {longest}; no text would be left"
+            )
 
 
 class MeshConfig(Section):
@@ -138,6 +154,9 @@ class StageConfig(Section):
     tokens: Count = about(100_000_000, "training tokens, padding included; whole steps that fit in it are taken")
     sequence_length: Annotated[int, Field(ge=2)] = about(512, "tokens of a row")
     batch_size: Count = about(96, "rows of a step, over all devices and accumulation")
+    min_document_tokens: Count | None = about(
+        None, "in this stage's training, documents shorter than this are passed over, too; null: as data has it"
+    )
     gradient_accumulation: Count = free(1, "parts a step's batch is run in, one after the other")
     learning_rate: Positive = about(1e-3, "peak learning rate")
     final_learning_rate: Annotated[float, Field(ge=0)] = about(0.0, "learning rate at the end of linear and cosine")
@@ -147,7 +166,9 @@ class StageConfig(Section):
         (0.9, 0.95), "AdamW's moment decays"
     )
     eps: Positive = about(1e-8, "AdamW's epsilon")
-    weight_decay: Annotated[float, Field(ge=0)] = about(0.0, "AdamW's decoupled weight decay")
+    weight_decay: Annotated[float, Field(ge=0)] = about(
+        0.0, "AdamW's decoupled weight decay of matrices; norms, biases, A_log and dt_bias have none"
+    )
     clip_norm: Positive | None = about(1.0, "largest global gradient norm; null does not clip")
     remat: bool = free(True, "recompute each block in the backward pass: less memory, about a third more time")
     checkpoint_every: Count = free(500, "steps between checkpoints")
@@ -217,15 +238,34 @@ class KlStageConfig(GroupedStageConfig):
 
 
 class StabilityConfig(Section):
-    """Ends scoring early, once the chosen set no longer changes."""
+    """Ends scoring early, once the layers that select.budget keeps no longer change. It saves tokens, and may take a
+    plateau for the end: published sets settle after 150 to 250 million tokens."""
 
-    window: Annotated[int, Field(ge=2)] = about(3, "evaluations in a row that must agree")
+    window_tokens: Count | None = about(
+        100_000_000, "tokens of each candidate over which the set must stay; holds two evaluations or more"
+    )
+    window: Annotated[int, Field(ge=2)] | None = about(
+        None, "in place of window_tokens, which is then null: how many evaluations in a row must agree"
+    )
     jaccard: Annotated[float, Field(gt=0, le=1)] = about(
         1.0, "least overlap of the chosen sets of neighbouring evaluations"
     )
     every: Count = about(
         1, "evaluations between two looks at the sets; at each look every candidate is written to disk and read again"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _window_alone(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("window") is not None:
+            return {"window_tokens": None, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "StabilityConfig":
+        if (self.window_tokens is None) == (self.window is None):
+            raise ValueError(f"window_tokens is {self.window_tokens} and window {self.window}; give one of them")
+        return self
 
 
 class ScoreConfig(KlStageConfig):
@@ -245,6 +285,18 @@ class ScoreConfig(KlStageConfig):
         "all candidates wait on disk between two looks of stop_when_stable, 12 bytes a parameter each in float32; "
         "bfloat16 keeps 6 (changes and moments rounded), which changes scores slightly",
     )
+
+    @model_validator(mode="after")
+    def _check_stability(self) -> "ScoreConfig":
+        window = self.stop_when_stable.window_tokens if self.stop_when_stable else None
+        between = self.evaluate_every * self.tokens_per_step
+        if window is not None and not 2 * between <= window < self.tokens:
+            raise ValueError(
+                f"stop_when_stable.window_tokens {window:,} must hold two evaluations, {2 * between:,} tokens "
+                f"(evaluate_every {self.evaluate_every} steps of {self.tokens_per_step:,}), and be fewer than the "
+                f"{self.tokens:,} tokens of a candidate"
+            )
+        return self
 
 
 class DistillConfig(KlStageConfig):
@@ -271,6 +323,12 @@ class SelectConfig(Section):
     budget: Budget = about(0.25, "softmax layers: how many (4), or a share of the depth, rounded half up (0.25)")
     layers: Layers | None = about(None, "the softmax layers of method explicit, from 0")
     seed: int = about(0, "seed of method random")
+    uniform: Literal["last", "first"] = about(
+        "last", "layer that method uniform keeps of each group; papers: last for Llama-3.2, first for Qwen2.5"
+    )
+    rank_by: Literal["heldout", "train"] = about(
+        "heldout", "KL that ranks layers for kl_guided and stop_when_stable: on held-out text or at the last steps"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -291,10 +349,11 @@ class SelectConfig(Section):
 
 
 class RecallConfig(Section):
-    """Made-up associative recall: key-value pairs in the prompt, one asked for."""
+    """Made-up associative recall: a list of names and numbers, then the same names again, each number asked for."""
 
-    pairs: Counts = about((10, 50), "numbers of pairs to test, one figure each")
-    samples: Count = about(500, "prompts for each number of pairs")
+    pairs: Counts = about((4, 16, 64), "lengths of the list, one set of figures each; [] leaves the probe out")
+    filler: Amounts = about((0,), "tokens of made-up prose between list and questions; every length with each")
+    samples: Count = about(500, "prompts for each length and filler; each asks for every number of its list")
 
 
 class EvaluateConfig(Section):
@@ -357,6 +416,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        for stage in ("align", "score", "distill", "finetune"):
+            try:
+                self.data.check_least(getattr(self, stage).min_document_tokens)
+            except ValueError as error:
+                raise ValueError(f"{stage}.{error}") from error
         for section in ("score", "evaluate"):
             wanted = getattr(self, section).heldout_tokens
             if self.data.heldout is None and wanted > self.data.heldout_tokens:

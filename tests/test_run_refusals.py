@@ -264,13 +264,14 @@ def test_reuse_takes_what_the_settings_allow(made, workshop, tmp_path, overrides
 
 
 def test_scores_that_were_stopped_for_another_budget_are_not_taken(made, workshop, tmp_path):
-    other = made("other", "score.stop_when_stable={}")
-    run = RunFolder.open(
-        load_config(workshop.config, [f"run_dir={tmp_path / 'run'}", "score.stop_when_stable={}", "select.budget=2"])
-    )
-    outcome = run.reuse(other.path)
+    stop = "score.stop_when_stable={window: 3}"
+    other = made("other", stop)
+    changes = [f"run_dir={tmp_path / 'run'}", stop, "select.budget=2", "select.rank_by=train"]
+    outcome = RunFolder.open(load_config(workshop.config, changes)).reuse(other.path)
     assert outcome["align"].startswith("taken")
-    assert outcome["score"].startswith("not taken: select.budget: 1 -> 2")
+    assert outcome["score"] == (
+        "not taken: select.budget: 1 -> 2, which ended scoring; select.rank_by: heldout -> train, which ended scoring"
+    )
 
 
 def test_reuse_of_unfinished_and_of_no_runs(made, workshop, refused, tmp_path):

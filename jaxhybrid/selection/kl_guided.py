@@ -20,7 +20,15 @@ from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import Model, head_matrix
 from jaxhybrid.selection.kept_state import KeptState
-from jaxhybrid.selection.ranking import SCORE_AGAIN, CandidateScore, Curve, read_scores, write_score
+from jaxhybrid.selection.ranking import (
+    SCORE_AGAIN,
+    CandidateScore,
+    Curve,
+    RankBy,
+    StabilityRule,
+    read_scores,
+    write_score,
+)
 from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_caches
 from jaxhybrid.stages.distill import teacher_outputs
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
@@ -45,10 +53,9 @@ class ScoringConfig:
     remat: bool = True
     chunk_tokens: int = 2048
     keep_teacher_states: bool = True  # on disk, for all candidates; False runs the teacher again for each
-    stop_budget: int | None = None  # stop early once the top-`stop_budget` set is stable, in rounds of `evaluate_every`
-    stop_window: int = 3
-    stop_jaccard: float = 1.0
+    stop_when_stable: StabilityRule | None = None  # candidates then train in rounds, and may stop after each
     stop_every: int = 1  # evaluations in a round after the first one
+    rank_by: RankBy = "heldout"
     kept_dtype: Any = jnp.float32  # of candidates' states between rounds; bfloat16 rounds them
 
 
@@ -76,7 +83,8 @@ def score_candidates(
     outside = [layer for layer in candidates if not 0 <= layer < depth]
     if outside:
         raise ConfigError(f"Candidates {outside} do not exist; the model's layers are 0 to {depth - 1}.")
-    if config.stop_budget is not None and len(candidates) < depth:
+    rule = config.stop_when_stable
+    if rule is not None and len(candidates) < depth:
         raise ConfigError("Stopping when the ranking is stable needs all candidates in one process; drop --candidates.")
     remove_caches(folder, candidates)
     programs = _Programs(teacher, student, config, mesh, folder, candidates)
@@ -88,12 +96,10 @@ def score_candidates(
                 _train_candidate(programs, layer, rounds[: position + 1], batches, heldout, label)
             if position + 1 == len(rounds):  # else the next round goes on from there
                 remove(programs.candidate_folder(layer))
-        if position + 1 < len(rounds):
-            assert config.stop_budget is not None
-            scores = read_scores(folder / "scores", depth)
-            if scores.is_stable(config.stop_budget, config.stop_window, config.stop_jaccard):
-                print(f"The top {config.stop_budget} layers have not moved for {config.stop_window} rounds: stopping.")
-                break
+        last = position + 1 == len(rounds)
+        if rule and not last and read_scores(folder / "scores", depth).is_stable(rule, config.rank_by):
+            print(f"The top {rule.best} layers have not moved for {rule}: stopping.")
+            break
     for layer in candidates:
         remove(programs.candidate_folder(layer))
     programs.close()
@@ -102,18 +108,22 @@ def score_candidates(
 
 def rounds_of(config: ScoringConfig) -> list[int]:
     """Steps at which every candidate waits for all others. The first that can end scoring is the first of them."""
-    total, every = config.optimizer.total_steps, config.evaluate_every
-    if config.stop_budget is None:
+    total, every, rule = config.optimizer.total_steps, config.evaluate_every, config.stop_when_stable
+    if rule is None:
         return [total]
-    return [*range(every * (config.stop_window + 1), total, every * config.stop_every), total]
+    window = rule.window(every * config.batch_size * config.sequence_length)
+    return [*range(every * (window + 1), total, every * config.stop_every), total]
 
 
 def _finished(folder: Path, layer: int, steps: int, config: ScoringConfig) -> bool:
+    score = _read_score(folder, layer)
+    return score is not None and score.heldout[-1][0] >= steps * config.batch_size * config.sequence_length
+
+
+def _read_score(folder: Path, layer: int) -> CandidateScore | None:
+    """What a candidate was given at the end of a round, if one has ended."""
     file = folder / "scores" / f"{layer:03d}.json"
-    if not file.exists():
-        return False
-    done = CandidateScore.from_json(read_result(file, SCORE_AGAIN)).heldout[-1][0]
-    return done >= steps * config.batch_size * config.sequence_length
+    return CandidateScore.from_json(read_result(file, SCORE_AGAIN)) if file.exists() else None
 
 
 def _train_candidate(
@@ -143,7 +153,8 @@ def _train_candidate(
     def begin() -> Any:
         return programs.begin(programs.student.params, programs.teacher.params, index)
 
-    untrained = programs.heldout_kl(begin().params, index, heldout)
+    earlier = _read_score(programs.folder, layer)  # of the round before
+    untrained = earlier.heldout[0][1] if earlier else programs.heldout_kl(begin().params, index, heldout)
     tokens_per_step = config.batch_size * config.sequence_length
 
     def run() -> None:

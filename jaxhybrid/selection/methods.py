@@ -1,6 +1,7 @@
 """Which layers stay softmax: the KL-guided choice and the baselines it is compared with, behind one function."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -8,10 +9,22 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.selection.ranking import RankBy, Scores, layers_in_budget
 
+UniformBy = Literal["last", "first"]
 
-def uniform(depth: int, count: int) -> tuple[int, ...]:
-    """Evenly spaced, the last layer of each of `count` equal groups: 3, 7, ..., 27 for 7 of 28."""
-    return tuple(int(np.floor((i + 1) * depth / count + 0.5)) - 1 for i in range(count))
+
+def uniform(depth: int, count: int, by: UniformBy = "last") -> tuple[int, ...]:
+    """Evenly spaced: the last layer of each of `count` groups, or the first.
+
+    Both are published: 3, 7, ..., 27 is the list for Llama-3.2-3B (7 of 28 layers), and for Qwen2.5-3B it is every
+    fourth from 0, or every eighth (0, 8, ..., 32 for 5 of 36). Where so wide a step leaves no room for the last ones,
+    the first layers of groups as equal as can be are taken.
+    """
+    if by == "last":
+        return tuple(int(np.floor((i + 1) * depth / count + 0.5)) - 1 for i in range(count))
+    step = -(-depth // count)
+    if (count - 1) * step < depth:
+        return tuple(range(0, count * step, step))
+    return tuple(i * depth // count for i in range(count))
 
 
 def random(depth: int, count: int, seed: int) -> tuple[int, ...]:
@@ -43,6 +56,7 @@ def select_layers(
     *,
     layers: Sequence[int] = (),
     seed: int = 0,
+    uniform_by: UniformBy = "last",
     scores: Callable[[], Scores] | None = None,
     rank_by: RankBy = "heldout",
 ) -> tuple[int, ...]:
@@ -58,7 +72,7 @@ def select_layers(
         return explicit(depth, layers)
     count = layers_in_budget(budget, depth)
     if method == "uniform":
-        return uniform(depth, count)
+        return uniform(depth, count, uniform_by)
     if method == "random":
         return random(depth, count, seed)
     if method == "kl_guided":

@@ -70,10 +70,38 @@ class Scores:
         ]
         return rows
 
-    def is_stable(self, k: int, window: int, threshold: float, by: RankBy = "heldout") -> bool:
-        """Whether the last `window` successive top-k sets each overlap the one before by at least `threshold`."""
-        steps = [row["with_previous"] for row in self.stability(k, by) if "with_previous" in row]
-        return len(steps) >= window and min(steps[-window:]) >= threshold
+    def is_stable(self, rule: "StabilityRule", by: RankBy = "heldout") -> bool:
+        """Whether the best layers have not changed for as long as `rule` asks, up to the last measurement."""
+        rows = self.stability(rule.best, by)
+        overlaps = [row["with_previous"] for row in rows if "with_previous" in row]
+        if rule.evaluations is not None:
+            window = rule.evaluations
+        else:
+            assert rule.tokens is not None
+            first = rows[-1]["tokens"] - rule.tokens if rows else 0.0  # where the window begins
+            if not rows or rows[0]["tokens"] > first:  # not measured so far back
+                return False
+            # From the last set measured before the window or at its beginning.
+            window = sum(row["tokens"] > first for row in rows)
+        return 0 < window <= len(overlaps) and min(overlaps[-window:]) >= rule.jaccard
+
+
+@dataclass(frozen=True)
+class StabilityRule:
+    """When the `best` layers count as settled: successive sets of so many overlap by `jaccard` or more over so many
+    tokens of each candidate, or so many evaluations in a row; one of the two is None."""
+
+    best: int
+    tokens: int | None = None
+    evaluations: int | None = None
+    jaccard: float = 1.0
+
+    def window(self, tokens_between: int) -> int:
+        """How many evaluations must agree with the one before them, if these are so many tokens apart."""
+        return math.ceil(self.tokens / tokens_between) if self.tokens is not None else self.evaluations or 0
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens" if self.tokens is not None else f"{self.evaluations} rounds"
 
 
 def jaccard(a: frozenset[int], b: frozenset[int]) -> float:

@@ -35,7 +35,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of matrices: see `decays`
     clip_norm: float | None = 1.0  # largest global gradient norm; None does not clip
 
 
@@ -45,12 +45,10 @@ def make_optimizer(config: OptimizerConfig, params: Params) -> optax.GradientTra
         raise ConfigError(f"total_steps={config.total_steps}: the token budget is smaller than one batch.")
 
     def adamw(peak: float, final: float) -> optax.GradientTransformation:
-        return optax.adamw(
-            schedule(config, peak, final),
-            b1=config.betas[0],
-            b2=config.betas[1],
-            eps=config.eps,
-            weight_decay=config.weight_decay,
+        return optax.chain(
+            optax.scale_by_adam(b1=config.betas[0], b2=config.betas[1], eps=config.eps),
+            _decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule(config, peak, final)),
         )
 
     groups = {
@@ -69,6 +67,30 @@ def parameter_groups(params: Params) -> Params:
         return "mixer" if names & {"mixers", "input_norm"} else "rest"
 
     return jax.tree_util.tree_map_with_path(group, params)
+
+
+def decays(path: tuple[Any, ...]) -> bool:
+    """Whether weight decay is for the parameter at `path`: projections, convolution taps, embedding and head.
+
+    Norms, biases and what sets gates and decays (`A_log`, `dt_bias`) are pulled to no zero. A name says what a
+    parameter is; its shape cannot, for a bias of heads has two axes as a matrix has.
+    """
+    name = str(getattr(path[-1], "key", path[-1]))
+    return name.endswith(("_proj", "_conv")) or name in ("embed", "head")
+
+
+def _decayed_weights(rate: float) -> optax.GradientTransformation:
+    """optax's `add_decayed_weights` for those that decay. No mask of optax's: it would change the state's tree, and
+    checkpoints with it."""
+
+    def add(updates: Params, params: Params | None) -> Params:
+        if rate == 0.0:
+            return updates
+        return jax.tree_util.tree_map_with_path(
+            lambda path, update, weight: update + rate * weight if decays(path) else update, updates, params
+        )
+
+    return optax.stateless(add)
 
 
 def schedule(config: OptimizerConfig, peak: float, final: float) -> optax.Schedule:

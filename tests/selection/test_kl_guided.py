@@ -9,8 +9,8 @@ from jaxhybrid.errors import ConfigError, DivergenceError, RunError
 from jaxhybrid.model.config import GATED_DELTANET, GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
-from jaxhybrid.selection.kl_guided import ScoringConfig, score_candidates
-from jaxhybrid.selection.ranking import read_scores
+from jaxhybrid.selection.kl_guided import ScoringConfig, _Programs, score_candidates
+from jaxhybrid.selection.ranking import Scores, StabilityRule, read_scores
 from jaxhybrid.train.optimizer import OptimizerConfig
 from jaxhybrid.weights.convert import convert
 
@@ -73,7 +73,7 @@ def in_one_go(score, tmp_path_factory):
 
 
 # Rounds of two steps, never stable.
-ROUNDS = {"stop_budget": 1, "stop_window": 1, "stop_jaccard": 2.0, "stop_every": 2}
+ROUNDS = {"stop_when_stable": StabilityRule(1, evaluations=1, jaccard=2.0), "stop_every": 2}
 
 
 class Interference:
@@ -98,7 +98,15 @@ def kept(folder, layer):
     return data
 
 
-def test_rounds_give_the_scores_of_one_go_even_when_a_state_is_damaged(score, in_one_go, tmp_path):
+def test_rounds_give_the_scores_of_one_go_even_when_a_state_is_damaged(score, in_one_go, tmp_path, monkeypatch):
+    measure, measured = _Programs.heldout_kl, []
+
+    def counted(self, params, layer, heldout):
+        measured.append(int(layer))
+        return measure(self, params, layer, heldout)
+
+    monkeypatch.setattr(_Programs, "heldout_kl", counted)
+
     def damage():
         assert not list(tmp_path.glob("candidates/*/checkpoints/*"))
         data = [kept(tmp_path, layer) for layer in range(4)][1]
@@ -110,6 +118,8 @@ def test_rounds_give_the_scores_of_one_go_even_when_a_state_is_damaged(score, in
         )
     assert rounds == in_one_go
     assert set(compiled.values()) == {1}
+    again = [1, 1]  # the two measurements of the damaged one
+    assert sorted(measured) == sorted([*range(4)] * (1 + STEPS) + again)  # untrained once, not in every round
 
 
 def test_rounded_candidates_score_nearly_the_same_however_often_they_are_stopped(score, in_one_go, tmp_path):
@@ -140,16 +150,25 @@ def test_a_resumed_candidate_goes_on_with_the_teachers_states_of_its_own_batches
     assert score(tmp_path)[0] == in_one_go
 
 
-def test_scoring_ends_when_the_best_layers_stay_the_same(score, tmp_path, capsys):
-    stopped, _ = score(tmp_path, stop_budget=4, stop_window=2, stop_jaccard=1.0)  # all four are always the best four
+def test_scoring_ends_when_the_best_layers_stay_the_same(score, tmp_path, capsys, monkeypatch):
+    judge, asked = Scores.is_stable, []
+
+    def listened(self, rule, by):
+        asked.append((rule, by))
+        return judge(self, rule, by)
+
+    monkeypatch.setattr(Scores, "is_stable", listened)
+    rule = StabilityRule(4, tokens=2 * ROWS * LENGTH)  # all four are always the best four
+    stopped, _ = score(tmp_path, stop_when_stable=rule, rank_by="train")
     assert {c.heldout[-1][0] for c in stopped.candidates} == {3 * ROWS * LENGTH}
-    assert "have not moved for 2 rounds" in capsys.readouterr().out
+    assert "have not moved for 64 tokens" in capsys.readouterr().out
+    assert asked == [(rule, "train")]  # in the first round that could end it
     assert not list(tmp_path.glob("candidates/*")) + list(tmp_path.glob("teacher-*"))
 
 
 def test_rounds_need_all_candidates_and_candidates_must_exist(score, tmp_path):
     with pytest.raises(ConfigError, match="drop --candidates"):
-        score(tmp_path, candidates=range(2), stop_budget=1)
+        score(tmp_path, candidates=range(2), stop_when_stable=StabilityRule(1, evaluations=3))
     with pytest.raises(ConfigError, match=r"Candidates \[4, 5\] do not exist"):
         score(tmp_path, candidates=range(3, 6))
 

@@ -1,12 +1,13 @@
 """Ranking, stability and the selection methods, on made-up scores with known answers."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.selection.methods import layer_types, select_layers
-from jaxhybrid.selection.ranking import CandidateScore, Scores, jaccard, layers_in_budget, read_scores
+from jaxhybrid.selection.ranking import CandidateScore, Scores, StabilityRule, jaccard, layers_in_budget, read_scores
 
 # Layer 2 is best all along; 0 overtakes 3 at 200 tokens.
 KLS = {0: [5, 3.0, 1.0, 0.9], 1: [5, 4.0, 3.0, 2.9], 2: [5, 1.0, 0.5, 0.4], 3: [5, 2.0, 1.5, 1.4]}
@@ -34,23 +35,68 @@ def test_stability_follows_the_top_set():
     assert rows[0]["with_final"] == pytest.approx(1 / 3)  # {2,3} against {2,0}
     assert rows[1]["with_previous"] == pytest.approx(1 / 3)
     assert rows[2]["with_previous"] == 1.0
-    assert SCORES.is_stable(2, window=1, threshold=1.0)
-    assert not SCORES.is_stable(2, window=2, threshold=1.0)
-    assert not SCORES.is_stable(2, window=5, threshold=0.0)
+    assert SCORES.is_stable(StabilityRule(2, evaluations=1))
+    assert not SCORES.is_stable(StabilityRule(2, evaluations=2))
+    assert not SCORES.is_stable(StabilityRule(2, evaluations=5, jaccard=0.0))
     assert jaccard(frozenset(), frozenset()) == 1.0
+
+
+def test_stability_lasts_as_many_tokens_as_the_rule_asks():
+    assert SCORES.is_stable(StabilityRule(2, tokens=100))  # {2,0} at 200 and at 300
+    assert not SCORES.is_stable(StabilityRule(2, tokens=101))  # {2,3} at 100
+    assert SCORES.is_stable(StabilityRule(2, tokens=200, jaccard=0.33))
+    assert not SCORES.is_stable(StabilityRule(2, tokens=201, jaccard=0.0))  # not measured for so long
+    assert SCORES.is_stable(StabilityRule(1, tokens=200))
+    assert SCORES.is_stable(StabilityRule(2, tokens=200), "train")  # {0,2} all along
+    assert not SCORES.is_stable(StabilityRule(2, tokens=200), "heldout")
+
+
+def test_a_plateau_shorter_than_the_window_does_not_end_scoring():
+    """What was seen of SmolLM2: the same eight at 131 and 262 thousand tokens, others at 393."""
+    first, later = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 3.0, 2: 2.0}
+    kls = [first, first, later, later, later, later]
+
+    def measured(count):
+        points = list(enumerate(kls[:count], 1))
+        return Scores(tuple(CandidateScore(i, [], [(t * 100, kl[i]) for t, kl in points]) for i in range(3)))
+
+    stable = [measured(count).is_stable(StabilityRule(2, tokens=300)) for count in range(1, 7)]
+    assert stable == [False, False, False, False, False, True]
 
 
 def test_kl_guided_takes_the_top_k():
     assert select_layers("kl_guided", 4, 2, scores=lambda: SCORES) == (0, 2)
     assert select_layers("kl_guided", 4, 0.25, scores=lambda: SCORES) == (2,)
+    assert select_layers("kl_guided", 4, 0.25, scores=lambda: SCORES, rank_by="train") == (0,)
 
 
 @pytest.mark.parametrize(
-    ("depth", "count", "expected"),
-    [(28, 7, (3, 7, 11, 15, 19, 23, 27)), (28, 4, (6, 13, 20, 27)), (4, 4, (0, 1, 2, 3))],
+    ("depth", "budget", "by", "expected"),
+    [
+        (28, 0.25, "last", (3, 7, 11, 15, 19, 23, 27)),  # Llama-3.2-3B
+        (28, 0.125, "last", (6, 13, 20, 27)),
+        (36, 0.25, "first", (0, 4, 8, 12, 16, 20, 24, 28, 32)),  # Qwen2.5-3B
+        (36, 0.125, "first", (0, 8, 16, 24, 32)),
+        (4, 4, "last", (0, 1, 2, 3)),
+        (4, 4, "first", (0, 1, 2, 3)),
+    ],
 )
-def test_uniform_matches_the_published_lists(depth, count, expected):
-    assert select_layers("uniform", depth, count) == expected
+def test_uniform_matches_the_published_lists(depth, budget, by, expected):
+    assert select_layers("uniform", depth, budget, uniform_by=by) == expected
+
+
+@pytest.mark.parametrize("by", ["last", "first"])
+def test_uniform_lists_are_spread_evenly(by):
+    for depth in range(1, 50):
+        for count in range(1, depth + 1):
+            layers = select_layers("uniform", depth, count, uniform_by=by)
+            assert len(set(layers)) == count
+            assert layers == tuple(sorted(layers))
+            assert (layers[0] == 0) if by == "first" else (layers[-1] == depth - 1)
+            gaps = {b - a for a, b in pairwise(layers)}
+            assert len(gaps) <= 2
+            assert layers[-1] < depth
+            assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def test_random_is_seeded_and_explicit_is_sorted():
