@@ -1,6 +1,5 @@
 """No token lost or repeated, segments in order, and no target across a boundary, for any documents and row length."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,10 +68,12 @@ def test_documents_that_are_not_separate_give_the_same_rows_as_one_segment(lengt
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths_strategy, st.integers(2, 24))
+@given(lengths_strategy, st.sampled_from([2, 5, 24]))
 def test_targets_never_cross(lengths, sequence_length):
     tokens, segments = all_rows(PackedRows(make_dataset(lengths), sequence_length))
-    targets, mask = (np.asarray(x) for x in next_token_targets(jnp.asarray(tokens), jnp.asarray(segments)))
+    more = ((0, 300 - len(tokens)), (0, 0))  # padding rows, so that a length is compiled once
+    targets, mask = (np.asarray(x) for x in next_token_targets(np.pad(tokens, more), np.pad(segments, more)))
+    assert not mask[len(tokens) :].any()
     ends = np.cumsum(lengths)  # the last token of each document, tokens being 1, 2, ...
     for row in range(len(tokens)):
         for t in range(sequence_length):
