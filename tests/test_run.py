@@ -44,6 +44,7 @@ def test_a_run_leaves_every_result(whole):
         done = read(run / stage / "done.json")
         assert done["tokens"] == tokens
         assert done["tokens_per_second"] > 0
+        assert 10 < done["mean_segment_tokens"] < 64
     align = read(run / "align" / "done.json")
     assert align["heldout_loss_after"] < align["heldout_loss_before"]
 
@@ -63,6 +64,10 @@ def test_a_run_leaves_every_result(whole):
     assert layers["other_budgets"] == {"1": scores["ranking"][:1], "2": sorted(scores["ranking"][:2])}
     assert list(evaluation["models"]) == ["teacher", "distill", "finetune"]
     assert evaluation["models"]["distill"]["kl"] > 0
+    (recall,) = evaluation["recall"]
+    assert (recall["pairs"], recall["filler_tokens"], recall["prompts"]) == (2, 0, 8)
+    assert not recall["applies"]  # a random teacher repeats nothing
+    assert list(recall["models"]) == ["teacher"]
     assert "finetune" in (whole.folder / "output.txt").read_text()
     assert (run / "report" / "index.html").stat().st_size > 10_000
 

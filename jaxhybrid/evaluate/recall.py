@@ -64,8 +64,8 @@ def recall(
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     width, length = task.tokens.shape[1], task.answers.shape[2]
-    rows = min(max(batch_tokens // width, 1), len(task.tokens))
-    rows = -(-rows // devices) * devices
+    batches = -(-len(task.tokens) // max(batch_tokens // width, 1))
+    rows = -(-len(task.tokens) // (batches * devices)) * devices
 
     def greedy(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
         offsets = np.arange(length)
