@@ -222,6 +222,7 @@ class Pipeline:
         self._require_disk("score", candidates)
         settings, folder = self.config.score, self.folder.stage("score")
         stop, best = settings.stop_when_stable, layers_in_budget(self.config.select.budget, self.depth)
+        rule = None if stop is None else StabilityRule(best, stop.window_tokens, stop.window, stop.jaccard)
         config = ScoringConfig(
             optimizer=optimizer_config(settings),
             batch_size=settings.batch_size,
@@ -234,7 +235,7 @@ class Pipeline:
             remat=settings.remat,
             chunk_tokens=settings.kl_chunk,
             keep_teacher_states=settings.keep_teacher_states,
-            stop_when_stable=None if stop is None else StabilityRule(best, stop.window_tokens, stop.window, stop.jaccard),
+            stop_when_stable=rule,
             stop_every=1 if stop is None else stop.every,
             rank_by=self.config.select.rank_by,
             kept_dtype=jnp.dtype(settings.kept_dtype),

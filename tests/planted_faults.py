@@ -23,6 +23,7 @@ QUALITY = "tests/evaluate/test_quality.py"
 CONVERT = "tests/weights/test_convert.py"
 SCORING = "tests/selection/test_kl_guided.py"
 PACKING = "tests/export/test_packing.py"
+RECALL = "tests/evaluate/test_recall.py"
 
 
 class Fault(NamedTuple):
@@ -191,8 +192,8 @@ FAULTS = [
     Fault(
         "held-out text is training text",
         "pipeline.py",
-        "            self.text.heldout, sequence_length, batch_size, tokens,",
-        "            self.text.train, sequence_length, batch_size, tokens,",
+        "            self.text.heldout,\n",
+        "            self.text.train,\n",
         WIRING,
     ),
     Fault(
@@ -338,6 +339,96 @@ FAULTS = [
         "cache = past_key_values if cache is None else cache",
         "cache = past_key_values",
         "tests/export/test_modeling.py::test_both_names_of_a_cache",
+    Fault(
+        "recall: answers read a token too late",
+        "evaluate/recall.py",
+        "offsets = np.arange(length)",
+        "offsets = np.arange(length) + 1",
+        RECALL,
+    ),
+    Fault(
+        "recall: logits rounded before the choice",
+        "evaluate/recall.py",
+        "jnp.dot(state, head, preferred_element_type=exact_dtype(state.dtype))",
+        "jnp.dot(state, head)",
+        RECALL,
+    ),
+    Fault(
+        "recall: a number that begins like another is another's",
+        "evaluate/recall.py",
+        "result[prompt] = any(",
+        "result[prompt] = bool(len(alike)) or any(",
+        RECALL,
+    ),
+    Fault(
+        "recall: thirds by question, not by place in the list",
+        "evaluate/recall_figures.py",
+        "3 * task.listed // task.pairs",
+        "3 * np.sort(task.listed) // task.pairs",
+        RECALL,
+    ),
+    Fault(
+        "recall: answers of a prompt counted as independent",
+        "evaluate/recall_figures.py",
+        "float(means.var()) / prompts",
+        "share * (1 - share) / answers.size",
+        RECALL,
+    ),
+    Fault(
+        "recall: a teacher that cannot do the task compares students",
+        "evaluate/recall.py",
+        '["share"] >= LEAST_TEACHER',
+        '["share"] >= 0.0',
+        RECALL,
+    ),
+    Fault(
+        "weight decay of norms and biases",
+        "train/optimizer.py",
+        "if decays(path) else update",
+        "if True else update",
+        "tests/train/test_weight_decay.py",
+    ),
+    Fault(
+        "early stop by few tokens",
+        "selection/ranking.py",
+        'rows[0]["tokens"] > first',
+        "False",
+        "tests/selection/test_selection.py",
+    ),
+    Fault(
+        "early stop by held-out KL whatever is asked for",
+        "selection/kl_guided.py",
+        "is_stable(rule, config.rank_by)",
+        'is_stable(rule, "heldout")',
+        f"{SCORING}::test_scoring_ends_when_the_best_layers_stay_the_same",
+    ),
+    Fault(
+        "untrained KL measured in every round",
+        "selection/kl_guided.py",
+        "if earlier else programs",
+        "if False else programs",
+        f"{SCORING}::test_rounds_give_the_scores_of_one_go_even_when_a_state_is_damaged",
+    ),
+    Fault(
+        "layers ranked by held-out KL whatever is asked for",
+        "pipeline.py",
+        "rank_by=settings.rank_by",
+        'rank_by="heldout"',
+        "tests/selection/test_stage.py",
+    ),
+    Fault(
+        "a stage reads short documents",
+        "pipeline.py",
+        ".at_least(stage.min_document_tokens or 1)",
+        ".at_least(1)",
+        "tests/data/test_stage_text.py",
+    ),
+    Fault(
+        "held-out documents are separate whatever is asked for",
+        "pipeline.py",
+        "            jax.process_count(),\n            self.config.data.separate_documents,\n        )\n\n    @cached",
+        "            jax.process_count(),\n        )\n\n    @cached",
+        "tests/data/test_stage_text.py",
     ),
 ]
 
