@@ -339,6 +339,7 @@ FAULTS = [
         "cache = past_key_values if cache is None else cache",
         "cache = past_key_values",
         "tests/export/test_modeling.py::test_both_names_of_a_cache",
+    ),
     Fault(
         "recall: answers read a token too late",
         "evaluate/recall.py",
@@ -371,7 +372,7 @@ FAULTS = [
         "recall: answers of a prompt counted as independent",
         "evaluate/recall_figures.py",
         "float(means.var()) / prompts",
-        "share * (1 - share) / answers.size",
+        "float(means.mean() * (1 - means.mean())) / answers.size",
         RECALL,
     ),
     Fault(

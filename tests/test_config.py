@@ -281,6 +281,7 @@ def test_what_does_not_affect_results_is_no_difference(load, override):
             [
                 "score.stop_when_stable.window_tokens: null -> 100_000_000",
                 "score.stop_when_stable.jaccard: null -> 1.0",
+                "score.stop_when_stable.every: null -> 1",
             ],
         ),
         ("select.method=uniform", ["select.method: kl_guided -> uniform"]),

@@ -89,7 +89,7 @@ def test_settings(workshop, refused, tmp_path, overrides, parts):
 
 def test_too_little_disk_is_said_before_anything_is_trained(workshop, refused, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxhybrid.disk.free_bytes", lambda path: 400_000)
-    arguments = workshop.config, f"run_dir={tmp_path / 'run'}", "score.stop_when_stable={}"
+    arguments = workshop.config, f"run_dir={tmp_path / 'run'}", "score.stop_when_stable={window: 2}"
     parts = ["400 kB are free at", "choose another run_dir"]
     refused("run", *arguments, parts=["the run, most of it at", *parts])
     refused("align", *arguments, parts=["align takes up to", "3 checkpoints", "align.checkpoint_every=10", *parts])

@@ -63,22 +63,22 @@ def test_uniform_keeps_the_layers_that_are_asked_for(opened, setting, kept):
 
 
 @pytest.mark.parametrize(
-    ("settings", "rule"),
+    ("settings", "rule", "every"),
     [
-        ("score.stop_when_stable=null", None),
-        ("score.stop_when_stable={}", StabilityRule(2, tokens=100_000_000)),
-        ("score.stop_when_stable={window: 3, jaccard: 0.9}", StabilityRule(2, evaluations=3, jaccard=0.9)),
+        ("score.stop_when_stable=null", None, 1),
+        ("score.stop_when_stable={every: 3}", StabilityRule(2, tokens=100_000_000), 3),
+        ("score.stop_when_stable={window: 3, jaccard: 0.9}", StabilityRule(2, evaluations=3, jaccard=0.9), 1),
     ],
 )
-def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings, rule):
+def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings, rule, every):
     told = []
     monkeypatch.setattr(module, "score_candidates", lambda teacher, student, config, *_: told.append(config) or {})
-    for name in ("aligned", "stream", "heldout"):
+    for name in ("aligned", "stream", "heldout", "_require_disk"):
         monkeypatch.setattr(Pipeline, name, lambda self, *_, **__: None)
     monkeypatch.setattr(Pipeline, "segment_tokens", lambda self, *_, **__: 12.5)
     run = opened("select.budget=2", "select.rank_by=train", settings)
     vars(run)["frozen_teacher"] = None
     run.score()
     (config,) = told
-    assert (config.stop_when_stable, config.rank_by) == (rule, "train")
+    assert (config.stop_when_stable, config.stop_every, config.rank_by) == (rule, every, "train")
     assert json.loads((run.folder.stage("score") / "done.json").read_text())["mean_segment_tokens"] == 12.5
