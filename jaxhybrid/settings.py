@@ -90,8 +90,14 @@ class DataConfig(Section):
     heldout_tokens: Count = about(2_000_000, "tokens taken out of train when there is no data.heldout")
     text_column: str = about("text", "column or field that holds the text")
     tokenizer: str | None = about(None, "folder or hub id of the tokenizer; null: the teacher's")
-    document_end_token: str | None = about(None, "token put after every document; null: the tokenizer's EOS")
-    prepend_bos: bool = about(False, "put the BOS token before every document")
+    document_end_token: str | None = about(
+        None,
+        "token put after every document; eos: the tokenizer's EOS; null: the one that ends a text in pretraining "
+        "(<|endoftext|>, <|end_of_text|>) where a chat model's tokenizer has it beside its EOS, else EOS",
+    )
+    prepend_bos: bool | None = about(
+        None, "put the BOS token before every document and prompt; null: as the tokenizer does by itself"
+    )
     max_document_tokens: Annotated[int, Field(ge=2)] | None = about(None, "longest document; null: any length")
     long_documents: Literal["split", "cut"] = about(
         "split", "over max_document_tokens: split into several, or cut the rest off"
