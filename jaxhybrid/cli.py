@@ -198,7 +198,7 @@ def benchmark(
     from jaxhybrid.text import open_model
 
     model, vocabulary, ends = open_model(folder, prepend_bos)
-    print(f"{vocabulary.beginning} is put before every text")
+    print(f"texts begin with {vocabulary.beginning}")
     figures = run_tasks(
         model,
         vocabulary,

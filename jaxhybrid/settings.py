@@ -91,9 +91,9 @@ class DataConfig(Section):
     text_column: str = about("text", "column or field that holds the text")
     tokenizer: str | None = about(None, "folder or hub id of the tokenizer; null: the teacher's")
     document_end_token: str | None = about(
-        None,
-        "token put after every document; eos: the tokenizer's EOS; null: the one that ends a text in pretraining "
-        "(<|endoftext|>, <|end_of_text|>) where a chat model's tokenizer has it beside its EOS, else EOS",
+        "end_of_text",
+        "token put after every document; end_of_text: the one that ends a text in pretraining (<|endoftext|>, "
+        "<|end_of_text|>) where a chat model's tokenizer has it beside its EOS, else EOS; null: EOS",
     )
     prepend_bos: bool | None = about(
         None, "put the BOS token before every document and prompt; null: as the tokenizer does by itself"

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxhybrid import text
+from jaxhybrid.export.folder import export
+from jaxhybrid.weights.huggingface import load_teacher
 from tests.tiny import write_teacher, write_tokenizer
 
 TEMPLATE = "{% for message in messages %}<begin>{{ message.content }}:{% endfor %}"
@@ -59,3 +62,26 @@ def test_end_tokens_are_read_where_transformers_reads_them(generation_config, co
     listed = theirs if isinstance(theirs, list) else [theirs]
     assert sorted(id for id in listed if id is not None) == text.end_ids(folder, None) == expected
     assert text.end_ids(folder, 5) == sorted({5, *expected})
+
+
+def test_a_padding_token_beyond_the_embedding_goes_through_export_and_generate(folder, tmp_path):
+    """Llama 2 with a <pad> that has no row."""
+    write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"t{i}" for i in range(rows - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.pad_token_id == rows
+    (folder / "generation_config.json").write_text(json.dumps({"pad_token_id": rows, "eos_token_id": 0}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": rows}))
+
+    exported = export(load_teacher(folder), tmp_path / "export", "float32")
+    with pytest.warns(UserWarning, match=rf"'<pad>' \(id {rows}\)"):
+        answers = text.complete(str(exported), ["anna likes the", "<pad>"], 4)
+    theirs = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    inputs = tokenizer("anna likes the", return_tensors="pt")
+    tokens = theirs.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert answers[0] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert torch.isin(tokens, torch.arange(rows)).all()

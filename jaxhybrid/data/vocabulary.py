@@ -19,8 +19,8 @@ import numpy as np
 from jaxhybrid.errors import DataError
 
 # What ends a document, by the names that tokenizers give it: GPT-2 and Qwen, Llama 3, DeepSeek, Llama 2 and Mistral.
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")
-EOS = "eos"  # the tokenizer's own EOS, as a value of data.document_end_token
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")
+END_OF_TEXT = "end_of_text"  # whichever of them the tokenizer has, as a value of data.document_end_token
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Vocabulary:
     def describe(self) -> str:
         """What is put round a document, in words."""
         by_itself = _begin_ids(self.encoder)
-        told = f"{self.beginning} is put before every document, {self._words((self.end_id,))} after it"
+        told = f"documents begin with {self.beginning} and end with {self._words((self.end_id,))}"
         if self.begin_ids == by_itself:
             return told
         return (
-            f"{told} (data.prepend_bos; the tokenizer by itself puts {self._words(by_itself)}, and so do generate, "
-            "benchmark and the export)"
+            f"{told} (data.prepend_bos; generate, benchmark and the export begin with {self._words(by_itself)}, as the "
+            "tokenizer does by itself)"
         )
 
     def _begun(self, ids: list[int]) -> list[int]:
@@ -82,21 +82,21 @@ class Vocabulary:
         return ids if ids[: len(begin)] == begin else begin + ids
 
     def _words(self, ids: tuple[int, ...]) -> str:
-        return "".join(self.encoder.id_to_token(index) for index in ids) or "nothing"
+        return "".join(self.encoder.id_to_token(index) for index in ids) or "no special token"
 
 
 def load_vocabulary(
     folder: str | os.PathLike[str],
     vocab_size: int | None = None,
-    document_end_token: str | None = None,
+    document_end_token: str | None = END_OF_TEXT,
     prepend_bos: bool | None = None,
 ) -> Vocabulary:
     """Loads the tokenizer of a local folder or hub id; no code of the folder is run.
 
     Args:
         vocab_size: rows of the model's embedding. A padding token beyond them is left out, with a warning.
-        document_end_token: the token after every document, or "eos". None: the EOS if that ends documents, else the
-            special token of END_OF_TEXT that does, else the EOS all the same.
+        document_end_token: the token after every document. "end_of_text": the EOS if it is one of END_TOKENS, else the
+            special token that is, else the EOS all the same. None: the EOS.
         prepend_bos: put the BOS token before every text, or never. None: as the tokenizer does by itself.
 
     Raises:
@@ -124,8 +124,7 @@ def load_vocabulary(
         )
     encoder.no_truncation()
     encoder.no_padding()
-    end = _end_token(tokenizer, encoder) if document_end_token is None else document_end_token
-    end = tokenizer.eos_token if end == EOS else end
+    end = _end_of_text(tokenizer, encoder) if document_end_token == END_OF_TEXT else document_end_token
     begin_ids = _begin_ids(encoder)
     if prepend_bos is not None:
         if prepend_bos and tokenizer.bos_token is None:
@@ -136,7 +135,7 @@ def load_vocabulary(
         encoder=encoder,
         name=name,
         largest_id=largest_id,
-        end_id=_token_id(encoder, end, name),
+        end_id=_token_id(encoder, tokenizer.eos_token if end is None else end, name),
         begin_ids=begin_ids,
     )
 
@@ -158,10 +157,11 @@ def _begin_ids(encoder: Any) -> tuple[int, ...]:
     return tuple(marked[: next(starts, 0)])
 
 
-def _end_token(tokenizer: Any, encoder: Any) -> str:
+def _end_of_text(tokenizer: Any, encoder: Any) -> str | None:
+    """The token that ends a text in pretraining; None when the EOS does, or nothing better is known."""
     special = {token.content for token in encoder.get_added_tokens_decoder().values() if token.special}
-    known = [token for token in END_OF_TEXT if token in special]
-    return EOS if tokenizer.eos_token in END_OF_TEXT or not known else known[0]
+    known = [token for token in END_TOKENS if token in special]
+    return None if tokenizer.eos_token in END_TOKENS or not known else known[0]
 
 
 def _without_padding_beyond(vocab_size: int, description: str, tokenizer: Any, name: str) -> str:

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,15 @@ def test_a_beginning_that_the_text_spells_out_is_not_doubled(save_tokenizer, tmp
     assert rows(vocabulary, "<s> w0", "w0 <s>", "<s>") == [[BOS, W0, EOS], [BOS, W0, BOS, EOS], [BOS, EOS]]
 
 
+def test_older_runs_keep_their_text_and_its_cache(save_tokenizer, tmp_path):
+    """Their config.yaml says document_end_token: null and prepend_bos: false, which meant the EOS and no BOS."""
+    folder = save_tokenizer(tmp_path, form="<s> $A", marks=["<|endoftext|>", "<turn>"], eos_token="<turn>")
+    vocabulary = load_vocabulary(folder, document_end_token=None, prepend_bos=False)
+    assert rows(vocabulary, "w0", "<s> w0") == [[W0, 54], [BOS, W0, 54]]
+    content = "None 54 " + vocabulary.encoder.to_str()
+    assert vocabulary.fingerprint == hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+
+
 # --- what ends a document
 
 # (special tokens beside <s> and </s>, EOS) of well-known tokenizers, and what ends a document for each.
@@ -66,8 +77,8 @@ def test_a_document_ends_with_the_end_of_text_not_of_a_turn(name, save_tokenizer
     vocabulary = load_vocabulary(folder)
     ids = vocabulary.tokenizer.convert_tokens_to_ids
     assert rows(vocabulary, "w0") == [[W0, ids(end)]]
-    assert f"{end} after it" in vocabulary.describe()
-    assert rows(load_vocabulary(folder, document_end_token="eos"), "w0") == [[W0, ids(eos)]]
+    assert vocabulary.describe().endswith(f"end with {end}")
+    assert rows(load_vocabulary(folder, document_end_token=None), "w0") == [[W0, ids(eos)]]
     assert rows(load_vocabulary(folder, document_end_token=marks[-1]), "w0") == [[W0, ids(marks[-1])]]
 
 
@@ -80,18 +91,21 @@ def test_an_end_of_text_does_without_an_eos(save_tokenizer, tmp_path):
     folder = save_tokenizer(tmp_path, marks=["<|endoftext|>"], eos_token=None)
     assert rows(load_vocabulary(folder), "w0") == [[W0, 53]]
     with pytest.raises(DataError, match="has no EOS token"):
-        load_vocabulary(folder, document_end_token="eos")
+        load_vocabulary(folder, document_end_token=None)
 
 
 def test_marks_are_told_and_change_the_fingerprint(save_tokenizer, tmp_path):
     plain, adds = save_tokenizer(tmp_path / "plain"), save_tokenizer(tmp_path / "adds", form="<s> $A")
+    asked = "(data.prepend_bos; generate, benchmark and the export begin with {}, as the tokenizer does by itself)"
     variants = {
-        "nothing is put before every document, </s> after it": load_vocabulary(plain),
-        "<s> is put before every document, w5 after it": load_vocabulary(adds, document_end_token="w5"),
-        "<s> is put before every document, </s> after it (data.prepend_bos; the tokenizer by itself puts nothing, and "
-        "so do generate, benchmark and the export)": load_vocabulary(plain, prepend_bos=True),
-        "nothing is put before every document, </s> after it (data.prepend_bos; the tokenizer by itself puts <s>, and "
-        "so do generate, benchmark and the export)": load_vocabulary(adds, prepend_bos=False),
+        "documents begin with no special token and end with </s>": load_vocabulary(plain),
+        "documents begin with <s> and end with w5": load_vocabulary(adds, document_end_token="w5"),
+        f"documents begin with <s> and end with </s> {asked.format('no special token')}": load_vocabulary(
+            plain, prepend_bos=True
+        ),
+        f"documents begin with no special token and end with </s> {asked.format('<s>')}": load_vocabulary(
+            adds, prepend_bos=False
+        ),
     }
     for told, vocabulary in variants.items():
         assert vocabulary.describe() == told

@@ -217,12 +217,15 @@ def test_the_command(opened, task_folder, tmp_path, monkeypatch, capsys):
 
     output = tmp_path / "figures.json"
     assert not command("write", "--task-folder", task_folder, "--output", output)
-    assert "exact_match                  0.5000" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "texts begin with no special token" in printed
+    assert "exact_match                  0.5000" in printed
     assert json.loads(output.read_text())["write"]["exact_match"] == 0.5
     for arguments, message in (
         (["wrote", "--task-folder", task_folder], "does not know the task 'wrote'"),
         (["write", "--task-folder", task_folder, "--limit", "0"], "limit 0: at least 1"),
         (["write", "--task-folder", task_folder, "--dtype", "int8"], "dtype 'int8'"),
+        (["write", "--task-folder", task_folder, "--prepend-bos"], "has no BOS token"),
     ):
         assert command(*arguments) == 2
         assert message in capsys.readouterr().err
