@@ -1,6 +1,7 @@
 """Prompts in: how they begin, and what ends an answer."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -62,6 +63,18 @@ def test_end_tokens_are_read_where_transformers_reads_them(generation_config, co
     listed = theirs if isinstance(theirs, list) else [theirs]
     assert sorted(id for id in listed if id is not None) == text.end_ids(folder, None) == expected
     assert text.end_ids(folder, 5) == sorted({5, *expected})
+
+
+def test_settings_that_change_greedy_text_in_transformers_are_named(folder):
+    """Qwen2.5-Instruct has a repetition_penalty of 1.05 to 1.1."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "top_k": 20}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.open_model(str(folder))
+    path.write_text(json.dumps({"repetition_penalty": 1.05, "suppress_tokens": [3], "top_k": 20}))
+    with pytest.warns(UserWarning, match=r"repetition_penalty=1\.05, suppress_tokens=\[3\].*not built"):
+        text.open_model(str(folder))
 
 
 def test_a_padding_token_beyond_the_embedding_goes_through_export_and_generate(folder, tmp_path):

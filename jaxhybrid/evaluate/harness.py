@@ -97,7 +97,8 @@ class HarnessModel(TemplateLM):
     """What the harness asks of a model: likelihood of a continuation, likelihood of a text, greedy text.
 
     Tokens are those of the harness's own model for transformers, so that figures compare: texts begin as the vocabulary
-    begins them, and `loglikelihood_rolling` scores that beginning as a part of the text.
+    begins them, and `loglikelihood_rolling` scores that beginning as a part of the text. Only what a tokenizer puts
+    after a text by itself is left out, for it would end prompts.
     """
 
     def __init__(
