@@ -182,6 +182,9 @@ def benchmark(
     limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 8,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
+    prepend_bos: Annotated[
+        bool | None, typer.Option(help="Begin texts with the BOS token; default: as the tokenizer does by itself.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
     """Tasks of lm-evaluation-harness, in JAX on one device. Needs the `eval` extra, and mostly a network."""
@@ -194,8 +197,12 @@ def benchmark(
     from jaxhybrid.files import write_json
     from jaxhybrid.text import open_model
 
+    model, vocabulary, ends = open_model(folder, prepend_bos)
+    print(f"texts begin with {vocabulary.beginning}")
     figures = run_tasks(
-        *open_model(folder),
+        model,
+        vocabulary,
+        ends,
         tasks,
         task_folder=task_folder,
         shots=shots,

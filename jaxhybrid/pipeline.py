@@ -108,8 +108,10 @@ class Pipeline:
 
     @cached_property
     def text(self) -> Text:
-        """Training and held-out text, and the tokenizer."""
-        return open_text(self.config.data, self.teacher.folder, self.teacher.config.vocab_size)
+        """Training and held-out text, and the tokenizer; says once what stands round a document."""
+        text = open_text(self.config.data, self.teacher.folder, self.teacher.config.vocab_size)
+        print(f"text: {text.vocabulary.describe()}")
+        return text
 
     def stream(self, stage: StageConfig, salt: int) -> BatchIterator:
         """The stage's training batches from their start; stages see different orders."""

@@ -49,8 +49,9 @@ class RunFolder:
                 changed = "\n".join(f"  {line}" for line in differences(earlier, config))
                 raise RunError(
                     f"{path} was made with another config:\n{changed}\n"
-                    "Give this run another `name=` (or run_dir=), or delete the folder to start over. A new run takes "
-                    f"over what does not depend on these settings with `jaxhybrid run CONFIG --reuse {path}`."
+                    f"`jaxhybrid run {path}` goes on with the settings it was made with. Else give this run another "
+                    "`name=` (or run_dir=), or delete the folder to start over. A new run takes over what does not "
+                    f"depend on these settings with `jaxhybrid run CONFIG --reuse {path}`."
                 )
         write_text(recorded, to_yaml(config))
         if not (path / "versions.json").exists():

@@ -91,8 +91,14 @@ class DataConfig(Section):
     heldout_tokens: Count = about(2_000_000, "tokens taken out of train when there is no data.heldout")
     text_column: str = about("text", "column or field that holds the text")
     tokenizer: str | None = about(None, "folder or hub id of the tokenizer; null: the teacher's")
-    document_end_token: str | None = about(None, "token put after every document; null: the tokenizer's EOS")
-    prepend_bos: bool = about(False, "put the BOS token before every document")
+    document_end_token: str | None = about(
+        "end_of_text",
+        "token put after every document; end_of_text: the one that ends a text in pretraining (<|endoftext|>, "
+        "<|end_of_text|>) where a chat model's tokenizer has it beside its EOS, else EOS; null: EOS",
+    )
+    prepend_bos: bool | None = about(
+        None, "put the BOS token before every document and prompt; null: as the tokenizer does by itself"
+    )
     max_document_tokens: Annotated[int, Field(ge=2)] | None = about(None, "longest document; null: any length")
     min_document_tokens: Count | None = about(
         None, "documents shorter than this are passed over, held-out ones too; null: none. A split one counts by piece"

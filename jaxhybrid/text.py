@@ -1,10 +1,11 @@
 """Prompts in, text out: tokenizer, chat template and generation together."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxhybrid.data import load_vocabulary
+from jaxhybrid.data import Vocabulary, load_vocabulary
 from jaxhybrid.errors import DataError
 from jaxhybrid.export.folder import is_export
 from jaxhybrid.generate import generate
@@ -12,20 +13,48 @@ from jaxhybrid.model.transformer import Model
 from jaxhybrid.weights.files import read_table
 from jaxhybrid.weights.huggingface import load_student, load_teacher
 
+SETTINGS = ("generation_config.json", "config.json")
+# What changes transformers' greedy text, unless it is one of NEUTRAL.
+NOT_BUILT = (
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "guidance_scale", "num_beams",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length",
+    "min_new_tokens", "exponential_decay_length_penalty",
+)  # fmt: skip
+NEUTRAL: tuple[Any, ...] = (None, 0, 1, [], {})
 
-def open_model(folder: str) -> tuple[Model, Any, list[int]]:
-    """An exported hybrid or a teacher, whichever the folder's config says it is; its tokenizer; what ends an answer."""
+
+def open_model(folder: str, prepend_bos: bool | None = None) -> tuple[Model, Vocabulary, list[int]]:
+    """An exported hybrid or a teacher, whichever the folder's config says it is; its vocabulary; what ends an answer.
+
+    Warns of settings by which transformers' `generate` would give other greedy text for this folder.
+
+    Args:
+        prepend_bos: begin texts with BOS, or never. None: as the tokenizer does by itself.
+    """
     model = load_student(folder) if is_export(Path(folder).expanduser()) else load_teacher(folder)
-    vocabulary = load_vocabulary(model.folder, model.config.vocab_size)
-    return model, vocabulary.tokenizer, end_ids(Path(model.folder), vocabulary.end_id)
+    vocabulary = load_vocabulary(model.folder, model.config.vocab_size, prepend_bos=prepend_bos)
+    settings = _generation_settings(Path(model.folder))
+    told = [f"{key}={settings[key]!r}" for key in NOT_BUILT if settings.get(key) not in NEUTRAL]
+    if told:
+        warnings.warn(
+            f"The generation settings of {model.folder} have {', '.join(told)}, which transformers' `generate` "
+            "applies. That is not built here: greedy text is the model's own.",
+            stacklevel=2,
+        )
+    return model, vocabulary, end_ids(Path(model.folder), vocabulary.tokenizer.eos_token_id)
 
 
-def end_ids(folder: Path, tokenizer_end: int) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and what the model's generation config adds to it."""
-    path = folder / "generation_config.json"
-    given = read_table(path).get("eos_token_id") if path.is_file() else None
-    listed = [] if given is None else given if isinstance(given, list) else [given]
-    return sorted({tokenizer_end, *listed})
+def end_ids(folder: Path, tokenizer_end: int | None) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS, and what the model's generation settings add to it."""
+    given = _generation_settings(folder).get("eos_token_id")
+    listed = given if isinstance(given, list) else [given]
+    return sorted({end for end in (tokenizer_end, *listed) if end is not None})
+
+
+def _generation_settings(folder: Path) -> dict[str, Any]:
+    """Those of generation_config.json, or of config.json where there is no such file, as transformers reads them."""
+    path = next((path for name in SETTINGS if (path := folder / name).is_file()), None)
+    return {} if path is None else read_table(path)
 
 
 def complete(
@@ -42,7 +71,8 @@ def complete(
     Raises:
         DataError: the chat template is asked for and the tokenizer has none.
     """
-    model, tokenizer, ends = open_model(folder)
+    model, vocabulary, ends = open_model(folder)
+    tokenizer = vocabulary.tokenizer
     if chat:
         if not tokenizer.chat_template:
             raise DataError(f"The tokenizer of {model.folder} has no chat template; leave --chat out.")
@@ -50,6 +80,6 @@ def complete(
             tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
             for p in prompts
         ]
-    tokens = [tokenizer(prompt, add_special_tokens=not chat)["input_ids"] for prompt in prompts]
+    tokens = [vocabulary.prompt(prompt, begin=not chat) for prompt in prompts]
     answers = generate(model, tokens, max_new_tokens, eos_ids=ends, temperature=temperature, seed=seed)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

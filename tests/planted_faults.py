@@ -24,6 +24,7 @@ CONVERT = "tests/weights/test_convert.py"
 SCORING = "tests/selection/test_kl_guided.py"
 PACKING = "tests/export/test_packing.py"
 RECALL = "tests/evaluate/test_recall.py"
+VOCABULARY = "tests/data/test_vocabulary.py"
 
 
 class Fault(NamedTuple):
@@ -202,6 +203,42 @@ FAULTS = [
         "train, heldout = take_heldout(train, config.heldout_tokens)",
         "_, heldout = take_heldout(train, config.heldout_tokens)",
         WIRING,
+    ),
+    # How a text begins and ends.
+    Fault(
+        "text: documents without the tokenizer's beginning",
+        "data/vocabulary.py",
+        "([*self._begun(encoding.ids), self.end_id]",
+        "([*encoding.ids, self.end_id]",
+        VOCABULARY,
+    ),
+    Fault(
+        "text: a spelled-out beginning doubled",
+        "data/vocabulary.py",
+        "return ids if ids[: len(begin)] == begin else begin + ids",
+        "return begin + ids",
+        VOCABULARY,
+    ),
+    Fault(
+        "text: documents end with the end of a turn",
+        "data/vocabulary.py",
+        "if tokenizer.eos_token in END_TOKENS or not known else known[0]",
+        "if tokenizer.eos_token or not known else known[0]",
+        VOCABULARY,
+    ),
+    Fault(
+        "text: benchmark without the tokenizer's beginning",
+        "evaluate/harness.py",
+        "begin=add_special_tokens is not False",
+        "begin=False",
+        "tests/evaluate/test_harness.py::test_likelihoods_are_those_of_transformers",
+    ),
+    Fault(
+        "text: end tokens of config.json forgotten",
+        "text.py",
+        'SETTINGS = ("generation_config.json", "config.json")',
+        'SETTINGS = ("generation_config.json",)',
+        "tests/test_text.py::test_end_tokens_are_read_where_transformers_reads_them",
     ),
     Fault(
         "held-out KL counts padding",

@@ -1,6 +1,5 @@
 """Cached generation on the hybrid state against full recomputation, batched against single."""
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +15,6 @@ from jaxhybrid.model.config import GATED_DELTANET as G
 from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.decode import decode, initial_decode_state
 from jaxhybrid.model.transformer import forward
-from jaxhybrid.text import end_ids
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
 
@@ -83,13 +81,6 @@ def test_a_padded_length_changes_nothing(model):
 def test_stops_at_an_end_token(model):
     free = generate(model, PROMPTS[:1], 6, **BUCKET)[0]
     assert generate(model, PROMPTS[:1], 6, eos_ids=[free[2]], **BUCKET)[0] == free[: free.index(free[2]) + 1]
-
-
-@pytest.mark.parametrize(("config", "expected"), [({"eos_token_id": [7, 2]}, [2, 5, 7]), ({"eos_token_id": 7}, [5, 7])])
-def test_the_generation_config_may_name_more_end_tokens(tmp_path, config, expected):
-    assert end_ids(tmp_path, 5) == [5]
-    (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert end_ids(tmp_path, 5) == expected
 
 
 @pytest.mark.parametrize("model", ["hybrid"], indirect=True)

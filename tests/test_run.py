@@ -155,6 +155,7 @@ def test_another_choice_of_layers_takes_over_what_is_done(whole, tmp_path):
     done = whole.start("run", whole.config, f"run_dir={run}", "select.method=uniform", "--reuse", whole.run)
     assert done.returncode == 0, done.stderr
     assert f"reuse: align taken from {whole.run}" in done.stdout
+    assert done.stdout.count("text: documents begin with no special token and end with <end>\n") == 1
     assert f"reuse: score taken from {whole.run}" in done.stdout
     assert "align:" not in done.stderr
     assert "distill:" in done.stderr

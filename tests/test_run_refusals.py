@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxhybrid.cli import main
+from jaxhybrid.cli import main, read_settings
 from jaxhybrid.config import load_config
 from jaxhybrid.errors import RunError
 from jaxhybrid.export.folder import export
@@ -163,6 +163,16 @@ def test_the_folder_of_another_config(workshop, made, refused):
     parts = ["seed: 0 -> 1", "align.learning_rate: 0.001 -> 0.1", "name=", f"--reuse {run}"]
     refused("run", workshop.config, f"run_dir={run}", "seed=1", "align.learning_rate=0.1", parts=parts)
     refused("score", workshop.config, f"run_dir={run}-2", "seed=1", "--merge", run, parts=["seed: 0 -> 1"])
+
+
+def test_an_older_run_goes_on_with_the_text_it_began_with(workshop, made, refused):
+    """Its config.yaml has other values than a config that is silent now gets; see test_vocabulary for their meaning."""
+    run = made("run", "data.prepend_bos=false", "data.document_end_token=").path
+    parts = ["data.document_end_token: null -> end_of_text", "data.prepend_bos: false -> null", f"jaxhybrid run {run}"]
+    refused("run", workshop.config, f"run_dir={run}", parts=parts)
+    RunFolder.open(read_settings(run, []))
+    data = load_config(run / "config.yaml").data
+    assert (data.prepend_bos, data.document_end_token) == (False, None)
 
 
 def test_a_run_without_scores_is_not_merged(workshop, made, refused, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jaxhybrid.families import config_to_hf
@@ -19,9 +19,11 @@ TEXT = "".join(f"{name} has the number {n * 37 % 1000} and likes the {name[::-1]
        "bert", "carl", "dora", "emil"] * 8))  # fmt: skip
 
 
-def write_teacher(folder: Path, layers: int = 3) -> Path:
-    """A random Llama with a byte-level tokenizer trained on TEXT."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_tokenizer(folder: Path, form: str | None = None) -> None:
+    """A byte-level tokenizer trained on TEXT.
+
+    `form` is what it makes of a text by itself: "<begin> $A" puts its BOS there, "$A" does not. None: it has no BOS.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -31,7 +33,19 @@ def write_teacher(folder: Path, layers: int = 3) -> Path:
             vocab_size=300, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         ),
     )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    marks = {"eos_token": "<end>"}
+    if form is not None:
+        tokenizer.add_special_tokens(["<begin>"])
+        ids = [(mark, tokenizer.token_to_id(mark)) for mark in ("<begin>", "<end>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=ids)
+        marks["bos_token"] = "<begin>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
+
+
+def write_teacher(folder: Path, layers: int = 3) -> Path:
+    """A random Llama with the tokenizer above, which has no BOS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder)
     config = ModelConfig(
         family="llama",
         vocab_size=320,

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.generate import generate
 from jaxhybrid.model.config import ModelConfig
@@ -34,7 +35,7 @@ TokenRequest = tuple[Any, list[int], list[int]]  # (texts, tokens of the context
 
 def run_tasks(
     model: Model,
-    tokenizer: Any,
+    vocabulary: Vocabulary,
     end_ids: Sequence[int],
     tasks: Sequence[str],
     *,
@@ -71,7 +72,7 @@ def run_tasks(
             "task files of your own goes in --task-folder."
         )
     evaluated = lm_eval.simple_evaluate(
-        model=HarnessModel(model, tokenizer, end_ids, batch_size=batch_size, dtype=jnp.dtype(dtype)),
+        model=HarnessModel(model, vocabulary, end_ids, batch_size=batch_size, dtype=jnp.dtype(dtype)),
         tasks=list(tasks),
         num_fewshot=shots,
         limit=limit,
@@ -93,13 +94,25 @@ def _figures(result: dict[str, Any]) -> dict[str, float]:
 
 
 class HarnessModel(TemplateLM):
-    """What the harness asks of a model: likelihood of a continuation, likelihood of a text, greedy text."""
+    """What the harness asks of a model: likelihood of a continuation, likelihood of a text, greedy text.
+
+    Tokens are those of the harness's own model for transformers, so that figures compare: texts begin as the vocabulary
+    begins them, and `loglikelihood_rolling` scores that beginning as a part of the text. Only what a tokenizer puts
+    after a text by itself is left out, for it would end prompts.
+    """
 
     def __init__(
-        self, model: Model, tokenizer: Any, end_ids: Sequence[int], *, batch_size: int = 8, dtype: Any = jnp.float32
+        self,
+        model: Model,
+        vocabulary: Vocabulary,
+        end_ids: Sequence[int],
+        *,
+        batch_size: int = 8,
+        dtype: Any = jnp.float32,
     ):
         super().__init__()
-        self.model, self.tokenizer, self.batch_size, self.dtype = model, tokenizer, batch_size, dtype
+        self.model, self.vocabulary, self.batch_size, self.dtype = model, vocabulary, batch_size, dtype
+        self.tokenizer = vocabulary.tokenizer
         self.end_ids = list(end_ids)
         self.max_length = model.config.max_position_embeddings
 
@@ -107,7 +120,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        end = self.tokenizer.eos_token_id
+        return self.vocabulary.end_id if end is None else end
 
     @property
     def prefix_token_id(self) -> int:
@@ -125,7 +139,7 @@ class HarnessModel(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+        return self.vocabulary.prompt(string, begin=add_special_tokens is not False)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the model's context."""
@@ -146,6 +160,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy text up to a stop sequence. Tokens after one are computed and cut off."""
         answers: list[str] = [""] * len(requests)
+        end = self.tokenizer.decode([self.eot_token_id])
         settings = [normalize_gen_kwargs(request.args[1], default_max_gen_toks=256) for request in requests]
         by_length: dict[int, list[int]] = {}
         for number, wanted in enumerate(settings):
@@ -169,7 +184,7 @@ class HarnessModel(TemplateLM):
                         length_multiple=SHORTEST[0],
                     )
                     for number, tokens in zip(group, produced):
-                        stops = handle_stop_sequences(settings[number]["until"], eos=None)
+                        stops = handle_stop_sequences(settings[number]["until"], eos=end)
                         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                         answers[number] = postprocess_generated_text(text, stops, None)
                         bar.update()

@@ -85,7 +85,7 @@ def export(
     source_config = _table(source, "config.json")
     base = base_model_name(source, source_config)
     config = _config(model.config, source_config, base, dtype)
-    generation_config = _generation_config(source, source_config)
+    generation_config = _generation_config(model.config, source, source_config)
     writer = jax.process_index() == 0
     make_folder(target.parent, WAY_OUT)
     with storage_errors(target, WAY_OUT), draft_of(target) as draft:
@@ -151,11 +151,14 @@ def _config(config: ModelConfig, source_config: dict[str, Any], base: str | None
     }
 
 
-def _generation_config(source: Path | None, source_config: dict[str, Any]) -> dict[str, Any]:
+def _generation_config(config: ModelConfig, source: Path | None, source_config: dict[str, Any]) -> dict[str, Any]:
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")  # what `generate` needs to know where a text ends
-    return _table(source, "generation_config.json") or {
+    generation = _table(source, "generation_config.json") or {
         name: source_config[name] for name in ids if source_config.get(name) is not None
     }
+    if (generation.get("pad_token_id") or 0) >= config.vocab_size:  # `generate` would look up a row that is not there
+        del generation["pad_token_id"]
+    return generation
 
 
 def _copy_tokenizer(source: Path | None, draft: Path) -> None:

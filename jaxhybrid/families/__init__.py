@@ -7,13 +7,14 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import student
 from jaxhybrid.families.base import Family
 from jaxhybrid.families.llama import LLAMA
+from jaxhybrid.families.mistral import MISTRAL
 from jaxhybrid.families.qwen2 import QWEN2
 from jaxhybrid.families.qwen3 import QWEN3
 from jaxhybrid.families.student import STUDENT_TYPE
 from jaxhybrid.families.tensors import FileTensor, file_tensors
 from jaxhybrid.model.config import ModelConfig
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def family(model_type: str) -> Family:
@@ -23,7 +24,10 @@ def family(model_type: str) -> Family:
 
 
 def hf_to_config(hf: dict[str, Any], ignore_config_keys: Iterable[str] = ()) -> ModelConfig:
-    """A teacher's config.json as a ModelConfig; ConfigError names every key or value that is not understood."""
+    """A teacher's config.json as a ModelConfig; ConfigError names every key or value that is not understood.
+
+    ignore_config_keys: keys that may be ignored, those inside another as `rope_scaling.name`.
+    """
     if hf.get("model_type") == STUDENT_TYPE:
         raise ConfigError(
             f"model_type={STUDENT_TYPE!r} is an exported student, not a teacher; read it with load_student."

@@ -28,7 +28,8 @@ COMMON_KEYS = (
     "quantization_config",
     *ROPE_KEYS,
 )
-# No effect on what the model computes: bookkeeping, training-time dropout, and defaults of generation.
+# No effect on what the model computes in transformers: bookkeeping, training-time dropout, defaults of generation, and
+# what other engines read (Qwen2.5-1M's dual chunk attention, the context length of early Llama conversions).
 HARMLESS_KEYS = frozenset(
     (
         "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path",
@@ -44,7 +45,8 @@ HARMLESS_KEYS = frozenset(
         "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
         "begin_suppress_tokens", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id",
         "remove_invalid_values", "exponential_decay_length_penalty",
-        "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
+        "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version", "internal_version",
+        "gradient_checkpointing", "dual_chunk_attention_config", "max_sequence_length",
     )
 )  # fmt: skip
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
@@ -73,31 +75,33 @@ class Family:
         """A Hugging Face config as a ModelConfig.
 
         Args:
-            ignore_config_keys: keys this package does not know that may be ignored all the same.
+            ignore_config_keys: keys this package does not know that may be ignored all the same; `rope_scaling.name`
+                is one inside another.
 
         Raises:
             ConfigError: a key is missing, unknown, or has a value that is not supported.
         """
-        self._refuse_unknown(hf, tuple(ignore_config_keys))
+        ignored = tuple(ignore_config_keys)
+        self._refuse_unknown(hf, ignored)
         self._refuse_unsupported(hf)
-        heads = _integer(hf, "num_attention_heads")
-        width, layers = _integer(hf, "hidden_size"), _integer(hf, "num_hidden_layers")
+        heads = read_integer(hf, "num_attention_heads")
+        width, layers = read_integer(hf, "hidden_size"), read_integer(hf, "num_hidden_layers")
         head_dim = hf.get("head_dim", self.defaults.get("head_dim"))
         if head_dim is None and width % heads:
             raise ConfigError(f"hidden_size={width} does not divide by num_attention_heads={heads}; set head_dim.")
-        max_positions = _integer(self.defaults | hf, "max_position_embeddings")
+        max_positions = read_integer(self.defaults | hf, "max_position_embeddings")
         config = ModelConfig(
             family=self.model_type,
-            vocab_size=_integer(hf, "vocab_size"),
+            vocab_size=read_integer(hf, "vocab_size"),
             hidden_size=width,
-            intermediate_size=_integer(hf, "intermediate_size"),
+            intermediate_size=read_integer(hf, "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=self._kv_heads(hf, heads),
-            head_dim=width // heads if head_dim is None else _integer({"head_dim": head_dim}, "head_dim"),
+            head_dim=width // heads if head_dim is None else read_integer({"head_dim": head_dim}, "head_dim"),
             norm_eps=_positive(hf, "rms_norm_eps", 1e-6),
             max_position_embeddings=max_positions,
-            rope=rope_from_hf(hf, max_positions),
+            rope=rope_from_hf(hf, max_positions, ignored),
             tie_embeddings=read_flag(hf, "tie_word_embeddings"),
             **self.flags(hf),
         )
@@ -133,7 +137,7 @@ class Family:
     def _kv_heads(self, hf: dict[str, Any], heads: int) -> int:
         if "num_key_value_heads" not in hf and self.model_type != "llama":
             raise ConfigError(f"The config lacks num_key_value_heads, which {self.model_type} models state.")
-        return heads if hf.get("num_key_value_heads") is None else _integer(hf, "num_key_value_heads")
+        return heads if hf.get("num_key_value_heads") is None else read_integer(hf, "num_key_value_heads")
 
     def _refuse_unknown(self, hf: dict[str, Any], ignored: tuple[str, ...]) -> None:
         known = {*COMMON_KEYS, *self.own_keys}
@@ -176,6 +180,15 @@ def read_flag(hf: dict[str, Any], key: str) -> bool:
     return bool(value)
 
 
+def read_integer(hf: dict[str, Any], key: str) -> int:
+    value = hf.get(key)
+    if value is None:
+        raise ConfigError(f"The config lacks {key}.")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key}={value!r} is not a positive integer.")
+    return value
+
+
 def require(config: ModelConfig, **expected: bool) -> None:
     """Raises ConfigError unless `config` has these flags, because the family's configs cannot say otherwise."""
     for name, value in expected.items():
@@ -184,15 +197,6 @@ def require(config: ModelConfig, **expected: bool) -> None:
                 f"A {config.family} model cannot have {name}={getattr(config, name)} "
                 f"(with qkv_bias={config.qkv_bias}): its Hugging Face config has no key for it."
             )
-
-
-def _integer(hf: dict[str, Any], key: str) -> int:
-    value = hf.get(key)
-    if value is None:
-        raise ConfigError(f"The config lacks {key}.")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key}={value!r} is not a positive integer.")
-    return value
 
 
 def _positive(hf: dict[str, Any], key: str, default: float) -> float:

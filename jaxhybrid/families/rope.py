@@ -1,9 +1,11 @@
 """Rotary settings of a Hugging Face config: `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import RopeConfig
+from jaxhybrid.model.rope import yarn_attention_factor
 
 CONFIG_KEYS = (
     "rope_parameters",
@@ -39,8 +41,10 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 
 
-def rope_from_hf(hf: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
+def rope_from_hf(hf: dict[str, Any], max_position_embeddings: int, ignored: Sequence[str] = ()) -> RopeConfig:
     """The rotary settings of a config. `rope_scaling`, where filled, wins over `rope_parameters`, as in transformers.
+
+    ignored: keys to pass over that the rule does not know, as `rope_scaling.attn_factor`.
 
     Raises:
         ConfigError: an unknown rule, a key the rule does not have, a missing key, or a part of the head left unrotated.
@@ -70,10 +74,13 @@ def rope_from_hf(hf: dict[str, Any], max_position_embeddings: int) -> RopeConfig
     missing = [name for name in REQUIRED[kind] if name not in rope]
     if missing:
         raise ConfigError(f"{source} of rope_type={kind!r} lacks {', '.join(missing)}.")
-    unknown = [name for name in rope if name not in REQUIRED[kind] + OPTIONAL[kind]]
-    if unknown:
-        told = ", ".join(f"{name}={rope[name]!r}" for name in unknown)
-        raise ConfigError(f"{source} of rope_type={kind!r} has {told}, which this rule does not know; remove it.")
+    known = REQUIRED[kind] + OPTIONAL[kind]
+    for name in known:
+        if f"{source}.{name}" in ignored:
+            raise ConfigError(
+                f"ignore_config_keys has '{source}.{name}', which rope_type={kind!r} depends on; it stays."
+            )
+    unknown = {name: rope.pop(name) for name in [*rope] if name not in known}
     for name, value in rope.items():
         if name not in ("truncate",) and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"{source}.{name}={value!r} is not a number.")
@@ -83,7 +90,27 @@ def rope_from_hf(hf: dict[str, Any], max_position_embeddings: int) -> RopeConfig
     for name in ("beta_fast", "beta_slow"):  # transformers takes a zero as absent
         if not rope.get(name, True):
             del rope[name]
-    return RopeConfig(kind=kind, theta=float(DEFAULT_THETA if theta is None else theta), **rope)
+    config = RopeConfig(kind=kind, theta=float(DEFAULT_THETA if theta is None else theta), **rope)
+    for name, value in unknown.items():
+        if f"{source}.{name}" not in ignored:
+            raise ConfigError(_unknown(source, name, value, config))
+    return config
+
+
+def _unknown(source: str, name: str, value: Any, rope: RopeConfig) -> str:
+    """The message about a key that the rule does not have. transformers warns of it and computes without it."""
+    ignore = f"ignore_config_keys=('{source}.{name}',)"
+    if (rope.kind, name) != ("yarn", "attn_factor") or not isinstance(value, int | float):
+        return (
+            f"{source}.{name}={value!r} is not known to rope_type={rope.kind!r}. transformers passes it over; "
+            f"to do the same, pass {ignore}."
+        )
+    scale = yarn_attention_factor(rope)
+    return (
+        f"{source}.{name}={value!r}: transformers passes it over and scales attention by {scale:.6f} all the same; to "
+        f"compute what it does, pass {ignore}. Engines that read the key multiply the two; to compute what they do, "
+        f'write "attention_factor": {round(scale * value, 6)} in its place in config.json, which transformers knows.'
+    )
 
 
 def _original_length(

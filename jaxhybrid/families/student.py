@@ -19,6 +19,8 @@ def write_student(family: Family, config: ModelConfig, teacher_hf_config: Mappin
     carried = {
         key: value for key, value in teacher_hf_config.items() if key in HARMLESS_KEYS and key not in NOT_CARRIED
     }
+    if (carried.get("pad_token_id") or 0) >= config.vocab_size:  # transformers makes no embedding with such a one
+        del carried["pad_token_id"]
     hf = carried | family.write_config(config)
     del hf["architectures"]
     hf |= {

@@ -73,14 +73,18 @@ def _yarn_frequencies(rope: RopeConfig, width: int) -> tuple[np.ndarray, float]:
     high = high + 0.001 if low == high else high  # a zero-width ramp would divide by zero
     interpolated = np.clip((np.arange(width // 2) - low) / (high - low), 0.0, 1.0)
     frequencies = _frequencies(rope.theta, width)
+    frequencies = interpolated * frequencies / rope.factor + (1 - interpolated) * frequencies
+    return frequencies, yarn_attention_factor(rope)
+
+
+def yarn_attention_factor(rope: RopeConfig) -> float:
+    """What cos and sin are multiplied by: as given, else by the paper's formula from `factor` and the two `mscale`."""
 
     def magnitude(mscale: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
 
     if rope.attention_factor is not None:
-        scale = rope.attention_factor
-    elif rope.mscale and rope.mscale_all_dim:
-        scale = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
-    else:
-        scale = magnitude(1.0)
-    return interpolated * frequencies / rope.factor + (1 - interpolated) * frequencies, scale
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    return magnitude(1.0)

@@ -18,7 +18,7 @@ from jaxhybrid.model.params import Params, is_spec
 from jaxhybrid.model.partition import param_shardings
 from jaxhybrid.model.transformer import Model, declare
 from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder
-from jaxhybrid.weights.files import StoredTensor, read_table, stored_tensors
+from jaxhybrid.weights.files import DTYPES, StoredTensor, read_table, stored_tensors
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.source import is_gguf
 
@@ -27,6 +27,8 @@ TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "AC
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *TERMS_FILES)
 # Buffers that older checkpoints carry and that the rotary settings of the config imply.
 ROTARY_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# What quantisation leaves beside the weights or in their place: FP8, compressed-tensors, GPTQ and AWQ, bitsandbytes.
+QUANTISED = re.compile(r"(_scale(_inv|_2)?|weight_packed|qweight|qzeros|\.scales|\.absmax|\.quant_map|\.SCB)$")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -82,9 +84,10 @@ def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32, sha
     With shardings every process reads only the parts its devices keep.
 
     Raises:
-        WeightsError: a tensor is missing, unexpected, or of another shape than the config says.
+        WeightsError: a tensor is quantised, missing, unexpected, or of another shape than the config says.
     """
     stored, entries = stored_tensors(folder), weight_names(config)
+    _refuse_quantised(folder, stored)
     _check_names(folder, stored, entries, config)
     for entry in entries:
         found, expected = stored[entry.name].shape, entry.file_shape
@@ -125,6 +128,20 @@ def _read_leaf(
     return jax.make_array_from_callback(shape, sharding, part)
 
 
+def _refuse_quantised(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """By type and by name, for config.json does not always say it."""
+    names = [
+        name
+        for name, tensor in stored.items()
+        if (name.endswith("weight") and tensor.dtype not in DTYPES) or QUANTISED.search(name)
+    ]
+    if names:
+        told = _some([f"{name} ({stored[name].dtype})" for name in names])
+        raise WeightsError(
+            f"{folder} holds quantised weights, which are not read: {told}; fetch the unquantised model."
+        )
+
+
 def _check_names(folder: Path, stored: dict[str, StoredTensor], entries: list[FileTensor], config: ModelConfig) -> None:
     expected = {entry.name for entry in entries}
     missing = [entry.name for entry in entries if entry.name not in stored]
@@ -152,28 +169,40 @@ def _some(names: list[str]) -> str:
 
 
 def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """An embedding padded beyond the tokenizer is common; a tokenizer with ids beyond the embedding is a mix-up."""
-    largest = largest_token_id(folder)
-    if largest is not None and largest >= config.vocab_size:
+    """An embedding padded beyond the tokenizer is common, and so is a padding token that fine-tuning added and that has
+    no row: no text gives it (see `load_vocabulary`). Other ids beyond the embedding are a mix-up."""
+    beyond = {token: index for token, index in token_ids(folder).items() if index >= config.vocab_size}
+    if beyond.keys() - {_padding_token(folder)}:
         raise WeightsError(
-            f"The tokenizer in {folder} has ids up to {largest}, the embedding has vocab_size={config.vocab_size} "
-            "rows; use the tokenizer this model was trained with."
+            f"The tokenizer in {folder} has ids up to {max(beyond.values())}, the embedding has "
+            f"vocab_size={config.vocab_size} rows; put the tokenizer this model was trained with there."
         )
 
 
-def largest_token_id(folder: Path) -> int | None:
-    """The largest id in a folder's tokenizer files; None when it has no JSON ones."""
-    ids: list[int] = []
+def token_ids(folder: Path) -> dict[str, int]:
+    """Every token in a folder's tokenizer files; empty when it has no JSON ones."""
+    ids: dict[str, int] = {}
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_table(folder / "tokenizer.json")
         vocabulary = tokenizer.get("model", {}).get("vocab", {})
-        ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
+        is_list = not isinstance(vocabulary, dict)  # of (token, score)
+        ids |= {token: index for index, (token, _) in enumerate(vocabulary)} if is_list else vocabulary
+        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
     elif (folder / "vocab.json").is_file():
-        ids += read_table(folder / "vocab.json").values()
+        ids |= read_table(folder / "vocab.json")
         if (folder / "added_tokens.json").is_file():
-            ids += read_table(folder / "added_tokens.json").values()
-    return max(ids, default=None)
+            ids |= read_table(folder / "added_tokens.json")
+    return ids
+
+
+def _padding_token(folder: Path) -> str | None:
+    """The token that pads and does nothing else, by the folder's settings."""
+    roles: dict[str, Any] = {}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        roles |= {role: token for role, token in (read_table(path) if path.is_file() else {}).items() if token}
+    names = ("pad_token", "bos_token", "eos_token", "unk_token")
+    tokens = [token["content"] if isinstance(token, dict) else token for token in map(roles.get, names)]
+    return None if tokens[0] in tokens[1:] else tokens[0]
 
 
 def _resolve(path_or_id: str | os.PathLike[str]) -> Path:

@@ -1,7 +1,7 @@
 """A whitespace tokenizer over a few words, saved as a model folder, and datasets made of it."""
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from jaxhybrid.data import load_vocabulary, open_source, open_tokens
@@ -9,10 +9,12 @@ from jaxhybrid.data import load_vocabulary, open_source, open_tokens
 WORDS = [f"w{i}" for i in range(50)]
 
 
-def _save_tokenizer(folder, words=WORDS, **special):
+def _save_tokenizer(folder, words=WORDS, form="$A", marks=(), **special):
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | special
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in special.items() if v is not None})
     fast.save_pretrained(folder)
@@ -21,7 +23,11 @@ def _save_tokenizer(folder, words=WORDS, **special):
 
 @pytest.fixture(scope="session")
 def save_tokenizer():
-    """save_tokenizer(folder, words, **special tokens): a tokenizer of other words or marks; None leaves a mark out."""
+    """save_tokenizer(folder, words, form, marks, **special tokens): a tokenizer of other words or marks.
+
+    `form` is what it makes of a text by itself, "<s> $A" for one that adds BOS; `marks` are further special tokens;
+    None leaves a special token out.
+    """
     return _save_tokenizer
 
 

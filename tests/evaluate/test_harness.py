@@ -1,7 +1,8 @@
-"""lm-evaluation-harness on our models: likelihoods against a plain forward pass, and whole tasks from files."""
+"""lm-evaluation-harness on our models: the figures of its own model for transformers, and whole tasks from files."""
 
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lm_eval.models.huggingface import HFLM
 
 from jaxhybrid.cli import main
 from jaxhybrid.errors import ConfigError, DataError
@@ -16,7 +18,7 @@ from jaxhybrid.evaluate.harness import HarnessModel, run_tasks
 from jaxhybrid.generate import generate
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.text import open_model
-from tests.tiny import write_teacher
+from tests.tiny import write_teacher, write_tokenizer
 
 QUESTIONS = [
     {"question": "anna likes the", "choices": [" lime", " trebs", " anna dora"], "answer": 1},
@@ -53,8 +55,13 @@ TEXTS = ["anna has the number 0 and likes the anna. " * 30, "dora likes the numb
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    return open_model(str(write_teacher(tmp_path_factory.mktemp("teacher"))))
+def teacher_folder(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def opened(teacher_folder):
+    return open_model(str(teacher_folder))
 
 
 @pytest.fixture
@@ -66,7 +73,8 @@ def harness(opened):
 def task_folder(tmp_path, opened, monkeypatch):
     """Three tasks in files. The right reply of the last is what the model says to one of its two questions."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    model, tokenizer, ends = opened
+    model, vocabulary, ends = opened
+    tokenizer = vocabulary.tokenizer
     replies = [tokenizer.decode(generate(model, [tokenizer("anna likes").input_ids], 4, eos_ids=ends)[0]), "no"]
     rows = {
         "choose": QUESTIONS,
@@ -102,15 +110,64 @@ def request(*arguments):
     return SimpleNamespace(args=arguments)
 
 
-def test_likelihoods_equal_a_plain_forward_pass(opened, harness):
-    model, tokenizer, _ = opened
+# --- against the harness's own model for transformers, on the same folder
+
+# What the tokenizer makes of a text by itself (None: it knows no BOS), and what is asked of both models.
+BEGINNINGS = [(None, None), ("$A", True), ("<begin> $A", None), ("<begin> $A", False)]
+
+
+def with_tokenizer(teacher_folder, folder, form):
+    shutil.copytree(teacher_folder, folder)
+    write_tokenizer(folder, form)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=BEGINNINGS, ids=str)
+def both(request, teacher_folder, tmp_path_factory):
+    """Our model under the harness, and transformers' under its own class."""
+    form, asked = request.param
+    folder = with_tokenizer(teacher_folder, tmp_path_factory.mktemp("both") / "teacher", form)
+    theirs = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=1, add_bos_token=asked)
+    return HarnessModel(*open_model(folder, asked), batch_size=2), theirs
+
+
+def test_likelihoods_are_those_of_transformers(both):
     pairs = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]]
-    found = harness.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
-    expected = [likelihood(opened, *encoded(tokenizer, *pair)) for pair in pairs]
-    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], atol=1e-4)
+    pairs += [("<begin>anna likes", " the"), ("", "<begin>anna"), ("<end>anna", " likes"), ("anna ", "likes")]
+    pairs = [request(*pair) for pair in pairs]
+    found, expected = (model.loglikelihood(pairs, disable_tqdm=True) for model in both)
+    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], atol=2e-4)
     assert [same for _, same in found] == [same for _, same in expected]
 
-    prompt = tokenizer("anna likes").input_ids
+
+def test_likelihoods_of_whole_texts_are_those_of_transformers(both):
+    texts = [request(text) for text in (*TEXTS, "<begin>anna")]
+    assert len(both[0].tok_encode(TEXTS[0])) > 2 * both[0].max_length  # several windows
+    found, expected = (model.loglikelihood_rolling(texts, disable_tqdm=True) for model in both)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_replies_are_those_of_transformers(both):
+    wanted = {"until": ["xyz"], "max_gen_toks": 6}
+    prompts = [request(text, wanted) for text in ("anna likes", TEXTS[0], "<begin>bert", "bert")]
+    found, expected = (model.generate_until(prompts, disable_tqdm=True) for model in both)
+    assert found == expected
+    assert len(set(found)) > 1
+
+
+def test_what_a_tokenizer_puts_after_a_text_is_not_put_after_a_prompt(teacher_folder, tmp_path):
+    ours, plain = (
+        HarnessModel(*open_model(with_tokenizer(teacher_folder, tmp_path / name, form)))
+        for name, form in (("ends", "<begin> $A <end>"), ("plain", "<begin> $A"))
+    )
+    assert ours.tokenizer("anna").input_ids[-1] == ours.tokenizer.eos_token_id
+    assert ours.tok_encode("anna") == plain.tok_encode("anna")
+    assert ours._encode_pair("anna", " likes") == plain._encode_pair("anna", " likes")
+
+
+def test_greedy_is_told_from_not_greedy(opened, harness):
+    model, vocabulary, _ = opened
+    prompt = vocabulary.prompt("anna likes")
     greedy = generate(model, [prompt], 9)[0]
     other = [*greedy[:8], (greedy[8] + 1) % 300]
     ((first, same), (_, differs)) = harness._loglikelihood_tokens([(None, prompt, t) for t in (greedy, other)], True)
@@ -118,23 +175,9 @@ def test_likelihoods_equal_a_plain_forward_pass(opened, harness):
     np.testing.assert_allclose(first, likelihood(opened, prompt, greedy)[0], atol=1e-4)
 
 
-def test_long_texts_are_scored_in_windows_and_every_token_once(opened, harness):
-    model, tokenizer, _ = opened
-    window, expected = model.config.max_position_embeddings, []
-    for text in TEXTS:
-        ids, prefix, total = tokenizer(text).input_ids, [tokenizer.eos_token_id], 0.0
-        for start in range(0, len(ids), window):
-            piece = ids[start : start + window]
-            # The last window is a full one, too: what it does not predict is its context.
-            context = (prefix + ids)[max(start + len(piece) - window, 0) : start + 1]
-            total += likelihood(opened, context, piece)[0]
-        expected.append(total)
-    assert len(tokenizer(TEXTS[0]).input_ids) > 2 * window
-    np.testing.assert_allclose(harness.loglikelihood_rolling([request(t) for t in TEXTS], True), expected, rtol=1e-5)
-
-
 def test_text_ends_at_a_stop_and_is_that_of_each_prompt_alone(opened, harness):
-    model, tokenizer, ends = opened
+    model, vocabulary, ends = opened
+    tokenizer = vocabulary.tokenizer
     prompts = ["anna likes", "the number of the " * 40, "bert"]
     room = model.config.max_position_embeddings - 6
     free = [tokenizer.decode(generate(model, [tokenizer(p).input_ids[-room:]], 6, eos_ids=ends)[0]) for p in prompts]
@@ -150,7 +193,7 @@ def test_text_ends_at_a_stop_and_is_that_of_each_prompt_alone(opened, harness):
 
 
 def test_whole_tasks(opened, task_folder):
-    _, tokenizer, _ = opened
+    tokenizer = opened[1].tokenizer
     found = run_tasks(*opened, list(TASKS), task_folder=task_folder, batch_size=2)
     right = 0
     for q in QUESTIONS:
@@ -174,12 +217,15 @@ def test_the_command(opened, task_folder, tmp_path, monkeypatch, capsys):
 
     output = tmp_path / "figures.json"
     assert not command("write", "--task-folder", task_folder, "--output", output)
-    assert "exact_match                  0.5000" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "texts begin with no special token" in printed
+    assert "exact_match                  0.5000" in printed
     assert json.loads(output.read_text())["write"]["exact_match"] == 0.5
     for arguments, message in (
         (["wrote", "--task-folder", task_folder], "does not know the task 'wrote'"),
         (["write", "--task-folder", task_folder, "--limit", "0"], "limit 0: at least 1"),
         (["write", "--task-folder", task_folder, "--dtype", "int8"], "dtype 'int8'"),
+        (["write", "--task-folder", task_folder, "--prepend-bos"], "has no BOS token"),
     ):
         assert command(*arguments) == 2
         assert message in capsys.readouterr().err

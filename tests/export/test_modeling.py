@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3_5 import Qwen3_5TextConfig
@@ -55,9 +56,13 @@ def test_all_softmax_equals_llama(rope):
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     ("kind", "native_class", "config_class"),
-    [("qwen2", Qwen2ForCausalLM, Qwen2Config), ("qwen3", Qwen3ForCausalLM, Qwen3Config)],
+    [
+        ("mistral", MistralForCausalLM, MistralConfig),
+        ("qwen2", Qwen2ForCausalLM, Qwen2Config),
+        ("qwen3", Qwen3ForCausalLM, Qwen3Config),
+    ],
 )
-def test_all_softmax_equals_qwen(kind, native_class, config_class, attn):
+def test_all_softmax_equals_the_other_families(kind, native_class, config_class, attn):
     native = native_class._from_config(config_class(**SHAPE, rope_parameters=DEFAULT_ROPE), attn_implementation=attn)
     shaken(native.eval())
     ours = make_model(layer_types=["full_attention"] * 3, base_model_type=kind, attn=attn)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import FAMILIES, config_to_hf, hf_to_config, hf_to_student_config, student_config_to_hf
@@ -18,11 +18,20 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-HF_CLASSES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+HF_CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
 def base(family="llama", **changes):
-    return {"model_type": family, **SHAPE, **changes}
+    own = {"sliding_window": None} if family == "mistral" else {}  # a silent config has one of 4096
+    return {"model_type": family, **SHAPE, **own, **changes}
+
+
+PASSED_OVER = {
+    "dual_chunk_attention_config": {"chunk_size": 8, "local_size": 2, "original_max_position_embeddings": 8},
+    "max_sequence_length": 8,
+    "internal_version": 2,
+    "gradient_checkpointing": True,
+}
 
 
 def refused(config, *parts, **options):
@@ -53,6 +62,7 @@ def test_heads():
     assert hf_to_config(llama).num_kv_heads == 4
     assert hf_to_config(base(head_dim=24)).head_dim == 24
     assert hf_to_config(base("qwen3")).head_dim == 128
+    assert hf_to_config(base("mistral", head_dim=24)).head_dim == 24  # as Nemo
     refused(base(hidden_size=66, head_dim=None), "hidden_size=66", "head_dim")
     refused(base(num_key_value_heads=3), "num_kv_heads 3")
     qwen = base("qwen2")
@@ -66,6 +76,7 @@ def test_biases_and_norms_of_the_families():
 
     assert flags(hf_to_config(base())) == (False, False, False, False)
     assert flags(hf_to_config(base(attention_bias=True, mlp_bias=True))) == (True, True, True, False)
+    assert flags(hf_to_config(base("mistral"))) == (False, False, False, False)
     assert flags(hf_to_config(base("qwen2"))) == (True, False, False, False)
     assert flags(hf_to_config(base("qwen2", attention_bias=False))) == (True, False, False, False)
     assert flags(hf_to_config(base("qwen3"))) == (False, False, False, True)
@@ -176,10 +187,13 @@ def test_sizes_must_be_positive_integers(key, value):
         ("llama", {"logit_scale": 0.5}, ("logit_scale=0.5",)),
         ("llama", {"num_local_experts": 8}, ("num_local_experts=8",)),
         ("llama", {"auto_map": {"AutoModel": "x.Y"}}, ("auto_map",)),
-        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 1}}, ("dual_chunk_attention_config",)),
+        ("llama", {"rope_interleaved": True}, ("rope_interleaved=True",)),
         ("llama", {"attention_bias": "yes"}, ("attention_bias='yes'",)),
         ("llama", {"rms_norm_eps": 0}, ("rms_norm_eps=0",)),
-        ("mistral", {}, ("'mistral'", "llama, qwen2, qwen3")),
+        ("mixtral", {}, ("'mixtral'", "llama, mistral, qwen2, qwen3")),
+        ("mistral", {"attention_bias": True}, ("attention_bias=True", "mistral")),
+        ("mistral", {"sliding_window": True}, ("sliding_window=True",)),
+        ("mistral", {"sliding_window": 255}, ("sliding_window=255", "max_position_embeddings=256", "null")),
     ],
 )
 def test_refused_by_name_and_value(family, changes, parts):
@@ -187,7 +201,15 @@ def test_refused_by_name_and_value(family, changes, parts):
 
 
 def test_no_model_type():
-    refused({}, "model_type", "llama, qwen2, qwen3")
+    refused({}, "model_type", "llama, mistral, qwen2, qwen3")
+
+
+def test_a_window_as_long_as_the_context_cannot_act():
+    assert hf_to_config(base("mistral", sliding_window=256)) == hf_to_config(base("mistral"))  # as Ministral 8B
+    silent = base("mistral", max_position_embeddings=8192)
+    del silent["sliding_window"]
+    refused(silent, "sliding_window=4096", "which transformers takes where config.json does not say")
+    assert hf_to_config(silent | {"max_position_embeddings": 4096}).max_position_embeddings == 4096
 
 
 def test_harmless_and_silent_keys():
@@ -195,6 +217,9 @@ def test_harmless_and_silent_keys():
     silent = {"logit_scale": None, "rope_interleaved": False, "pruned_heads": {}, "is_llama_config": True}
     bookkeeping = {"torch_dtype": "bfloat16", "eos_token_id": [1, 2], "attention_dropout": 0.1}
     assert hf_to_config(base(**silent, **bookkeeping)) == plain
+    # Without effect in transformers, see tests/weights/test_teacher.py.
+    assert hf_to_config(base("qwen2", **PASSED_OVER)) == hf_to_config(base("qwen2"))
+    assert hf_to_config(base(**PASSED_OVER)) == plain
     qwen = base("qwen2", use_sliding_window=False, sliding_window=4096, max_window_layers=1)
     assert hf_to_config(qwen) == hf_to_config(base("qwen2"))
 
@@ -203,6 +228,39 @@ def test_ignored_keys():
     assert hf_to_config(base(my_note=3), ["my_note"]) == hf_to_config(base())
     refused(base(my_note=3, other=4), "other=4", ignore_config_keys=["my_note"])
     refused(base(hidden_act="gelu"), "hidden_act", ignore_config_keys=["hidden_act"])
+
+
+R1_QWEN3_8B = {  # DeepSeek-R1-0528-Qwen3-8B
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attn_factor": 0.8782488562869419,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["rope_scaling", "rope_parameters"])
+def test_a_nested_key_may_be_ignored(source):
+    known = {name: value for name, value in R1_QWEN3_8B.items() if name != "attn_factor"}
+    config = base("qwen3", **{source: R1_QWEN3_8B})
+    expected = hf_to_config(base("qwen3", **{source: known}))
+    assert hf_to_config(config, [f"{source}.attn_factor"]) == expected
+    refused(config, f"{source}.attn_factor=0.878", ignore_config_keys=["attn_factor"])
+    for needed in ("factor", "attention_factor"):
+        refused(config, f"{source}.{needed}", "depends on", ignore_config_keys=[f"{source}.{needed}"])
+
+
+def test_an_unknown_factor_of_attention_is_explained():
+    """transformers passes attn_factor over and takes 0.1 ln(factor) + 1; others multiply the two."""
+    config = base("qwen3", rope_scaling=R1_QWEN3_8B)
+    refused(
+        config,
+        "rope_scaling.attn_factor=0.8782488562869419",
+        "transformers passes it over and scales attention by 1.138629",
+        "ignore_config_keys=('rope_scaling.attn_factor',)",
+        '"attention_factor": 1.0 in its place',
+    )
+    refused(
+        base(rope_scaling={"rope_type": "linear", "factor": 2.0, "beta_fast": 3}),
+        "rope_scaling.beta_fast=3",
+        "ignore_config_keys=('rope_scaling.beta_fast',)",
+    )
 
 
 # --- written and read again
@@ -263,6 +321,8 @@ def test_student_round_trip(family, mixer):
     assert all(hf[key] == value for key, value in SHAPE.items())
     assert hf_to_student_config(hf) == config
     assert hf_to_student_config(student_config_to_hf(config, {})) == config
+    assert student_config_to_hf(config, {"pad_token_id": 100})["pad_token_id"] == 100
+    assert "pad_token_id" not in student_config_to_hf(config, {"pad_token_id": 101})  # beyond the embedding
 
 
 def test_student_settings_refused():

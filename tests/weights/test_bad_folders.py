@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as torch_load_file
+from safetensors.torch import save_file as torch_save_file
 
 from jaxhybrid.errors import ConfigError, WeightsError
 from jaxhybrid.weights.huggingface import load_student, load_teacher
@@ -33,6 +35,7 @@ def refused(folder, *parts):
         load_teacher(folder)
     for part in parts:
         assert part in str(error.value), str(error.value)
+    return str(error.value)
 
 
 def test_missing_tensor(llama_folder):
@@ -154,9 +157,26 @@ def test_hub_id_that_cannot_be_fetched():
     refused("nobody/no-such-model", "nobody/no-such-model", "hub")
 
 
-def test_quantised_values(llama_folder):
-    edit(llama_folder, lambda tensors: tensors.update({UP: tensors[UP].astype(np.int8)}))
-    refused(llama_folder, "I8")
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("added", "parts"),
+    [
+        ({UP: torch.ones(88, 64, dtype=FP8), f"{UP}_scale_inv": torch.ones(1, 1)}, (f"{UP} (F8_E4M3)",)),
+        ({UP: torch.ones(88, 64, dtype=FP8)}, (f"{UP} (F8_E4M3)",)),
+        ({UP: torch.ones(88, 64, dtype=torch.int8)}, (f"{UP} (I8)",)),
+        ({f"{UP}_scale": torch.ones(88, 1)}, (f"{UP}_scale (F32)",)),
+        ({UP.replace("weight", "qweight"): torch.ones(8, 88, dtype=torch.int32)}, ("qweight (I32)",)),
+        ({f"{UP}.absmax": torch.ones(88)}, (f"{UP}.absmax (F32)",)),
+    ],
+)
+def test_quantised_weights_are_told_from_a_wrong_config(added, parts, llama_folder):
+    """Also where config.json says nothing of it."""
+    file = llama_folder / "model.safetensors"
+    torch_save_file(torch_load_file(file) | added, file)
+    message = refused(llama_folder, "quantised", "fetch the unquantised model", *parts)
+    assert "config.json" not in message
 
 
 def test_unknown_demo():
@@ -167,21 +187,39 @@ def test_unknown_demo():
 # --- tokenizer against embedding
 
 
-def tokenizer_json(folder, size, added=()):
+def tokenizer_json(folder, size, added=None):
     vocabulary = {f"t{i}": i for i in range(size)}
-    content = {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": [{"id": i} for i in added]}
+    tokens = [{"id": id, "content": content} for id, content in (added or {}).items()]
+    content = {"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": tokens}
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 def test_embedding_padded_beyond_the_tokenizer(llama_folder):
-    tokenizer_json(llama_folder, 90, added=[90, 100])
+    tokenizer_json(llama_folder, 90, added={90: "<a>", 100: "<b>"})
     assert load_teacher(llama_folder).config.vocab_size == 101
 
 
-@pytest.mark.parametrize(("size", "added"), [(102, ()), (90, (101,))])
+@pytest.mark.parametrize(("size", "added"), [(102, {}), (90, {101: "<a>"})])
 def test_tokenizer_beyond_the_embedding(llama_folder, size, added):
     tokenizer_json(llama_folder, size, added)
     refused(llama_folder, "ids up to 101", "vocab_size=101")
+
+
+ROLES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+@pytest.mark.parametrize("file", ROLES)
+@pytest.mark.parametrize("named", ["<pad>", {"content": "<pad>", "lstrip": False}])
+def test_a_padding_token_beyond_the_embedding_does_no_harm(file, named, llama_folder):
+    tokenizer_json(llama_folder, 101, added={101: "<pad>"})
+    refused(llama_folder, "ids up to 101")  # so far it may be any token
+    (llama_folder / file).write_text(json.dumps({"pad_token": named, "eos_token": "t2"}))
+    assert load_teacher(llama_folder).config.vocab_size == 101
+    (llama_folder / file).write_text(json.dumps({"pad_token": named, "unk_token": named}))
+    refused(llama_folder, "ids up to 101")
+    (llama_folder / file).write_text(json.dumps({"pad_token": named}))
+    tokenizer_json(llama_folder, 101, added={101: "<pad>", 102: "<tool>"})
+    refused(llama_folder, "ids up to 102")
 
 
 def test_older_tokenizer_files(llama_folder):
@@ -189,6 +227,8 @@ def test_older_tokenizer_files(llama_folder):
     load_teacher(llama_folder)
     (llama_folder / "added_tokens.json").write_text(json.dumps({"<c>": 101}))
     refused(llama_folder, "ids up to 101")
+    (llama_folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<c>"}))
+    load_teacher(llama_folder)
 
 
 # --- which loader

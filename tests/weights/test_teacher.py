@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec as P
 from transformers import AutoModelForCausalLM
 
 from jaxhybrid.errors import ConfigError
+from jaxhybrid.families import FAMILIES
 from jaxhybrid.model.params import is_spec
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import declare, forward
 from jaxhybrid.weights.huggingface import load_teacher
+from tests.families.test_config import PASSED_OVER
 from tests.weights.conftest import make_torch_model
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -40,6 +42,8 @@ VARIANTS = {
     "llama-yarn": rope("yarn", **YARN),
     "llama-yarn-mscale": rope("yarn", **YARN, **MSCALE),
     "llama-yarn-attention-factor": rope("yarn", **YARN, attention_factor=1.3),
+    "mistral": {"sliding_window": None},
+    "mistral-head-dim": {"sliding_window": None, "head_dim": 24, **rope("default", theta=1e6)},
     "qwen2": {},
     "qwen2-tied": {"tie_word_embeddings": True, **rope("default", theta=1e6)},
     "qwen2-yarn": rope("yarn", **YARN),
@@ -71,6 +75,25 @@ def test_logits_equal_transformers(name, saved):
     expected = torch_logits(reference, tokens)
     assert np.abs(expected).max() > 1.0
     np.testing.assert_allclose(logits(model, tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_a_window_acts_from_the_text_that_is_longer(saved):
+    """A token of Mistral sees `sliding_window` tokens, itself among them."""
+    tokens = random_tokens(1, 64)
+    expected = torch_logits(make_torch_model("mistral", sliding_window=None), tokens)
+    assert (torch_logits(make_torch_model("mistral", sliding_window=64), tokens) == expected).all()
+    acting = make_torch_model("mistral", sliding_window=63)
+    assert (torch_logits(acting, tokens) != expected).any()
+    with pytest.raises(ConfigError, match=r"sliding_window=63.*max_position_embeddings=64"):
+        load_teacher(saved(acting))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_are_passed_over_do_nothing_in_transformers(family):
+    tokens = random_tokens(1, 40)
+    without, with_them = (make_torch_model(family, **keys) for keys in ({}, PASSED_OVER))
+    assert with_them.config.dual_chunk_attention_config  # they did arrive
+    assert (torch_logits(with_them, tokens) == torch_logits(without, tokens)).all()
 
 
 def test_dynamic_rope_within_the_original_length(saved):

@@ -14,7 +14,7 @@ class JaxHybridConfig(PreTrainedConfig):
     `layer_types` holds "full_attention" or "linear_attention" per layer, the names transformers builds its caches from.
     `gated_deltanet` describes the linear layers: `expand_kv` (one state per query head; else one per key/value head),
     `output_gate`, `conv_size` (taps, 0 for none), `rope`, `qkv_bias`, `qk_norm`.
-    `base_model_type` names the softmax layers' kind: llama, qwen2 (biases on q, k, v) or qwen3 (query/key norms).
+    `base_model_type` names the softmax layers' kind: llama or mistral, qwen2 (q, k, v biases) or qwen3 (q, k norms).
     """
 
     model_type = "jaxhybrid"
@@ -51,8 +51,8 @@ class JaxHybridConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if not self.layer_types:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
-        if self.base_model_type not in ("llama", "qwen2", "qwen3"):
-            raise ValueError(f"base_model_type {self.base_model_type!r} is not one of llama, qwen2, qwen3.")
+        if self.base_model_type not in ("llama", "mistral", "qwen2", "qwen3"):
+            raise ValueError(f"base_model_type {self.base_model_type!r} is not one of llama, mistral, qwen2, qwen3.")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act {self.hidden_act!r}: this model's MLP is SwiGLU, whose activation is silu.")
         unknown = set(self.layer_types) - {"full_attention", "linear_attention"}

@@ -1,0 +1,100 @@
+"""Prompts in: how they begin, and what ends an answer."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jaxhybrid import text
+from jaxhybrid.export.folder import export
+from jaxhybrid.weights.huggingface import load_teacher
+from tests.tiny import write_teacher, write_tokenizer
+
+TEMPLATE = "{% for message in messages %}<begin>{{ message.content }}:{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher"), layers=1)
+
+
+@pytest.mark.parametrize("form", ["$A", "<begin> $A", "<begin> $A <end>"])
+def test_prompts_begin_as_the_tokenizer_begins_a_text(form, folder, monkeypatch):
+    write_tokenizer(folder, form)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    begin, anna = [tokenizer.bos_token_id], tokenizer("anna", add_special_tokens=False).input_ids
+    taken = []
+
+    def generate(model, prompts, *_, **__):
+        taken.extend(prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(text, "generate", generate)
+    text.complete(str(folder), ["anna", "<begin>anna"])
+    assert taken == [begin * form.startswith("<begin>") + anna, begin + anna]
+    text.complete(str(folder), ["anna"], chat=True)
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": "anna"}], return_dict=False)
+    assert taken[2] == expected == begin + tokenizer("anna:", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "config", "expected"),
+    [
+        (None, None, []),
+        (None, 7, [7]),
+        (None, [7, 2], [2, 7]),
+        ([7, 2], 3, [2, 7]),
+        (7, [3, 2], [7]),
+        ("silent", [3, 2], []),
+    ],
+)
+def test_end_tokens_are_read_where_transformers_reads_them(generation_config, config, expected, folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"eos_token_id": config}))
+    path = folder / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if generation_config is not None:
+        path.write_text(json.dumps({} if generation_config == "silent" else {"eos_token_id": generation_config}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    listed = theirs if isinstance(theirs, list) else [theirs]
+    assert sorted(id for id in listed if id is not None) == text.end_ids(folder, None) == expected
+    assert text.end_ids(folder, 5) == sorted({5, *expected})
+
+
+def test_settings_that_change_greedy_text_in_transformers_are_named(folder):
+    """Qwen2.5-Instruct has a repetition_penalty of 1.05 to 1.1."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "top_k": 20}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.open_model(str(folder))
+    path.write_text(json.dumps({"repetition_penalty": 1.05, "suppress_tokens": [3], "top_k": 20}))
+    with pytest.warns(UserWarning, match=r"repetition_penalty=1\.05, suppress_tokens=\[3\].*not built"):
+        text.open_model(str(folder))
+
+
+def test_a_padding_token_beyond_the_embedding_goes_through_export_and_generate(folder, tmp_path):
+    """Llama 2 with a <pad> that has no row."""
+    write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"t{i}" for i in range(rows - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.pad_token_id == rows
+    (folder / "generation_config.json").write_text(json.dumps({"pad_token_id": rows, "eos_token_id": 0}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": rows}))
+
+    exported = export(load_teacher(folder), tmp_path / "export", "float32")
+    with pytest.warns(UserWarning, match=rf"'<pad>' \(id {rows}\)"):
+        answers = text.complete(str(exported), ["anna likes the", "<pad>"], 4)
+    theirs = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    inputs = tokenizer("anna likes the", return_tensors="pt")
+    tokens = theirs.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert answers[0] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert torch.isin(tokens, torch.arange(rows)).all()
