@@ -429,8 +429,8 @@ FAULTS = [
     Fault(
         "early stop by few tokens",
         "selection/ranking.py",
-        'rows[0]["tokens"] > first',
-        "False",
+        'rows[-1]["tokens"] - rule.tokens for',
+        'rows[-1]["tokens"] - rule.tokens / 2 for',
         "tests/selection/test_selection.py",
     ),
     Fault(

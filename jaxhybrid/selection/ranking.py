@@ -74,15 +74,10 @@ class Scores:
         """Whether the best layers have not changed for as long as `rule` asks, up to the last measurement."""
         rows = self.stability(rule.best, by)
         overlaps = [row["with_previous"] for row in rows if "with_previous" in row]
-        if rule.evaluations is not None:
-            window = rule.evaluations
-        else:
-            assert rule.tokens is not None
-            first = rows[-1]["tokens"] - rule.tokens if rows else 0.0  # where the window begins
-            if not rows or rows[0]["tokens"] > first:  # not measured so far back
-                return False
-            # From the last set measured before the window or at its beginning.
-            window = sum(row["tokens"] > first for row in rows)
+        window = rule.evaluations
+        if rule.tokens is not None:  # the sets measured over so many; the first of them agrees with the one before
+            window = sum(row["tokens"] > rows[-1]["tokens"] - rule.tokens for row in rows)
+        assert window is not None
         return 0 < window <= len(overlaps) and min(overlaps[-window:]) >= rule.jaccard
 
 
