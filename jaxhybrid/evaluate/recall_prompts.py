@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxhybrid.data.packing import hash_seed
+from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.settings import RecallConfig
 
@@ -65,7 +66,7 @@ class RecallTask:
     lengths: np.ndarray  # [P] tokens of each prompt
 
 
-def recall_tasks(tokenizer: Any, settings: RecallConfig, context: int) -> list[RecallTask]:
+def recall_tasks(vocabulary: Vocabulary, settings: RecallConfig, context: int) -> list[RecallTask]:
     """Every length of the list with every amount of prose.
 
     Raises:
@@ -74,7 +75,7 @@ def recall_tasks(tokenizer: Any, settings: RecallConfig, context: int) -> list[R
     """
     tasks = []
     for pairs, filler in product(settings.pairs, settings.filler):
-        task = recall_task(tokenizer, pairs, filler, settings.samples)
+        task = recall_task(vocabulary, pairs, filler, settings.samples)
         if (longest := task.tokens.shape[1]) > context:
             raise ConfigError(
                 f"evaluate.recall: prompts of {pairs} pairs and {filler} tokens of filler take {longest} tokens, the "
@@ -84,8 +85,10 @@ def recall_tasks(tokenizer: Any, settings: RecallConfig, context: int) -> list[R
     return tasks
 
 
-def recall_task(tokenizer: Any, pairs: int, filler_tokens: int = 0, prompts: int = 500, seed: int = 0) -> RecallTask:
-    """`prompts` seeded prompts. Names, numbers and orders are those of any other `filler_tokens`.
+def recall_task(
+    vocabulary: Vocabulary, pairs: int, filler_tokens: int = 0, prompts: int = 500, seed: int = 0
+) -> RecallTask:
+    """`prompts` seeded prompts, begun as every text is. Names, numbers and orders are those of any `filler_tokens`.
 
     Raises:
         ConfigError: fewer than two pairs or more than there are names.
@@ -94,35 +97,27 @@ def recall_task(tokenizer: Any, pairs: int, filler_tokens: int = 0, prompts: int
     if not 2 <= pairs <= len(NAMES):
         raise ConfigError(f"evaluate.recall.pairs has {pairs}; give numbers from 2 to {len(NAMES)}.")
     drawn = [_draw(random.Random(hash_seed(seed, f"recall {pairs} {number}")), pairs) for number in range(prompts)]
-    prose = _prose(tokenizer, filler_tokens, prompts, seed)
+    prose = _prose(vocabulary, filler_tokens, prompts, seed)
     texts, spans = zip(*(_write(*lists, sentences) for lists, sentences in zip(drawn, prose)))
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    encoded = vocabulary.encoder.encode_batch(list(texts), add_special_tokens=False)
     asked = [
-        [_tokens_of(span, np.array(offsets)) for span in numbers]
-        for numbers, offsets in zip(spans, encoded["offset_mapping"])
+        [_tokens_of(span, np.array(encoding.offsets)) for span in numbers] for numbers, encoding in zip(spans, encoded)
     ]
-    head = text_beginning(tokenizer)
-    lengths = np.array([len(head) + len(ids) for ids in encoded["input_ids"]])
+    head = vocabulary.begin_ids
+    lengths = np.array([len(head) + len(encoding.ids) for encoding in encoded])
     longest_answer = max(stop - start for numbers in asked for start, stop in numbers)
     width = -(-(lengths.max() + longest_answer) // 32) * 32  # kernels like round lengths
     tokens = np.zeros((prompts, width), np.int32)
     answers = np.full((prompts, pairs, longest_answer), -1, np.int32)
     places = np.zeros((prompts, pairs), np.int32)
-    for prompt, (ids, numbers) in enumerate(zip(encoded["input_ids"], asked)):
-        tokens[prompt, : lengths[prompt]] = [*head, *ids]
+    for prompt, (encoding, numbers) in enumerate(zip(encoded, asked)):
+        tokens[prompt, : lengths[prompt]] = [*head, *encoding.ids]
         for question, (start, stop) in enumerate(numbers):
-            answers[prompt, question, : stop - start] = ids[start:stop]
+            answers[prompt, question, : stop - start] = encoding.ids[start:stop]
             places[prompt, question] = len(head) + start - 1
     return RecallTask(
         pairs, filler_tokens, tokens, places, answers, np.array([order for _, _, order in drawn]), lengths
     )
-
-
-def text_beginning(tokenizer: Any) -> list[int]:
-    """The tokens that this tokenizer puts before a text: its BOS, if it begins texts with one."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return whole[: whole.index(plain[0])]
 
 
 def _draw(rng: random.Random, pairs: int) -> tuple[list[str], list[str], list[int]]:
@@ -169,7 +164,7 @@ def _tokens_of(span: tuple[int, int], offsets: np.ndarray) -> tuple[int, int]:
     return int(held[0]), int(held[-1]) + 1
 
 
-def _prose(tokenizer: Any, tokens: int, prompts: int, seed: int) -> list[str]:
+def _prose(vocabulary: Vocabulary, tokens: int, prompts: int, seed: int) -> list[str]:
     """Made-up sentences for each prompt, as many as fit into `tokens` tokens."""
     if not tokens:
         return [""] * prompts
@@ -179,10 +174,10 @@ def _prose(tokenizer: Any, tokens: int, prompts: int, seed: int) -> list[str]:
         sentences = [_sentence(rng) for _ in range(tokens // 6 + 1)]  # none has fewer than six words
         texts.append(" ".join(sentences))
         ends.append(np.cumsum([len(sentence) + 1 for sentence in sentences]) - 1)
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    encoded = vocabulary.encoder.encode_batch(texts, add_special_tokens=False)
     return [
-        text[: max((int(end) for end in stops if end <= np.array(offsets)[:tokens, 1].max()), default=0)]
-        for text, stops, offsets in zip(texts, ends, encoded)
+        text[: max((int(end) for end in stops if end <= np.array(encoding.offsets)[:tokens, 1].max()), default=0)]
+        for text, stops, encoding in zip(texts, ends, encoded)
     ]
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate import recall as probe
 from jaxhybrid.evaluate.recall import compare_recall, recall
@@ -19,6 +19,7 @@ from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, declare, forward
 from jaxhybrid.settings import RecallConfig
 
+BOS = "<s>"
 PAIR = re.compile(r"(\w+): (\d{4})\n")
 FIRST_PROMPT = """\
 Names and numbers.
@@ -38,19 +39,18 @@ blanket: 4006
 
 
 def letters(begin=False, merges=()):
-    """A tokenizer with a token for every character and for each pair of `merges`, and a BOS before a text where it is
-    to `begin` one."""
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), "<s>"]
+    """A vocabulary with a token for every character and for each pair of `merges`; a BOS begins its texts where it is
+    to `begin` them."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), BOS]
     tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if begin:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", len(words) - 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    last = len(words) - 1
+    return Vocabulary(None, tokenizer, "letters", last, end_id=last, begin_ids=(last,) * begin)
 
 
-def texts(task, tokenizer):
-    return [tokenizer.decode(row[:length]) for row, length in zip(task.tokens, task.lengths)]
+def texts(task, vocabulary):
+    return [vocabulary.encoder.decode(row[:length]) for row, length in zip(task.tokens, task.lengths)]
 
 
 # --- prompts
@@ -82,7 +82,7 @@ def test_every_answer_is_found_among_the_tokens(filler):
             place, answer = task.places[prompt, question], task.answers[prompt, question]
             answer = answer[answer >= 0]
             np.testing.assert_array_equal(task.tokens[prompt, place + 1 : place + 1 + len(answer)], answer)
-            before, said = merging.decode(task.tokens[prompt, : place + 1]), merging.decode(answer)
+            before, said = (merging.encoder.decode(ids) for ids in (task.tokens[prompt, : place + 1], answer))
             assert (before + said).endswith(f"\n{name}: {number}")
             assert said.strip() == number
             assert name in before
@@ -110,9 +110,9 @@ def test_prompts_never_change():
     assert text == FIRST_PROMPT
 
 
-def test_prompts_begin_as_the_tokenizer_begins_a_text():
+def test_prompts_begin_as_every_text_begins():
     plain, marked = recall_task(letters(), 3, prompts=2), recall_task(letters(begin=True), 3, prompts=2)
-    np.testing.assert_array_equal(marked.tokens[:, 0], letters().bos_token_id)
+    np.testing.assert_array_equal(marked.tokens[:, 0], letters(begin=True).begin_ids[0])
     np.testing.assert_array_equal(marked.tokens[:, 1:60], plain.tokens[:, :59])
     np.testing.assert_array_equal(marked.places, plain.places + 1)
     np.testing.assert_array_equal(marked.answers, plain.answers)
@@ -126,7 +126,7 @@ def test_what_cannot_be_asked_is_refused():
     lines = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     lines.pre_tokenizer = pre_tokenizers.Split("\n", "merged_with_next")  # "\namber: 5123" is one token
     with pytest.raises(DataError, match=r"joins the numbers .* evaluate\.recall\.pairs=\[\]"):
-        recall_task(PreTrainedTokenizerFast(tokenizer_object=lines), 3, prompts=1)
+        recall_task(Vocabulary(None, lines, "lines", 0, end_id=0, begin_ids=()), 3, prompts=1)
 
 
 # --- models whose answers are known
@@ -154,7 +154,7 @@ def asked_models():
 @pytest.fixture
 def answers_of(monkeypatch):
     """answers_of(model of asked_models, task) -> figures, the model's greedy choice put in place of a network's."""
-    tokenizer = letters()
+    tokenizer = letters().encoder
 
     def run(says, task):
         def greedy_at(params, batch, *, config, dtype):
@@ -166,7 +166,7 @@ def answers_of(monkeypatch):
                     line = tokenizer.decode(tokens[row, : place + 1]).rpartition("\n")[2]
                     name, _, said = line.partition(": ")
                     number = says(listed, name, said) if ": " in line else ""
-                    (chosen[row, column],) = tokenizer(number[len(said) : len(said) + 1] or "\n")["input_ids"]
+                    (chosen[row, column],) = tokenizer.encode(number[len(said) : len(said) + 1] or "\n").ids
             return chosen
 
         monkeypatch.setattr(probe, "_greedy_at", greedy_at)
