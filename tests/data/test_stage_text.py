@@ -80,7 +80,7 @@ def test_the_mean_segment_is_said(opened, capsys):
     mean = run.segment_tokens("distill", run.config.distill, salt=1)
     rows = np.concatenate([b["segment_ids"] for b in first(run, "distill", 16)])  # all of its 1024 tokens
     assert mean == pytest.approx(np.count_nonzero(rows) / rows.max(1).sum(), abs=0.05)
-    assert capsys.readouterr().out == f"distill: rows of 16 tokens, a segment has {mean} on average\n"
+    assert f"\ndistill: rows of 16 tokens, a segment has {mean} on average\n" in capsys.readouterr().out
     run = opened("data.separate_documents=false")
     assert (
         run.segment_tokens("distill", run.config.distill, salt=1) > 15.5
