@@ -149,7 +149,7 @@ class Pipeline:
     def recall_tasks(self) -> list[RecallTask]:
         """The prompts of the recall probe; refuses those that the teacher cannot read."""
         context = self.teacher.config.max_position_embeddings
-        return recall_tasks(self.text.vocabulary.tokenizer, self.config.evaluate.recall, context)
+        return recall_tasks(self.text.vocabulary, self.config.evaluate.recall, context)
 
     # --- stages
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxhybrid.data.packing import hash_seed
+from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.settings import RecallConfig
 
@@ -65,8 +66,8 @@ class RecallTask:
     lengths: np.ndarray  # [P] tokens of each prompt
 
 
-def recall_tasks(tokenizer: Any, settings: RecallConfig, context: int) -> list[RecallTask]:
-    """Every length of the list with every amount of prose.
+def recall_tasks(vocabulary: Vocabulary, settings: RecallConfig, context: int) -> list[RecallTask]:
+    """Every length of the list with every amount of prose; prompts begin as the vocabulary's documents do.
 
     Raises:
         ConfigError: a prompt would be longer than `context`; or as `recall_task`.
@@ -74,7 +75,7 @@ def recall_tasks(tokenizer: Any, settings: RecallConfig, context: int) -> list[R
     """
     tasks = []
     for pairs, filler in product(settings.pairs, settings.filler):
-        task = recall_task(tokenizer, pairs, filler, settings.samples)
+        task = recall_task(vocabulary.tokenizer, pairs, filler, settings.samples, begin=vocabulary.begin_ids)
         if (longest := task.tokens.shape[1]) > context:
             raise ConfigError(
                 f"evaluate.recall: prompts of {pairs} pairs and {filler} tokens of filler take {longest} tokens, the "
@@ -84,8 +85,18 @@ def recall_tasks(tokenizer: Any, settings: RecallConfig, context: int) -> list[R
     return tasks
 
 
-def recall_task(tokenizer: Any, pairs: int, filler_tokens: int = 0, prompts: int = 500, seed: int = 0) -> RecallTask:
+def recall_task(
+    tokenizer: Any,
+    pairs: int,
+    filler_tokens: int = 0,
+    prompts: int = 500,
+    seed: int = 0,
+    *,
+    begin: Sequence[int] = (),
+) -> RecallTask:
     """`prompts` seeded prompts. Names, numbers and orders are those of any other `filler_tokens`.
+
+    begin: the tokens before each.
 
     Raises:
         ConfigError: fewer than two pairs or more than there are names.
@@ -101,28 +112,20 @@ def recall_task(tokenizer: Any, pairs: int, filler_tokens: int = 0, prompts: int
         [_tokens_of(span, np.array(offsets)) for span in numbers]
         for numbers, offsets in zip(spans, encoded["offset_mapping"])
     ]
-    head = text_beginning(tokenizer)
-    lengths = np.array([len(head) + len(ids) for ids in encoded["input_ids"]])
+    lengths = np.array([len(begin) + len(ids) for ids in encoded["input_ids"]])
     longest_answer = max(stop - start for numbers in asked for start, stop in numbers)
     width = -(-(lengths.max() + longest_answer) // 32) * 32  # kernels like round lengths
     tokens = np.zeros((prompts, width), np.int32)
     answers = np.full((prompts, pairs, longest_answer), -1, np.int32)
     places = np.zeros((prompts, pairs), np.int32)
     for prompt, (ids, numbers) in enumerate(zip(encoded["input_ids"], asked)):
-        tokens[prompt, : lengths[prompt]] = [*head, *ids]
+        tokens[prompt, : lengths[prompt]] = [*begin, *ids]
         for question, (start, stop) in enumerate(numbers):
             answers[prompt, question, : stop - start] = ids[start:stop]
-            places[prompt, question] = len(head) + start - 1
+            places[prompt, question] = len(begin) + start - 1
     return RecallTask(
         pairs, filler_tokens, tokens, places, answers, np.array([order for _, _, order in drawn]), lengths
     )
-
-
-def text_beginning(tokenizer: Any) -> list[int]:
-    """The tokens that this tokenizer puts before a text: its BOS, if it begins texts with one."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return whole[: whole.index(plain[0])]
 
 
 def _draw(rng: random.Random, pairs: int) -> tuple[list[str], list[str], list[int]]:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from jaxhybrid.data import load_vocabulary
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate import recall as probe
 from jaxhybrid.evaluate.recall import compare_recall, recall
@@ -37,15 +38,12 @@ blanket: 4006
 """
 
 
-def letters(begin=False, merges=()):
-    """A tokenizer with a token for every character and for each pair of `merges`, and a BOS before a text where it is
-    to `begin` one."""
+def letters(merges=()):
+    """A tokenizer with a token for every character and for each pair of `merges`."""
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), "<s>"]
     tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if begin:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", len(words) - 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
@@ -110,19 +108,27 @@ def test_prompts_never_change():
     assert text == FIRST_PROMPT
 
 
-def test_prompts_begin_as_the_tokenizer_begins_a_text():
-    plain, marked = recall_task(letters(), 3, prompts=2), recall_task(letters(begin=True), 3, prompts=2)
+@pytest.fixture
+def vocabulary(tmp_path):
+    """Of `letters`, with or without a BOS before a text."""
+    letters().save_pretrained(tmp_path)
+    return lambda begin: load_vocabulary(tmp_path, document_end_token="<s>", prepend_bos=begin)
+
+
+def test_prompts_begin_as_documents_do(vocabulary):
+    settings = RecallConfig(pairs=(3,), samples=2)
+    ((plain,), (marked,)) = (recall_tasks(vocabulary(begin), settings, 1000) for begin in (False, True))
     np.testing.assert_array_equal(marked.tokens[:, 0], letters().bos_token_id)
     np.testing.assert_array_equal(marked.tokens[:, 1:60], plain.tokens[:, :59])
     np.testing.assert_array_equal(marked.places, plain.places + 1)
     np.testing.assert_array_equal(marked.answers, plain.answers)
 
 
-def test_what_cannot_be_asked_is_refused():
+def test_what_cannot_be_asked_is_refused(vocabulary):
     with pytest.raises(ConfigError, match=r"evaluate.recall.pairs has 1; give numbers from 2 to \d+"):
         recall_task(letters(), 1)
     with pytest.raises(ConfigError, match=r"4 pairs and 90 tokens of filler take \d+ tokens, .* context of 200"):
-        recall_tasks(letters(), RecallConfig(pairs=(2, 4), filler=(0, 90), samples=2), 200)
+        recall_tasks(vocabulary(None), RecallConfig(pairs=(2, 4), filler=(0, 90), samples=2), 200)
     lines = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     lines.pre_tokenizer = pre_tokenizers.Split("\n", "merged_with_next")  # "\namber: 5123" is one token
     with pytest.raises(DataError, match=r"joins the numbers .* evaluate\.recall\.pairs=\[\]"):
