@@ -35,7 +35,7 @@ test-faults: ## would the tests notice? Plants faults in a copy, one after the o
 
 test-gpu: ## what only a Hopper GPU can run: its kernels and its attention
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra cuda13 --extra torch"
-	$(RUN) pytest -m gpu kernels/tests tests/model $(ARGS)
+	JAX_PLATFORMS=cuda,cpu $(RUN) pytest -m gpu kernels/tests tests/model $(ARGS)
 
 lint: ## style, types and the direction of imports
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval"

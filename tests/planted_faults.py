@@ -81,7 +81,7 @@ FAULTS = [
         "stages/score.py",
         "dynamic_slice_in_dim(w, layer, 1)",
         "dynamic_slice_in_dim(w, layer - 1, 1)",
-        f"{UPDATES}[score]",
+        f"{WIRING}::test_candidates_start_from_the_aligned_student",
     ),
     Fault(
         "distill: loss by microbatch",

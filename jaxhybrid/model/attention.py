@@ -84,10 +84,13 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
 
     On NVIDIA GPUs in 16 bits the fused cuDNN kernel; elsewhere blocks of queries, so that memory is linear in T.
     """
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
     T = q.shape[1]
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        if T % 2:  # which cuDNN refuses; nothing looks at a token after the last
+            q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+            segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, 1)))
+        mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")[:, :T]
     if T <= QUERY_BLOCK:
         return _attend(q, k, v, segment_ids, segment_ids, jnp.int32(0))
     blocks = math.ceil(T / QUERY_BLOCK)

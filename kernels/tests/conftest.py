@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-# Compiling is nearly all of the time here; leaving out LLVM's optimisations halves it.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    # Compiling is nearly all of the time here; leaving out LLVM's optimisations halves it.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+        " --xla_force_host_platform_device_count=8"
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 
 import jax
 import jax.numpy as jnp
