@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxhybrid.model.params import initialize
 from jaxhybrid_kernels import linear_attention
 
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.config import GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
 from jaxhybrid.model.mixers import gated_deltanet
-from jaxhybrid.model.params import initialize
 from jaxhybrid.model.transformer import declare
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.stages.align import align_step, linear_mixers

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from jaxhybrid.config import RunConfig
 from jaxhybrid.errors import RunError
+from jaxhybrid.model.blueprint import count_parameters, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
-from jaxhybrid.model.params import count_parameters
-from jaxhybrid.model.transformer import declare
+from jaxhybrid.model.mixers import MIXERS
+from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.settings import StageConfig
 
 STATE_BYTES = 12  # of a parameter in a checkpoint: float32 master and two moments
@@ -45,10 +46,10 @@ class DiskPlan:
             hybrid: the student with as many of them as the budget allows, whichever.
         """
         self.config, self.depth, self.width = config, linear.num_layers, linear.hidden_size
-        self.mixers = count_parameters(declare(linear)["mixers"])
-        self.student = count_parameters(declare(hybrid))
-        softmax = declare(hybrid)["mixers"][FULL_ATTENTION]
-        self.candidate = count_parameters(declare(linear)) + count_parameters(softmax) // len(hybrid.softmax_layers)
+        self.mixers = count_parameters(model_variables(linear)["mixers"])
+        self.student = count_parameters(model_variables(hybrid))
+        attention = count_parameters(variables(MIXERS[FULL_ATTENTION], hybrid))
+        self.candidate = count_parameters(model_variables(linear)) + attention
 
     def needs(self, stage: str, candidates: Sequence[int] | None = None) -> list[Need]:
         """Of one stage, all at the same time; `candidates`: the layers that this process scores, None for all."""

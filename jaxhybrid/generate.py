@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.errors import ConfigError, DataError
-from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.decode import DecodeState, decode, initial_decode_state
-from jaxhybrid.model.params import Params
 from jaxhybrid.model.transformer import Model
 
 
@@ -57,12 +55,11 @@ def generate(
         mask[row, longest - len(prompt) :] = 1
     state = initial_decode_state(model.config, len(prompts), longest + max_new_tokens, dtype)
     produced = _generate(
-        model.params,
+        model,
         jnp.asarray(tokens),
         jnp.asarray(mask),
         state,
         jax.random.key(seed),
-        config=model.config,
         steps=max_new_tokens,
         temperature=float(temperature),
         eos_ids=tuple(eos_ids),
@@ -71,15 +68,14 @@ def generate(
     return [_until_end(row, eos_ids) for row in np.asarray(produced).tolist()]
 
 
-@partial(jax.jit, static_argnames=("config", "steps", "temperature", "eos_ids", "dtype"))
+@partial(jax.jit, static_argnames=("steps", "temperature", "eos_ids", "dtype"))
 def _generate(
-    params: Params,
+    model: Model,
     tokens_BT: jax.Array,
     mask_BT: jax.Array,
     state: DecodeState,
     key: jax.Array,
     *,
-    config: ModelConfig,
     steps: int,
     temperature: float,
     eos_ids: tuple[int, ...],
@@ -96,7 +92,7 @@ def _generate(
         return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(token.shape, bool)
 
     keys = jax.random.split(key, steps)
-    logits, state = decode(params, config, tokens_BT, state, mask_BT, dtype=dtype)
+    logits, state = decode(model, tokens_BT, state, mask_BT, dtype=dtype)
     token = choose(logits, keys[0])
     produced = jnp.full((tokens_BT.shape[0], steps), -1, jnp.int32).at[:, 0].set(token)
 
@@ -106,7 +102,7 @@ def _generate(
 
     def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, finished, produced, state = carry
-        logits, state = decode(params, config, token[:, None], state, dtype=dtype)
+        logits, state = decode(model, token[:, None], state, dtype=dtype)
         token = choose(logits, keys[step])
         return step + 1, token, finished | ended(token), produced.at[:, step].set(token), state
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -23,10 +24,10 @@ from jaxhybrid.evaluate.recall import compare_recall
 from jaxhybrid.evaluate.recall_prompts import RecallTask, recall_tasks
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
+from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
-from jaxhybrid.model.params import Params, cast_params
 from jaxhybrid.model.partition import make_mesh, param_shardings
-from jaxhybrid.model.transformer import Model, declare
+from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.report import evaluation_table, write_report
 from jaxhybrid.run_folder import STAGES, RunFolder
 from jaxhybrid.selection.kl_guided import ScoringConfig, score_candidates
@@ -40,7 +41,7 @@ from jaxhybrid.train.loop import HostBatch, LoopConfig, train
 from jaxhybrid.train.metrics import read_metrics, training_figures
 from jaxhybrid.train.optimizer import OptimizerConfig, TrainState, make_optimizer, start
 from jaxhybrid.train.placement import place_batch
-from jaxhybrid.weights.convert import convert, resolve_mixer, with_softmax_layers
+from jaxhybrid.weights.convert import convert, with_softmax_layers
 from jaxhybrid.weights.huggingface import load_teacher
 
 FEW_TOKENS = 10_000_000  # below this, distillation has only begun
@@ -79,9 +80,7 @@ class Pipeline:
         """The teacher in the compute dtype: what stages run it in."""
         if self.dtype == jnp.float32:
             return self.teacher
-        specs = declare(self.teacher.config)
-        params = jax.jit(lambda params: cast_params(params, specs, self.dtype))(self.teacher.params)
-        return Model(params, self.teacher.config, self.teacher.folder)
+        return jax.jit(lambda teacher: teacher.cast(self.dtype))(self.teacher)
 
     @cached_property
     def depth(self) -> int:
@@ -92,14 +91,14 @@ class Pipeline:
         return self.config.mixer.kind
 
     def student_config(self, types: Sequence[str]) -> ModelConfig:
-        mixer = resolve_mixer(self.teacher.config, self.config.mixer.to_model())
-        return ModelConfig(**{**vars(self.teacher.config), "layer_types": tuple(types), "gated_deltanet": mixer})
+        mixer = self.config.mixer.to_model().resolve(self.teacher.config)
+        return replace(self.teacher.config, layer_types=tuple(types), mixer=mixer)
 
     def converted(self) -> Model:
         """The all-linear student before any training. All but its mixers are the teacher's own arrays."""
         types = (self.linear_kind,) * self.depth
         mixer, config = self.config.mixer.to_model(), self.student_config(types)
-        shardings = param_shardings(declare(config), self.mesh)["mixers"]
+        shardings = param_shardings(model_variables(config), self.mesh)["mixers"]
         make = jax.jit(
             lambda teacher, key: convert(teacher, types, mixer, key).params["mixers"], out_shardings=shardings
         )
@@ -185,11 +184,7 @@ class Pipeline:
             return
         self._require_disk("align")
         settings, student = self.config.align, self.converted()
-        static: dict[str, Any] = {
-            "teacher_config": self.teacher.config,
-            "student_config": student.config,
-            "dtype": self.dtype,
-        }
+        static: dict[str, Any] = {"config": student.config, "dtype": self.dtype}
         mixers = linear_mixers(student.params)
         optimizer = make_optimizer(optimizer_config(settings), mixers)
         step = partial(align_step, optimizer=optimizer, **static)
@@ -199,9 +194,9 @@ class Pipeline:
         )[0]
         placed = place_batch(batch, self.mesh)
         measure = jax.jit(partial(align_loss, **static))
-        before = np.asarray(measure(mixers, self.frozen_teacher.params, placed))
+        before = np.asarray(measure(mixers, self.frozen_teacher, placed))
         mixers, figures = self._train("align", settings, mixers, optimizer, step, salt=1)
-        after = np.asarray(measure(mixers, self.frozen_teacher.params, placed))
+        after = np.asarray(measure(mixers, self.frozen_teacher, placed))
         summary = figures | {
             "heldout_loss_before": float(before.mean()),
             "heldout_loss_after": float(after.mean()),
@@ -358,8 +353,7 @@ class Pipeline:
         optimizer = make_optimizer(optimizer_config(settings), student.params)
         step = partial(
             distill_step,
-            teacher_config=self.teacher.config,
-            student_config=student.config,
+            config=student.config,
             optimizer=optimizer,
             dtype=self.dtype,
             remat=settings.remat,
@@ -378,7 +372,7 @@ class Pipeline:
 
         def step(state: TrainState, _: Params, batch: dict[str, jax.Array]) -> Any:
             return finetune_step(
-                state, batch, student_config=student.config, optimizer=optimizer, dtype=self.dtype, remat=settings.remat
+                state, batch, config=student.config, optimizer=optimizer, dtype=self.dtype, remat=settings.remat
             )
 
         self._finish("finetune", *self._train("finetune", settings, params, optimizer, step, salt=4))
@@ -466,7 +460,7 @@ class Pipeline:
     ) -> tuple[Params, dict[str, Any]]:
         """Trained parameters, and what the stage's record says beside what its metrics do."""
         figures = {"mean_segment_tokens": self.segment_tokens(name, settings, salt)}
-        teacher = self.frozen_teacher.params
+        teacher = self.frozen_teacher
         compiled = jax.jit(step, donate_argnums=0)
 
         def on_host_batch(state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.config import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 
 Dtype = Literal["bfloat16", "float32"]
 Count = Annotated[int, Field(gt=0)]

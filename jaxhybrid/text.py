@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxhybrid.data import Vocabulary, load_vocabulary
 from jaxhybrid.errors import DataError
-from jaxhybrid.export.folder import is_export
+from jaxhybrid.families.student import is_student
 from jaxhybrid.generate import generate
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.weights.files import read_table
@@ -31,7 +31,7 @@ def open_model(folder: str, prepend_bos: bool | None = None) -> tuple[Model, Voc
     Args:
         prepend_bos: begin texts with BOS, or never. None: as the tokenizer does by itself.
     """
-    model = load_student(folder) if is_export(Path(folder).expanduser()) else load_teacher(folder)
+    model = load_student(folder) if is_student(Path(folder).expanduser()) else load_teacher(folder)
     vocabulary = load_vocabulary(model.folder, model.config.vocab_size, prepend_bos=prepend_bos)
     settings = _generation_settings(Path(model.folder))
     told = [f"{key}={settings[key]!r}" for key in NOT_BUILT if settings.get(key) not in NEUTRAL]

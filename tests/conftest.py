@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
+from jaxhybrid.model.params import initialize
 
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import initialize
 from jaxhybrid.model.transformer import Model, declare
 from tests.runs import Workshop
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import yaml
+from jaxhybrid.model.params import initialize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jaxhybrid.families import config_to_hf
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import initialize
 from jaxhybrid.model.transformer import declare
 from jaxhybrid.weights.save import save_weights
 

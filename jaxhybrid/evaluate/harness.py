@@ -22,9 +22,7 @@ from tqdm import tqdm
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.generate import generate
-from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import Params
-from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
+from jaxhybrid.model.transformer import Model, outputs
 
 CHUNK_TOKENS = 512  # tokens whose logits are held at once
 BOOTSTRAPS = 1000  # resamples behind a perplexity's standard error; the harness's own 100,000 take minutes
@@ -228,27 +226,23 @@ class HarnessModel(TemplateLM):
             tokens[row, : len(text) - 1], segments[row, : len(text) - 1] = text[:-1], 1
             places[row, :count] = np.arange(len(text) - 1 - count, len(text) - 1)
             targets[row, :count] = text[-count:]
-        found = _continuations(
-            self.model.params, tokens, segments, places, targets, config=self.model.config, dtype=self.dtype
-        )
+        found = _continuations(self.model, tokens, segments, places, targets, dtype=self.dtype)
         return np.asarray(found[0]), np.asarray(found[1])
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
+@partial(jax.jit, static_argnames="dtype")
 def _continuations(
-    params: Params,
+    model: Model,
     tokens: jax.Array,
     segments: jax.Array,
     places: jax.Array,
     targets: jax.Array,
     *,
-    config: ModelConfig,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed log-probability of `targets` [B,A] after `places` [B,A], and whether each is the most likely one."""
-    hidden = hidden_states(params, config, tokens, segments, dtype=dtype)
+    hidden, head = outputs(model, tokens, segments, dtype=dtype)
     at_places = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
-    head = head_matrix(params, config).astype(dtype)
 
     def one(token: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         state, target = token

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,10 +12,7 @@ from jax.sharding import Mesh
 
 from jaxhybrid.errors import DataError
 from jaxhybrid.losses import linear_cross_entropy, linear_kl, next_token_targets
-from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import Params
-from jaxhybrid.model.partition import gather
-from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
+from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.stages.batch import Batch, token_mask
 from jaxhybrid.train.placement import place_batch
 
@@ -29,10 +27,10 @@ def evaluate_quality(
     Raises:
         DataError: no batch, or none with a predicted token.
     """
-    measure = jax.jit(lambda own, other, batch: _sums(own, model.config, other, teacher.config, batch, dtype))
+    measure = jax.jit(partial(_sums, dtype=dtype))
     totals = np.zeros(5)
     for batch in batches:
-        totals += np.array([float(x) for x in measure(model.params, teacher.params, place_batch(batch, mesh))])
+        totals += np.array([float(x) for x in measure(model, teacher, place_batch(batch, mesh))])
     cross_entropy, teacher_cross_entropy, kl, predicted, tokens = totals
     if not predicted:
         raise DataError("The held-out text has no token to predict; give it more text (data.heldout).")
@@ -44,16 +42,9 @@ def evaluate_quality(
     }
 
 
-def _sums(
-    params: Params, config: ModelConfig, teacher_params: Params, teacher_config: ModelConfig, batch: Batch, dtype: Any
-) -> tuple[jax.Array, ...]:
+def _sums(model: Model, teacher: Model, batch: Batch, dtype: Any) -> tuple[jax.Array, ...]:
     targets, mask = next_token_targets(batch["tokens"], batch["segment_ids"])
-
-    def outputs(params: Params, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-        hidden = hidden_states(params, config, batch["tokens"], batch["segment_ids"], dtype=dtype)
-        return hidden, gather(head_matrix(params, config).astype(dtype))
-
-    own, other = outputs(params, config), outputs(teacher_params, teacher_config)
+    own, other = (outputs(m, batch["tokens"], batch["segment_ids"], dtype=dtype) for m in (model, teacher))
     tokens = token_mask(batch["segment_ids"])
     return (
         linear_cross_entropy(*own, targets, mask),

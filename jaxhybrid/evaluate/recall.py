@@ -16,11 +16,9 @@ from jax.sharding import Mesh
 
 from jaxhybrid.evaluate.recall_figures import Share, chance, recall_figures
 from jaxhybrid.evaluate.recall_prompts import RecallTask
-from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.layers import exact_dtype
-from jaxhybrid.model.params import Params
-from jaxhybrid.model.partition import gather, per_example
-from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
+from jaxhybrid.model.partition import per_example
+from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.train.placement import place_batch
 
 TOKENS_AT_ONCE = 512  # whose logits are held
@@ -74,7 +72,7 @@ def recall(
             numbers = np.arange(first, first + rows) % len(tokens)  # the last batch is filled up with earlier prompts
             at = (places[numbers][..., None] + offsets).reshape(rows, -1)
             batch = place_batch({"tokens": tokens[numbers], "places": at}, mesh)
-            found.append(np.asarray(_greedy_at(model.params, batch, config=model.config, dtype=dtype)))
+            found.append(np.asarray(_greedy_at(model, batch, dtype=dtype)))
         return np.concatenate(found)[: len(tokens)].reshape(*places.shape, length)
 
     chosen = greedy(task.tokens, task.places)
@@ -116,11 +114,10 @@ def says_another_name(task: RecallTask, chosen: np.ndarray, greedy: Greedy) -> n
     return result
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _greedy_at(params: Params, batch: dict[str, jax.Array], *, config: ModelConfig, dtype: Any) -> jax.Array:
+@partial(jax.jit, static_argnames="dtype")
+def _greedy_at(model: Model, batch: dict[str, jax.Array], *, dtype: Any) -> jax.Array:
     """The most likely next token after each of `places` [B,M] in `tokens` [B,T], each row one text from its start."""
-    hidden = hidden_states(params, config, batch["tokens"], dtype=dtype)
-    head = gather(head_matrix(params, config).astype(dtype))
+    hidden, head = outputs(model, batch["tokens"], dtype=dtype)
 
     def choose(hidden: jax.Array, places: jax.Array, head: jax.Array) -> jax.Array:
         at_places = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(-1, hidden.shape[-1])

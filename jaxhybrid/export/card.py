@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
+from jaxhybrid.families import STUDENT_TYPE
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 
 TRANSFORMERS = ">=5.16,<5.25"  # what exports are tested with
 
@@ -15,7 +17,7 @@ CARD = """\
 # {name}
 
 A hybrid of {base} ({family} architecture) with {layers} layers, counted from 0.
-Softmax attention is kept in {softmax}; {linear} of the layers use linear attention (Gated DeltaNet, arXiv 2412.06464),
+Softmax attention is kept in {softmax}; {linear} of the layers use linear attention{title},
 whose memory does not grow with the text.
 
 {mixer}Weights are {dtype}; the decays of linear layers are float32.
@@ -41,7 +43,7 @@ Made with jaxhybrid. The terms of the base model apply.
 
 def base_model_name(source: Path | None, teacher_config: dict[str, Any]) -> str | None:
     """What the base model is called: "org/name" where a hub cache or its config tells, else its folder's name."""
-    if teacher_config.get("model_type") == "jaxhybrid":  # a student trained further
+    if teacher_config.get("model_type") == STUDENT_TYPE:  # a student trained further
         return teacher_config.get("base_model")
     if source is None:
         return None
@@ -58,6 +60,7 @@ def model_card(config: ModelConfig, name: str, base: str | None, dtype: str) -> 
     if base is not None and _is_repository(base):
         metadata.append(f"base_model: {base}")
     softmax = config.softmax_layers
+    mixer = None if config.mixer is None else LINEAR_MIXERS[config.mixer.kind]
     return CARD.format(
         metadata="\n".join(metadata),
         name=name,
@@ -66,18 +69,11 @@ def model_card(config: ModelConfig, name: str, base: str | None, dtype: str) -> 
         layers=config.num_layers,
         softmax=f"layers {', '.join(map(str, softmax))}" if softmax else "no layer",
         linear=config.num_layers - len(softmax),
-        mixer="" if config.gated_deltanet is None else _describe(config, config.gated_deltanet),
+        title="" if mixer is None else f" ({mixer.title})",
+        mixer="" if mixer is None else f"A linear layer has: {', '.join(mixer.describe(config))}. ",
         dtype=dtype,
         transformers=TRANSFORMERS,
     )
-
-
-def _describe(config: ModelConfig, mixer: GatedDeltaNetConfig) -> str:
-    states = config.num_heads if mixer.expand_kv else config.num_kv_heads
-    parts = [f"{states} states of {config.head_dim} x {config.head_dim}"]
-    parts.append(f"convolution of {mixer.conv_size} taps" if mixer.conv_size else "no convolution")
-    parts += ["output gate"] * mixer.output_gate + ["rotary embedding"] * mixer.rope
-    return f"A linear layer has: {', '.join(parts)}. "
 
 
 def _is_repository(name: str) -> bool:

@@ -1,6 +1,5 @@
 """A student written as a Hugging Face folder: weights, config, tokenizer, and its model code for transformers."""
 
-import json
 import os
 import shutil
 import warnings
@@ -14,6 +13,7 @@ from jax.experimental import multihost_utils
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export.card import base_model_name, model_card
 from jaxhybrid.families import student_config_to_hf
+from jaxhybrid.families.student import is_student
 from jaxhybrid.files import draft_of, make_folder, storage_errors, write_json
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.transformer import Model
@@ -75,9 +75,9 @@ def export(
     """
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"export dtype {dtype!r}: choose bfloat16 or float32.")
-    mixer = model.config.gated_deltanet
+    mixer = model.config.mixer
     if mixer is not None and None in (mixer.qkv_bias, mixer.qk_norm):
-        raise ConfigError("gated_deltanet.qkv_bias or qk_norm is unset; export a student that `convert` made.")
+        raise ConfigError("The mixer's qkv_bias or qk_norm is unset; export a student that `convert` made.")
     target = Path(folder).expanduser().absolute()
     source = Path(model.folder) if model.folder else None
     refuse_to_replace(target, source, overwrite)
@@ -105,13 +105,6 @@ def export(
     return target
 
 
-def is_export(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == "jaxhybrid"
-    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
-        return False
-
-
 def refuse_to_replace(target: Path, source: Path | None, overwrite: bool) -> None:
     """Raises RunError when writing `target` would lose something that is not an earlier export's own."""
     if not target.exists():
@@ -123,7 +116,7 @@ def refuse_to_replace(target: Path, source: Path | None, overwrite: bool) -> Non
     entries = sorted(target.iterdir())
     if overwrite or not entries:
         return
-    if not is_export(target):
+    if not is_student(target):
         raise RunError(
             f"{target} holds something that is not an earlier export; "
             "name a new folder (export.folder), or pass overwrite=True (export --overwrite)."
@@ -143,7 +136,6 @@ def _table(source: Path | None, name: str) -> dict[str, Any]:
 
 def _config(config: ModelConfig, source_config: dict[str, Any], base: str | None, dtype: str) -> dict[str, Any]:
     return student_config_to_hf(config, source_config) | {
-        "model_type": "jaxhybrid",
         "architectures": ["JaxHybridForCausalLM"],
         "auto_map": AUTO_MAP,
         "dtype": dtype,

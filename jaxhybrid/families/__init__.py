@@ -1,4 +1,4 @@
-"""Hugging Face architectures: their config keys and weight names, in both directions."""
+"""Hugging Face architectures: their config keys in both directions, and what they call their weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +11,6 @@ from jaxhybrid.families.mistral import MISTRAL
 from jaxhybrid.families.qwen2 import QWEN2
 from jaxhybrid.families.qwen3 import QWEN3
 from jaxhybrid.families.student import STUDENT_TYPE
-from jaxhybrid.families.tensors import FileTensor, file_tensors
 from jaxhybrid.model.config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
@@ -50,20 +49,13 @@ def hf_to_student_config(hf: dict[str, Any]) -> ModelConfig:
     return student.read_student(FAMILIES, hf)
 
 
-def weight_names(config: ModelConfig) -> list[FileTensor]:
-    """Every tensor of a weights folder of this config, with the leaf and row it belongs to."""
-    return file_tensors(family(config.family).tensors, config)
-
-
 __all__ = [
     "FAMILIES",
     "STUDENT_TYPE",
     "Family",
-    "FileTensor",
     "config_to_hf",
     "family",
     "hf_to_config",
     "hf_to_student_config",
     "student_config_to_hf",
-    "weight_names",
 ]

@@ -1,13 +1,12 @@
 """What the config of every family has in common, and the refusal of everything that is not understood."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families.rope import CONFIG_KEYS as ROPE_KEYS
 from jaxhybrid.families.rope import rope_from_hf, rope_to_hf
-from jaxhybrid.families.tensors import LLAMA_TABLE, TensorTable
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 
 # Read by every family.
@@ -49,6 +48,13 @@ HARMLESS_KEYS = frozenset(
         "gradient_checkpointing", "dual_chunk_attention_config", "max_sequence_length",
     )
 )  # fmt: skip
+LLAMA_NAMES = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+}
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
 
 
@@ -61,6 +67,7 @@ class Family:
         flag_keys: those keys, from a ModelConfig; raises ConfigError for a shape the family cannot express.
         own_keys: config keys read beside the common ones.
         defaults: values transformers takes where a config is silent.
+        names: what weights files call a part of the model where they do not call it as we do.
     """
 
     model_type: str
@@ -69,7 +76,7 @@ class Family:
     flag_keys: Callable[[ModelConfig], dict[str, Any]]
     own_keys: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
-    tensors: TensorTable = LLAMA_TABLE
+    names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
 
     def read_config(self, hf: dict[str, Any], ignore_config_keys: Iterable[str] = ()) -> ModelConfig:
         """A Hugging Face config as a ModelConfig.

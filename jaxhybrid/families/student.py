@@ -1,16 +1,19 @@
 """The config of an exported student: its family's own keys, which layers are linear, and what a linear layer is."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families.base import HARMLESS_KEYS, Family
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
+from jaxhybrid.model.config import FULL_ATTENTION, MixerConfig, ModelConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 
 STUDENT_TYPE = "jaxhybrid"
 LINEAR_ATTENTION = "linear_attention"  # transformers' name of a layer with a state of fixed size
-STUDENT_KEYS = ("base_model_type", "base_model", "gated_deltanet", "auto_map")
+STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", *LINEAR_MIXERS)
 NOT_CARRIED = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
 
@@ -28,8 +31,8 @@ def write_student(family: Family, config: ModelConfig, teacher_hf_config: Mappin
         "base_model_type": family.model_type,
         "layer_types": [FULL_ATTENTION if kind == FULL_ATTENTION else LINEAR_ATTENTION for kind in config.layer_types],
     }
-    if config.gated_deltanet is not None:
-        hf["gated_deltanet"] = asdict(config.gated_deltanet)
+    if config.mixer is not None:
+        hf[config.mixer.kind] = asdict(config.mixer)
     return hf
 
 
@@ -54,17 +57,31 @@ def read_student(families: Mapping[str, Family], hf: dict[str, Any]) -> ModelCon
             )
     plain = {key: value for key, value in hf.items() if key not in (*STUDENT_KEYS, "layer_types")}
     config = families[base].read_config(plain)
-    mixer = _read_mixer(hf.get("gated_deltanet"))
-    types = tuple(FULL_ATTENTION if kind == FULL_ATTENTION else GATED_DELTANET for kind in kinds)
-    if not types:
+    if not kinds:
         raise ConfigError("The student's config lacks layer_types.")
-    return replace(config, layer_types=types, gated_deltanet=mixer)
+    mixer = _read_mixer(hf)
+    linear = LINEAR_ATTENTION if mixer is None else mixer.kind
+    types = tuple(FULL_ATTENTION if kind == FULL_ATTENTION else linear for kind in kinds)
+    return replace(config, layer_types=types, mixer=mixer)
 
 
-def _read_mixer(settings: dict[str, Any] | None) -> GatedDeltaNetConfig | None:
-    if not settings:
-        return None
-    unknown = set(settings) - {item.name for item in fields(GatedDeltaNetConfig)}
-    if unknown:
-        raise ConfigError(f"gated_deltanet has {', '.join(sorted(unknown))}, which this version does not know.")
-    return GatedDeltaNetConfig(**settings)
+def _read_mixer(hf: Mapping[str, Any]) -> MixerConfig | None:
+    """The settings of the linear layers, under the name of their kind."""
+    present = [kind for kind in LINEAR_MIXERS if hf.get(kind)]
+    if len(present) > 1:
+        raise ConfigError(f"The student's config has {' and '.join(present)}; its linear layers are of one kind.")
+    for kind in present:
+        known = LINEAR_MIXERS[kind].Config
+        unknown = set(hf[kind]) - {item.name for item in fields(known)}
+        if unknown:
+            raise ConfigError(f"{kind} has {', '.join(sorted(unknown))}, which this version does not know.")
+        return known(**hf[kind])
+    return None
+
+
+def is_student(folder: Path) -> bool:
+    """Whether a folder holds an exported student."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == STUDENT_TYPE
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return False

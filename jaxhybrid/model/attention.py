@@ -1,13 +1,15 @@
 """Causal softmax attention: the mixer of the teacher and of the layers a hybrid keeps."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.layers import TokenContext, exact_dtype, rms_norm
-from jaxhybrid.model.params import Params, ParamSpec, normal, ones, zeros
+from jaxhybrid.model.blueprint import Params
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext, exact_dtype
 from jaxhybrid.model.partition import per_example
 from jaxhybrid.model.rope import rotate
 
@@ -16,67 +18,56 @@ QUERY_BLOCK = 1024
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
 
 
-def declare(config: ModelConfig) -> Params:
-    D, H, G, K = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-    specs = {
-        "q_proj": ParamSpec((D, H, K), ("embed", "heads", "head_dim"), normal()),
-        "k_proj": ParamSpec((D, G, K), ("embed", "heads", "head_dim"), normal()),
-        "v_proj": ParamSpec((D, G, K), ("embed", "heads", "head_dim"), normal()),
-        "o_proj": ParamSpec((H, K, D), ("heads", "head_dim", "embed"), normal()),
-    }
-    if config.qkv_bias:
-        specs |= {
-            "q_bias": ParamSpec((H, K), ("heads", "head_dim"), zeros),
-            "k_bias": ParamSpec((G, K), ("heads", "head_dim"), zeros),
-            "v_bias": ParamSpec((G, K), ("heads", "head_dim"), zeros),
-        }
-    if config.o_bias:
-        specs |= {"o_bias": ParamSpec((D,), ("embed",), zeros)}
-    if config.qk_norm:
-        specs |= {"q_norm": ParamSpec((K,), ("head_dim",), ones), "k_norm": ParamSpec((K,), ("head_dim",), ones)}
-    return specs
+class Attention(nnx.Module):
+    """Grouped-query softmax attention with rotary embedding, and a teacher's biases and norms where it has them."""
 
+    kind = FULL_ATTENTION
 
-def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """An empty key/value cache of `capacity` tokens for one layer."""
-    shape = (batch, capacity, config.num_kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
-
-
-def apply(
-    params: Params, config: ModelConfig, x_BTD: jax.Array, context: TokenContext, state: Params | None = None
-) -> tuple[jax.Array, Params | None]:
-    """Attention output after o_proj [B,T,D], and the cache with this call's keys and values when one was given."""
-    q = jnp.einsum("btd,dhk->bthk", x_BTD, params["q_proj"])
-    k = jnp.einsum("btd,dgk->btgk", x_BTD, params["k_proj"])
-    v = jnp.einsum("btd,dgk->btgk", x_BTD, params["v_proj"])
-    if config.qkv_bias:
-        q, k, v = q + params["q_bias"], k + params["k_bias"], v + params["v_bias"]
-    if config.qk_norm:
-        q = rms_norm(q, params["q_norm"], config.norm_eps)
-        k = rms_norm(k, params["k_norm"], config.norm_eps)
-    q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-
-    if state is not None:
-        assert context.cache_index is not None
-        state = {
-            "k": jax.lax.dynamic_update_slice_in_dim(state["k"], k.astype(state["k"].dtype), context.cache_index, 1),
-            "v": jax.lax.dynamic_update_slice_in_dim(state["v"], v.astype(state["v"].dtype), context.cache_index, 1),
-        }
-        out = _attend(
-            q,
-            state["k"].astype(q.dtype),
-            state["v"].astype(q.dtype),
-            context.segment_ids,
-            context.cache_segment_ids,
-            context.cache_index,
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, H, G, K = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj, self.k_proj, self.v_proj = (
+            Linear(rngs, (D, heads, K), ("embed", "heads", "head_dim"), bias=config.qkv_bias) for heads in (H, G, G)
         )
-    elif context.segment_ids is None:
-        out = per_example(lambda q, k, v: causal_attention(q, k, v, None), q, k, v)
-    else:
-        out = per_example(causal_attention, q, k, v, context.segment_ids)
-    y = jnp.einsum("bthk,hkd->btd", out, params["o_proj"])
-    return (y + params["o_bias"] if config.o_bias else y), state
+        self.o_proj = Linear(rngs, (H, K, D), ("heads", "head_dim", "embed"), bias=config.o_bias, inputs=2)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(rngs, K, "head_dim", config.norm_eps) for _ in range(2))
+
+    @staticmethod
+    def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
+        """An empty key/value cache of `capacity` tokens for one layer."""
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+    def __call__(
+        self, x_BTD: jax.Array, context: TokenContext, state: Params | None = None
+    ) -> tuple[jax.Array, Params | None]:
+        """Attention output after o_proj [B,T,D], and the cache with this call's keys and values when one was given."""
+        q, k, v = project(self, x_BTD, context)
+        if state is None:
+            return self.o_proj(per_example(causal_attention, q, k, v, context.segment_ids)), None
+        assert context.cache_index is not None
+        index = context.cache_index
+        state = {
+            name: jax.lax.dynamic_update_slice_in_dim(state[name], new.astype(state[name].dtype), index, 1)
+            for name, new in (("k", k), ("v", v))
+        }
+        out = per_example(
+            _attend, q, state["k"].astype(q.dtype), state["v"].astype(q.dtype),
+            context.segment_ids, context.cache_segment_ids, whole=(index,),
+        )  # fmt: skip
+        return self.o_proj(out), state
+
+
+def project(
+    mixer: Any, x_BTD: jax.Array, context: TokenContext, rope: bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k, v [B,T,heads,K] by the mixer's projections, its query and key norms if it has them, and rotation."""
+    q, k, v = mixer.q_proj(x_BTD), mixer.k_proj(x_BTD), mixer.v_proj(x_BTD)
+    if hasattr(mixer, "q_norm"):
+        q, k = mixer.q_norm(q), mixer.k_norm(k)
+    if rope:
+        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+    return q, k, v
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

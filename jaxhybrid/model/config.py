@@ -4,14 +4,13 @@ Axis letters used throughout: B batch, T tokens, D model width, H query heads, G
 V value head width, N states (value heads of a linear mixer), F MLP width, L layers, S vocabulary.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 from jaxhybrid.errors import ConfigError
 
 FULL_ATTENTION = "full_attention"
-GATED_DELTANET = "gated_deltanet"
-MIXER_KINDS = (FULL_ATTENTION, GATED_DELTANET)
 
 
 @dataclass(frozen=True)
@@ -32,28 +31,54 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the correction range to whole dimensions
 
 
-@dataclass(frozen=True)
-class GatedDeltaNetConfig:
-    """A Gated DeltaNet layer (arXiv 2412.06464) in the form that Qwen3.5's linear layer can express.
+def option(default: Any, about: str) -> Any:
+    """A field of a mixer's settings, with the words that `jaxhybrid settings` says of it."""
+    return field(default=default, metadata={"about": about})
 
-    The defaults are those of KL-guided layer selection (arXiv 2512.20569, layer `gdn_v4`): heads expanded, output gate,
-    no convolution, no rotary embedding. `None` means "as the teacher has it" and is filled in by `convert`.
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """What linear mixers made from softmax attention have in common. `None` is "as the teacher has it": see `resolve`.
+
+    The defaults are those of KL-guided layer selection (arXiv 2512.20569, layers `gdn_v4` and `gla_v1`): heads
+    expanded, output gate, no rotary embedding.
     """
 
-    expand_kv: bool = (
-        True  # clone each K/V head for its group of query heads; False keeps G states, read by grouped queries
+    kind: ClassVar[str]  # its name in `layer_types` and in config files
+
+    expand_kv: bool = option(
+        True, "clone each K/V head for its group of query heads; false keeps one state per K/V head"
     )
-    output_gate: bool = True  # multiply the normalised output by silu(g_proj x)
-    conv_size: int = 0  # taps of the causal short convolution on q, k and v; 0 has none
-    rope: bool = False  # rotate q and k as the teacher's softmax layers do
-    qkv_bias: bool | None = None  # carry the teacher's projection biases
-    qk_norm: bool | None = None  # carry the teacher's query and key norms (before the SiLU)
-    gate_init: Literal["random", "zero", "value"] = (
-        "random"  # g_proj: paper's normal(0.02), zeros, or a scaled copy of v_proj
+    output_gate: bool = option(True, "multiply the normalised output by silu(g_proj x)")
+    rope: bool = option(False, "rotate q and k as the teacher does")
+    qkv_bias: bool | None = option(None, "carry the teacher's projection biases; null: if it has them")
+    qk_norm: bool | None = option(None, "carry the teacher's query and key norms; null: if it has them")
+    gate_init: Literal["random", "zero", "value"] = option(
+        "random", "output gate at the start: random, zero, copy of v_proj"
     )
-    decay_init: Literal["fla", "slow"] = (
-        "fla"  # A_log, dt_bias: fla's random ranges, or half-lives of 64 to 4096 tokens
+    decay_init: Literal["fla", "slow"] = option(
+        "fla", "decays at the start: as fla draws them, or half-lives 64 to 4096"
     )
+
+    def resolve(self, teacher: "ModelConfig") -> Self:
+        """These settings with every "as the teacher has it" filled in; says what a choice leaves behind.
+
+        Raises:
+            ConfigError: the teacher has not what is to be carried.
+        """
+        for name in ("qkv_bias", "qk_norm"):
+            carried, present = getattr(self, name), getattr(teacher, name)
+            if present and carried is False:
+                warnings.warn(
+                    f"mixer.{name}=False: the teacher's {name} is not carried into the linear layers.", stacklevel=3
+                )
+            if carried and not present:
+                raise ConfigError(f"mixer.{name}=True, but the teacher has no {name} to carry; leave it unset.")
+        return replace(
+            self,
+            qkv_bias=teacher.qkv_bias if self.qkv_bias is None else self.qkv_bias,
+            qk_norm=teacher.qk_norm if self.qk_norm is None else self.qk_norm,
+        )
 
 
 @dataclass(frozen=True)
@@ -77,27 +102,32 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     layer_types: tuple[str, ...] = ()  # one mixer name per layer; empty means softmax everywhere
-    gated_deltanet: GatedDeltaNetConfig | None = None
+    mixer: MixerConfig | None = None  # of the layers that are not softmax
 
     def __post_init__(self) -> None:
         if not self.layer_types:
             object.__setattr__(self, "layer_types", (FULL_ATTENTION,) * self.num_layers)
         if len(self.layer_types) != self.num_layers:
             raise ConfigError(f"layer_types names {len(self.layer_types)} layers, the model has {self.num_layers}.")
+        known = [FULL_ATTENTION] if self.mixer is None else [FULL_ATTENTION, self.mixer.kind]
         for kind in self.layer_types:
-            if kind not in MIXER_KINDS:
-                raise ConfigError(f"layer_types has {kind!r}; known mixers: {', '.join(MIXER_KINDS)}.")
+            if kind not in known:
+                raise ConfigError(f"layer_types has {kind!r}; with the model's mixer it can be {' or '.join(known)}.")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs.")
-        if GATED_DELTANET in self.layer_types and self.gated_deltanet is None:
-            raise ConfigError("layer_types has gated_deltanet layers but the gated_deltanet settings are missing.")
 
     @property
     def softmax_layers(self) -> tuple[int, ...]:
         """Indices of the layers that keep softmax attention."""
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
+
+    @property
+    def num_states(self) -> int:
+        """States (and key and value heads) of a linear layer: one per query head, or one per K/V head."""
+        assert self.mixer is not None
+        return self.num_heads if self.mixer.expand_kv else self.num_kv_heads
 
     def with_layers(self, layer_types: tuple[str, ...]) -> "ModelConfig":
         return replace(self, layer_types=tuple(layer_types))

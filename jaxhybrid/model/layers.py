@@ -1,67 +1,110 @@
-"""Small pieces every block shares, and what a block knows about its tokens."""
+"""The small modules that every part is made of, and what a block knows about its tokens."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from jaxhybrid.model.blueprint import Initializer, normal, ones, weight, zeros
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import Params, ParamSpec, normal, ones, zeros
 
 
 class TokenContext(NamedTuple):
     """What token mixers may ask about the tokens at hand."""
 
-    segment_ids: (
-        jax.Array | None
-    )  # [B,T]; 0 is padding, tokens of different ids do not see each other; None: one segment
+    # [B,T]; 0 is padding, tokens of different ids do not see each other; None: one segment
+    segment_ids: jax.Array | None
     cos: jax.Array  # [B,T,K/2] rotary tables
     sin: jax.Array
     cache_segment_ids: jax.Array | None = None  # [B,M] of every cache slot, when decoding
     cache_index: jax.Array | None = None  # scalar: the slot of this call's first token
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+class Linear(nnx.Module):
+    """A projection from the first `inputs` axes of its kernel to the others, with its bias.
+
+    One weight a module: that is what tools for quantisation and LoRA look for.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        bias: bool | None = False,
+        inputs: int = 1,
+        init: Initializer = normal,
+        bias_init: Initializer = zeros,
+        bias_kind: type[nnx.Param] = nnx.Param,
+    ):
+        self.kernel = weight(rngs, shape, axes, init, inputs=inputs)
+        self.bias = weight(rngs, shape[inputs:], axes[inputs:], bias_init, bias_kind) if bias else None
+        names = "abcd"[: len(shape)]
+        self.equation = f"...{names[:inputs]},{names}->...{names[inputs:]}"
+
+    def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """x W + b; summed in `dtype` where that is given."""
+        y = jnp.einsum(self.equation, x, self.kernel[...], preferred_element_type=dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, width: int, axis: str, eps: float):
+        self.scale = weight(rngs, (width,), (axis,), ones)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class Embedding(nnx.Module):
+    """The table [S,D] of token vectors."""
+
+    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int]):
+        self.embedding = weight(rngs, shape, ("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens]
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(rngs, (D, F), ("embed", "mlp"), bias=bias)
+        self.up_proj = Linear(rngs, (D, F), ("embed", "mlp"), bias=bias)
+        self.down_proj = Linear(rngs, (F, D), ("mlp", "embed"), bias=bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer without its mixer: x + mixer(norm x), then + mlp(norm x)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(rngs, config.hidden_size, "embed", config.norm_eps)
+        self.post_norm = RMSNorm(rngs, config.hidden_size, "embed", config.norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def add_mlp(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.post_norm(x))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) over the last axis in float32, then cast back and scaled (as Llama does)."""
     exact = x.astype(exact_dtype(x.dtype))
     exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
-    return exact.astype(x.dtype) * weight.astype(x.dtype)
+    return exact.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def exact_dtype(dtype: Any) -> Any:
     """Dtype of norms, rotations, softmax and logits: float32, or float64 where the model runs in float64."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def declare_mlp(config: ModelConfig) -> Params:
-    D, F = config.hidden_size, config.intermediate_size
-    specs = {
-        "gate_proj": ParamSpec((D, F), ("embed", "mlp"), normal()),
-        "up_proj": ParamSpec((D, F), ("embed", "mlp"), normal()),
-        "down_proj": ParamSpec((F, D), ("mlp", "embed"), normal()),
-    }
-    if config.mlp_bias:
-        specs |= {
-            "gate_bias": ParamSpec((F,), ("mlp",), zeros),
-            "up_bias": ParamSpec((F,), ("mlp",), zeros),
-            "down_bias": ParamSpec((D,), ("embed",), zeros),
-        }
-    return specs
-
-
-def declare_norms(config: ModelConfig) -> Params:
-    D = config.hidden_size
-    return {"input_norm": ParamSpec((D,), ("embed",), ones), "post_norm": ParamSpec((D,), ("embed",), ones)}
-
-
-def mlp(params: Params, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
-    """SwiGLU: down(silu(gate x) * up x)."""
-    gate = jnp.einsum("btd,df->btf", x_BTD, params["gate_proj"])
-    up = jnp.einsum("btd,df->btf", x_BTD, params["up_proj"])
-    if config.mlp_bias:
-        gate, up = gate + params["gate_bias"], up + params["up_bias"]
-    down = jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, params["down_proj"])
-    return down + params["down_bias"] if config.mlp_bias else down
 
 
 def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:

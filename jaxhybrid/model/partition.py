@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.params import Params, ParamSpec, is_spec
+from jaxhybrid.model.blueprint import Params, is_variable
 
 BATCH_AXES = ("data", "fsdp")  # a batch is split over both; weights only over fsdp
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -64,7 +65,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, 
     return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices)
 
 
-def param_shardings(specs: Params, mesh: Mesh, rules: ShardingRules | None = None) -> Params:
+def param_shardings(declared: Params, mesh: Mesh, rules: ShardingRules | None = None) -> Params:
     """A NamedSharding per declared parameter.
 
     Raises:
@@ -72,18 +73,18 @@ def param_shardings(specs: Params, mesh: Mesh, rules: ShardingRules | None = Non
     """
     rules = rules or ShardingRules()
 
-    def sharding(path: Any, spec: ParamSpec) -> NamedSharding:
-        partition = rules.spec(spec.axes)
-        for size, axis in zip(spec.shape, partition):
+    def sharding(path: Any, variable: nnx.Variable) -> NamedSharding:
+        shape, partition = variable.get_value().shape, rules.spec(variable.get_metadata("out_sharding"))
+        for size, axis in zip(shape, partition):
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise TopologyError(
-                    f"{name} {spec.shape}: {size} does not divide over {axis}={mesh.shape[axis]}; "
+                    f"{name} {shape}: {size} does not divide over {axis}={mesh.shape[axis]}; "
                     f"choose a divisor of {size}."
                 )
         return NamedSharding(mesh, partition)
 
-    return jax.tree_util.tree_map_with_path(sharding, specs, is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(sharding, declared, is_leaf=is_variable)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -110,22 +111,28 @@ def gather(weights: Any) -> Any:
     """Weights whole on every device, for the computation that follows."""
     if _active_mesh() is None:
         return weights
-    return jax.tree.map(lambda w: jax.reshard(w, P(*(None,) * w.ndim)), weights)
+    with jax.named_scope("gather"):
+        return jax.tree.map(lambda w: jax.reshard(w, P(*(None,) * w.ndim)), weights)
 
 
 def per_example(fn: Callable[..., Any], *batched: Any, whole: tuple[Any, ...] = ()) -> Any:
-    """`fn(*batched, *whole)` on each device's own examples.
+    """`fn(*batched, *whole)` on each device's own examples; an absent (None) argument stays absent.
 
     `batched` arguments and all results carry the batch on their leading axis; `whole` ones are the same on every device
     (their gradient is summed over devices).
     """
     if _active_mesh() is None:
         return fn(*batched, *whole)
+    arguments = (*batched, *whole)
+    present = [number for number, argument in enumerate(arguments) if argument is not None]
 
-    def local(*arguments: Any) -> Any:
-        own, shared = arguments[: len(batched)], arguments[len(batched) :]
-        # Marked as differing between devices, so that a hand-written gradient may; the transpose sums it.
-        return fn(*own, *(jax.lax.pcast(w, BATCH_AXES, to="varying") for w in shared))
+    def local(*given: Any) -> Any:
+        # Whole ones are marked as differing between devices: a hand-written gradient may; the transpose sums it.
+        found = {
+            number: x if number < len(batched) else jax.lax.pcast(x, BATCH_AXES, to="varying")
+            for number, x in zip(present, given)
+        }
+        return fn(*map(found.get, range(len(arguments))))
 
-    in_specs = (*(P(BATCH_AXES) for _ in batched), *(P() for _ in whole))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=P(BATCH_AXES))(*batched, *whole)
+    in_specs = tuple(P(BATCH_AXES) if number < len(batched) else P() for number in present)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=P(BATCH_AXES))(*(arguments[n] for n in present))

@@ -16,9 +16,8 @@ from jax.sharding import Mesh
 from jaxhybrid.checksums import read_result
 from jaxhybrid.errors import ConfigError, DamageError, DivergenceError
 from jaxhybrid.files import remove
-from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.partition import gather
-from jaxhybrid.model.transformer import Model, head_matrix
+from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.selection.kept_state import KeptState
 from jaxhybrid.selection.ranking import (
     SCORE_AGAIN,
@@ -30,7 +29,6 @@ from jaxhybrid.selection.ranking import (
     write_score,
 )
 from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_caches
-from jaxhybrid.stages.distill import teacher_outputs
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
 from jaxhybrid.train.loop import Batches, HostBatch, LoopConfig, train
 from jaxhybrid.train.metrics import read_metrics
@@ -151,7 +149,7 @@ def _train_candidate(
         return {"heldout_kl": programs.heldout_kl(state.params, index, heldout)}
 
     def begin() -> Any:
-        return programs.begin(programs.student.params, programs.teacher.params, index)
+        return programs.begin(programs.student, programs.teacher, index)
 
     earlier = _read_score(programs.folder, layer)  # of the round before
     untrained = earlier.heldout[0][1] if earlier else programs.heldout_kl(begin().params, index, heldout)
@@ -220,24 +218,18 @@ class _Programs:
     ):
         self.teacher, self.student, self.config, self.mesh = teacher, student, config, mesh
         self.folder, self.candidates = folder, candidates
-        (kind,) = set(student.config.layer_types)
-        assert kind != FULL_ATTENTION
-        abstract = jax.eval_shape(candidate_params, student.params, teacher.params, jnp.int32(0))
+        assert not student.config.softmax_layers
+        abstract = jax.eval_shape(candidate_params, student, teacher, jnp.int32(0))
         optimizer = make_optimizer(config.optimizer, abstract)
-        static = {
-            "student_config": student.config,
-            "linear_kind": kind,
-            "dtype": config.dtype,
-            "chunk_tokens": config.chunk_tokens,
-        }
+        static = {"config": student.config, "dtype": config.dtype, "chunk_tokens": config.chunk_tokens}
         self.begin = jax.jit(lambda own, teacher, layer: start(candidate_params(own, teacher, layer), optimizer))
         self.step = jax.jit(partial(score_step, optimizer=optimizer, remat=config.remat, **static), donate_argnums=0)
         self._heldout = jax.jit(partial(candidate_kl, **static))
-        self._teacher = jax.jit(lambda params, batch: teacher_outputs(params, teacher.config, batch, config.dtype))
-        self._caches: dict[str, TeacherCache] = {}
-        self.teacher_head = jax.jit(lambda params: gather(head_matrix(params, teacher.config).astype(config.dtype)))(
-            teacher.params
+        self._teacher = jax.jit(
+            lambda teacher, batch: hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=config.dtype)
         )
+        self._caches: dict[str, TeacherCache] = {}
+        self.teacher_head = jax.jit(lambda teacher: gather(teacher.head.astype(config.dtype)))(teacher)
 
     def candidate_folder(self, layer: int) -> Path:
         return self.folder / "candidates" / f"{layer:03d}"
@@ -264,8 +256,7 @@ class _Programs:
         """The batch with `teacher_hidden` added, computed the first time this batch is seen by any candidate."""
 
         def compute() -> np.ndarray:
-            hidden, _ = self._teacher(self.teacher.params, place_batch(batch, self.mesh))
-            return local_rows(hidden)
+            return local_rows(self._teacher(self.teacher, place_batch(batch, self.mesh)))
 
         kept = name == "heldout" or self.config.keep_teacher_states
         hidden = self.cache(name, batches).get(index, compute) if kept else compute()

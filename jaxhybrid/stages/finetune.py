@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxhybrid.losses import CHUNK_TOKENS, linear_cross_entropy, next_token_targets
+from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import Params
-from jaxhybrid.model.partition import gather
-from jaxhybrid.model.transformer import head_matrix, hidden_states
+from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate
 from jaxhybrid.train.optimizer import TrainState, update
 
@@ -19,13 +18,13 @@ def finetune_step(
     state: TrainState,
     batch: Batch,
     *,
-    student_config: ModelConfig,
+    config: ModelConfig,
     optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
     remat: bool = True,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[TrainState, Metrics]:
-    """One update of all student parameters on next-token cross entropy.
+    """One update of all student parameters on next-token cross entropy. `config` is the student's.
 
     Metrics: `loss`, nats per predicted token; `gradient_norm`; `batch_tokens`, those with a successor.
     """
@@ -37,10 +36,8 @@ def finetune_step(
         targets, mask = next_token_targets(micro["tokens"], micro["segment_ids"])
 
         def loss(params: Params) -> jax.Array:
-            hidden = hidden_states(
-                params, student_config, micro["tokens"], micro["segment_ids"], dtype=dtype, remat=remat
-            )
-            head = gather(head_matrix(params, student_config).astype(dtype))
+            student = Model(params, config)
+            hidden, head = outputs(student, micro["tokens"], micro["segment_ids"], dtype=dtype, remat=remat)
             return linear_cross_entropy(hidden, head, targets, mask, chunk_tokens=chunk_tokens) / tokens
 
         return jax.value_and_grad(loss)(state.params)

@@ -12,19 +12,18 @@ import jax.numpy as jnp
 import optax
 
 from jaxhybrid.losses import CHUNK_TOKENS, linear_kl
+from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
-from jaxhybrid.model.params import Params
-from jaxhybrid.model.partition import gather
-from jaxhybrid.model.transformer import candidate_hidden_states, head_matrix
+from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
 from jaxhybrid.train.optimizer import TrainState, update
 
 
-def candidate_params(student_params: Params, teacher_params: Params, layer: jax.Array) -> Params:
+def candidate_params(student: Model, teacher: Model, layer: jax.Array) -> Params:
     """The all-linear student's parameters, plus the teacher's attention of `layer` (traced) as a stack of one."""
-    attention = teacher_params["mixers"][FULL_ATTENTION]
+    attention = teacher.params["mixers"][FULL_ATTENTION]
     row = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, layer, 1), attention)
-    return {**student_params, "mixers": {**student_params["mixers"], FULL_ATTENTION: row}}
+    return {**student.params, "mixers": {**student.params["mixers"], FULL_ATTENTION: row}}
 
 
 def score_step(
@@ -33,14 +32,15 @@ def score_step(
     batch: Batch,
     teacher_head: jax.Array,
     *,
-    student_config: ModelConfig,
-    linear_kind: str,
+    config: ModelConfig,
     optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
     remat: bool = True,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[TrainState, Metrics]:
-    """One update of a candidate. `batch` also holds `teacher_hidden`, the teacher's final hidden states.
+    """One update of a candidate. `config` is the all-linear student's.
+
+    `batch` also holds `teacher_hidden`, the teacher's final hidden states.
 
     Metrics: `loss`, the mean KL in nats per token before the update; `gradient_norm`; `batch_tokens`.
     """
@@ -49,8 +49,7 @@ def score_step(
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:
         def loss(params: Params) -> jax.Array:
             total = candidate_kl(
-                params, layer, micro, teacher_head, student_config=student_config, linear_kind=linear_kind,
-                dtype=dtype, remat=remat, chunk_tokens=chunk_tokens,
+                params, layer, micro, teacher_head, config=config, dtype=dtype, remat=remat, chunk_tokens=chunk_tokens
             )  # fmt: skip
             return total / tokens
 
@@ -67,19 +66,19 @@ def candidate_kl(
     batch: Batch,
     teacher_head: jax.Array,
     *,
-    student_config: ModelConfig,
-    linear_kind: str,
+    config: ModelConfig,
     dtype: Any = jnp.bfloat16,
     remat: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
     """KL(teacher || candidate) summed over the tokens of a batch that holds `teacher_hidden`."""
-    hidden = candidate_hidden_states(
-        params, student_config, linear_kind, layer, batch["tokens"], batch["segment_ids"], dtype=dtype, remat=remat
+    softmax = jnp.arange(config.num_layers) == layer
+    hidden, head = outputs(
+        Model(params, config), batch["tokens"], batch["segment_ids"], softmax=softmax, dtype=dtype, remat=remat
     )
     return linear_kl(
         hidden,
-        gather(head_matrix(params, student_config).astype(dtype)),
+        head,
         batch["teacher_hidden"].astype(dtype),
         teacher_head.astype(dtype),
         token_mask(batch["segment_ids"]),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.model.params import Params
+from jaxhybrid.model.blueprint import Params
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +76,7 @@ def decays(path: tuple[Any, ...]) -> bool:
     parameter is; its shape cannot, for a bias of heads has two axes as a matrix has.
     """
     name = str(getattr(path[-1], "key", path[-1]))
-    return name.endswith(("_proj", "_conv")) or name in ("embed", "head")
+    return name in ("kernel", "taps", "embedding")
 
 
 def _decayed_weights(rate: float) -> optax.GradientTransformation:

@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxhybrid.errors import ConfigError, WeightsError
-from jaxhybrid.families import FileTensor, hf_to_config, hf_to_student_config, weight_names
+from jaxhybrid.families import hf_to_config, hf_to_student_config
+from jaxhybrid.model.blueprint import Exact, Params, is_variable
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import Params, is_spec
 from jaxhybrid.model.partition import param_shardings
-from jaxhybrid.model.transformer import Model, declare
+from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder
 from jaxhybrid.weights.files import DTYPES, StoredTensor, read_table, stored_tensors
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.source import is_gguf
+from jaxhybrid.weights.names import FileTensor, file_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "ACCEPTABLE_USE*")
@@ -43,7 +45,7 @@ def load_teacher(
     """The softmax model of a local folder, a hub id, a GGUF file or a pattern of its parts, or `demo:smollm2-135m`.
 
     Args:
-        dtype: of the parameters; the ones declared float32 stay float32.
+        dtype: of the parameters; the ones declared `Exact` stay float32.
         ignore_config_keys: config keys unknown to this package that do not matter.
         mesh: place the parameters on it by the package's sharding rules.
         shardings: place them by this tree of shardings instead. With neither they lie on the default device.
@@ -73,7 +75,7 @@ def _load(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None, shar
     if mesh is not None:
         if shardings is not None:
             raise ConfigError("Both mesh and shardings were given; pass one of them.")
-        shardings = param_shardings(declare(config), mesh)
+        shardings = param_shardings(model_variables(config), mesh)
     _check_tokenizer(folder, config)
     return Model(read_params(folder, config, dtype, shardings), config, str(folder))
 
@@ -86,7 +88,7 @@ def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32, sha
     Raises:
         WeightsError: a tensor is quantised, missing, unexpected, or of another shape than the config says.
     """
-    stored, entries = stored_tensors(folder), weight_names(config)
+    stored, entries = stored_tensors(folder), file_tensors(config)
     _refuse_quantised(folder, stored)
     _check_names(folder, stored, entries, config)
     for entry in entries:
@@ -100,12 +102,13 @@ def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32, sha
     for entry in entries:
         by_path.setdefault(entry.path, []).append(entry)
 
-    def read(path: Any, spec: Any, sharding: Any = None) -> jax.Array:
+    def read(path: Any, variable: nnx.Variable, sharding: Any = None) -> jax.Array:
         rows = sorted(by_path[tuple(key.key for key in path)], key=lambda entry: entry.row or 0)
-        return _read_leaf(rows, stored, spec.shape, jnp.float32 if spec.float32 else dtype, sharding)
+        kept = jnp.float32 if isinstance(variable, Exact) else dtype
+        return _read_leaf(rows, stored, variable.get_value().shape, kept, sharding)
 
     rest = () if shardings is None else (shardings,)
-    return jax.tree_util.tree_map_with_path(read, declare(config), *rest, is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(read, model_variables(config), *rest, is_leaf=is_variable)
 
 
 def _read_leaf(

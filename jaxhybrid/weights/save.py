@@ -10,10 +10,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxhybrid.errors import WeightsError
-from jaxhybrid.families import FileTensor, weight_names
+from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import Params
 from jaxhybrid.weights.files import INDEX_FILE, SINGLE_FILE, write_safetensors
+from jaxhybrid.weights.names import FileTensor, file_tensors
 
 
 def save_weights(
@@ -33,7 +33,7 @@ def save_weights(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = weight_names(config)
+    entries = file_tensors(config)
     shards = _plan(entries, np.dtype(dtype), max_shard_bytes)
     names = [_shard_name(i, len(shards)) for i in range(len(shards))]
     writer = jax.process_index() == 0

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxhybrid.model.params import is_spec
 
 from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig, RopeConfig
-from jaxhybrid.model.params import is_spec
 from jaxhybrid.model.transformer import Model, declare
 
 SOFT, LIN = FULL_ATTENTION, GATED_DELTANET

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxhybrid.model.params import is_spec
 from safetensors import safe_open
 
 from jaxhybrid.data.vocabulary import load_vocabulary
@@ -18,7 +19,6 @@ from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export import folder as export_folder
 from jaxhybrid.export.folder import CODE_FILES, REMOTE_CODE, export
 from jaxhybrid.model.config import GatedDeltaNetConfig
-from jaxhybrid.model.params import is_spec
 from jaxhybrid.model.transformer import Model, declare
 from jaxhybrid.weights.huggingface import HUB_FILES, load_student
 from tests.export.students import CASES, make_student

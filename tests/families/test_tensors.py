@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from jaxhybrid.families.tensors import FOLDED, SAME, TAPS, linear
+from jaxhybrid.model.params import count_parameters
 
 from jaxhybrid.families import weight_names
-from jaxhybrid.families.tensors import FOLDED, SAME, TAPS, linear
 from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.model.params import count_parameters
 from jaxhybrid.model.transformer import declare
 
 LAYOUTS = {

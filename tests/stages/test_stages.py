@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxhybrid.model.params import initialize
 
 from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig
-from jaxhybrid.model.params import initialize
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
 from jaxhybrid.model.transformer import (
     candidate_hidden_states,

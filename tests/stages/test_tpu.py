@@ -37,9 +37,9 @@ def compile_alignment_step():
     from jax.experimental import topologies
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
+    from jaxhybrid.model.params import abstract
 
     from jaxhybrid.model.config import ModelConfig
-    from jaxhybrid.model.params import abstract
     from jaxhybrid.model.partition import make_mesh, param_shardings
     from jaxhybrid.model.transformer import declare
     from jaxhybrid.settings import MixerConfig

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxhybrid.model.params import is_spec
 
 from jaxhybrid.model.config import FULL_ATTENTION, MIXER_KINDS, GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.model.params import is_spec
 from jaxhybrid.model.transformer import declare
 from jaxhybrid.train.optimizer import OptimizerConfig, decays, make_optimizer, parameter_groups, start, update
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxhybrid.model.params import abstract, initialize, is_spec
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.config import GATED_DELTANET as G
 from jaxhybrid.model.config import GatedDeltaNetConfig
-from jaxhybrid.model.params import abstract, initialize, is_spec
 from jaxhybrid.model.transformer import Model, declare, forward
 from jaxhybrid.weights.convert import convert
 

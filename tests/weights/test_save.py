@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxhybrid.model.params import is_spec
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.families import config_to_hf, student_config_to_hf
 from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.model.params import is_spec
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import declare, forward
 from jaxhybrid.weights.huggingface import load_student, load_teacher

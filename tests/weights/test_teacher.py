@@ -9,11 +9,11 @@ import pytest
 import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxhybrid.model.params import is_spec
 from transformers import AutoModelForCausalLM
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import FAMILIES
-from jaxhybrid.model.params import is_spec
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import declare, forward
 from jaxhybrid.weights.huggingface import load_teacher

@@ -1,9 +1,9 @@
-"""The token mixers a layer can have. Each module offers `declare`, `initial_state` and `apply`."""
+"""The token mixers a layer can have. A new one is a class like `GLA` in a file of its own, and a name here."""
 
-from types import ModuleType
+from jaxhybrid.model.attention import Attention
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNet
+from jaxhybrid.model.mixers.gla import GLA
+from jaxhybrid.model.mixers.linear import LinearMixer
 
-from jaxhybrid.model import attention
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET
-from jaxhybrid.model.mixers import gated_deltanet
-
-MIXERS: dict[str, ModuleType] = {FULL_ATTENTION: attention, GATED_DELTANET: gated_deltanet}
+LINEAR_MIXERS: dict[str, type[LinearMixer]] = {mixer.kind: mixer for mixer in (GatedDeltaNet, GLA)}
+MIXERS: dict[str, type[Attention] | type[LinearMixer]] = {Attention.kind: Attention, **LINEAR_MIXERS}

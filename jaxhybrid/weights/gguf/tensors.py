@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from jaxhybrid.errors import WeightsError
-from jaxhybrid.families import hf_to_config, weight_names
+from jaxhybrid.families import hf_to_config
 from jaxhybrid.weights.files import stream_safetensors
 from jaxhybrid.weights.gguf.config import ROPE_FACTORS
 from jaxhybrid.weights.gguf.model import OTHER_FILE, GgufModel
+from jaxhybrid.weights.names import file_tensors
 
 NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 MODEL_PARTS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -50,7 +51,7 @@ def write_weights(model: GgufModel, config: dict[str, Any], path: Path) -> None:
 
 def _sources(model: GgufModel, config: dict[str, Any]) -> dict[str, str]:
     """Hugging Face name -> GGUF name, of exactly the tensors that the config asks for."""
-    expected = {entry.name: entry.file_shape for entry in weight_names(hf_to_config(config))}
+    expected = {entry.name: entry.file_shape for entry in file_tensors(hf_to_config(config))}
     sources = {}
     for tensor in model.tensors:
         if tensor == ROPE_FACTORS:

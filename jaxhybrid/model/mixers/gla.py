@@ -1,0 +1,72 @@
+"""Gated Linear Attention (arXiv 2312.06635): a decay of its own for every channel of a key.
+
+S_t = diag(a_t) S_{t-1} + k_t v_t',   o_t = S_t' q_t / sqrt(K),   a_t = sigmoid(W_2 W_1 x + b)^(1 / 16)
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.model.blueprint import Exact, Params, normal, zeros
+from jaxhybrid.model.config import MixerConfig, ModelConfig, option
+from jaxhybrid.model.layers import Linear, TokenContext
+from jaxhybrid.model.mixers.linear import LinearMixer, recurrence, slow_half_lives
+
+NORMALIZER = 16  # log a_t = logsigmoid(...) / NORMALIZER
+
+
+@dataclass(frozen=True)
+class GLAConfig(MixerConfig):
+    """A GLA layer as in KL-guided layer selection (`gla_v1`): keys as wide as values, a decay of low rank."""
+
+    kind = "gla"
+
+    decay_rank: int = option(16, "rank of the projection that decides the decays")
+
+    def __post_init__(self) -> None:
+        if self.decay_rank < 1:
+            raise ConfigError(f"mixer.decay_rank={self.decay_rank}: must be at least 1.")
+
+
+class GLA(LinearMixer):
+    kind = GLAConfig.kind
+    Config = GLAConfig
+    title = "Gated Linear Attention, arXiv 2312.06635"
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        mixer = config.mixer
+        assert isinstance(mixer, GLAConfig)
+        D, K, N, R = config.hidden_size, config.head_dim, config.num_states, mixer.decay_rank
+        slow = mixer.decay_init == "slow"
+        self.a_down_proj = Linear(rngs, (D, R), ("embed", None))
+        self.a_up_proj = Linear(
+            rngs, (R, N, K), (None, "heads", "head_dim"), bias=True,
+            init=zeros if slow else normal, bias_init=_half_life_bias if slow else zeros, bias_kind=Exact,
+        )  # fmt: skip
+
+    @classmethod
+    def describe(cls, config: ModelConfig) -> list[str]:
+        assert isinstance(config.mixer, GLAConfig)
+        return [*super().describe(config), f"decays of rank {config.mixer.decay_rank}"]
+
+    def __call__(
+        self, x_BTD: jax.Array, context: TokenContext, state: Params | None = None
+    ) -> tuple[jax.Array, Params | None]:
+        q, k, v = self.projected(x_BTD, context)
+        # In float32: in 16 bits a slow decay rounds to no decay.
+        logits = self.a_up_proj(self.a_down_proj(x_BTD, dtype=jnp.float32), dtype=jnp.float32)
+        log_decay = jax.nn.log_sigmoid(logits) / NORMALIZER
+        memory = None if state is None else state["memory"]
+        out, memory = recurrence(q, k, v, log_decay, None, context.segment_ids, memory)
+        return self.gated_output(out, x_BTD), None if state is None else {"memory": memory}
+
+
+def _half_life_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[N,K]: the half-lives of `slow_half_lives`, one for all channels of a state, where a_up_proj gives zero."""
+    decay = jnp.exp(-NORMALIZER * math.log(2.0) / slow_half_lives(shape[0]))  # sigmoid of the bias
+    return jnp.broadcast_to((jnp.log(decay) - jnp.log1p(-decay))[:, None], shape)

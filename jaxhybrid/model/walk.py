@@ -1,0 +1,145 @@
+"""The one loop over the layers: training, scoring, alignment and decoding are bodies of it.
+
+Layers of one kind are one `lax.scan`. Where kinds alternate there are two ways. By default all layers are one scan, in
+which a `lax.switch` picks the kind: compile time follows the kinds and not their pattern, and the choice may be traced.
+Each kind's rows are then spread over all layers, zeros where a layer is of another kind: rows taken by index from the
+whole stack would add a gradient of the whole stack in every turn. `by_run` scans each run of equal layers by itself:
+no choice at run time and nothing spread, which is for decoding, where there are states instead of gradients.
+"""
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhybrid.model.blueprint import Params, bind
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, layers_of_kind
+from jaxhybrid.model.layers import Block
+from jaxhybrid.model.mixers import MIXERS
+from jaxhybrid.model.partition import gather
+
+Mix = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+def walk(
+    params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    mix: Mix,
+    *,
+    extra: Params | None = None,
+    softmax: jax.Array | None = None,
+    by_run: bool = False,
+    remat: bool = False,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """x [B,T,D] through all blocks: x + mixed, then + mlp, where (mixed, result) = mix(norm x, mixer, extra).
+
+    Args:
+        params: of the whole model, in the compute dtype.
+        extra: per kind, what else `mix` gets: a stack with a row for each of its layers.
+        softmax: [L] bool, traced: see `hidden_states`.
+        remat: keep only x between the blocks for the backward pass.
+
+    Returns:
+        x after the last block, and by kind the stacked results. Where several kinds share a scan there are no extras
+        and no results: a `lax.switch` would have to make them for every kind.
+    """
+    results: dict[str, list[Any]] = {kind: [] for kind in config.layer_types}
+    for start, stop in _runs(config.layer_types) if by_run else [(0, config.num_layers)]:
+        kinds, which = _choice(config.layer_types[start:stop], softmax)
+        stacks, shared = {}, {}
+        for kind in kinds:
+            stack = params["mixers"][kind]
+            if softmax is None:
+                stacks[kind] = spread(stack, config.layer_types, kind, start, stop)
+            elif jax.tree.leaves(stack)[0].shape[0] == config.num_layers:
+                stacks[kind] = stack
+            else:
+                shared[kind] = gather(jax.tree.map(lambda w: jnp.squeeze(w, 0), stack))
+        own = None if extra is None else spread(extra[kinds[0]], config.layer_types, kinds[0], start, stop)
+
+        def body(x: jax.Array, scanned: Any, kinds: Any = kinds, shared: Params = shared) -> tuple[jax.Array, Any]:
+            which, block_params, rows, own = scanned
+            block = bind(Block, config, gather(block_params))
+
+            def branch(kind: str) -> Callable[..., tuple[jax.Array, Any]]:
+                def run(normed: jax.Array, rows: Params) -> tuple[jax.Array, Any]:
+                    with jax.named_scope(kind):
+                        mixer = bind(MIXERS[kind], config, shared[kind] if kind in shared else gather(rows[kind]))
+                        return mix(normed, mixer, own)
+
+                return run
+
+            normed = block.input_norm(x)
+            if len(kinds) == 1:
+                mixed, result = branch(kinds[0])(normed, rows)
+            else:
+                mixed, result = jax.lax.switch(which, [branch(kind) for kind in kinds], normed, rows)
+            return block.add_mlp(x + mixed), result
+
+        scanned = which, take_layers(params["blocks"], start, stop), stacks, own
+        x, result = jax.lax.scan(jax.checkpoint(body) if remat else body, x, scanned)
+        if len(kinds) == 1:
+            results[kinds[0]].append(result)
+    return x, {kind: _joined(found) for kind, found in results.items() if found}
+
+
+def _runs(layer_types: tuple[str, ...]) -> list[tuple[int, int]]:
+    """[start, stop) of neighbouring layers of one kind."""
+    ends = np.cumsum([len(list(group)) for _, group in groupby(layer_types)]).tolist()
+    return list(zip([0, *ends], ends))
+
+
+def _choice(layer_types: tuple[str, ...], softmax: jax.Array | None) -> tuple[tuple[str, ...], jax.Array]:
+    """The kinds of some layers, and which of them each layer is."""
+    kinds = tuple(dict.fromkeys(layer_types))
+    if softmax is None:
+        return kinds, jnp.array([kinds.index(kind) for kind in layer_types], jnp.int32)
+    (linear,) = kinds
+    return (linear, FULL_ATTENTION), softmax.astype(jnp.int32)
+
+
+def spread(stack: Any, layer_types: tuple[str, ...], kind: str, start: int = 0, stop: int | None = None) -> Any:
+    """A kind's rows at its layers of [start, stop), zeros at the others."""
+    places, types = layers_of_kind(layer_types, kind), layer_types[start:stop]
+
+    def own(x: jax.Array) -> jax.Array:
+        nothing = jnp.zeros_like(take_layers(x, 0, 1))
+        pieces = []
+        for begin, end in _runs(types):
+            if types[begin] == kind:
+                first = places.index(start + begin)
+                pieces.append(take_layers(x, first, first + end - begin))
+            else:
+                pieces.append(jnp.broadcast_to(nothing, (end - begin, *x.shape[1:])))
+        return _joined(pieces)
+
+    return jax.tree.map(own, stack)
+
+
+def collect(rows: Any, layer_types: tuple[str, ...], kind: str) -> Any:
+    """The reverse of `spread` over all layers: the rows of a kind's layers."""
+    pieces = [take_layers(rows, begin, end) for begin, end in _runs(layer_types) if layer_types[begin] == kind]
+    return _joined(pieces)
+
+
+def _joined(runs: list[Any]) -> Any:
+    return runs[0] if len(runs) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *runs)
+
+
+def take_layers(stacked: Any, start: int, stop: int) -> Any:
+    """Rows [start, stop) of every stacked parameter.
+
+    By `split`, whose transpose is one concatenation, where that of slicing adds a zero-padded array per run.
+    """
+
+    def take(x: jax.Array) -> jax.Array:
+        if (start, stop) == (0, x.shape[0]):
+            return x
+        sizes = (start, stop - start, x.shape[0] - stop)
+        return jax.lax.split(x, sizes)[1]
+
+    return jax.tree.map(take, stacked)

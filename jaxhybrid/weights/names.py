@@ -1,0 +1,108 @@
+"""Hugging Face tensor names and layouts against the leaves of our parameter tree: one rule, read in both directions.
+
+A leaf's path is its name in the file, but for the few that a family renames (`Family.names`). A Hugging Face `Linear`
+holds [out, in] with heads folded into one axis; we hold [in..., out...] with heads as an axis of their own. Layers are
+separate tensors there and rows of one stacked leaf here.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxhybrid.families import family
+from jaxhybrid.model.blueprint import Exact, is_variable, variables
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, layers_of_kind
+from jaxhybrid.model.layers import Block
+from jaxhybrid.model.mixers import MIXERS
+from jaxhybrid.model.transformer import Ends
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor lies in the file, given the shape of our leaf for one layer. Both directions are views."""
+
+    file_shape: Callable[[Shape], Shape]
+    from_file: Callable[[np.ndarray, Shape], np.ndarray]
+    to_file: Callable[[np.ndarray], np.ndarray]
+
+
+def linear(inputs: int = 1) -> Layout:
+    """[out, in] in the file; our first `inputs` axes are its input."""
+
+    def file_shape(shape: Shape) -> Shape:
+        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+    def from_file(x: np.ndarray, shape: Shape) -> np.ndarray:
+        outputs = len(shape) - inputs  # axes are split before they are swapped, so that a memory map stays a view
+        split = x.reshape(*shape[inputs:], *shape[:inputs])
+        return split.transpose(*range(outputs, len(shape)), *range(outputs))
+
+    return Layout(file_shape, from_file, lambda x: x.reshape(math.prod(x.shape[:inputs]), -1).T)
+
+
+SAME = Layout(lambda shape: shape, lambda x, shape: x, lambda x: x)
+FOLDED = Layout(lambda shape: (math.prod(shape),), lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
+# Taps of a depthwise Conv1d, [channels, 1, W] in the file, [W, heads, head width] here.
+TAPS = Layout(
+    lambda shape: (math.prod(shape[1:]), 1, shape[0]),
+    lambda x, shape: np.moveaxis(x.reshape(*shape[1:], shape[0]), -1, 0),
+    lambda x: np.moveaxis(x, 0, -1).reshape(-1, 1, x.shape[0]),
+)
+
+
+class FileTensor(NamedTuple):
+    """One tensor of a weights file and where it lives in the tree."""
+
+    name: str  # in the file
+    path: tuple[str, ...]  # of the leaf
+    row: int | None  # of the stacked leaf; None: the leaf itself
+    shape: Shape  # ours, of the one layer
+    layout: Layout
+    float32: bool  # stored in float32 whatever the rest is
+
+    @property
+    def file_shape(self) -> Shape:
+        return self.layout.file_shape(self.shape)
+
+
+def file_tensors(config: ModelConfig) -> list[FileTensor]:
+    """Every tensor of a model of this config, in the order of a file: embedding, layer by layer, final norm, head."""
+    names = family(config.family).names
+
+    def entries(part: type[nnx.Module], place: tuple[str, ...], prefix: str, row: int | None) -> Iterator[FileTensor]:
+        declared = jax.tree_util.tree_flatten_with_path(variables(part, config), is_leaf=is_variable)[0]
+        for keys, variable in declared:
+            path = tuple(key.key for key in keys)
+            first = names.get(path[0], path[0])
+            suffix, layout = _leaf(path[-1], variable)
+            name = prefix + ".".join((first, *path[1:-1])) + suffix if suffix else prefix + ".".join((first, *path[1:]))
+            exact = isinstance(variable, Exact)
+            yield FileTensor(name, (*place, *path), row, variable.get_value().shape, layout, exact)
+
+    ends = list(entries(Ends, (), "", None))
+    tensors = [tensor for tensor in ends if tensor.path[0] == "embed"]
+    for layer, kind in enumerate(config.layer_types):
+        prefix, row = f"model.layers.{layer}.", layers_of_kind(config.layer_types, kind).index(layer)
+        room = "self_attn" if kind == FULL_ATTENTION else "linear_attn"
+        tensors += entries(MIXERS[kind], ("mixers", kind), f"{prefix}{room}.", row)
+        tensors += entries(Block, ("blocks",), prefix, layer)
+    return tensors + [tensor for tensor in ends if tensor.path[0] != "embed"]
+
+
+def _leaf(name: str, variable: nnx.Variable) -> tuple[str, Layout]:
+    """(what the file calls a module's own parameter of this name, how it lies there); empty: its own name."""
+    if name == "kernel":
+        return ".weight", linear(variable.get_metadata("inputs"))
+    return {
+        "bias": (".bias", FOLDED),
+        "scale": (".weight", SAME),
+        "embedding": (".weight", SAME),
+        "taps": (".weight", TAPS),
+    }.get(name, ("", SAME))
