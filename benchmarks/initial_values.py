@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxhybrid.data import heldout_batches, open_source, open_tokens
 from jaxhybrid.data.vocabulary import load_vocabulary
-from jaxhybrid.model.config import GATED_DELTANET, GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
 from jaxhybrid.weights.convert import convert
@@ -47,8 +47,8 @@ def main() -> None:
     print("|---|---|---|---|" + ("---|" if arguments.steps else ""))
     for gate, decay, expand in product(("random", "zero", "value"), ("fla", "slow"), (True, False)):
         mixer = GatedDeltaNetConfig(gate_init=gate, decay_init=decay, expand_kv=expand)
-        student = convert(teacher, (GATED_DELTANET,) * depth, mixer, jax.random.key(0))
-        static = {"teacher_config": teacher.config, "student_config": student.config, "dtype": jnp.float32}
+        student = convert(teacher, (GatedDeltaNetConfig.kind,) * depth, mixer, jax.random.key(0))
+        static = {"config": student.config, "dtype": jnp.float32}
         mixers = linear_mixers(student.params)
         optimizer = make_optimizer(OptimizerConfig(max(arguments.steps, 1), mixer_learning_rate=2e-3), mixers)
         measure = jax.jit(lambda mixers, batch, static=static: align_loss(mixers, teacher.params, batch, **static))

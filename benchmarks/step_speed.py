@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxhybrid.model.params import initialize
 from jaxhybrid_kernels import linear_attention
 
 from jaxhybrid.measure import peak_memory_bytes
-from jaxhybrid.model.config import GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
+from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers import gated_deltanet
-from jaxhybrid.model.transformer import declare
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.transformer import random_params
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
 
-    params = jax.jit(lambda key: initialize(declare(SMOLLM2), key))(jax.random.key(0))
+    params = jax.jit(lambda key: random_params(SMOLLM2, key))(jax.random.key(0))
     teacher = Model(params, SMOLLM2, None)
     frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     batch = packed_batch(arguments.rows, arguments.length)
@@ -87,14 +87,14 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.rows} rows of {arguments.length} tokens")
     for name in arguments.stages:
         stage, softmax, given = stages[name]
-        types = layer_types(SMOLLM2.num_layers, softmax, GATED_DELTANET)
+        types = layer_types(SMOLLM2.num_layers, softmax, GatedDeltaNetConfig.kind)
         student = convert(teacher, types, GatedDeltaNetConfig(), jax.random.key(1))
         for implementation in arguments.implementations:
             gated_deltanet.linear_attention = partial(linear_attention, implementation=implementation)
             trained = linear_mixers(student.params) if name == "align" else student.params
             trained = jax.tree.map(jnp.copy, trained)
             optimizer = make_optimizer(OptimizerConfig(100, mixer_learning_rate=1e-3), trained)
-            configs = {"teacher_config": SMOLLM2, "student_config": student.config}
+            configs = {"config": student.config}
             step = partial(stage, optimizer=optimizer, **configs, **given)
             seconds = seconds_per_step(step, start(trained, optimizer), frozen, batch, arguments.steps)
             print(

@@ -6,12 +6,23 @@ continued under another value of it.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
-from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.errors import ConfigError, TopologyError
+from jaxhybrid.model.config import MixerConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 
 Dtype = Literal["bfloat16", "float32"]
 Count = Annotated[int, Field(gt=0)]
@@ -60,27 +71,45 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class MixerConfig(Section):
+class MixerSection(Section):
     """The linear mixer that replaces softmax attention; `null` settings follow the teacher."""
 
-    kind: Literal["gated_deltanet"] = about("gated_deltanet", "which linear mixer")
-    expand_kv: bool = about(
-        True, "clone each K/V head for its group of query heads; false keeps one state per K/V head"
-    )
-    output_gate: bool = about(True, "multiply the normalised output by a gate of the input")
-    conv_size: Annotated[int, Field(ge=0)] = about(0, "taps of the causal short convolution on q, k, v; 0 has none")
-    rope: bool = about(False, "rotate q and k as the teacher does")
-    qkv_bias: bool | None = about(None, "carry the teacher's projection biases; null: if it has them")
-    qk_norm: bool | None = about(None, "carry the teacher's query and key norms; null: if it has them")
-    gate_init: Literal["random", "zero", "value"] = about(
-        "random", "output gate at the start: random, zero, copy of v_proj"
-    )
-    decay_init: Literal["fla", "slow"] = about(
-        "fla", "decays at the start: fla's random ranges, or half-lives 64 to 4096"
-    )
+    kind: Literal[tuple(LINEAR_MIXERS)] = about("gated_deltanet", "which linear mixer")  # type: ignore[valid-type]
 
-    def to_model(self) -> GatedDeltaNetConfig:
-        return GatedDeltaNetConfig(**self.model_dump(exclude={"kind"}))
+    @model_validator(mode="after")
+    def _check(self) -> "MixerSection":
+        own = {item.name for item in fields(LINEAR_MIXERS[self.kind].Config)}
+        for name, item in type(self).model_fields.items():
+            if name not in own | {"kind"} and getattr(self, name) != item.default:
+                raise ValueError(f"{name} is not a setting of {self.kind}; leave it out")
+        try:
+            self.to_model()
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("mixer.")) from error
+        return self
+
+    def to_model(self) -> MixerConfig:
+        """The mixer's own settings."""
+        known = LINEAR_MIXERS[self.kind].Config
+        return known(**{item.name: getattr(self, item.name) for item in fields(known)})
+
+
+def _mixer_fields() -> dict[str, Any]:
+    """Every setting that a mixer declares, under its own name: (type, default and meaning)."""
+    found: dict[str, Any] = {}
+    for mixer in LINEAR_MIXERS.values():
+        types = get_type_hints(mixer.Config)
+        for item in fields(mixer.Config):
+            found[item.name] = (types[item.name], about(item.default, item.metadata["about"]))
+    return found
+
+
+if TYPE_CHECKING:
+    MixerSettings = MixerSection
+else:
+    MixerSettings = create_model(
+        "MixerSettings", __base__=MixerSection, __doc__=MixerSection.__doc__, **_mixer_fields()
+    )
 
 
 class DataConfig(Section):
@@ -402,7 +431,7 @@ class RunConfig(Section):
     ignore_config_keys: Names = about((), "keys of the teacher's config.json that are unknown here and do not matter")
     seed: int = about(0, "seed of initial values and of the order of the text")
     dtype: Dtype = about("bfloat16", "type of the matrix products; masters, gates and states are float32")
-    mixer: MixerConfig = about(MixerConfig(), "the linear mixer")
+    mixer: MixerSettings = about(MixerSettings(), "the linear mixer")
     data: DataConfig = Field(description="text")
     mesh: MeshConfig = free(MeshConfig(), "devices")
     align: AlignConfig = about(AlignConfig(), "stage 1")

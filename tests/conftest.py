@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
-from jaxhybrid.model.params import initialize
 
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.transformer import Model, declare
+from jaxhybrid.model.transformer import Model, random_params
 from tests.runs import Workshop
 
 
@@ -38,7 +37,7 @@ def make_teacher(**changes):
         "max_position_embeddings": 64,
     }
     config = ModelConfig(**(settings | changes))
-    params = jax.jit(lambda key: initialize(declare(config), key))(jax.random.key(0))
+    params = jax.jit(lambda key: random_params(config, key))(jax.random.key(0))
     # Larger weights than an untrained model's, so that attention and the loss are not flat.
     return Model(jax.tree.map(lambda x: x * 6 if x.ndim > 2 else x, params), config)
 

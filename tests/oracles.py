@@ -4,36 +4,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhybrid.model import attention
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET
-from jaxhybrid.model.layers import rms_norm
+from jaxhybrid.model.blueprint import bind
+from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.layers import Block
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.transformer import add_mlp, embed, take_layer, token_context
+from jaxhybrid.model.transformer import embed, token_context
 
-# Leaves that weight decay may touch: matrices. Norms, biases, taps and decays it leaves alone.
-DECAYED = {
-    "embed", "head", "gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj",
-    "a_proj", "b_proj", "g_proj",
-}  # fmt: skip
+DECAYED = {"kernel", "embedding"}  # leaves that weight decay may touch here: matrices
 
 
-def plain_alignment(mixers, teacher, student_config, batch):
+def row(stack, index):
+    return jax.tree.map(lambda w: w[index], stack)
+
+
+def plain_alignment(mixers, teacher, config, batch):
     """Loss of every linear layer, teacher's walk written as a Python loop, no scan."""
-    config, params = teacher.config, teacher.params
-    context = token_context(config, batch["tokens"], batch["segment_ids"], None)
-    mask, x, losses, row = batch["segment_ids"] != 0, embed(params, batch["tokens"]), [], 0
-    for layer, kind in enumerate(student_config.layer_types):
-        block = take_layer(params["blocks"], layer)
-        normed = rms_norm(x, block["input_norm"], config.norm_eps)
-        attended = take_layer(params["mixers"][FULL_ATTENTION], layer)
-        target, _ = attention.apply(attended, config, normed, context)
-        if kind == GATED_DELTANET:
-            own = take_layer(mixers[GATED_DELTANET], row)
-            mixed, _ = MIXERS[GATED_DELTANET].apply(own, student_config, normed, context)
-            row += 1
+    params = teacher.params
+    context = token_context(teacher.config, batch["tokens"], batch["segment_ids"], None)
+    mask, x, losses = batch["segment_ids"] != 0, embed(teacher, batch["tokens"]), []
+    for layer, kind in enumerate(config.layer_types):
+        block = bind(Block, teacher.config, row(params["blocks"], layer))
+        normed = block.input_norm(x)
+        attention = bind(MIXERS[FULL_ATTENTION], teacher.config, row(params["mixers"][FULL_ATTENTION], layer))
+        target, _ = attention(normed, context)
+        if kind != FULL_ATTENTION:
+            mixed, _ = bind(MIXERS[kind], config, row(mixers[kind], len(losses)))(normed, context)
             distance = jnp.sqrt(jnp.sum((target - mixed) ** 2, -1) + 1e-12) / np.sqrt(config.hidden_size)
             losses.append(jnp.sum(distance * mask) / mask.sum())
-        x = add_mlp(block, config, x + target)
+        x = block.add_mlp(x + target)
     return jnp.stack(losses)
 
 

@@ -15,8 +15,11 @@ from jaxhybrid.config import (
     validate_against,
 )
 from jaxhybrid.errors import ConfigError, TopologyError
-from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.settings import MixerConfig
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.settings import MixerSettings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 MINIMAL = "name: a\nteacher: t\ndata:\n  train: pydoc\n"
@@ -54,9 +57,11 @@ def test_defaults_are_the_papers(load):
 
 
 def test_the_mixer_section_is_the_models_own():
-    assert set(MixerConfig.model_fields) - {"kind"} == {f.name for f in dataclasses.fields(GatedDeltaNetConfig)}
-    assert MixerConfig().to_model() == GatedDeltaNetConfig()
-    assert MixerConfig(conv_size=4, rope=True).to_model() == GatedDeltaNetConfig(conv_size=4, rope=True)
+    declared = {f.name for mixer in LINEAR_MIXERS.values() for f in dataclasses.fields(mixer.Config)}
+    assert set(MixerSettings.model_fields) - {"kind"} == declared
+    assert MixerSettings().to_model() == GatedDeltaNetConfig()
+    assert MixerSettings(conv_size=4, rope=True).to_model() == GatedDeltaNetConfig(conv_size=4, rope=True)
+    assert MixerSettings(kind="gla", decay_rank=8).to_model() == GLAConfig(decay_rank=8)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,9 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         ),
         (["name=a/b"], "name is 'a/b' (str); String should match pattern"),
         (["export.max_shard=5 GB"], "export.max_shard: '5 GB' is no size such as 5GB or 500MB."),
-        (["mixer.kind=gla"], "mixer.kind is 'gla' (str); it should be 'gated_deltanet'."),
+        (["mixer.kind=mamba"], "mixer.kind is 'mamba' (str); it should be 'gated_deltanet' or 'gla'."),
+        (["mixer.kind=gla", "mixer.conv_size=4"], "mixer: conv_size is not a setting of gla; leave it out"),
+        (["mixer.conv_size=1"], "mixer: conv_size=1: use 0 for no convolution"),
         (
             ["align.batch_size=7", "align.gradient_accumulation=2"],
             "align: batch_size 7 is not a multiple of gradient_accumulation 2.",

@@ -11,11 +11,11 @@ import pytest
 from jaxhybrid.config import load_config
 from jaxhybrid.disk import DiskPlan, require, size_text, used_bytes
 from jaxhybrid.errors import RunError
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.run_folder import RunFolder
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
-from jaxhybrid.weights.convert import resolve_mixer
 
 LLAMA = ModelConfig(
     family="llama", vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24,
@@ -27,8 +27,8 @@ RECIPE = Path(__file__).parent.parent / "configs" / "llama-3.2-3b-instruct.yaml"
 def plan(teacher, softmax, *overrides):
     linear = replace(
         teacher,
-        layer_types=(GATED_DELTANET,) * teacher.num_layers,
-        gated_deltanet=resolve_mixer(teacher, GatedDeltaNetConfig()),
+        layer_types=(GatedDeltaNetConfig.kind,) * teacher.num_layers,
+        mixer=GatedDeltaNetConfig().resolve(teacher),
     )
     types = (FULL_ATTENTION,) * softmax + linear.layer_types[softmax:]
     return DiskPlan(load_config(RECIPE, overrides), linear, linear.with_layers(types))

@@ -11,37 +11,42 @@ import pytest
 from jaxhybrid.errors import DataError
 from jaxhybrid.generate import generate
 from jaxhybrid.model.config import FULL_ATTENTION as F
-from jaxhybrid.model.config import GATED_DELTANET as G
-from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.decode import decode, initial_decode_state
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
+
+G = GatedDeltaNetConfig.kind
 
 PROMPTS = [[3, 9, 4, 17, 2], [8], [5, 6, 7, 11, 30, 31, 32, 40]]
 BUCKET = {"length_multiple": 8}  # prompts of one padded length share a program
 PATTERNS = {"softmax": (F,) * 2, "linear": (G,) * 2, "hybrid": (G, F, G)}
 
 
-@pytest.fixture(scope="module", params=["softmax", "linear", "hybrid", "conv", "grouped"])
+@pytest.fixture(scope="module", params=["softmax", "linear", "hybrid", "conv", "grouped", "gla"])
 def model(request):
     mixer = GatedDeltaNetConfig()
     if request.param == "conv":
         mixer = replace(mixer, conv_size=4, rope=True)
     if request.param == "grouped":
         mixer = replace(mixer, expand_kv=False)
-    pattern = PATTERNS.get(request.param, PATTERNS["hybrid"])
+    if request.param == "gla":
+        mixer = GLAConfig()
+    pattern = tuple(mixer.kind if kind == G else kind for kind in PATTERNS.get(request.param, PATTERNS["hybrid"]))
     make = jax.jit(convert, static_argnums=(1, 2))
     student = make(make_teacher(num_layers=len(pattern)), pattern, mixer, jax.random.key(2))
     if request.param == "conv":  # an identity convolution would hide a wrong state
-        taps = {name: w + 0.3 for name, w in student.params["mixers"][G].items() if name.endswith("_conv")}
+        mixers = student.params["mixers"][G]
+        taps = {name: {"taps": mixers[name]["taps"] + 0.3} for name in ("q_conv", "k_conv", "v_conv")}
         student.params["mixers"][G].update(taps)
     return student
 
 
 def recomputed(model, prompts, steps):
     """Greedy decoding with a whole forward pass per token, always over the same padded length."""
-    run = jax.jit(lambda tokens, segments: forward(model.params, model.config, tokens, segments))
+    run = jax.jit(lambda tokens, segments: forward(model, tokens, segments))
     texts = [list(prompt) for prompt in prompts]
     for _ in range(steps):
         rows, lengths = np.zeros((len(texts), 16), np.int32), np.array([len(text) for text in texts])
@@ -63,7 +68,7 @@ def test_greedy_equals_full_recomputation_and_batched_equals_single(model):
 
 def test_prefill_then_tokens_equals_prefill_of_all(model):
     tokens = jnp.array([[3, 9, 4, 17, 2, 8, 1]], jnp.int32)
-    step = jax.jit(partial(decode, model.params, model.config))
+    step = jax.jit(partial(decode, model))
     whole, _ = step(tokens, initial_decode_state(model.config, 1, 8))
     logits, state = step(tokens[:, :3], initial_decode_state(model.config, 1, 8))
     logits, state = step(tokens[:, 3:5], state)

@@ -32,36 +32,34 @@ def products(jaxpr):
 
 def makers_of_logits(model, batch):
     """name -> (function, arguments)"""
-    params, config, tokens = model.params, model.config, batch["tokens"]
-    optimizer = make_optimizer(OptimizerConfig(total_steps=1), params)
-    static = {"student_config": config, "optimizer": optimizer, **BF16}
+    config, tokens = model.config, batch["tokens"]
+    optimizer = make_optimizer(OptimizerConfig(total_steps=1), model.params)
+    static = {"config": config, "optimizer": optimizer, **BF16}
     places = {"tokens": tokens, "places": PLACES}
     return {
-        "forward": (partial(forward, config=config, **BF16), {"params": params, "tokens_BT": tokens}),
+        "forward": (partial(forward, **BF16), {"model": model, "tokens_BT": tokens}),
         "decode": (
-            partial(decode, config=config, **BF16),
-            {"params": params, "tokens_BT": tokens, "state": initial_decode_state(config, 8, 32, jnp.bfloat16)},
+            partial(decode, **BF16),
+            {"model": model, "tokens_BT": tokens, "state": initial_decode_state(config, 8, 32, jnp.bfloat16)},
         ),
-        "recall": (partial(_greedy_at, config=config, **BF16), {"params": params, "batch": places}),
+        "recall": (partial(_greedy_at, **BF16), {"model": model, "batch": places}),
         "harness": (
-            lambda params, **arrays: _continuations(params, **arrays, config=config, **BF16),
-            {"params": params, "tokens": tokens, "segments": tokens, "places": PLACES, "targets": PLACES},
+            lambda model, **arrays: _continuations(model, **arrays, **BF16),
+            {"model": model, "tokens": tokens, "segments": tokens, "places": PLACES, "targets": PLACES},
         ),
-        "quality": (lambda params, batch: _sums(params, config, params, config, batch, jnp.bfloat16), None),
+        "quality": (lambda model, batch: _sums(model, model, batch, jnp.bfloat16), None),
         "distill": (
-            lambda params, batch: distill_step(
-                start(params, optimizer), params, batch, teacher_config=config, **static
-            ),
+            lambda model, batch: distill_step(start(model.params, optimizer), model, batch, **static),
             None,
         ),
-        "finetune": (lambda params, batch: finetune_step(start(params, optimizer), batch, **static), None),
+        "finetune": (lambda model, batch: finetune_step(start(model.params, optimizer), batch, **static), None),
     }
 
 
 @pytest.mark.parametrize("name", ["forward", "decode", "recall", "harness", "quality", "distill", "finetune"])
 def test_logits_are_float32(name, teacher, batch):
     function, arguments = makers_of_logits(teacher, batch)[name]
-    program = jax.make_jaxpr(lambda given: function(**given))(arguments or {"params": teacher.params, "batch": batch})
+    program = jax.make_jaxpr(lambda given: function(**given))(arguments or {"model": teacher, "batch": batch})
     of_words = [out for out in products(program.jaxpr) if teacher.config.vocab_size in out.shape]
     assert of_words
     assert {out.dtype for out in of_words} == {jnp.dtype(jnp.float32)}

@@ -13,7 +13,8 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxhybrid.config import load_config
 from jaxhybrid.data import batches, heldout_batches, open_text
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET
+from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import Model, forward
 from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.weights.convert import convert, with_softmax_layers
@@ -21,7 +22,7 @@ from jaxhybrid.weights.huggingface import load_teacher
 from tests.oracles import plain_alignment
 from tests.runs import read, records
 
-F, G = FULL_ATTENTION, GATED_DELTANET
+F, G = FULL_ATTENTION, GatedDeltaNetConfig.kind
 RTOL = 2e-4  # float32 programs of two forms
 
 
@@ -65,13 +66,11 @@ def pieces(whole):
     return Pieces(whole.run)
 
 
-@partial(jax.jit, static_argnums=1)
-def logits(params, config, tokens, segments):
-    return forward(params, config, tokens, segments)
+logits = jax.jit(forward)
 
 
 def log_probabilities(model, batch):
-    x = np.asarray(logits(model.params, model.config, batch["tokens"], batch["segment_ids"]), np.float64)
+    x = np.asarray(logits(model, batch["tokens"], batch["segment_ids"]), np.float64)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
@@ -95,7 +94,7 @@ def cross_entropy(model, rows):
 
 
 def test_alignment_starts_from_the_converted_student(pieces):
-    losses = partial(plain_alignment, teacher=pieces.teacher, student_config=pieces.converted.config)
+    losses = partial(plain_alignment, teacher=pieces.teacher, config=pieces.converted.config)
     mixers, done = linear_mixers(pieces.converted.params), read(pieces.run / "align" / "done.json")
     first = records(pieces.run / "align")[0]
     np.testing.assert_allclose(first["layer_loss"], losses(mixers, batch=pieces.first_batch("align", 1)), rtol=RTOL)

@@ -6,13 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import yaml
-from jaxhybrid.model.params import initialize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jaxhybrid.families import config_to_hf
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.transformer import declare
+from jaxhybrid.model.transformer import random_params
 from jaxhybrid.weights.save import save_weights
 
 TEXT = "".join(f"{name} has the number {n * 37 % 1000} and likes the {name[::-1]}. " for n, name in enumerate(["anna",
@@ -59,7 +58,7 @@ def write_teacher(folder: Path, layers: int = 3) -> Path:
         max_position_embeddings=128,
         tie_embeddings=True,
     )
-    params = jax.jit(lambda key: initialize(declare(config), key))(jax.random.key(7))
+    params = jax.jit(lambda key: random_params(config, key))(jax.random.key(7))
     save_weights(jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params), config, folder, jnp.float32)
     hf = config_to_hf(config) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(hf))

@@ -22,13 +22,7 @@ from jaxhybrid.weights.huggingface import TERMS_FILES
 from jaxhybrid.weights.save import save_weights
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
-CODE_FILES = (
-    "configuration_jaxhybrid.py",
-    "linear_attention_jaxhybrid.py",
-    "modeling_jaxhybrid.py",
-    "packing_jaxhybrid.py",
-    "softmax_attention_jaxhybrid.py",
-)
+CODE_FILES = tuple(sorted(path.name for path in REMOTE_CODE.glob("*_jaxhybrid.py")))
 AUTO_MAP = {
     "AutoConfig": "configuration_jaxhybrid.JaxHybridConfig",
     "AutoModel": "modeling_jaxhybrid.JaxHybridModel",

@@ -13,7 +13,7 @@ from jaxhybrid.model.mixers import LINEAR_MIXERS
 
 STUDENT_TYPE = "jaxhybrid"
 LINEAR_ATTENTION = "linear_attention"  # transformers' name of a layer with a state of fixed size
-STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", *LINEAR_MIXERS)
+STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", *LINEAR_MIXERS)
 NOT_CARRIED = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
 
@@ -32,7 +32,7 @@ def write_student(family: Family, config: ModelConfig, teacher_hf_config: Mappin
         "layer_types": [FULL_ATTENTION if kind == FULL_ATTENTION else LINEAR_ATTENTION for kind in config.layer_types],
     }
     if config.mixer is not None:
-        hf[config.mixer.kind] = asdict(config.mixer)
+        hf |= {"linear_mixer": config.mixer.kind, config.mixer.kind: asdict(config.mixer)}
     return hf
 
 

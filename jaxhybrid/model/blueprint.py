@@ -67,7 +67,7 @@ def variables(part: type[nnx.Module], config: ModelConfig, layers: int | None = 
     """What `part` declares: a dict of Variables that hold shapes, of stacks of `layers` rows where that is given."""
 
     def stacked(variable: nnx.Variable) -> nnx.Variable:
-        shape, axes = variable.get_value().shape, variable.get_metadata("out_sharding")
+        shape, axes = variable.shape, variable.out_sharding
         return variable.replace(jax.ShapeDtypeStruct((layers, *shape), jnp.float32), out_sharding=("layers", *axes))
 
     declared = _blueprint(part, config)[1]
@@ -96,4 +96,4 @@ def cast(declared: Params, params: Params, dtype: Any) -> Params:
 
 
 def count_parameters(declared: Params) -> int:
-    return sum(math.prod(variable.get_value().shape) for variable in jax.tree.leaves(declared, is_leaf=is_variable))
+    return sum(math.prod(variable.shape) for variable in jax.tree.leaves(declared, is_leaf=is_variable))

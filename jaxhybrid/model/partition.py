@@ -74,7 +74,7 @@ def param_shardings(declared: Params, mesh: Mesh, rules: ShardingRules | None = 
     rules = rules or ShardingRules()
 
     def sharding(path: Any, variable: nnx.Variable) -> NamedSharding:
-        shape, partition = variable.get_value().shape, rules.spec(variable.get_metadata("out_sharding"))
+        shape, partition = variable.shape, rules.spec(variable.out_sharding)
         for size, axis in zip(shape, partition):
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxhybrid.checksums import MANIFEST, verify, write_manifest
 from jaxhybrid.errors import DamageError, RunError
 from jaxhybrid.files import make_folder, remove, storage_errors
+from jaxhybrid.train.earlier import LAYOUT, from_earlier_layout, in_earlier_layout
 
 Position = dict[str, Any]  # JSON: where the batch iterator is, and whatever else going on from here needs
 
@@ -130,7 +131,11 @@ def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         metadata = ocp.metadata(folder.absolute()).custom_metadata or {}
         if not whole and MANIFEST in metadata:
             raise DamageError(f"{folder / MANIFEST} is gone")
-        tree = ocp.load(folder.absolute(), abstract)
+        if metadata.get("layout") == LAYOUT:
+            tree = ocp.load(folder.absolute(), abstract)
+        else:
+            earlier = ocp.load(folder.absolute(), in_earlier_layout(abstract))
+            tree = from_earlier_layout(earlier, abstract)
     if not whole:
         warnings.warn(f"{folder} has no checksums: an earlier version wrote it. It is read unverified.", stacklevel=2)
     return tree, metadata
@@ -138,7 +143,7 @@ def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
 
 def _metadata(**custom: Any) -> dict[str, Any]:
     """What orbax keeps beside the arrays; from the manifest's name in it follows that there was one."""
-    return {**custom, MANIFEST: True}
+    return {**custom, MANIFEST: True, "layout": LAYOUT}
 
 
 def _set_aside(path: Path) -> Path:

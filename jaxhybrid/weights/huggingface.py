@@ -105,7 +105,7 @@ def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32, sha
     def read(path: Any, variable: nnx.Variable, sharding: Any = None) -> jax.Array:
         rows = sorted(by_path[tuple(key.key for key in path)], key=lambda entry: entry.row or 0)
         kept = jnp.float32 if isinstance(variable, Exact) else dtype
-        return _read_leaf(rows, stored, variable.get_value().shape, kept, sharding)
+        return _read_leaf(rows, stored, variable.shape, kept, sharding)
 
     rest = () if shardings is None else (shardings,)
     return jax.tree_util.tree_map_with_path(read, model_variables(config), *rest, is_leaf=is_variable)

@@ -84,7 +84,7 @@ def file_tensors(config: ModelConfig) -> list[FileTensor]:
             suffix, layout = _leaf(path[-1], variable)
             name = prefix + ".".join((first, *path[1:-1])) + suffix if suffix else prefix + ".".join((first, *path[1:]))
             exact = isinstance(variable, Exact)
-            yield FileTensor(name, (*place, *path), row, variable.get_value().shape, layout, exact)
+            yield FileTensor(name, (*place, *path), row, variable.shape, layout, exact)
 
     ends = list(entries(Ends, (), "", None))
     tensors = [tensor for tensor in ends if tensor.path[0] == "embed"]

@@ -95,7 +95,7 @@ def likelihood(opened, context, continuation):
     """By a forward pass over exactly these tokens, cut on the left to the context the model has."""
     model, _, _ = opened
     tokens = [*context, *continuation][-(model.config.max_position_embeddings + 1) :]
-    log_p = np.asarray(jax.nn.log_softmax(forward(model.params, model.config, jnp.asarray([tokens[:-1]]))[0]))
+    log_p = np.asarray(jax.nn.log_softmax(forward(model, jnp.asarray([tokens[:-1]]))[0]))
     log_p = log_p[len(tokens) - 1 - len(continuation) :]
     return log_p[np.arange(len(continuation)), continuation].sum(), bool((log_p.argmax(-1) == continuation).all())
 

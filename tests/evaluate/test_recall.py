@@ -16,7 +16,7 @@ from jaxhybrid.evaluate.recall import compare_recall, recall
 from jaxhybrid.evaluate.recall_figures import THIRDS, chance, interval, recall_figures
 from jaxhybrid.evaluate.recall_prompts import NAMES, RecallTask, recall_task, recall_tasks
 from jaxhybrid.model.partition import make_mesh, param_shardings
-from jaxhybrid.model.transformer import Model, declare, forward
+from jaxhybrid.model.transformer import Model, forward, model_variables
 from jaxhybrid.settings import RecallConfig
 
 BOS = "<s>"
@@ -230,7 +230,7 @@ def test_answers_are_those_of_greedy_decoding(teacher, monkeypatch):
     the first question of each prompt is answered rightly, with the number of the second one, with one that only begins
     like it, or with no listed number; the last question is always answered rightly."""
     mesh = make_mesh(1, 2, devices=jax.devices()[:2])
-    step = jax.jit(lambda tokens: jnp.argmax(forward(teacher.params, teacher.config, tokens), -1))
+    step = jax.jit(lambda tokens: jnp.argmax(forward(teacher, tokens), -1))
 
     def say(row):
         for _ in range(2):
@@ -284,7 +284,7 @@ def test_answers_are_those_of_greedy_decoding(teacher, monkeypatch):
         tokens[prompt, : len(row)] = row
     task = RecallTask(3, 0, tokens, places, answers, np.tile(np.arange(3), (5, 1)), np.full(5, 23))
     with jax.set_mesh(mesh):
-        params = jax.device_put(teacher.params, param_shardings(declare(teacher.config), mesh))
+        params = jax.device_put(teacher.params, param_shardings(model_variables(teacher.config), mesh))
         figures = recall(Model(params, teacher.config), task, mesh=mesh, batch_tokens=64, dtype=jnp.float32)
     right = (all_said == answers).all(-1)
     assert right[:, [0, 2]].tolist() == [[prompt == 0, True] for prompt in range(5)]
@@ -295,10 +295,8 @@ def test_answers_are_those_of_greedy_decoding(teacher, monkeypatch):
 def test_logits_are_not_rounded_before_the_choice(teacher):
     tokens = np.random.default_rng(0).integers(0, 61, (16, 32)).astype(np.int32)
     places = np.tile(np.arange(32), (16, 1))
-    chosen = probe._greedy_at(
-        teacher.params, {"tokens": tokens, "places": places}, config=teacher.config, dtype=jnp.bfloat16
-    )
-    logits = jax.jit(lambda tokens: forward(teacher.params, teacher.config, tokens, dtype=jnp.bfloat16))(tokens)
+    chosen = probe._greedy_at(teacher, {"tokens": tokens, "places": places}, dtype=jnp.bfloat16)
+    logits = jax.jit(lambda tokens: forward(teacher, tokens, dtype=jnp.bfloat16))(tokens)
     assert logits.dtype == jnp.float32
     np.testing.assert_array_equal(chosen, jnp.argmax(logits, -1))
     assert (np.asarray(chosen) != np.asarray(jnp.argmax(logits.astype(jnp.bfloat16), -1))).any()  # it would matter

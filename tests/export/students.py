@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxhybrid.model.params import is_spec
 
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig, RopeConfig
-from jaxhybrid.model.transformer import Model, declare
+from jaxhybrid.model.blueprint import is_variable
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, RopeConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.transformer import Model, model_variables
 
-SOFT, LIN = FULL_ATTENTION, GATED_DELTANET
+SOFT, LIN = FULL_ATTENTION, GatedDeltaNetConfig.kind
 PLAIN = GatedDeltaNetConfig(qkv_bias=False, qk_norm=False)
 FULL = GatedDeltaNetConfig(expand_kv=False, conv_size=4, rope=True, qkv_bias=True, qk_norm=True)
 LLAMA3 = RopeConfig("llama3", 500.0, factor=8.0, original_max_position_embeddings=32)
@@ -22,20 +23,20 @@ CASES = {
         "qkv_bias": True,
         "o_bias": True,
         "mlp_bias": True,
-        "gated_deltanet": GatedDeltaNetConfig(expand_kv=False, conv_size=4, rope=True, qkv_bias=True, qk_norm=False),
+        "mixer": GatedDeltaNetConfig(expand_kv=False, conv_size=4, rope=True, qkv_bias=True, qk_norm=False),
     },
     "qwen2": {
         "family": "qwen2",
         "qkv_bias": True,
         "rope": YARN,
-        "gated_deltanet": GatedDeltaNetConfig(output_gate=False, conv_size=2, qkv_bias=True, qk_norm=False),
+        "mixer": GatedDeltaNetConfig(output_gate=False, conv_size=2, qkv_bias=True, qk_norm=False),
     },
     "qwen2_bias_left": {"family": "qwen2", "qkv_bias": True, "tie_embeddings": True, "layer_types": (SOFT, LIN)},
     "qwen3": {
         "family": "qwen3",
         "qk_norm": True,
         "rope": RopeConfig("linear", 500.0, factor=2.0),
-        "gated_deltanet": GatedDeltaNetConfig(expand_kv=False, conv_size=4, qkv_bias=False, qk_norm=True),
+        "mixer": GatedDeltaNetConfig(expand_kv=False, conv_size=4, qkv_bias=False, qk_norm=True),
     },
     "qwen3_everything": {
         "family": "qwen3",
@@ -43,10 +44,10 @@ CASES = {
         "o_bias": True,
         "qk_norm": True,
         "rope": RopeConfig("dynamic", 500.0, factor=4.0),
-        "gated_deltanet": FULL,
+        "mixer": FULL,
         "head_dim": 32,  # heads wider than hidden_size / num_heads
     },
-    "all_softmax": {"layer_types": (SOFT, SOFT), "gated_deltanet": None},
+    "all_softmax": {"layer_types": (SOFT, SOFT), "mixer": None},
     "all_linear": {"layer_types": (LIN, LIN)},
 }
 
@@ -64,7 +65,7 @@ def make_student(folder, **changes):
         "norm_eps": 1e-4,  # a smaller one magnifies float32 rounding where a linear layer's output is small
         "max_position_embeddings": 64,
         "layer_types": (LIN, SOFT),
-        "gated_deltanet": PLAIN,
+        "mixer": PLAIN,
     }
     config = ModelConfig(**settings | changes)
     rng = np.random.default_rng(0)
@@ -73,11 +74,11 @@ def make_student(folder, **changes):
         name, noise = path[-1].key, rng.standard_normal(spec.shape)
         if name in ("A_log", "dt_bias"):
             values = noise
-        elif name.endswith("norm"):
+        elif name == "scale":
             values = 1 + 0.3 * noise
         else:  # projections, taps, biases: large enough that none of them is without effect
             values = 0.1 * noise
         return jnp.asarray(values, jnp.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, declare(config), is_leaf=is_spec)
+    params = jax.tree_util.tree_map_with_path(draw, model_variables(config), is_leaf=is_variable)
     return Model(params, config, str(folder))

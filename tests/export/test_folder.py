@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxhybrid.model.params import is_spec
 from safetensors import safe_open
 
 from jaxhybrid.data.vocabulary import load_vocabulary
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export import folder as export_folder
 from jaxhybrid.export.folder import CODE_FILES, REMOTE_CODE, export
-from jaxhybrid.model.config import GatedDeltaNetConfig
-from jaxhybrid.model.transformer import Model, declare
+from jaxhybrid.model.blueprint import Exact, is_variable
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.weights.huggingface import HUB_FILES, load_student
 from tests.export.students import CASES, make_student
 
@@ -164,7 +164,7 @@ def test_unwritable_place(teacher_folder):
         ({"family": "gpt2"}, "float32", "gpt2"),
         ({"qk_norm": True}, "float32", "qk_norm=True"),
         ({"family": "qwen2"}, "float32", "qwen2 model cannot have qkv_bias=False"),
-        ({"gated_deltanet": GatedDeltaNetConfig()}, "float32", "unset"),
+        ({"mixer": GatedDeltaNetConfig()}, "float32", "unset"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, changes, dtype, message):
@@ -184,7 +184,7 @@ def test_student_is_read_back_exactly(tmp_path, teacher_folder, case):
     half = load_student(export(student, tmp_path / "half", dtype="bfloat16"))
 
     def rounded(spec, found, expected):
-        expected = expected if spec.float32 else expected.astype(jnp.bfloat16).astype(jnp.float32)
+        expected = expected if isinstance(spec, Exact) else expected.astype(jnp.bfloat16).astype(jnp.float32)
         np.testing.assert_array_equal(found, expected)
 
-    jax.tree.map(rounded, declare(student.config), half.params, student.params, is_leaf=is_spec)
+    jax.tree.map(rounded, model_variables(student.config), half.params, student.params, is_leaf=is_variable)

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from jaxhybrid.export.card import TRANSFORMERS
 from jaxhybrid.export.folder import export
-from jaxhybrid.model.transformer import forward
+from jaxhybrid.model.transformer import Model, forward
 from tests.export.students import CASES, make_student
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def export_all(teacher_folder, place):
         student = make_student(teacher_folder, **changes)
         export(student, place / name / "model", dtype="float32")
         np.savez(place / name / "inputs.npz", tokens=tokens, segments=segments)
-        run = jax.jit(lambda params, ids, config=student.config: forward(params, config, tokens, ids))
+        run = jax.jit(lambda params, ids, config=student.config: forward(Model(params, config), tokens, ids))
         np.savez(place / name / "ours.npz", **{kind: run(student.params, ids) for kind, ids in documents.items()})
     return place
 

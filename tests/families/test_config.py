@@ -7,7 +7,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import FAMILIES, config_to_hf, hf_to_config, hf_to_student_config, student_config_to_hf
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, RopeConfig
+from jaxhybrid.model.config import FULL_ATTENTION, RopeConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 
 SHAPE = {
     "vocab_size": 101,
@@ -309,7 +310,7 @@ def test_student_round_trip(family, mixer):
     rope = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     teacher = base(family, rope_parameters=rope, eos_token_id=7, torch_dtype="bfloat16", transformers_version="4.40.0")
     config = dataclasses.replace(
-        hf_to_config(teacher), layer_types=(GATED_DELTANET, FULL_ATTENTION), gated_deltanet=mixer
+        hf_to_config(teacher), layer_types=(GatedDeltaNetConfig.kind, FULL_ATTENTION), mixer=mixer
     )
     hf = student_config_to_hf(config, teacher)
     assert hf["model_type"] == "jaxhybrid"
@@ -327,7 +328,7 @@ def test_student_round_trip(family, mixer):
 
 def test_student_settings_refused():
     config = dataclasses.replace(
-        hf_to_config(base()), layer_types=(GATED_DELTANET,) * 2, gated_deltanet=MIXERS[0]
+        hf_to_config(base()), layer_types=(GatedDeltaNetConfig.kind,) * 2, mixer=MIXERS[0]
     )  # fmt: skip
     hf = student_config_to_hf(config, {})
     for changes, part in (

@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
-from jaxhybrid.families.tensors import FOLDED, SAME, TAPS, linear
-from jaxhybrid.model.params import count_parameters
 
-from jaxhybrid.families import weight_names
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.model.transformer import declare
+from jaxhybrid.model.blueprint import count_parameters
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.transformer import model_variables
+from jaxhybrid.weights.names import FOLDED, SAME, TAPS, file_tensors, linear
 
 LAYOUTS = {
     "linear": (linear(), (6, 5), (5, 6)),
@@ -51,7 +51,7 @@ def test_what_a_projection_computes():
     np.testing.assert_allclose(np.einsum("hk,hkd->d", heads, ours), weight @ heads.reshape(12))
 
 
-@pytest.mark.parametrize("kinds", itertools.product([FULL_ATTENTION, GATED_DELTANET], repeat=3))
+@pytest.mark.parametrize("kinds", itertools.product([FULL_ATTENTION, GatedDeltaNetConfig.kind], repeat=3))
 @pytest.mark.parametrize("everything", [False, True])
 def test_every_number_has_one_place(kinds, everything):
     flag = everything
@@ -60,11 +60,11 @@ def test_every_number_has_one_place(kinds, everything):
     )  # fmt: skip
     config = ModelConfig(
         "llama", 53, 32, 40, 3, 4, 2, 6, 1e-5, 64, tie_embeddings=flag, qkv_bias=flag, o_bias=flag, mlp_bias=flag,
-        qk_norm=flag, layer_types=kinds, gated_deltanet=mixer,
+        qk_norm=flag, layer_types=kinds, mixer=mixer,
     )  # fmt: skip
-    tensors = weight_names(config)
+    tensors = file_tensors(config)
     assert len({tensor.name for tensor in tensors}) == len({(t.path, t.row) for t in tensors}) == len(tensors)
-    assert sum(int(np.prod(tensor.file_shape)) for tensor in tensors) == count_parameters(declare(config))
+    assert sum(int(np.prod(tensor.file_shape)) for tensor in tensors) == count_parameters(model_variables(config))
     for layer, kind in enumerate(kinds):
         prefix = "self_attn." if kind == FULL_ATTENTION else "linear_attn."
         found = [t for t in tensors if t.name.startswith(f"model.layers.{layer}.{prefix}")]

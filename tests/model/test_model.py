@@ -11,27 +11,34 @@ from jax.sharding import AxisType
 
 from jaxhybrid.errors import TopologyError
 from jaxhybrid.model import attention
+from jaxhybrid.model.blueprint import bind
 from jaxhybrid.model.config import FULL_ATTENTION as F
-from jaxhybrid.model.config import GATED_DELTANET as G
-from jaxhybrid.model.config import GatedDeltaNetConfig
-from jaxhybrid.model.layers import segment_positions
+from jaxhybrid.model.layers import Block, segment_positions
+from jaxhybrid.model.mixers import MIXERS
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.partition import ShardingRules, make_mesh, param_shardings
-from jaxhybrid.model.transformer import declare, forward, hidden_states, layer_runs
+from jaxhybrid.model.transformer import Model, embed, final_norm, forward, hidden_states, model_variables, token_context
+from jaxhybrid.model.walk import collect, spread, walk
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
+from tests.oracles import row
 
-MIXERS = {
+G = GatedDeltaNetConfig.kind
+
+SETTINGS = {
     "softmax": None,
     "linear": GatedDeltaNetConfig(),
     "convolved": GatedDeltaNetConfig(conv_size=3, rope=True, expand_kv=False),
+    "gla": GLAConfig(),
 }
 
 
-@pytest.fixture(scope="module", params=MIXERS)
+@pytest.fixture(scope="module", params=SETTINGS)
 def model(request):
-    teacher, mixer = make_teacher(num_layers=3), MIXERS[request.param]
+    teacher, mixer = make_teacher(num_layers=3), SETTINGS[request.param]
     make = jax.jit(convert, static_argnums=(1, 2))
-    return teacher if mixer is None else make(teacher, (G, F, G), mixer, jax.random.key(1))
+    return teacher if mixer is None else make(teacher, (mixer.kind, F, mixer.kind), mixer, jax.random.key(1))
 
 
 def logits(model, tokens, segments=None):
@@ -40,7 +47,7 @@ def logits(model, tokens, segments=None):
 
 @jax.jit
 def run(model, tokens, segments):
-    return forward(model.params, model.config, tokens, segments)
+    return forward(model, tokens, segments)
 
 
 def test_packed_documents_equal_separate_ones(model):
@@ -69,7 +76,7 @@ def test_later_tokens_do_not_change_earlier_ones(model):
 
 def test_remat_gives_the_same_gradients(model, batch):
     def loss(params, remat):
-        out = hidden_states(params, model.config, batch["tokens"], batch["segment_ids"], remat=remat)
+        out = hidden_states(Model(params, model.config), batch["tokens"], batch["segment_ids"], remat=remat)
         return jnp.mean(jnp.sin(out))
 
     plain, again = (jax.jit(jax.grad(partial(loss, remat=remat)))(model.params) for remat in (False, True))
@@ -79,8 +86,7 @@ def test_remat_gives_the_same_gradients(model, batch):
 
 
 def test_bfloat16_is_near_float32(model, batch):
-    lower = jax.jit(partial(forward, config=model.config, dtype=jnp.bfloat16))
-    low = lower(model.params, tokens_BT=batch["tokens"], segment_ids_BT=batch["segment_ids"])
+    low = jax.jit(partial(forward, dtype=jnp.bfloat16))(model, batch["tokens"], batch["segment_ids"])
     high = logits(model, batch["tokens"], batch["segment_ids"])
     a, b = np.asarray(low, np.float64).ravel(), np.asarray(high, np.float64).ravel()
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
@@ -102,11 +108,36 @@ def test_attention_in_blocks_equals_attention_at_once(monkeypatch, length):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), blocks, whole)
 
 
-def test_runs_cover_any_pattern():
-    runs = layer_runs((G, G, F, G, F, F))
-    assert [(run.kind, run.start, run.stop, run.first) for run in runs] == [
-        (G, 0, 2, 0), (F, 2, 3, 0), (G, 3, 4, 2), (F, 4, 6, 1),
-    ]  # fmt: skip
+@pytest.mark.parametrize("types", [(G, G, F, G, F, F), (F, F, G), (G,), (F, G, F, G)])
+def test_rows_are_spread_over_the_layers_and_collected_again(types):
+    for kind in dict.fromkeys(types):
+        layers = [layer for layer, name in enumerate(types) if name == kind]
+        rows = {"w": jnp.array(layers, jnp.float32)[:, None] + 1}
+        placed = spread(rows, types, kind)["w"][:, 0]
+        np.testing.assert_array_equal(placed, [layer + 1 if layer in layers else 0 for layer in range(len(types))])
+        np.testing.assert_array_equal(collect({"w": placed[:, None]}, types, kind)["w"], rows["w"])
+
+
+def test_layers_are_walked_in_one_scan_and_run_by_run_alike(model, batch):
+    """Against the blocks applied one after the other, each with its own row of its kind's stack."""
+    context = token_context(model.config, batch["tokens"], batch["segment_ids"], None)
+    params, used = model.params, dict.fromkeys(model.config.layer_types, 0)
+    expected = embed(model, batch["tokens"])
+    for layer, kind in enumerate(model.config.layer_types):
+        block = bind(Block, model.config, row(params["blocks"], layer))
+        mixer = bind(MIXERS[kind], model.config, row(params["mixers"][kind], used[kind]))
+        expected = block.add_mlp(expected + mixer(block.input_norm(expected), context)[0])
+        used[kind] += 1
+
+    @partial(jax.jit, static_argnums=1)
+    def walked(params, by_run):
+        x = embed(model, batch["tokens"])
+        return walk(params, model.config, x, lambda x, mixer, _: (mixer(x, context)[0], None), by_run=by_run)[0]
+
+    for by_run in (False, True):
+        np.testing.assert_allclose(walked(params, by_run), expected, rtol=1e-5, atol=1e-4)
+    hidden = hidden_states(model, batch["tokens"], batch["segment_ids"])
+    np.testing.assert_allclose(hidden, final_norm(model, expected), rtol=1e-5, atol=1e-4)
 
 
 def test_positions_restart_with_each_document():
@@ -132,7 +163,7 @@ def test_meshes_that_do_not_fit_are_refused(sizes, message):
 def test_a_width_that_does_not_divide_is_named(teacher):
     config = replace(teacher.config, hidden_size=36)
     with pytest.raises(TopologyError, match=r"36 does not divide over fsdp=8"):
-        param_shardings(declare(config), make_mesh(1, 8))
+        param_shardings(model_variables(config), make_mesh(1, 8))
 
 
 def test_a_rule_for_an_axis_not_built_is_refused():
@@ -151,4 +182,4 @@ def test_a_rule_for_an_axis_not_built_is_refused():
 def test_a_callers_mesh_of_another_kind_is_refused(teacher, shape, names, kind, message):
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
     with jax.set_mesh(mesh), pytest.raises(TopologyError, match=message):
-        forward(teacher.params, teacher.config, jnp.ones((8, 4), jnp.int32))
+        forward(teacher, jnp.ones((8, 4), jnp.int32))

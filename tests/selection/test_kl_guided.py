@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxhybrid.errors import ConfigError, DivergenceError, RunError
-from jaxhybrid.model.config import GATED_DELTANET, GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.selection.kl_guided import ScoringConfig, _Programs, score_candidates
@@ -42,7 +42,7 @@ def batch_of(number):
 
 @pytest.fixture(scope="module")
 def score(teacher, compiled_once):
-    student = convert(teacher, (GATED_DELTANET,) * 4, GatedDeltaNetConfig(), jax.random.key(1))
+    student = convert(teacher, (GatedDeltaNetConfig.kind,) * 4, GatedDeltaNetConfig(), jax.random.key(1))
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
 
     def run(folder, candidates=range(4), batches=Stream, **changes):

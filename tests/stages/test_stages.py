@@ -7,24 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxhybrid.model.params import initialize
 
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig
+from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
-from jaxhybrid.model.transformer import (
-    candidate_hidden_states,
-    declare,
-    hidden_states,
-)
+from jaxhybrid.model.transformer import Model, hidden_states, model_variables, outputs, random_params
 from jaxhybrid.stages.align import align_loss, align_step, alignment_gradients, linear_mixers
-from jaxhybrid.stages.distill import distill_step, teacher_outputs
+from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.stages.score import candidate_params, score_step
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from tests.oracles import plain_alignment
 
-F, G = FULL_ATTENTION, GATED_DELTANET
+F, G = FULL_ATTENTION, GatedDeltaNetConfig.kind
 MIXER = GatedDeltaNetConfig()
 # A large eps keeps the first Adam update proportional to the gradient: with none it is the sign of rounding noise.
 RATES = OptimizerConfig(total_steps=10, learning_rate=1e-3, mixer_learning_rate=1e-2, eps=1e-2)
@@ -51,9 +47,9 @@ def close(actual, expected, tolerance=1e-4):
 def test_alignment_gradients_equal_autodiff(which, request, teacher, batch):
     student = request.getfixturevalue(which)
     mixers = linear_mixers(student.params)
-    losses, gradients = jax.jit(
-        partial(alignment_gradients, teacher_config=teacher.config, student_config=student.config, dtype=jnp.float32)
-    )(mixers, teacher.params, batch)
+    losses, gradients = jax.jit(partial(alignment_gradients, config=student.config, dtype=jnp.float32))(
+        mixers, teacher, batch
+    )
     expected = jax.jit(jax.value_and_grad(lambda m: jnp.mean(plain_alignment(m, teacher, student.config, batch))))(
         mixers
     )
@@ -66,14 +62,12 @@ def test_alignment_memory_does_not_grow_with_depth(teacher):
     tokens, memory = 8 * 512, {}
     for depth in (4, 8):
         config = replace(teacher.config, num_layers=depth, layer_types=(F,) * depth)
-        student = replace(
-            config, layer_types=(G,) * depth, gated_deltanet=replace(MIXER, qkv_bias=False, qk_norm=False)
-        )
-        shapes = jax.eval_shape(lambda c=config: initialize(declare(c), jax.random.key(0)))
-        mixers = jax.eval_shape(lambda c=student: linear_mixers(initialize(declare(c), jax.random.key(0))))
+        student = replace(config, layer_types=(G,) * depth, mixer=replace(MIXER, qkv_bias=False, qk_norm=False))
+        shapes = jax.eval_shape(lambda c=config: random_params(c, jax.random.key(0)))
+        mixers = jax.eval_shape(lambda c=student: linear_mixers(random_params(c, jax.random.key(0))))
         batch = {name: jax.ShapeDtypeStruct((8, 512), jnp.int32) for name in ("tokens", "segment_ids")}
-        step = jax.jit(partial(alignment_gradients, teacher_config=config, student_config=student, dtype=jnp.float32))
-        compiled = step.lower(mixers, shapes, batch).compile()
+        step = jax.jit(partial(alignment_gradients, config=student, dtype=jnp.float32))
+        compiled = step.lower(mixers, Model(shapes, config), batch).compile()
         parameters = sum(x.size * 4 for x in jax.tree.leaves((shapes, mixers)))
         memory[depth] = compiled.memory_analysis().temp_size_in_bytes, parameters
     grown = memory[8][0] - memory[4][0]
@@ -82,44 +76,76 @@ def test_alignment_memory_does_not_grow_with_depth(teacher):
 
 
 def test_candidate_equals_the_hybrid_it_stands_for_in_one_program(teacher, linear, batch):
-    run = jax.jit(
-        lambda params, layer: candidate_hidden_states(
-            params, linear.config, G, layer, batch["tokens"], batch["segment_ids"]
-        )
-    )
+    @jax.jit
+    def run(params, layer):
+        student = Model(params, linear.config)
+        return hidden_states(student, batch["tokens"], batch["segment_ids"], softmax=jnp.arange(4) == layer)
+
     make = jax.jit(candidate_params)
     for layer in range(4):
         types = tuple(F if i == layer else G for i in range(4))
         hybrid = with_softmax_layers(linear, teacher, types)
-        expected = hidden_states(hybrid.params, hybrid.config, batch["tokens"], batch["segment_ids"])
-        actual = run(make(linear.params, teacher.params, jnp.int32(layer)), jnp.int32(layer))
+        expected = hidden_states(hybrid, batch["tokens"], batch["segment_ids"])
+        actual = run(make(linear, teacher, jnp.int32(layer)), jnp.int32(layer))
         np.testing.assert_allclose(actual, expected, atol=2e-5)
     assert run._cache_size() == 1
     assert make._cache_size() == 1
 
 
+def test_one_program_runs_every_hybrid(teacher, linear, batch):
+    """With attention of every layer at hand, any choice of softmax layers: values and each gradient."""
+    mixers = linear.params["mixers"] | {F: teacher.params["mixers"][F]}
+
+    @jax.jit
+    def loss(params, softmax):
+        student = Model(params, linear.config)
+        return jnp.sum(jnp.sin(hidden_states(student, batch["tokens"], batch["segment_ids"], softmax=softmax)))
+
+    gradients = jax.jit(jax.grad(loss))
+    for chosen in ((), (0, 3), (1, 2, 3), (0, 1, 2, 3)):
+        mask = jnp.isin(jnp.arange(4), jnp.array(chosen, jnp.int32))
+        params = linear.params | {"mixers": mixers}
+        types = tuple(F if i in chosen else G for i in range(4))
+        hybrid = with_softmax_layers(linear, teacher, types)
+
+        def plain(params, config=hybrid.config):
+            return jnp.sum(jnp.sin(hidden_states(Model(params, config), batch["tokens"], batch["segment_ids"])))
+
+        value, expected = jax.jit(jax.value_and_grad(plain))(hybrid.params)
+        np.testing.assert_allclose(loss(params, mask), value, rtol=1e-5)
+        actual = gradients(params, mask)
+        for kind, layers in ((F, chosen), (G, [i for i in range(4) if i not in chosen])):
+            if len(layers):
+                actual["mixers"][kind] = jax.tree.map(
+                    lambda w, at=tuple(layers): w[jnp.array(at)], actual["mixers"][kind]
+                )
+        actual["mixers"] = {kind: actual["mixers"][kind] for kind in expected["mixers"]}
+        close(actual, expected)
+    assert loss._cache_size() == gradients._cache_size() == 1
+
+
 def stage_steps(teacher, linear, hybrid, batch):
     """name -> (initial trainable params, what else is sharded like parameters, step(state, other, batch))."""
     align = linear_mixers(linear.params)
-    candidate = candidate_params(linear.params, teacher.params, jnp.int32(2))
+    candidate = candidate_params(linear, teacher, jnp.int32(2))
     configs = {"dtype": jnp.float32}
 
-    def score(state, teacher_params, batch, optimizer):
-        hidden, head = teacher_outputs(teacher_params, teacher.config, batch, jnp.float32)
+    def score(state, teacher, batch, optimizer):
+        hidden, head = outputs(teacher, batch["tokens"], batch["segment_ids"])
         return score_step(
             state, jnp.int32(2), {**batch, "teacher_hidden": hidden}, head,
-            student_config=linear.config, linear_kind=G, optimizer=optimizer, **configs,
+            config=linear.config, optimizer=optimizer, **configs,
         )  # fmt: skip
 
     def finetune(state, _, batch, optimizer):
-        return finetune_step(state, batch, student_config=hybrid.config, optimizer=optimizer, **configs)
+        return finetune_step(state, batch, config=hybrid.config, optimizer=optimizer, **configs)
 
     return {
-        "align": (align, partial(align_step, teacher_config=teacher.config, student_config=linear.config, **configs)),
+        "align": (align, partial(align_step, config=linear.config, **configs)),
         "score": (candidate, score),
         "distill": (
             hybrid.params,
-            partial(distill_step, teacher_config=teacher.config, student_config=hybrid.config, **configs),
+            partial(distill_step, config=hybrid.config, **configs),
         ),
         "finetune": (hybrid.params, finetune),
     }
@@ -127,7 +153,7 @@ def stage_steps(teacher, linear, hybrid, batch):
 
 def shardings_like(params, specs_by_name, mesh):
     """Shardings for a (sub)tree of parameters, found by the declared tree's leaves."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: specs_by_name[jax.tree_util.keystr(path[-1:])], params)
+    return jax.tree_util.tree_map_with_path(lambda path, x: specs_by_name[jax.tree_util.keystr(path[-2:])], params)
 
 
 @pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune"])
@@ -136,17 +162,17 @@ def test_eight_devices_equal_one(stage, shape, teacher, linear, hybrid, batch):
     params, step = stage_steps(teacher, linear, hybrid, batch)[stage]
     optimizer = make_optimizer(RATES, params)
     step = partial(step, optimizer=optimizer)
-    expected, metrics = jax.jit(step)(start(params, optimizer), teacher.params, batch)
+    expected, metrics = jax.jit(step)(start(params, optimizer), teacher, batch)
 
     mesh = make_mesh(*shape)
     by_name = {
-        jax.tree_util.keystr(path[-1:]): sharding
+        jax.tree_util.keystr(path[-2:]): sharding
         for config in (teacher.config, hybrid.config)
-        for path, sharding in jax.tree_util.tree_leaves_with_path(param_shardings(declare(config), mesh))
+        for path, sharding in jax.tree_util.tree_leaves_with_path(param_shardings(model_variables(config), mesh))
     }
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings_like(params, by_name, mesh))
-        placed_teacher = jax.device_put(teacher.params, shardings_like(teacher.params, by_name, mesh))
+        placed_teacher = jax.device_put(teacher, shardings_like(teacher, by_name, mesh))
         placed_batch = jax.device_put(batch, batch_sharding(mesh))
         state = jax.jit(lambda p: start(p, optimizer))(placed)
         actual, sharded_metrics = jax.jit(step)(state, placed_teacher, placed_batch)
@@ -157,7 +183,7 @@ def test_eight_devices_equal_one(stage, shape, teacher, linear, hybrid, batch):
 
 
 def test_alignment_loss_matches_the_training_loss(teacher, linear, batch):
-    static = {"teacher_config": teacher.config, "student_config": linear.config, "dtype": jnp.float32}
+    static = {"config": linear.config, "dtype": jnp.float32}
     mixers = linear_mixers(linear.params)
-    losses, _ = alignment_gradients(mixers, teacher.params, batch, **static)
-    np.testing.assert_allclose(align_loss(mixers, teacher.params, batch, **static), losses, rtol=1e-5)
+    losses, _ = alignment_gradients(mixers, teacher, batch, **static)
+    np.testing.assert_allclose(align_loss(mixers, teacher, batch, **static), losses, rtol=1e-5)

@@ -31,21 +31,21 @@ def test_alignment_step_compiles_with_kernels():
 def compile_alignment_step():
     """Prints the names of the kernels in the step for four v5e chips, parameters and batch split over them."""
     import re
+    from dataclasses import replace
 
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
-    from jaxhybrid.model.params import abstract
 
+    from jaxhybrid.model.blueprint import is_variable
     from jaxhybrid.model.config import ModelConfig
     from jaxhybrid.model.partition import make_mesh, param_shardings
-    from jaxhybrid.model.transformer import declare
-    from jaxhybrid.settings import MixerConfig
+    from jaxhybrid.model.transformer import Model, model_variables
+    from jaxhybrid.settings import MixerSettings
     from jaxhybrid.stages.align import align_step, linear_mixers
     from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
-    from jaxhybrid.weights.convert import resolve_mixer
 
     slice_of_four = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     mesh = make_mesh(data=1, fsdp=4, devices=slice_of_four.devices)
@@ -62,15 +62,16 @@ def compile_alignment_step():
         max_position_embeddings=2048,
         tie_embeddings=True,
     )
-    mixer = resolve_mixer(teacher, MixerConfig().to_model())
-    student = ModelConfig(**{**vars(teacher), "layer_types": ("gated_deltanet",) * 2, "gated_deltanet": mixer})
+    mixer = MixerSettings().to_model().resolve(teacher)
+    student = replace(teacher, layer_types=(mixer.kind,) * 2, mixer=mixer)
 
     def shapes(config):
-        specs = declare(config)
+        declared = model_variables(config)
         return jax.tree.map(
-            lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-            abstract(specs),
-            param_shardings(specs, mesh),
+            lambda variable, sharding: jax.ShapeDtypeStruct(variable.shape, jnp.float32, sharding=sharding),
+            declared,
+            param_shardings(declared, mesh),
+            is_leaf=is_variable,
         )
 
     with jax.set_mesh(mesh):
@@ -80,9 +81,9 @@ def compile_alignment_step():
         )
         state = jax.eval_shape(lambda params: start(params, optimizer), mixers)
         tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
-        step = partial(align_step, teacher_config=teacher, student_config=student, optimizer=optimizer)
+        step = partial(align_step, config=student, optimizer=optimizer)
         batch = {"tokens": tokens, "segment_ids": tokens}
-        compiled = jax.jit(step, donate_argnums=0).lower(state, shapes(teacher), batch).compile()
+        compiled = jax.jit(step, donate_argnums=0).lower(state, Model(shapes(teacher), teacher), batch).compile()
     print(json.dumps(sorted(set(re.findall(r"linear_attention_(?:forward|backward)", compiled.as_text())))))
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig
-from jaxhybrid.model.transformer import forward
+from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.transformer import Model, forward, hidden_states
 from jaxhybrid.stages.align import align_step, linear_mixers
-from jaxhybrid.stages.distill import distill_step, teacher_outputs
+from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.stages.score import candidate_params, score_step
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
@@ -18,7 +19,7 @@ from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
 from tests.oracles import AdamW, plain_alignment
 
-F, G = FULL_ATTENTION, GATED_DELTANET
+F, G = FULL_ATTENTION, GatedDeltaNetConfig.kind
 STEPS = 2
 LAYER = 1  # the candidate's softmax layer
 # Everything acts at once: warm-up, a falling rate, clipping, decay. The large eps keeps an update proportional to its
@@ -66,7 +67,7 @@ def uneven_batches():
 
 
 def log_probabilities(params, config, batch):
-    return jax.nn.log_softmax(forward(params, config, batch["tokens"], batch["segment_ids"]))
+    return jax.nn.log_softmax(forward(Model(params, config), batch["tokens"], batch["segment_ids"]))
 
 
 def dense_kl(params, config, teacher, batch):
@@ -95,35 +96,35 @@ def stage(name, teacher, linear, hybrid):
     """(what trains at first, step(state, batch), the same loss as one dense expression)."""
     dtype = {"dtype": jnp.float32}
     if name == "align":
-        static = {"teacher_config": teacher.config, "student_config": linear.config} | dtype
+        static = {"config": linear.config} | dtype
         return (
             linear_mixers(linear.params),
-            lambda state, batch, optimizer: align_step(state, teacher.params, batch, optimizer=optimizer, **static),
+            lambda state, batch, optimizer: align_step(state, teacher, batch, optimizer=optimizer, **static),
             lambda mixers, batch: jnp.mean(plain_alignment(mixers, teacher, linear.config, batch)),
         )
     if name == "score":
-        hidden_of = jax.vmap(lambda b: teacher_outputs(teacher.params, teacher.config, b, jnp.float32)[0])
-        head = teacher.params["head"]
+        hidden_of = jax.vmap(lambda b: hidden_states(teacher, b["tokens"], b["segment_ids"]))
+        head = teacher.head
 
         def step(state, batch, optimizer):
-            static = {"student_config": linear.config, "linear_kind": G, "optimizer": optimizer} | dtype
+            static = {"config": linear.config, "optimizer": optimizer} | dtype
             return score_step(state, jnp.int32(LAYER), batch | {"teacher_hidden": hidden_of(batch)}, head, **static)
 
         return (
-            candidate_params(linear.params, teacher.params, jnp.int32(LAYER)),
+            candidate_params(linear, teacher, jnp.int32(LAYER)),
             step,
             lambda params, batch: dense_kl(as_hybrid(params), hybrid.config, teacher, batch),
         )
     if name == "distill":
-        static = {"teacher_config": teacher.config, "student_config": hybrid.config} | dtype
+        static = {"config": hybrid.config} | dtype
         return (
             hybrid.params,
-            lambda state, batch, optimizer: distill_step(state, teacher.params, batch, optimizer=optimizer, **static),
+            lambda state, batch, optimizer: distill_step(state, teacher, batch, optimizer=optimizer, **static),
             lambda params, batch: dense_kl(params, hybrid.config, teacher, batch),
         )
     return (
         hybrid.params,
-        partial(finetune_step, student_config=hybrid.config, **dtype),
+        partial(finetune_step, config=hybrid.config, **dtype),
         lambda params, batch: dense_cross_entropy(params, hybrid.config, batch),
     )
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig
+from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, parameter_groups, schedule, start, update
 from jaxhybrid.weights.convert import convert
 
@@ -48,17 +49,15 @@ def test_both_groups_follow_their_own_rates():
 
 def test_every_leaf_has_its_group(teacher):
     mixer = GatedDeltaNetConfig(conv_size=2)
-    types = (GATED_DELTANET, FULL_ATTENTION, GATED_DELTANET, GATED_DELTANET)
+    types = (GatedDeltaNetConfig.kind, FULL_ATTENTION, GatedDeltaNetConfig.kind, GatedDeltaNetConfig.kind)
     shapes = jax.eval_shape(lambda: convert(teacher, types, mixer, jax.random.key(0)).params)
     groups = parameter_groups(shapes)
-    assert {name: group for name, group in groups.items() if isinstance(group, str)} == {
-        "embed": "rest", "head": "rest", "final_norm": "rest",
-    }  # fmt: skip
-    assert groups["blocks"] == {
-        "input_norm": "mixer", "post_norm": "rest", "gate_proj": "rest", "up_proj": "rest", "down_proj": "rest",
-    }  # fmt: skip
-    assert set(groups["mixers"]) == {FULL_ATTENTION, GATED_DELTANET}
-    assert set(jax.tree.leaves(groups["mixers"])) == {"mixer"}
+    blocks, mixers = groups.pop("blocks"), groups.pop("mixers")
+    assert groups == {"embed": {"embedding": "rest"}, "head": {"kernel": "rest"}, "final_norm": {"scale": "rest"}}
+    mlp = {name: {"kernel": "rest"} for name in ("gate_proj", "up_proj", "down_proj")}
+    assert blocks == {"input_norm": {"scale": "mixer"}, "post_norm": {"scale": "rest"}, "mlp": mlp}
+    assert set(mixers) == {FULL_ATTENTION, GatedDeltaNetConfig.kind}
+    assert set(jax.tree.leaves(mixers)) == {"mixer"}
 
 
 @pytest.mark.parametrize(("clip", "length"), [(None, 5.0), (2.5, 2.5), (7.0, 5.0)])

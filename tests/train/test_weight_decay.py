@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxhybrid.model.params import is_spec
 
-from jaxhybrid.model.config import FULL_ATTENTION, MIXER_KINDS, GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.model.transformer import declare
+from jaxhybrid.model.blueprint import Exact, is_variable
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.train.optimizer import OptimizerConfig, decays, make_optimizer, parameter_groups, start, update
 
 SMALL = ModelConfig(
     family="llama", vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
     head_dim=8, norm_eps=1e-5, max_position_embeddings=64, layer_types=(FULL_ATTENTION, "gated_deltanet"),
-    gated_deltanet=GatedDeltaNetConfig(qkv_bias=False, qk_norm=False),
+    mixer=GatedDeltaNetConfig(qkv_bias=False, qk_norm=False),
 )  # fmt: skip
 FLAGS = ("tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm")  # what families differ in
 MIXERS = [
@@ -29,47 +32,41 @@ MIXERS = [
 def configs():
     for values in product((True, False), repeat=len(FLAGS)):
         yield replace(SMALL, **dict(zip(FLAGS, values)))
-    for mixer in MIXERS:
-        yield replace(SMALL, gated_deltanet=mixer)
+    for mixer in (*MIXERS, GLAConfig(qkv_bias=True, qk_norm=True), GLAConfig(qkv_bias=False, qk_norm=False)):
+        yield replace(SMALL, mixer=mixer, layer_types=(FULL_ATTENTION, mixer.kind))
 
 
-def is_matrix(spec):
+def is_matrix(variable):
     """Read off the declaration: two axes or more in one layer, a vector of every head counting as one; what sets gates
     and decays stays float32."""
-    axes = [axis for axis in spec.axes if axis != "layers"]
+    axes = [axis for axis in variable.out_sharding if axis != "layers"]
     width = "heads" in axes and "head_dim" in axes
-    return len(axes) - width > 1 and not spec.float32
+    return len(axes) - width > 1 and not isinstance(variable, Exact)
 
 
 def test_every_parameter_is_labelled_by_its_name_as_its_declaration_has_it():
     labels = {}
     for config in configs():
-        for path, spec in jax.tree_util.tree_leaves_with_path(declare(config), is_leaf=is_spec):
-            assert decays(path) == is_matrix(spec), (jax.tree_util.keystr(path), spec.axes)
+        for path, variable in jax.tree_util.tree_leaves_with_path(model_variables(config), is_leaf=is_variable):
+            assert decays(path) == is_matrix(variable), jax.tree_util.keystr(path)
             labels[path[-1].key] = decays(path)
-    assert {name for name, decayed in labels.items() if decayed} == {
-        "embed", "head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "a_proj",
-        "b_proj", "g_proj", "q_conv", "k_conv", "v_conv",
-    }  # fmt: skip
-    assert {name for name, decayed in labels.items() if not decayed} == {
-        "input_norm", "post_norm", "final_norm", "q_norm", "k_norm", "o_norm", "q_bias", "k_bias", "v_bias", "o_bias",
-        "gate_bias", "up_bias", "down_bias", "A_log", "dt_bias",
-    }  # fmt: skip
+    assert {name for name, decayed in labels.items() if decayed} == {"kernel", "embedding", "taps"}
+    assert {name for name, decayed in labels.items() if not decayed} == {"scale", "bias", "A_log", "dt_bias"}
 
 
 def test_every_mixer_is_among_them():
     """A new mixer, or a new setting of one, belongs into the configs above."""
-    assert set(SMALL.layer_types) == set(MIXER_KINDS)
-    assert {f.name for f in fields(GatedDeltaNetConfig)} == {
-        "expand_kv", "output_gate", "conv_size", "rope", "qkv_bias", "qk_norm", "gate_init", "decay_init",
-    }  # fmt: skip
+    assert {kind for config in configs() for kind in config.layer_types} == {FULL_ATTENTION, *LINEAR_MIXERS}
+    shared = {"expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm", "gate_init", "decay_init"}
+    assert {f.name for f in fields(GatedDeltaNetConfig)} == {*shared, "conv_size"}
+    assert {f.name for f in fields(GLAConfig)} == {*shared, "decay_rank"}
 
 
 def test_only_matrices_shrink():
-    config = replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, gated_deltanet=MIXERS[0])
+    config = replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, mixer=MIXERS[0])
     rng = np.random.default_rng(0)
-    specs = declare(config)
-    params = jax.tree.map(lambda spec: rng.normal(size=spec.shape).astype(np.float32), specs, is_leaf=is_spec)
+    specs = model_variables(config)
+    params = jax.tree.map(lambda spec: rng.normal(size=spec.shape).astype(np.float32), specs, is_leaf=is_variable)
     rates = {"mixer": 0.1, "rest": 0.01}
     settings = OptimizerConfig(
         total_steps=2, learning_rate=rates["rest"], mixer_learning_rate=rates["mixer"], weight_decay=0.5

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from jaxhybrid.errors import WeightsError
-from jaxhybrid.model.transformer import forward
+from jaxhybrid.model.transformer import Model, forward
 from jaxhybrid.weights import demo
 from jaxhybrid.weights.files import stored_tensors
 from jaxhybrid.weights.huggingface import load_teacher
@@ -85,7 +85,7 @@ def rows(tokenizer):
 def test_logits_equal_transformers(model, reference, rows):
     """Logits reach 43, and thirty layers of float32 rounding take up to 2e-4 of that, by CPU: torch's own float32 was
     found 0.7e-4 and 1.7e-4 from its float64, ours 1.5e-4; from each other they were 0.9e-4 to 1.3e-4."""
-    found = np.asarray(forward(model.params, model.config, jnp.asarray(rows)))
+    found = np.asarray(forward(model, jnp.asarray(rows)))
     with torch.no_grad():
         expected = reference(torch.tensor(rows)).logits.numpy()
     assert np.abs(expected).max() > 20
@@ -96,7 +96,7 @@ def test_logits_equal_transformers(model, reference, rows):
 def test_logits_equal_transformers_in_float64(model, reference, rows):
     """The mathematics is the same; transformers keeps norms and softmax in float32."""
     with jax.enable_x64(True):
-        found = np.asarray(forward(model.params, model.config, jnp.asarray(rows), dtype=jnp.float64))
+        found = np.asarray(forward(model, jnp.asarray(rows), dtype=jnp.float64))
     with torch.no_grad():
         expected = copy.deepcopy(reference).double()(torch.tensor(rows)).logits.numpy()
     assert found.dtype == expected.dtype == np.float64
@@ -121,7 +121,7 @@ def test_digits_stand_alone(model, tokenizer, gguf_tokenizer):
     assert tokenizer.decode(ours) == tokenizer.decode(theirs) == text
 
     def cost(ids):
-        log_probabilities = jax.nn.log_softmax(forward(model.params, model.config, jnp.asarray([ids]))[0, :-1])
+        log_probabilities = jax.nn.log_softmax(forward(model, jnp.asarray([ids]))[0, :-1])
         return -float(np.take_along_axis(np.asarray(log_probabilities), np.asarray(ids)[1:, None], 1).sum())
 
     assert cost(ours) < cost(theirs) - 10  # nats
@@ -146,7 +146,7 @@ def test_chat_template_and_special_tokens(tokenizer, gguf_tokenizer):
 
 def test_the_model_speaks(model, tokenizer):
     ids = tokenizer("The capital of France is").input_ids
-    step = jax.jit(lambda params, tokens: forward(params, model.config, tokens)[0].argmax(-1))
+    step = jax.jit(lambda params, tokens: forward(Model(params, model.config), tokens)[0].argmax(-1))
     padded = np.zeros((1, 16), int)
     padded[0, : len(ids)] = ids
     for position in range(len(ids), 9):

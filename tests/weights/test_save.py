@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxhybrid.model.params import is_spec
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.families import config_to_hf, student_config_to_hf
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
+from jaxhybrid.model.blueprint import Exact, is_variable
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh, param_shardings
-from jaxhybrid.model.transformer import declare, forward
+from jaxhybrid.model.transformer import Model, forward, model_variables
 from jaxhybrid.weights.huggingface import load_student, load_teacher
 from jaxhybrid.weights.save import save_weights
 
@@ -31,12 +32,12 @@ BASE = ModelConfig(
     norm_eps=1e-5,
     max_position_embeddings=64,
 )
-PATTERN = (GATED_DELTANET, FULL_ATTENTION, GATED_DELTANET, GATED_DELTANET)
+PATTERN = (GatedDeltaNetConfig.kind, FULL_ATTENTION, GatedDeltaNetConfig.kind, GatedDeltaNetConfig.kind)
 MIXER = GatedDeltaNetConfig(qkv_bias=False, qk_norm=False)
 STUDENTS = {
-    "plain": dataclasses.replace(BASE, layer_types=PATTERN, gated_deltanet=MIXER),
+    "plain": dataclasses.replace(BASE, layer_types=PATTERN, mixer=MIXER),
     "all-linear": dataclasses.replace(
-        BASE, layer_types=(GATED_DELTANET,) * 4, gated_deltanet=MIXER, tie_embeddings=True
+        BASE, layer_types=(GatedDeltaNetConfig.kind,) * 4, mixer=MIXER, tie_embeddings=True
     ),
     "all-softmax": BASE,
     "everything": dataclasses.replace(
@@ -46,17 +47,17 @@ STUDENTS = {
         o_bias=True,
         qk_norm=True,
         layer_types=PATTERN,
-        gated_deltanet=GatedDeltaNetConfig(expand_kv=False, conv_size=4, rope=True, qkv_bias=True, qk_norm=True),
+        mixer=GatedDeltaNetConfig(expand_kv=False, conv_size=4, rope=True, qkv_bias=True, qk_norm=True),
     ),
     "qwen2-no-gate": dataclasses.replace(
         BASE,
         family="qwen2",
         qkv_bias=True,
         layer_types=PATTERN[::-1],
-        gated_deltanet=GatedDeltaNetConfig(output_gate=False, conv_size=3, qkv_bias=True, qk_norm=False),
+        mixer=GatedDeltaNetConfig(output_gate=False, conv_size=3, qkv_bias=True, qk_norm=False),
     ),
     "mlp-bias": dataclasses.replace(
-        BASE, mlp_bias=True, qkv_bias=True, o_bias=True, layer_types=PATTERN, gated_deltanet=MIXER
+        BASE, mlp_bias=True, qkv_bias=True, o_bias=True, layer_types=PATTERN, mixer=MIXER
     ),
 }  # fmt: skip
 
@@ -64,8 +65,10 @@ STUDENTS = {
 def random_params(config, seed=0):
     """Every number different, so that no two tensors or layers can be exchanged unseen."""
     rng = np.random.default_rng(seed)
-    specs = declare(config)
-    return jax.tree.map(lambda spec: jnp.asarray(rng.normal(0, 0.3, spec.shape), jnp.float32), specs, is_leaf=is_spec)
+    specs = model_variables(config)
+    return jax.tree.map(
+        lambda spec: jnp.asarray(rng.normal(0, 0.3, spec.shape), jnp.float32), specs, is_leaf=is_variable
+    )
 
 
 def write(folder, params, config, **options):
@@ -96,28 +99,28 @@ def test_names_and_layouts_of_a_linear_layer(tmp_path):
     params = random_params(config)
     save_weights(params, config, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    mixer = jax.device_get(params["mixers"][GATED_DELTANET])
+    mixer = jax.device_get(params["mixers"][GatedDeltaNetConfig.kind])
     layer, row = "model.layers.2.linear_attn.", 1  # the second linear layer
     expected = {
-        "q_proj.weight": mixer["q_proj"][row].reshape(32, 24).T,
-        "k_proj.weight": mixer["k_proj"][row].reshape(32, 12).T,
-        "v_proj.weight": mixer["v_proj"][row].reshape(32, 12).T,
-        "g_proj.weight": mixer["g_proj"][row].reshape(32, 24).T,
-        "a_proj.weight": mixer["a_proj"][row].T,
-        "b_proj.weight": mixer["b_proj"][row].T,
-        "o_proj.weight": mixer["o_proj"][row].reshape(24, 32).T,
-        "q_proj.bias": mixer["q_bias"][row].reshape(24),
-        "k_proj.bias": mixer["k_bias"][row].reshape(12),
-        "v_proj.bias": mixer["v_bias"][row].reshape(12),
-        "o_proj.bias": mixer["o_bias"][row],
+        "q_proj.weight": mixer["q_proj"]["kernel"][row].reshape(32, 24).T,
+        "k_proj.weight": mixer["k_proj"]["kernel"][row].reshape(32, 12).T,
+        "v_proj.weight": mixer["v_proj"]["kernel"][row].reshape(32, 12).T,
+        "g_proj.weight": mixer["g_proj"]["kernel"][row].reshape(32, 24).T,
+        "a_proj.weight": mixer["a_proj"]["kernel"][row].T,
+        "b_proj.weight": mixer["b_proj"]["kernel"][row].T,
+        "o_proj.weight": mixer["o_proj"]["kernel"][row].reshape(24, 32).T,
+        "q_proj.bias": mixer["q_proj"]["bias"][row].reshape(24),
+        "k_proj.bias": mixer["k_proj"]["bias"][row].reshape(12),
+        "v_proj.bias": mixer["v_proj"]["bias"][row].reshape(12),
+        "o_proj.bias": mixer["o_proj"]["bias"][row],
         "A_log": mixer["A_log"][row],
         "dt_bias": mixer["dt_bias"][row],
-        "o_norm.weight": mixer["o_norm"][row],
-        "q_norm.weight": mixer["q_norm"][row],
-        "k_norm.weight": mixer["k_norm"][row],
-        "q_conv.weight": mixer["q_conv"][row].reshape(4, 24).T[:, None],
-        "k_conv.weight": mixer["k_conv"][row].reshape(4, 12).T[:, None],
-        "v_conv.weight": mixer["v_conv"][row].reshape(4, 12).T[:, None],
+        "o_norm.weight": mixer["o_norm"]["scale"][row],
+        "q_norm.weight": mixer["q_norm"]["scale"][row],
+        "k_norm.weight": mixer["k_norm"]["scale"][row],
+        "q_conv.weight": mixer["q_conv"]["taps"][row].reshape(4, 24).T[:, None],
+        "k_conv.weight": mixer["k_conv"]["taps"][row].reshape(4, 12).T[:, None],
+        "v_conv.weight": mixer["v_conv"]["taps"][row].reshape(4, 12).T[:, None],
     }
     found = {name.removeprefix(layer): value for name, value in tensors.items() if name.startswith(layer)}
     assert found.keys() == expected.keys()
@@ -140,7 +143,7 @@ def test_transformers_reads_what_we_write(family, tmp_path):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = np.random.default_rng(0).integers(0, 53, (2, 30))
     expected = reference(reference.dummy_inputs["input_ids"].new_tensor(tokens)).logits.detach().numpy()
-    np.testing.assert_allclose(forward(params, config, jnp.asarray(tokens)), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(forward(Model(params, config), jnp.asarray(tokens)), expected, atol=1e-4, rtol=0)
 
 
 def test_bfloat16_keeps_decays_in_float32(tmp_path):
@@ -150,26 +153,26 @@ def test_bfloat16_keeps_decays_in_float32(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     wide = {name.split(".")[-1] for name, value in tensors.items() if value.dtype == np.float32}
     assert wide == {"A_log", "dt_bias"}
-    specs = declare(config)
+    specs = model_variables(config)
     expected = jax.tree.map(
-        lambda spec, x: x if spec.float32 else x.astype(jnp.bfloat16).astype(jnp.float32),
+        lambda spec, x: x if isinstance(spec, Exact) else x.astype(jnp.bfloat16).astype(jnp.float32),
         specs,
         params,
-        is_leaf=is_spec,
+        is_leaf=is_variable,
     )
     assert_equal(load_student(tmp_path).params, expected)
-    half = load_student(tmp_path, dtype=jnp.bfloat16).params["mixers"][GATED_DELTANET]
+    half = load_student(tmp_path, dtype=jnp.bfloat16).params["mixers"][GatedDeltaNetConfig.kind]
     assert half["A_log"].dtype == jnp.float32
-    assert half["q_proj"].dtype == jnp.bfloat16
+    assert half["q_proj"]["kernel"].dtype == jnp.bfloat16
 
 
 def test_sharded_parameters_are_written_whole(tmp_path):
     config = STUDENTS["plain"]
     params, mesh = random_params(config), make_mesh(fsdp=8)
     with jax.set_mesh(mesh):
-        write(tmp_path, jax.device_put(params, param_shardings(declare(config), mesh)), config)
+        write(tmp_path, jax.device_put(params, param_shardings(model_variables(config), mesh)), config)
         student = load_student(tmp_path, mesh=mesh)
-    assert student.params["blocks"]["up_proj"].sharding.mesh.size == 8
+    assert student.params["blocks"]["mlp"]["up_proj"]["kernel"].sharding.mesh.size == 8
     assert_equal(student.params, params)
 
 

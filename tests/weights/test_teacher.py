@@ -9,13 +9,13 @@ import pytest
 import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxhybrid.model.params import is_spec
 from transformers import AutoModelForCausalLM
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import FAMILIES
+from jaxhybrid.model.blueprint import is_variable
 from jaxhybrid.model.partition import make_mesh, param_shardings
-from jaxhybrid.model.transformer import declare, forward
+from jaxhybrid.model.transformer import forward, model_variables
 from jaxhybrid.weights.huggingface import load_teacher
 from tests.families.test_config import PASSED_OVER
 from tests.weights.conftest import make_torch_model
@@ -54,7 +54,7 @@ VARIANTS = {
 
 
 def logits(model, tokens, **options):
-    return np.asarray(forward(model.params, model.config, jnp.asarray(tokens), **options))
+    return np.asarray(forward(model, jnp.asarray(tokens), **options))
 
 
 def torch_logits(model, tokens):
@@ -147,9 +147,9 @@ def test_parameters_go_to_their_shards(saved):
     folder = saved(make_torch_model("qwen2"))
     whole, mesh = load_teacher(folder), make_mesh(fsdp=8)
     sharded = load_teacher(folder, mesh=mesh)
-    expected = param_shardings(declare(whole.config), mesh)
+    expected = param_shardings(model_variables(whole.config), mesh)
     assert jax.tree.map(lambda x: x.sharding, sharded.params) == expected
-    assert sharded.params["blocks"]["gate_proj"].addressable_shards[0].data.shape == (3, 8, 88)
+    assert sharded.params["blocks"]["mlp"]["gate_proj"]["kernel"].addressable_shards[0].data.shape == (3, 8, 88)
     jax.tree.map(np.testing.assert_array_equal, whole.params, jax.device_get(sharded.params))
 
 
@@ -160,11 +160,16 @@ def test_a_tree_of_shardings_also_over_layers_and_heads(saved):
 
     def sharding(spec):
         axes = {"layers": "data", "heads": "fsdp"}
-        return NamedSharding(mesh, P(*(axes.get(axis) for axis in spec.axes)))
+        return NamedSharding(mesh, P(*(axes.get(axis) for axis in spec.out_sharding)))
 
-    shardings = jax.tree.map(sharding, declare(whole.config), is_leaf=is_spec)
+    shardings = jax.tree.map(sharding, model_variables(whole.config), is_leaf=is_variable)
     sharded = load_teacher(folder, shardings=shardings)
-    assert sharded.params["mixers"]["full_attention"]["q_proj"].addressable_shards[0].data.shape == (1, 64, 2, 16)
+    assert sharded.params["mixers"]["full_attention"]["q_proj"]["kernel"].addressable_shards[0].data.shape == (
+        1,
+        64,
+        2,
+        16,
+    )
     jax.tree.map(np.testing.assert_array_equal, whole.params, jax.device_get(sharded.params))
     with pytest.raises(ConfigError, match="Both mesh and shardings"):
         load_teacher(folder, mesh=mesh, shardings=shardings)

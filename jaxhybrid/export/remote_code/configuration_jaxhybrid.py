@@ -1,19 +1,18 @@
-"""Config of a hybrid of softmax attention and Gated DeltaNet layers. Part of an exported folder: only transformers."""
+"""Config of a hybrid of softmax and linear attention layers. Part of an exported folder: only transformers."""
 
 from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-LINEAR_SETTINGS = ("expand_kv", "output_gate", "conv_size", "rope", "qkv_bias", "qk_norm")
-
 
 class JaxHybridConfig(PreTrainedConfig):
     """The base model's own keys, plus which layers are linear and what a linear layer is made of.
 
     `layer_types` holds "full_attention" or "linear_attention" per layer, the names transformers builds its caches from.
-    `gated_deltanet` describes the linear layers: `expand_kv` (one state per query head; else one per key/value head),
-    `output_gate`, `conv_size` (taps, 0 for none), `rope`, `qkv_bias`, `qk_norm`.
+    `linear_mixer` is what the linear layers are, gated_deltanet or gla, and the key of that name holds their settings:
+    `expand_kv` (one state per query head; else one per key/value head), `output_gate`, `rope`, `qkv_bias`, `qk_norm`,
+    and `conv_size` (taps of the convolution, 0 for none) or `decay_rank`.
     `base_model_type` names the softmax layers' kind: llama or mistral, qwen2 (q, k, v biases) or qwen3 (q, k norms).
     """
 
@@ -39,7 +38,7 @@ class JaxHybridConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
     layer_types: list[str] = field(default_factory=list)
-    gated_deltanet: dict[str, Any] = field(default_factory=dict)
+    linear_mixer: str = "gated_deltanet"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -58,11 +57,15 @@ class JaxHybridConfig(PreTrainedConfig):
         unknown = set(self.layer_types) - {"full_attention", "linear_attention"}
         if unknown:
             raise ValueError(f"layer_types has {sorted(unknown)}; known: full_attention, linear_attention.")
-        if "linear_attention" in self.layer_types:
-            missing = [name for name in LINEAR_SETTINGS if self.gated_deltanet.get(name) is None]
-            if missing:
-                raise ValueError(f"gated_deltanet lacks {', '.join(missing)}, which the linear layers need.")
         super().__post_init__(**kwargs)
+
+    def linear_settings(self, mixer: str, names: tuple[str, ...]) -> dict[str, Any]:
+        """The settings of the linear layers; all of `names` must be there."""
+        settings = getattr(self, mixer, None) or {}
+        missing = [name for name in names if settings.get(name) is None]
+        if missing:
+            raise ValueError(f"{mixer} lacks {', '.join(missing)}, which the linear layers need.")
+        return settings
 
     @property
     def number_of_conv_states(self) -> int:

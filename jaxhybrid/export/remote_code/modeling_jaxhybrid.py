@@ -1,4 +1,4 @@
-"""Hybrid of softmax attention and Gated DeltaNet layers for transformers. Part of the exported folder: torch only.
+"""Hybrid of softmax and linear attention layers for transformers. Part of the exported folder: torch only.
 
 Axes: B batch, T tokens. No keyword is swallowed: what a forward does not name it refuses.
 """
@@ -20,12 +20,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_jaxhybrid import JaxHybridConfig
-from .linear_attention_jaxhybrid import JaxHybridGatedDeltaNet, JaxHybridGateProjection, JaxHybridShortConvolution
+from .gated_deltanet_jaxhybrid import JaxHybridGatedDeltaNet
+from .gla_jaxhybrid import JaxHybridGLA
+from .linear_attention_jaxhybrid import JaxHybridGateProjection, JaxHybridLinearAttention, JaxHybridShortConvolution
 from .packing_jaxhybrid import Layout, is_padding_mask, lay_out, real_tokens, softmax_mask
 from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm, JaxHybridRotaryEmbedding
 
 # What transformers calls a cache: `past_key_values` until 5.23, then `cache`.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+LINEAR_MIXERS = {mixer.name: mixer for mixer in (JaxHybridGatedDeltaNet, JaxHybridGLA)}
 LAYOUT = 1  # which convolution state of the first linear layer holds the layout's memory; 0 is its convolution's own
 
 
@@ -49,7 +52,9 @@ class JaxHybridDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_linear = config.layer_types[layer_idx] == "linear_attention"
         if self.is_linear:
-            self.linear_attn = JaxHybridGatedDeltaNet(config, layer_idx)
+            if config.linear_mixer not in LINEAR_MIXERS:
+                raise ValueError(f"linear_mixer {config.linear_mixer!r} is not one of {', '.join(LINEAR_MIXERS)}.")
+            self.linear_attn = LINEAR_MIXERS[config.linear_mixer](config, layer_idx)
         else:
             self.self_attn = JaxHybridAttention(config, layer_idx)
         self.mlp = JaxHybridMLP(config)
@@ -95,7 +100,7 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, so no assisted generation
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "a_proj", "b_proj"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [name for mixer in LINEAR_MIXERS.values() for name in mixer.float32]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": JaxHybridDecoderLayer, "attentions": JaxHybridAttention}  # noqa: RUF012
 
     @torch.no_grad()
@@ -103,11 +108,12 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, JaxHybridGateProjection):
             init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, JaxHybridShortConvolution):  # the current token passes through
             init.copy_(module.weight, F.one_hot(torch.tensor(module.weight.shape[-1] - 1)).expand_as(module.weight))
-        elif isinstance(module, JaxHybridGatedDeltaNet):
-            init.zeros_(module.A_log)  # A = 1, and steps of softplus(-4.6) = 0.01: a half-life of 69 tokens
-            init.constant_(module.dt_bias, -4.6)
+        elif isinstance(module, JaxHybridLinearAttention):
+            module.init_own_weights()
         elif isinstance(module, JaxHybridRotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies()[0])
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from jaxhybrid.config import load_config
 from jaxhybrid.export.folder import export
-from jaxhybrid.model.config import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.pipeline import Pipeline
 from jaxhybrid.text import complete
@@ -61,7 +61,7 @@ def test_logits_are_those_of_the_model_the_file_was_made_from(name, tmp_path):
     teacher = load_teacher(file)
     with torch.no_grad():
         expected = model(torch.tensor(TOKENS)).logits.numpy()
-    found = np.asarray(forward(teacher.params, teacher.config, jnp.asarray(TOKENS)))
+    found = np.asarray(forward(teacher, jnp.asarray(TOKENS)))
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
     assert teacher.config.norm_eps == model.config.rms_norm_eps
     assert teacher.config.tie_embeddings == bool(model.config.tie_word_embeddings)
@@ -84,7 +84,7 @@ def test_quantised_weights_equal_transformers(family, head_dim, tmp_path):
         assert torch.equal(found[name], expected[name]), name
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS)).logits.numpy()
-    found = np.asarray(forward(teacher.params, teacher.config, jnp.asarray(TOKENS)))
+    found = np.asarray(forward(teacher, jnp.asarray(TOKENS)))
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
