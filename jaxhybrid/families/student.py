@@ -60,8 +60,9 @@ def read_student(families: Mapping[str, Family], hf: dict[str, Any]) -> ModelCon
     if not kinds:
         raise ConfigError("The student's config lacks layer_types.")
     mixer = _read_mixer(hf)
-    linear = LINEAR_ATTENTION if mixer is None else mixer.kind
-    types = tuple(FULL_ATTENTION if kind == FULL_ATTENTION else linear for kind in kinds)
+    if mixer is None and LINEAR_ATTENTION in kinds:
+        raise ConfigError(f"The student's config lacks the settings of its linear layers ({', '.join(LINEAR_MIXERS)}).")
+    types = tuple(mixer.kind if mixer and kind == LINEAR_ATTENTION else FULL_ATTENTION for kind in kinds)
     return replace(config, layer_types=types, mixer=mixer)
 
 

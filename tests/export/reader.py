@@ -24,7 +24,15 @@ import transformers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-GATES = ("a_proj.weight", "b_proj.weight", "A_log", "dt_bias")
+GATES = (
+    "a_proj.weight",
+    "b_proj.weight",
+    "A_log",
+    "dt_bias",
+    "a_down_proj.weight",
+    "a_up_proj.weight",
+    "a_up_proj.bias",
+)
 
 
 def load(folder, **options):

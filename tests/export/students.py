@@ -7,6 +7,7 @@ import numpy as np
 from jaxhybrid.model.blueprint import is_variable
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, RopeConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.transformer import Model, model_variables
 
 SOFT, LIN = FULL_ATTENTION, GatedDeltaNetConfig.kind
@@ -49,6 +50,15 @@ CASES = {
     },
     "all_softmax": {"layer_types": (SOFT, SOFT), "mixer": None},
     "all_linear": {"layer_types": (LIN, LIN)},
+    "gla": {"layer_types": ("gla", SOFT), "mixer": GLAConfig(qkv_bias=False, qk_norm=False, decay_rank=4)},
+    "gla_everything": {
+        "family": "qwen3",
+        "qkv_bias": True,
+        "o_bias": True,
+        "qk_norm": True,
+        "layer_types": (SOFT, "gla"),
+        "mixer": GLAConfig(expand_kv=False, rope=True, qkv_bias=True, qk_norm=True),
+    },
 }
 
 

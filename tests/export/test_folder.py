@@ -32,7 +32,9 @@ def test_what_is_in_the_folder(tmp_path, teacher_folder):
         "USE_POLICY.md",
         "config.json",
         "configuration_jaxhybrid.py",
+        "gated_deltanet_jaxhybrid.py",
         "generation_config.json",
+        "gla_jaxhybrid.py",
         "linear_attention_jaxhybrid.py",
         "model.safetensors",
         "modeling_jaxhybrid.py",
@@ -57,7 +59,7 @@ def test_what_is_in_the_folder(tmp_path, teacher_folder):
     with safe_open(target / "model.safetensors", "np") as weights:
         for name in weights.keys():  # noqa: SIM118
             kind = weights.get_slice(name).get_dtype()
-            assert kind == ("F32" if name.endswith(("A_log", "dt_bias")) else "BF16"), name
+            assert kind == ("F32" if name.endswith(("A_log", "dt_bias", "a_up_proj.bias")) else "BF16"), name
 
 
 def test_its_tokenizer_is_read_in_silence(tmp_path, teacher_folder, capfd):

@@ -10,13 +10,13 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from jaxhybrid.export.remote_code.configuration_jaxhybrid import JaxHybridConfig
-from jaxhybrid.export.remote_code.linear_attention_jaxhybrid import (
+from jaxhybrid.export.remote_code.gated_deltanet_jaxhybrid import (
     JaxHybridGatedDeltaNet,
     chunked_gated_delta_rule,
     gated_delta_rule_step,
 )
 from jaxhybrid.export.remote_code.modeling_jaxhybrid import JaxHybridForCausalLM
-from tests.export.models import DEFAULT_ROPE, FULL, HYBRID, PLAIN, SHAPE, make_model, shaken, tokens
+from tests.export.models import DEFAULT_ROPE, FULL, GLA, HYBRID, PLAIN, SHAPE, make_model, shaken, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_chunks_equal_the_recurrence(length):
 # --- caches and padding
 
 
-@pytest.mark.parametrize("linear", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("linear", [PLAIN, FULL, GLA], ids=["plain", "full", "gla"])
 def test_cached_forward_equals_whole(linear):
     model, x = make_model(linear), tokens(2, 90)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_cached_forward_equals_whole(linear):
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("linear", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("linear", [PLAIN, FULL, GLA], ids=["plain", "full", "gla"])
 @pytest.mark.parametrize("hole", [slice(0, 7), slice(30, 37), slice(83, 90)], ids=["left", "inside", "right"])
 def test_padding_equals_none(linear, hole):
     model, x = make_model(linear), tokens(2, 90)
@@ -156,7 +156,7 @@ def test_padding_equals_none(linear, hole):
     assert (rest - bare[:, kept[:60].sum() :]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("linear", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("linear", [PLAIN, FULL, GLA], ids=["plain", "full", "gla"])
 def test_generation(linear):
     model = make_model(linear)
     model.generation_config.eos_token_id = None
@@ -325,7 +325,7 @@ def test_save_and_load(tmp_path, tied):
 
 
 def test_fresh_linear_layers_start_sensibly():
-    model = JaxHybridForCausalLM(JaxHybridConfig(**SHAPE, layer_types=HYBRID, mixer=FULL))
+    model = JaxHybridForCausalLM(JaxHybridConfig(**SHAPE, layer_types=HYBRID, gated_deltanet=FULL))
     layer = model.model.layers[0].linear_attn
     assert torch.equal(layer.k_conv.weight[:, 0], torch.tensor([[0.0, 0, 0, 1]]).expand(16, 4))
     assert torch.allclose(
@@ -338,10 +338,12 @@ def test_fresh_linear_layers_start_sensibly():
     [
         ({"base_model_type": "gpt2"}, "base_model_type"),
         ({"layer_types": ["linear_attention", "mamba3", "full_attention"]}, "mamba3"),
-        ({"mixer": PLAIN | {"qk_norm": None}}, "lacks qk_norm"),
+        ({"gated_deltanet": PLAIN | {"qk_norm": None}}, "lacks qk_norm"),
+        ({"linear_mixer": "mamba"}, "linear_mixer 'mamba'"),
+        ({"linear_mixer": "gla"}, "gla lacks expand_kv"),
         ({"hidden_act": "gelu"}, "gelu"),
     ],
 )
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        JaxHybridConfig(**SHAPE | {"layer_types": HYBRID, "mixer": PLAIN} | changes)
+        JaxHybridForCausalLM(JaxHybridConfig(**SHAPE | {"layer_types": HYBRID, "gated_deltanet": PLAIN} | changes))

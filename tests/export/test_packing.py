@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening, DynamicCache
 from transformers.masking_utils import flash_attention_mask
 
-from tests.export.models import FULL, PLAIN, make_model, tokens
+from tests.export.models import FULL, GLA, PLAIN, make_model, tokens
 
 LENGTHS = (5, 70, 1, 2, 9)  # over chunks of 64, and shorter than the convolution
 SOFTMAX, LINEAR = ["full_attention"] * 2, ["linear_attention"] * 2
@@ -33,8 +33,8 @@ def apart(model, documents, start=0):
 
 @pytest.mark.parametrize(
     ("linear", "attn"),
-    [(PLAIN, "eager"), (FULL, "sdpa"), (SHORT, "sdpa"), (FULL, "flex_attention")],
-    ids=["plain-eager", "full-sdpa", "short-sdpa", "full-flex"],
+    [(PLAIN, "eager"), (FULL, "sdpa"), (SHORT, "sdpa"), (FULL, "flex_attention"), (GLA, "sdpa")],
+    ids=["plain-eager", "full-sdpa", "short-sdpa", "full-flex", "gla-sdpa"],
 )
 @torch.compiler.set_stance("force_eager")  # flex attention would compile for a minute
 def test_documents_of_a_row_are_apart(linear, attn):
@@ -76,7 +76,7 @@ def test_models_of_one_kind_of_layer(layer_types):
         assert model(row, position_ids=positions).get("past_key_values") is None
 
 
-@pytest.mark.parametrize("linear", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("linear", [PLAIN, FULL, GLA], ids=["plain", "full", "gla"])
 def test_rows_with_padding(linear):
     """Padding before, between and inside documents, at other places in each row."""
     model = make_model(linear)
@@ -100,7 +100,7 @@ def test_rows_with_padding(linear):
                 assert (logits[row, masks[row] == 1] - expected[row]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("linear", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("linear", [PLAIN, FULL, GLA], ids=["plain", "full", "gla"])
 @pytest.mark.parametrize("cuts", [(5, 6, 40, 75, 80, 82), (4, 76), (3, 77, 79)])
 def test_documents_that_start_in_a_later_call(linear, cuts):
     model = make_model(linear)
@@ -129,7 +129,7 @@ def test_generation_goes_on_with_the_last_document(layer_types):
         assert torch.equal(model.generate(row, position_ids=positions, **greedy, **options)[:, 17:], expected), options
 
 
-@pytest.mark.parametrize("linear", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("linear", [PLAIN, FULL, GLA], ids=["plain", "full", "gla"])
 def test_gradients_are_the_sum_over_documents(linear):
     model = make_model(linear).double()
     documents, row, positions = packed()

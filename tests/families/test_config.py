@@ -9,6 +9,7 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import FAMILIES, config_to_hf, hf_to_config, hf_to_student_config, student_config_to_hf
 from jaxhybrid.model.config import FULL_ATTENTION, RopeConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
 
 SHAPE = {
     "vocab_size": 101,
@@ -301,6 +302,7 @@ MIXERS = [
         expand_kv=False, output_gate=False, conv_size=4, rope=True, qkv_bias=True, qk_norm=True, gate_init="value",
         decay_init="slow",
     ),
+    GLAConfig(qkv_bias=False, qk_norm=False, decay_rank=4),
 ]  # fmt: skip
 
 
@@ -309,14 +311,13 @@ MIXERS = [
 def test_student_round_trip(family, mixer):
     rope = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     teacher = base(family, rope_parameters=rope, eos_token_id=7, torch_dtype="bfloat16", transformers_version="4.40.0")
-    config = dataclasses.replace(
-        hf_to_config(teacher), layer_types=(GatedDeltaNetConfig.kind, FULL_ATTENTION), mixer=mixer
-    )
+    config = dataclasses.replace(hf_to_config(teacher), layer_types=(mixer.kind, FULL_ATTENTION), mixer=mixer)
     hf = student_config_to_hf(config, teacher)
     assert hf["model_type"] == "jaxhybrid"
     assert hf["base_model_type"] == family
     assert hf["layer_types"] == ["linear_attention", "full_attention"]
-    assert hf["gated_deltanet"] == dataclasses.asdict(mixer)
+    assert hf["linear_mixer"] == mixer.kind
+    assert hf[mixer.kind] == dataclasses.asdict(mixer)
     assert hf["eos_token_id"] == 7
     assert not {"torch_dtype", "transformers_version", "rope_scaling", "rope_theta", "architectures"} & set(hf)
     assert all(hf[key] == value for key, value in SHAPE.items())
@@ -338,6 +339,7 @@ def test_student_settings_refused():
         ({"layer_types": None}, "layer_types"),
         ({"gated_deltanet": None}, "gated_deltanet"),
         ({"gated_deltanet": {"expand_v": 2}}, "expand_v"),
+        ({"gla": {"decay_rank": 4}}, "gated_deltanet and gla"),
         ({"strange": 1}, "strange=1"),
     ):
         with pytest.raises(ConfigError, match=part):

@@ -30,7 +30,7 @@ def chunked_gla(
         chunk = slice(begin, min(begin + CHUNK, T))
         q_chunk, (k_chunk, v_chunk, decays) = q[..., chunk, :], (x[:, :, chunk] for x in (k, v, log_decay))
         C = k_chunk.shape[2]
-        # between[i, j] = a_{j+1} .. a_i, summed from j on: a difference of sums from the start would round by their size.
+        # between[i, j] = a_{j+1} .. a_i, summed from j on: differences of sums from the start round by their size.
         past = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)[..., None]
         between = torch.where(past, decays[:, :, :, None], 0).cumsum(2).masked_fill(past.transpose(0, 1), float("-inf"))
         between = between.exp()  # [B,N,C,C,K]

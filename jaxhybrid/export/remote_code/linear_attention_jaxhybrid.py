@@ -82,9 +82,7 @@ class JaxHybridLinearAttention(nn.Module):
 
     name: ClassVar[str]  # of its settings in the config
     settings: ClassVar[tuple[str, ...]] = ("expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm")
-    float32: ClassVar[
-        tuple[str, ...]
-    ] = ()  # parameters, or modules, that keep float32 when a model is loaded in 16 bits
+    float32: ClassVar[tuple[str, ...]] = ()  # parameters or modules that stay float32 when a model is loaded in 16 bits
 
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__()
