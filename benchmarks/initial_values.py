@@ -51,7 +51,7 @@ def main() -> None:
         static = {"config": student.config, "dtype": jnp.float32}
         mixers = linear_mixers(student.params)
         optimizer = make_optimizer(OptimizerConfig(max(arguments.steps, 1), mixer_learning_rate=2e-3), mixers)
-        measure = jax.jit(lambda mixers, batch, static=static: align_loss(mixers, teacher.params, batch, **static))
+        measure = jax.jit(lambda mixers, batch, static=static: align_loss(mixers, teacher, batch, **static))
 
         def mean_loss(mixers: dict, measure=measure) -> float:
             return float(np.mean([measure(mixers, batch) for batch in measured]))
@@ -60,7 +60,7 @@ def main() -> None:
         if arguments.steps:
             step = jax.jit(
                 lambda state, batch, static=static, optimizer=optimizer: align_step(
-                    state, teacher.params, batch, optimizer=optimizer, **static
+                    state, teacher, batch, optimizer=optimizer, **static
                 ),
                 donate_argnums=0,
             )

@@ -19,15 +19,14 @@ from jaxhybrid_kernels import linear_attention
 
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.mixers import gated_deltanet
+from jaxhybrid.model.mixers import linear
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-from jaxhybrid.model.transformer import random_params
+from jaxhybrid.model.transformer import Model, random_params
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
 from jaxhybrid.weights.convert import convert
-from jaxhybrid.weights.huggingface import Model
 
 SMOLLM2 = ModelConfig(
     family="llama",
@@ -76,8 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     params = jax.jit(lambda key: random_params(SMOLLM2, key))(jax.random.key(0))
-    teacher = Model(params, SMOLLM2, None)
-    frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    teacher = Model(params, SMOLLM2)
+    frozen = teacher.cast(jnp.bfloat16)
     batch = packed_batch(arguments.rows, arguments.length)
     tokens = arguments.rows * arguments.length
     stages: dict[str, tuple[Any, tuple[int, ...], dict[str, int]]] = {
@@ -90,12 +89,11 @@ def main() -> None:
         types = layer_types(SMOLLM2.num_layers, softmax, GatedDeltaNetConfig.kind)
         student = convert(teacher, types, GatedDeltaNetConfig(), jax.random.key(1))
         for implementation in arguments.implementations:
-            gated_deltanet.linear_attention = partial(linear_attention, implementation=implementation)
+            linear.linear_attention = partial(linear_attention, implementation=implementation)
             trained = linear_mixers(student.params) if name == "align" else student.params
             trained = jax.tree.map(jnp.copy, trained)
             optimizer = make_optimizer(OptimizerConfig(100, mixer_learning_rate=1e-3), trained)
-            configs = {"config": student.config}
-            step = partial(stage, optimizer=optimizer, **configs, **given)
+            step = partial(stage, config=student.config, optimizer=optimizer, **given)
             seconds = seconds_per_step(step, start(trained, optimizer), frozen, batch, arguments.steps)
             print(
                 f"{name:8} {implementation:11} {1e3 * seconds:7.1f} ms a step, {tokens / seconds:9,.0f} tokens/s, "
