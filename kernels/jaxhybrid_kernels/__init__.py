@@ -1,14 +1,13 @@
 """Linear-attention operators for JAX: six recurrences, chunked and trainable, packed, with initial and final states."""
 
 from jaxhybrid_kernels import decode
-from jaxhybrid_kernels.api import linear_attention
+from jaxhybrid_kernels.api import IMPLEMENTATIONS, linear_attention
 from jaxhybrid_kernels.context import context_dplr_attention, context_linear_attention
 from jaxhybrid_kernels.context_convolution import context_short_convolution
 from jaxhybrid_kernels.debug import debug_checks
 from jaxhybrid_kernels.dplr import dplr_attention, dplr_attention_step
 from jaxhybrid_kernels.recurrent import linear_attention_step
 from jaxhybrid_kernels.short_convolution import short_convolution, short_convolution_step
-from jaxhybrid_kernels.validation import IMPLEMENTATIONS
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -42,6 +42,11 @@ class Chunks(NamedTuple):
         return self.log_decay is not None and self.log_decay.ndim == 5
 
 
+def default_chunk_size(T: int, largest: int) -> int:
+    """The power of two that covers T, between 16 and the largest."""
+    return next(size for size in (16, 32, 64, 128) if size >= min(T, largest))
+
+
 def make_chunks(inputs: Inputs, C: int, sizes: Sizes) -> Chunks:
     """Repeats shared heads, pads T to a multiple of C, zeroes padding tokens and brings the chunk axis to the front."""
     q, k, v, log_decay, beta, segment_ids = inputs

@@ -22,6 +22,8 @@ from jaxhybrid_kernels.numerics import materialize, product, target_platform
 from jaxhybrid_kernels.triangular_inverse import inverse_unit_lower
 from jaxhybrid_kernels.validation import Sizes
 
+type Plan = tuple[float, int, Sizes]  # all that is static: scale, tokens of a chunk, sizes
+
 
 class Residuals(NamedTuple):
     """What the backward keeps beside the inputs."""
@@ -64,9 +66,10 @@ def chunks_per_turn() -> int:
 
 
 def chunked_forward(
-    inputs: Inputs, initial_state: jax.Array, scale: float, C: int, sizes: Sizes
-) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    """((out, final state), residuals); see `linear_attention`. initial_state [B,N,K,V] in the state's dtype."""
+    inputs: Inputs, initial_state: jax.Array, plan: Plan, keep: bool
+) -> tuple[tuple[jax.Array, jax.Array], Residuals | None]:
+    """((out, final state), residuals if they are to be kept); initial_state [B,N,K,V] in the state's dtype."""
+    scale, C, sizes = plan
     chunks = make_chunks(inputs, C, sizes)
     operands = chunk_operands(chunks, scale)
     dtype = chunks.k.dtype
@@ -93,4 +96,5 @@ def chunked_forward(
     read, within = materialize((read, within))
     row_q = None if operands.row_in is None else operands.row_in[:, :, :, None]
     out = scale * scale_rows(read.astype(initial_state.dtype), row_q) + within
-    return (join_output(out.astype(inputs.v.dtype), sizes.T), final), Residuals(states, inverse)
+    residuals = Residuals(states, inverse) if keep else None
+    return (join_output(out.astype(inputs.v.dtype), sizes.T), final), residuals

@@ -17,6 +17,7 @@ from jax import lax
 from jaxhybrid_kernels.channel_gates import channel_gradients
 from jaxhybrid_kernels.chunk_layout import Chunks, Inputs, chunk_output_gradient, join_gradients, make_chunks
 from jaxhybrid_kernels.chunked import (
+    Plan,
     Residuals,
     chunk_operands,
     chunks_per_turn,
@@ -38,15 +39,10 @@ class StepGradients(NamedTuple):
 
 
 def chunked_backward(
-    inputs: Inputs,
-    residuals: Residuals,
-    d_out: jax.Array,
-    d_final: jax.Array,
-    scale: float,
-    C: int,
-    sizes: Sizes,
+    inputs: Inputs, residuals: Residuals, d_out: jax.Array, d_final: jax.Array, plan: Plan
 ) -> tuple[Inputs, jax.Array]:
     """(Gradients of the inputs in their dtypes and shapes, gradient of the initial state)."""
+    scale, C, sizes = plan
     chunks = make_chunks(inputs, C, sizes)
     operands = chunk_operands(chunks, scale)
     write, pair = through_inverse(operands, residuals.inverse)

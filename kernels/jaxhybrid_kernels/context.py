@@ -24,7 +24,7 @@ from jaxhybrid_kernels.dplr.inputs import Inputs as DplrInputs
 from jaxhybrid_kernels.dplr.inputs import check_inputs
 from jaxhybrid_kernels.mesh_axis import affine_prefix, axis_size, on_last_shard, opens_segment
 from jaxhybrid_kernels.norms import normalize_tokens
-from jaxhybrid_kernels.numerics import compute_dtype, product, state_dtype, varying_zero
+from jaxhybrid_kernels.numerics import compute_dtype, product, state_dtype, varying_alike
 from jaxhybrid_kernels.segments import segment_index, zero_padding
 from jaxhybrid_kernels.validation import check_norm_eps, check_sequence
 
@@ -109,9 +109,7 @@ def _over_shards(
         dtype = state_dtype(*inputs._replace(segment_ids=None), initial_state)
         (B, _, N, V), K = inputs.v.shape, inputs.k.shape[-1]
         state = jnp.zeros((B, N, K, V), dtype) if initial_state is None else initial_state.astype(dtype)
-        zero = varying_zero(*inputs, state)
-        inputs, state = jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, state))
-        out, final = _sharded(operator, axis_name, inputs, state)
+        out, final = _sharded(operator, axis_name, *varying_alike(inputs, state))
     return out, lax.psum(final, axis_name)
 
 

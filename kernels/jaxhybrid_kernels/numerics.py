@@ -57,6 +57,12 @@ def varying_zero(*arrays: jax.Array | None) -> jax.Array:
     return zero
 
 
+def varying_alike(inputs: Any, state: Any) -> Any:
+    """(inputs, state), all varying along every manual mesh axis along which any of them does."""
+    zero = varying_zero(*inputs, state)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, state))
+
+
 def split_axes(*arrays: jax.Array | None) -> list[str]:
     """Explicit mesh axes over which any of the arrays is split; none inside `jax.shard_map`, where axes are manual."""
     names = [axis for array in arrays if array is not None for axis in jax.typeof(array).sharding.spec]

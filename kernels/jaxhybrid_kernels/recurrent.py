@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.call import Call
 from jaxhybrid_kernels.norms import l2_normalize
 from jaxhybrid_kernels.numerics import product, state_dtype, varying_zero
 from jaxhybrid_kernels.segments import segment_starts, zero_padding
@@ -60,31 +61,21 @@ def step(
     return out.reshape(B, sizes.out_heads, sizes.V).astype(v.dtype), state
 
 
-def recurrent_linear_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array | None,
-    beta: jax.Array | None,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array | None,
-    scale: float,
-    sizes: Sizes,
-) -> tuple[jax.Array, jax.Array]:
+def recurrent_linear_attention(call: Call) -> tuple[jax.Array, jax.Array]:
     """`linear_attention` as a scan of steps; gradients keep one state per token: for a handful of tokens."""
-    dtype = state_dtype(q, k, v, log_decay, beta, initial_state)
-    shape = (sizes.B, sizes.N, sizes.K, sizes.V)
-    state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
-    state = state + varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state).astype(dtype)
+    call = call.normalized()
+    *sequence, segment_ids = call.inputs
+    state = call.state()
+    state = state + varying_zero(*call.inputs, call.initial_state).astype(state.dtype)
     starts = None if segment_ids is None else segment_starts(segment_ids)[..., None, None, None]
 
     def token(state, inputs):
         q_t, k_t, v_t, decay_t, beta_t, start = inputs
         state = state if start is None else jnp.where(start, 0, state)
-        out, state = step(q_t, k_t, v_t, decay_t, beta_t, state, scale, sizes)
+        out, state = step(q_t, k_t, v_t, decay_t, beta_t, state, call.scale, call.sizes)
         return state, out
 
     # Of zeros throughout, a token leaves the state as it is and puts out zero: that is all that padding takes.
-    arrays = jax.tree.map(lambda x: zero_padding(x, segment_ids), (q, k, v, log_decay, beta))
+    arrays = jax.tree.map(lambda x: zero_padding(x, segment_ids), sequence)
     final, out = lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*arrays, starts)))
     return jnp.moveaxis(out, 0, 1), final

@@ -10,24 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.call import Call
+from jaxhybrid_kernels.norms import l2_normalize
 from jaxhybrid_kernels.numerics import state_dtype, varying_zero
-from jaxhybrid_kernels.segments import segment_starts
-from jaxhybrid_kernels.validation import Sizes
+from jaxhybrid_kernels.segments import segment_starts, zero_padding
 
 
-def reference_linear_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array | None,
-    beta: jax.Array | None,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array | None,
-    scale: float,
-    sizes: Sizes,
-) -> tuple[jax.Array, jax.Array]:
+def reference_linear_attention(call: Call) -> tuple[jax.Array, jax.Array]:
     """Returns (out [B,T,max(Hq,N),V] in v's dtype, final state [B,N,K,V] in float32 or float64)."""
-    dtype = state_dtype(q, k, v, log_decay, beta, initial_state)
+    (q, k, v, log_decay, beta, segment_ids), sizes = call.inputs, call.sizes
+    if call.norm_eps is not None:
+        q, k = (l2_normalize(zero_padding(x, segment_ids), call.norm_eps) for x in (q, k))
+    dtype = state_dtype(q, k, v, log_decay, beta, call.initial_state)
     out_dtype = v.dtype
     B, T, N = v.shape[:3]
     queries = jnp.repeat(q, sizes.out_heads // sizes.Hq, axis=2).astype(dtype)
@@ -43,8 +37,8 @@ def reference_linear_attention(
     else:
         real = segment_ids != 0
         start = segment_starts(segment_ids)
-    state = jnp.zeros((B, N, sizes.K, sizes.V), dtype) if initial_state is None else initial_state.astype(dtype)
-    state = state + varying_zero(q, k, v, log_decay, beta, segment_ids, initial_state).astype(dtype)
+    state = call.state()
+    state = state + varying_zero(q, k, v, log_decay, beta, segment_ids, call.initial_state).astype(dtype)
 
     def token(state, inputs):
         q_t, k_t, v_t, decay_t, rate_t, real_t, start_t = inputs
@@ -55,7 +49,7 @@ def reference_linear_attention(
             update = rate_t[..., None] * (v_t - predicted)
         new = past + k_t[..., None] * update[..., None, :]
         new = jnp.where(real_t[:, None, None, None], new, state)
-        out = scale * jnp.einsum("bnkv,bnrk->bnrv", new, q_t, precision=lax.Precision.HIGHEST)
+        out = call.scale * jnp.einsum("bnkv,bnrk->bnrv", new, q_t, precision=lax.Precision.HIGHEST)
         return new, jnp.where(real_t[:, None, None, None], out, 0)
 
     sequence = (queries, keys, values, decay, rate, real, start)

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 
 from jaxhybrid_kernels.debug import check_log_decay
 
-IMPLEMENTATIONS = ("reference", "recurrent", "xla", "pallas_tpu", "pallas_gpu")
-
 
 class Sizes(NamedTuple):
     """B batch, T tokens, Hq query heads, Hk key heads, N states (value heads), K key width, V value width."""
@@ -28,13 +26,6 @@ class Sizes(NamedTuple):
     @property
     def out_heads(self) -> int:
         return max(self.Hq, self.N)
-
-
-def check_implementation(name: str | None) -> None:
-    if name is None or name in IMPLEMENTATIONS:
-        return
-    available = ", ".join(IMPLEMENTATIONS)
-    raise ValueError(f"implementation={name!r} is unknown; available: {available}.")
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import PartitionSpec as P
-from jaxhybrid_kernels import linear_attention, linear_attention_step
+from jaxhybrid_kernels import api, dplr_attention, linear_attention, linear_attention_step, register
+from jaxhybrid_kernels.dplr import api as dplr_api
 from jaxhybrid_kernels.triangular_inverse import inverse_unit_lower
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_chunk_gated_delta_rule,
@@ -23,6 +24,38 @@ def test_unavailable_implementation_is_refused(suite, name):
     arrays = float32(suite.make_case("gated_deltanet", 8))
     with pytest.raises(ValueError, match=rf"implementation='{name}'.*available: reference, recurrent, xla"):
         linear_attention(**arrays, implementation=name)
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "changes", "chosen"),
+    [
+        ("cpu", 2, {}, "xla"),
+        ("cpu", 1, {}, "recurrent"),
+        ("tpu", 2, {}, "pallas_tpu"),
+        ("tpu", 1, {}, "recurrent"),
+        ("tpu", 2, {"chunk_size": 32}, "xla"),
+        ("tpu", 2, {"implementation": "reference"}, "reference"),
+        ("cpu", 2, {"implementation": "pallas_tpu"}, "pallas_tpu"),
+    ],
+)
+@pytest.mark.parametrize(("module", "operator", "arrays"), [(api, linear_attention, 3), (dplr_api, dplr_attention, 6)])
+def test_choice(monkeypatch, module, operator, arrays, platform, tokens, changes, chosen):
+    """Kernels by default where they are at home, for more than one token, unless they refuse; by name anywhere."""
+    monkeypatch.setattr(register, "target_platform", lambda: platform)
+    for name, entry in module.REGISTER.items():
+        monkeypatch.setitem(module.REGISTER, name, entry._replace(run=lambda call, name=name: name))
+    assert operator(*[jnp.zeros((1, tokens, 1, 16))] * arrays, **changes) == chosen
+
+
+def test_a_new_entry_is_available_and_preferred(monkeypatch):
+    mine = register.Implementation(lambda call: "mine", lambda call: None if call.sizes.K == 16 else "K is not 16")
+    monkeypatch.setattr(api, "REGISTER", {"mine": mine} | api.REGISTER)
+    q = jnp.zeros((1, 2, 1, 16))
+    assert linear_attention(q, q, q) == linear_attention(q, q, q, implementation="mine") == "mine"
+    with pytest.raises(ValueError, match="K is not 16"):
+        linear_attention(q[..., :8], q[..., :8], q, implementation="mine")
+    with pytest.raises(ValueError, match="pallas_gpu, mine"):
+        linear_attention(q, q, q, implementation="other")
 
 
 @pytest.mark.parametrize(

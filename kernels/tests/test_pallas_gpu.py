@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jaxhybrid_kernels import api, linear_attention
+from jaxhybrid_kernels import api, linear_attention, register
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
@@ -191,7 +191,7 @@ def test_lowers_inside_shard_map_under_checkpoint(form, states):
 
     def local(q, k, v, log_decay, beta, state=None):
         inputs = Inputs(q, k, v, log_decay, beta, None)
-        out, final = jax.checkpoint(gpu_linear_attention.gpu_linear_attention, static_argnums=0)(plan, inputs, state)
+        out, final = jax.checkpoint(gpu_linear_attention.gpu_operator, static_argnums=0)(plan, inputs, state)
         return out.astype(jnp.float32), final
 
     def loss(*arguments):
@@ -224,13 +224,13 @@ def test_lowers_inside_shard_map_under_checkpoint(form, states):
 def test_default_on_a_gpu(monkeypatch, capability, changes, chosen):
     """The kernels where they take the arguments, the form for XLA elsewhere."""
     device = type("Device", (), {"compute_capability": capability})
-    for module in (api, gpu_linear_attention):
+    for module in (register, gpu_linear_attention):
         monkeypatch.setattr(module, "target_platform", lambda: "gpu")
     monkeypatch.setattr(gpu_linear_attention.jax, "devices", lambda kind=None: [device])
-    monkeypatch.setattr(api, "gpu_linear_attention", lambda *arguments: "kernels")
-    monkeypatch.setattr(api, "_chunked", lambda *arguments: "xla")
+    for name, entry in api.REGISTER.items():
+        monkeypatch.setitem(api.REGISTER, name, entry._replace(run=lambda call, name=name: name))
     q = jnp.zeros((1, 4, 1, 64), jnp.bfloat16)
-    assert linear_attention(**{"q": q, "k": q, "v": q} | changes) == ("kernels" if chosen else "xla")
+    assert linear_attention(**{"q": q, "k": q, "v": q} | changes) == ("pallas_gpu" if chosen else "xla")
 
 
 def test_split_arrays_are_refused():

@@ -1,17 +1,21 @@
-"""The public operator: argument checks, choice of implementation, and the custom gradient of the chunked one."""
-
-from functools import partial
+"""The public operator: its implementations, the checks of its arguments, and the choice."""
 
 import jax
 
-from jaxhybrid_kernels.api import target_platform
-from jaxhybrid_kernels.dplr.chunked import Residuals, chunked_backward, chunked_forward
-from jaxhybrid_kernels.dplr.inputs import Inputs, check_chunk_size, check_implementation, check_inputs, make_varying
+from jaxhybrid_kernels.dplr.chunked import chunked_dplr
+from jaxhybrid_kernels.dplr.inputs import Call, Inputs, check_chunk_size, check_inputs
 from jaxhybrid_kernels.dplr.recurrent import recurrent_dplr
 from jaxhybrid_kernels.dplr.reference import reference_dplr
 from jaxhybrid_kernels.dplr.tpu.attention import tpu_dplr, tpu_refusal
-from jaxhybrid_kernels.dplr.tpu.layout import make_layout
+from jaxhybrid_kernels.register import Implementation, Register, check_implementation, choose
 from jaxhybrid_kernels.validation import check_scale
+
+REGISTER: Register[Call] = {
+    "pallas_tpu": Implementation(tpu_dplr, tpu_refusal, platform="tpu", fewest_tokens=2),
+    "xla": Implementation(chunked_dplr, fewest_tokens=2),
+    "recurrent": Implementation(recurrent_dplr),
+    "reference": Implementation(reference_dplr),
+}
 
 
 def dplr_attention(
@@ -50,50 +54,10 @@ def dplr_attention(
     but segment_ids are differentiable, through both results. Arguments in float64 are computed in float64.
     Raises ValueError, before anything is compiled, naming the argument that is wrong and its value.
     """
-    check_implementation(implementation)
+    check_implementation(REGISTER, implementation)
     check_chunk_size(chunk_size)
     check_scale(scale)
     inputs = Inputs(q, k, v, log_decay, a, b, segment_ids)
     check_inputs(inputs, "batch, tokens, heads, width", "initial_state", initial_state)
-    refusal = tpu_refusal(inputs, initial_state, chunk_size)
-    T = q.shape[1]
-    if implementation is None:
-        on_tpu = target_platform() == "tpu" and refusal is None
-        implementation = "recurrent" if T == 1 else "pallas_tpu" if on_tpu else "xla"
-    if implementation == "pallas_tpu" and refusal is not None:
-        raise ValueError(refusal)
-    inputs, state = make_varying(inputs, initial_state)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if implementation == "reference":
-        return reference_dplr(inputs, state, scale)
-    if implementation == "recurrent":
-        return recurrent_dplr(inputs, state, scale)
-    if implementation == "pallas_tpu":
-        return tpu_dplr(make_layout(inputs, scale), inputs, state)
-    return _chunked(scale, chunk_size or default_chunk_size(T), inputs, state)
-
-
-def default_chunk_size(T: int) -> int:
-    """The power of two that covers T, between 16 and 64."""
-    return next(size for size in (16, 32, 64) if size >= min(T, 64))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(scale: float, C: int, inputs: Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return chunked_forward(inputs, state, scale, C)[0]
-
-
-def _chunked_fwd(
-    scale: float, C: int, inputs: Inputs, state: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Inputs, Residuals]]:
-    results, residuals = chunked_forward(inputs, state, scale, C)
-    return results, (inputs, residuals)
-
-
-def _chunked_bwd(
-    scale: float, C: int, kept: tuple[Inputs, Residuals], gradients: tuple[jax.Array, jax.Array]
-) -> tuple[Inputs, jax.Array]:
-    return chunked_backward(*kept, *gradients, scale, C)
-
-
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+    call = Call(inputs, initial_state, float(q.shape[-1] ** -0.5 if scale is None else scale), chunk_size)
+    return choose(REGISTER, implementation, call, q.shape[1]).run(call)

@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.chunk_layout import default_chunk_size
+from jaxhybrid_kernels.differentiable import differentiable
 from jaxhybrid_kernels.dplr.chunks import join, make_segments, make_tokens, split, zero_padding
-from jaxhybrid_kernels.dplr.inputs import Inputs
+from jaxhybrid_kernels.dplr.inputs import Call, Inputs
 from jaxhybrid_kernels.dplr.operands import Operands, make_operands
 from jaxhybrid_kernels.numerics import product
 from jaxhybrid_kernels.triangular_inverse import inverse_unit_lower
+
+type Plan = tuple[float, int]  # all that is static: scale, tokens of a chunk
 
 
 class Residuals(NamedTuple):
@@ -27,10 +31,18 @@ class Residuals(NamedTuple):
     inverse: jax.Array  # [n,B,N,C,C] of I - ab, compute dtype
 
 
+def chunked_dplr(call: Call) -> tuple[jax.Array, jax.Array]:
+    """(out, final state), see `dplr_attention`."""
+    inputs, state = call.varying()
+    C = call.chunk_size or default_chunk_size(inputs.v.shape[1], largest=64)
+    return chunked_operator((call.scale, C), inputs, state)
+
+
 def chunked_forward(
-    inputs: Inputs, initial_state: jax.Array, scale: float, C: int
-) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    """((out, final state), residuals); see `dplr_attention`. initial_state [B,N,K,V] in the state's dtype."""
+    inputs: Inputs, initial_state: jax.Array, plan: Plan, keep: bool
+) -> tuple[tuple[jax.Array, jax.Array], Residuals | None]:
+    """((out, final state), residuals if they are to be kept); initial_state [B,N,K,V] in the state's dtype."""
+    scale, C = plan
     tokens, v = make_tokens(inputs, C, initial_state.dtype)
     operands = make_operands(tokens, make_segments(inputs.segment_ids, C), scale)
     dtype = v.dtype
@@ -50,13 +62,15 @@ def chunked_forward(
     out = scale * product("nbhck,nbhkv->nbhcv", operands.q_in, states)
     out = out + product("nbhcj,nbhjv->nbhcv", operands.qk.astype(dtype), v)
     out = out + product("nbhcj,nbhjv->nbhcv", operands.qb.astype(dtype), updates)
-    return (join(out.astype(inputs.v.dtype), inputs.v.shape[1]), final), Residuals(states, inverse)
+    residuals = Residuals(states, inverse) if keep else None
+    return (join(out.astype(inputs.v.dtype), inputs.v.shape[1]), final), residuals
 
 
 def chunked_backward(
-    inputs: Inputs, residuals: Residuals, d_out: jax.Array, d_final: jax.Array, scale: float, C: int
+    inputs: Inputs, residuals: Residuals, d_out: jax.Array, d_final: jax.Array, plan: Plan
 ) -> tuple[Inputs, jax.Array]:
     """(Gradients of the inputs in their dtypes, gradient of the initial state)."""
+    scale, C = plan
     segments = make_segments(inputs.segment_ids, C)
     real = None if inputs.segment_ids is None else inputs.segment_ids != 0
     tokens, v = make_tokens(inputs, C, d_final.dtype)
@@ -102,3 +116,6 @@ def chunked_backward(
 
     chunked = Inputs(d_tokens.q, d_tokens.k, d_v, d_tokens.log_decay, d_tokens.a, d_tokens.b)
     return jax.tree.map(finish, chunked, inputs._replace(segment_ids=None)), d_initial
+
+
+chunked_operator = differentiable(chunked_forward, chunked_backward)

@@ -9,7 +9,6 @@ from jaxhybrid_kernels.debug import check_log_decay
 from jaxhybrid_kernels.numerics import state_dtype, varying_zero
 from jaxhybrid_kernels.validation import check_floating, check_shape, check_state
 
-IMPLEMENTATIONS = ("reference", "recurrent", "xla", "pallas_tpu")
 CHUNK_SIZES = (16, 32, 64, 128)
 
 
@@ -30,17 +29,21 @@ class Inputs(NamedTuple):
         return (self.v.shape[0], *self.v.shape[-2:-1], self.k.shape[-1], self.v.shape[-1])
 
 
-def make_varying(inputs: Inputs, initial_state: jax.Array | None) -> tuple[Inputs, jax.Array]:
-    """The inputs and the state (zeros if none is given), varying along every manual mesh axis along which any does."""
-    dtype = state_dtype(*inputs[:6], initial_state)
-    state = jnp.zeros(inputs.state_shape, dtype) if initial_state is None else initial_state.astype(dtype)
-    zero = varying_zero(*inputs, initial_state)
-    return jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, state))
+class Call(NamedTuple):
+    """Checked arguments of one call, as the implementations get them."""
 
+    inputs: Inputs
+    initial_state: jax.Array | None
+    scale: float
+    chunk_size: int | None
 
-def check_implementation(name: str | None) -> None:
-    if name is not None and name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r} is unknown; available: {', '.join(IMPLEMENTATIONS)}.")
+    def varying(self) -> tuple[Inputs, jax.Array]:
+        """The inputs and the state (zeros if none is given), along every manual mesh axis along which any varies."""
+        inputs, given = self.inputs, self.initial_state
+        dtype = state_dtype(*inputs[:6], given)
+        state = jnp.zeros(inputs.state_shape, dtype) if given is None else given.astype(dtype)
+        zero = varying_zero(*inputs, given)
+        return jax.tree.map(lambda x: x + zero.astype(x.dtype), (inputs, state))
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

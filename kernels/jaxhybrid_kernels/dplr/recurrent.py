@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.dplr.inputs import Inputs, check_inputs
+from jaxhybrid_kernels.dplr.inputs import Call, Inputs, check_inputs
 from jaxhybrid_kernels.numerics import product, state_dtype
 from jaxhybrid_kernels.segments import segment_starts
 from jaxhybrid_kernels.validation import check_scale
@@ -40,18 +40,19 @@ def step(token: Inputs, state: jax.Array, scale: float) -> tuple[jax.Array, jax.
     return (scale * product("bnkv,bnk->bnv", state, q)).astype(token.v.dtype), state
 
 
-def recurrent_dplr(inputs: Inputs, initial_state: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+def recurrent_dplr(call: Call) -> tuple[jax.Array, jax.Array]:
     """`dplr_attention` as a scan of steps; gradients keep one state per token: for a handful of tokens."""
+    inputs, initial_state = call.varying()
     *arrays, segment_ids = inputs
     marks = None if segment_ids is None else (segment_ids != 0, segment_starts(segment_ids))
 
     def token(state, piece):
         *arrays, marks = piece
         if marks is None:
-            out, new = step(Inputs(*arrays), state, scale)
+            out, new = step(Inputs(*arrays), state, call.scale)
             return new, out
         real, start = (mark[:, None, None] for mark in marks)
-        out, new = step(Inputs(*arrays), jnp.where(start[..., None], 0, state), scale)
+        out, new = step(Inputs(*arrays), jnp.where(start[..., None], 0, state), call.scale)
         return jnp.where(real[..., None], new, state), jnp.where(real, out, 0)
 
     final, out = lax.scan(token, initial_state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*arrays, marks)))

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.dplr.inputs import Inputs
+from jaxhybrid_kernels.dplr.inputs import Call
 from jaxhybrid_kernels.segments import segment_starts
 
 
-def reference_dplr(inputs: Inputs, initial_state: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
-    """Returns (out [B,T,N,V] in v's dtype, final state [B,N,K,V] in the initial state's dtype)."""
+def reference_dplr(call: Call) -> tuple[jax.Array, jax.Array]:
+    """Returns (out [B,T,N,V] in v's dtype, final state [B,N,K,V] in float32 or float64)."""
+    inputs, initial_state = call.varying()
     *arrays, segment_ids = inputs
     dtype = initial_state.dtype
     B, T = inputs.v.shape[:2]
@@ -25,7 +26,7 @@ def reference_dplr(inputs: Inputs, initial_state: jax.Array, scale: float) -> tu
         past = jnp.where(start[:, None, None, None], 0, state)
         read = jnp.einsum("bnk,bnkv->bnv", a, past, precision=lax.Precision.HIGHEST)
         new = jnp.exp(log_decay)[..., None] * past + b[..., None] * read[..., None, :] + k[..., None] * v[..., None, :]
-        out = scale * jnp.einsum("bnk,bnkv->bnv", q, new, precision=lax.Precision.HIGHEST)
+        out = call.scale * jnp.einsum("bnk,bnkv->bnv", q, new, precision=lax.Precision.HIGHEST)
         real = real[:, None, None]
         return jnp.where(real[..., None], new, state), jnp.where(real, out, 0)
 

@@ -1,14 +1,14 @@
 """Linear attention by the Hopper kernels, with its custom gradient, and what they refuse."""
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
+from jaxhybrid_kernels.call import Call
 from jaxhybrid_kernels.chunk_layout import Inputs
+from jaxhybrid_kernels.differentiable import differentiable
 from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
 from jaxhybrid_kernels.gpu.channel_prepare import channel_prepare_kernel
 from jaxhybrid_kernels.gpu.gates import beta_gradient, decay_gradient, make_gates
@@ -16,7 +16,7 @@ from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
 from jaxhybrid_kernels.gpu.spans import run_backward, run_forward
-from jaxhybrid_kernels.numerics import target_platform
+from jaxhybrid_kernels.numerics import target_platform, varying_alike
 from jaxhybrid_kernels.segments import zero_padding
 from jaxhybrid_kernels.validation import Sizes
 
@@ -27,11 +27,12 @@ FILLED = 100  # thread blocks that leave few multiprocessors idle
 FEWEST_SPANS, MOST_SPANS = 4, 16  # two do nearly all of the work twice and save nothing
 SHORTEST_SPAN = 16  # chunks
 
-type Gradient = jax.Array | SymbolicZero  # the latter where nobody used the result
 
-
-def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int | None, sizes: Sizes) -> str | None:
+def gpu_refusal(call: Call) -> str | None:
     """Why the kernels cannot take these arguments here, naming the value in the way; None if they can."""
+    if (reason := call.split_refusal("pallas_gpu")) is not None:
+        return reason
+    inputs, sizes = call.inputs, call.sizes
     platform = target_platform()
     if platform not in ("gpu", "cpu"):
         return f"implementation='pallas_gpu' runs on GPUs, and on CPUs interpreted; the platform is {platform!r}."
@@ -43,13 +44,13 @@ def gpu_refusal(inputs: Inputs, initial_state: jax.Array | None, chunk_size: int
     for name, array in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
         if array.dtype != jnp.bfloat16:
             return f"{name} has dtype {array.dtype}, pallas_gpu takes bfloat16."
-    for name, exact in (("log_decay", inputs.log_decay), ("beta", inputs.beta), ("initial_state", initial_state)):
+    for name, exact in (("log_decay", inputs.log_decay), ("beta", inputs.beta), ("initial_state", call.initial_state)):
         if exact is not None and exact.dtype == jnp.float64:
             return f"{name} has dtype float64, pallas_gpu computes in float32."
     if sizes.Hq > sizes.N:
         return f"q has Hq={sizes.Hq} heads, pallas_gpu takes at most one query per state (N={sizes.N})."
-    if chunk_size not in (None, CHUNK):
-        return f"chunk_size={chunk_size!r}: pallas_gpu takes chunks of {CHUNK} tokens only."
+    if call.chunk_size not in (None, CHUNK):
+        return f"chunk_size={call.chunk_size!r}: pallas_gpu takes chunks of {CHUNK} tokens only."
     return None
 
 
@@ -86,10 +87,11 @@ def make_plan(inputs: Inputs, initial_state: jax.Array | None, scale: float, siz
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gpu_linear_attention(plan: Plan, inputs: Inputs, initial_state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """(out, final state), see `linear_attention`; initial_state [B,N,K,V] float32."""
-    return _compute(plan, inputs, initial_state, keep=False)[0]
+def gpu_linear_attention(call: Call) -> tuple[jax.Array, jax.Array]:
+    """(out, final state), see `linear_attention`. The kernels need not read an initial state of zeros."""
+    call = call.normalized()
+    inputs, state = varying_alike(call.inputs, None if call.initial_state is None else call.state())
+    return gpu_operator(make_plan(inputs, state, call.scale, call.sizes), inputs, state)
 
 
 class Gated(NamedTuple):
@@ -112,10 +114,10 @@ class Residuals(NamedTuple):
     gated: Gated | None  # None without decays per channel
 
 
-def _compute(
-    plan: Plan, inputs: Inputs, initial_state: jax.Array | None, keep: bool
+def gpu_forward(
+    inputs: Inputs, initial_state: jax.Array | None, plan: Plan, keep: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals | None]:
-    """((out, final state), what the backward needs if keep)."""
+    """((out, final state), residuals if they are to be kept); initial_state [B,N,K,V] float32."""
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
     gates, gated, matrices = make_gates(inputs, plan), None, None
     if plan.per_channel:
@@ -160,19 +162,10 @@ def _decays(inputs: Inputs, plan: Plan) -> jax.Array:
     return _whole_chunks(inputs.log_decay.astype(jnp.float32), inputs.segment_ids, plan)
 
 
-def _forward(
-    plan: Plan, inputs: Inputs, initial_state: jax.Array | None
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Inputs, Residuals | None]]:
-    inputs, initial_state = custom_vjp_primal_tree_values((inputs, initial_state))
-    results, kept = _compute(plan, inputs, initial_state, keep=True)
-    return results, (inputs, kept)
-
-
-def _backward(
-    plan: Plan, kept: tuple[Inputs, Residuals], gradients: tuple[Gradient, Gradient]
+def gpu_backward(
+    inputs: Inputs, residuals: Residuals, d_out: jax.Array | None, d_final: jax.Array | None, plan: Plan
 ) -> tuple[Inputs, jax.Array | None]:
-    inputs, residuals = kept
-    d_out, d_final = (None if isinstance(gradient, SymbolicZero) else gradient for gradient in gradients)
+    """(Gradients of the inputs, gradient of the initial state); None for the gradient of a result nobody used."""
     if d_out is None:
         d_out = jnp.zeros_like(inputs.v)
     given = (inputs.q, inputs.k, inputs.v, d_out.astype(jnp.bfloat16))
@@ -206,4 +199,4 @@ def _like(gradient: jax.Array, x: jax.Array, segment_ids: jax.Array | None) -> j
     return zero_padding(gradient, segment_ids)
 
 
-gpu_linear_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+gpu_operator = differentiable(gpu_forward, gpu_backward, unused_is_none=True)
