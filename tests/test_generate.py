@@ -14,7 +14,8 @@ from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.config import GATED_DELTANET as G
 from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.decode import decode, initial_decode_state
-from jaxhybrid.model.transformer import forward
+from jaxhybrid.model.partition import make_mesh, param_shardings
+from jaxhybrid.model.transformer import declare, forward
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
 
@@ -84,6 +85,15 @@ def test_stops_at_an_end_token(model):
 
 
 @pytest.mark.parametrize("model", ["hybrid"], indirect=True)
+def test_prompts_split_over_devices_are_sampled_alike():
+    model = convert(make_teacher(num_layers=2), (G, F), GatedDeltaNetConfig(conv_size=3), jax.random.key(2))
+    alone = generate(model, PROMPTS, 4, temperature=2.0)
+    mesh = make_mesh(1, 2, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(model.params, param_shardings(declare(model.config), mesh))
+        assert generate(replace(model, params=params), PROMPTS, 4, temperature=2.0) == alone
+
+
 def test_sampling_is_seeded(model):
     draws = [generate(model, PROMPTS[:1], 6, temperature=5.0, seed=seed, **BUCKET)[0] for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
