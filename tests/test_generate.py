@@ -14,7 +14,8 @@ from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.decode import decode, initial_decode_state
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
-from jaxhybrid.model.transformer import forward
+from jaxhybrid.model.partition import make_mesh, param_shardings
+from jaxhybrid.model.transformer import forward, model_variables
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
 
@@ -86,6 +87,15 @@ def test_a_padded_length_changes_nothing(model):
 def test_stops_at_an_end_token(model):
     free = generate(model, PROMPTS[:1], 6, **BUCKET)[0]
     assert generate(model, PROMPTS[:1], 6, eos_ids=[free[2]], **BUCKET)[0] == free[: free.index(free[2]) + 1]
+
+
+def test_prompts_split_over_devices_are_sampled_alike():
+    model = convert(make_teacher(num_layers=2), (G, F), GatedDeltaNetConfig(conv_size=3), jax.random.key(2))
+    alone = generate(model, PROMPTS, 4, temperature=2.0)
+    mesh = make_mesh(1, 2, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(model.params, param_shardings(model_variables(model.config), mesh))
+        assert generate(replace(model, params=params), PROMPTS, 4, temperature=2.0) == alone
 
 
 @pytest.mark.parametrize("model", ["hybrid"], indirect=True)

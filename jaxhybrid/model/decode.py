@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxhybrid.model.config import ModelConfig, layers_of_kind
 from jaxhybrid.model.layers import TokenContext, segment_positions
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.partition import gather, per_example
+from jaxhybrid.model.partition import gather, per_example, split_rows
 from jaxhybrid.model.rope import rotary_tables
 from jaxhybrid.model.transformer import Model, embed, final_norm
 from jaxhybrid.model.walk import walk
@@ -22,11 +22,12 @@ def initial_decode_state(config: ModelConfig, batch: int, capacity: int, dtype: 
     for kind in dict.fromkeys(config.layer_types):
         count = len(layers_of_kind(config.layer_types, kind))
         layer = MIXERS[kind].initial_state(config, batch, capacity, dtype)
-        mixers[kind] = jax.tree.map(lambda x, count=count: jnp.broadcast_to(x, (count, *x.shape)), layer)
+        layers = jax.tree.map(lambda x, count=count: jnp.broadcast_to(x, (count, *x.shape)), layer)
+        mixers[kind] = jax.tree.map(lambda x: split_rows(x, axis=1), layers)
     return {
         "mixers": mixers,
-        "segment_ids": jnp.zeros((batch, capacity), jnp.int32),
-        "position": jnp.zeros((batch,), jnp.int32),  # rotary position of each row's next token
+        "segment_ids": split_rows(jnp.zeros((batch, capacity), jnp.int32)),
+        "position": split_rows(jnp.zeros((batch,), jnp.int32)),  # rotary position of each row's next token
         "index": jnp.zeros((), jnp.int32),  # cache slot of the next token, the same for all rows
     }
 

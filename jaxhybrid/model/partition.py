@@ -115,6 +115,11 @@ def gather(weights: Any) -> Any:
         return jax.tree.map(lambda w: jax.reshard(w, P(*(None,) * w.ndim)), weights)
 
 
+def split_rows(x: jax.Array, axis: int = 0) -> jax.Array:
+    """An array that is the same everywhere, split over the devices as a batch on this axis."""
+    return x if _active_mesh() is None else jax.reshard(x, P(*(None,) * axis, BATCH_AXES))
+
+
 def per_example(fn: Callable[..., Any], *batched: Any, whole: tuple[Any, ...] = ()) -> Any:
     """`fn(*batched, *whole)` on each device's own examples; an absent (None) argument stays absent.
 
