@@ -165,7 +165,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put each prompt through the chat template.")] = False,
 ) -> None:
     """Text from a model, in JAX, on the hybrid state."""
-    from jaxhybrid.text import complete
+    from jaxhybrid.complete import complete
 
     for text in complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat):
         print(text)
@@ -194,8 +194,8 @@ def benchmark(
         if error.name != "lm_eval":
             raise
         raise ConfigError("benchmark needs lm-eval: `uv sync --extra eval`, or `pip install lm-eval`.") from error
+    from jaxhybrid.complete import open_model
     from jaxhybrid.files import write_json
-    from jaxhybrid.text import open_model
 
     model, vocabulary, ends = open_model(folder, prepend_bos)
     print(f"texts begin with {vocabulary.beginning}")

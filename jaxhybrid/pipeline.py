@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.config import RunConfig, differences, fingerprint, load_config, validate_against
-from jaxhybrid.data import BatchIterator, batches, heldout_batches, mean_segment_tokens
+from jaxhybrid.data import BatchIterator, heldout_batches, mean_segment_tokens, training_batches
 from jaxhybrid.data.text import Text, open_text
 from jaxhybrid.disk import DiskPlan, require, used_bytes
 from jaxhybrid.errors import RunError
@@ -115,7 +115,7 @@ class Pipeline:
 
     def stream(self, stage: StageConfig, salt: int) -> BatchIterator:
         """The stage's training batches from their start; stages see different orders."""
-        return batches(
+        return training_batches(
             self.text.train.at_least(stage.min_document_tokens or 1),
             stage.sequence_length,
             stage.batch_size,

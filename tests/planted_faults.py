@@ -235,10 +235,10 @@ FAULTS = [
     ),
     Fault(
         "text: end tokens of config.json forgotten",
-        "text.py",
+        "complete.py",
         'SETTINGS = ("generation_config.json", "config.json")',
         'SETTINGS = ("generation_config.json",)',
-        "tests/test_text.py::test_end_tokens_are_read_where_transformers_reads_them",
+        "tests/test_complete.py::test_end_tokens_are_read_where_transformers_reads_them",
     ),
     Fault(
         "held-out KL counts padding",

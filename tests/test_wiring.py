@@ -12,7 +12,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from jaxhybrid.config import load_config
-from jaxhybrid.data import batches, heldout_batches, open_text
+from jaxhybrid.data import heldout_batches, open_text, training_batches
 from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET
 from jaxhybrid.model.transformer import Model, forward
 from jaxhybrid.stages.align import linear_mixers
@@ -52,7 +52,7 @@ class Pieces:
     def first_batch(self, stage, salt):
         settings = getattr(self.config, stage)
         seed = self.config.seed * 1000 + salt
-        return next(batches(self.text.train, settings.sequence_length, settings.batch_size, seed))
+        return next(training_batches(self.text.train, settings.sequence_length, settings.batch_size, seed))
 
     def heldout(self, stage):
         settings = getattr(self.config, stage)

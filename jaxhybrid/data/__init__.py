@@ -1,6 +1,6 @@
 """Text in, batches of token rows out: sources -> tokens -> packed rows -> resumable per-host batches."""
 
-from jaxhybrid.data.pipeline import Batch, BatchIterator, batches, heldout_batches, mean_segment_tokens
+from jaxhybrid.data.batches import Batch, BatchIterator, heldout_batches, mean_segment_tokens, training_batches
 from jaxhybrid.data.sources import Source, open_source
 from jaxhybrid.data.split import take_heldout
 from jaxhybrid.data.streaming import TokenStream
@@ -16,7 +16,6 @@ __all__ = [
     "TokenDataset",
     "TokenStream",
     "Vocabulary",
-    "batches",
     "heldout_batches",
     "load_vocabulary",
     "mean_segment_tokens",
@@ -24,4 +23,5 @@ __all__ = [
     "open_text",
     "open_tokens",
     "take_heldout",
+    "training_batches",
 ]

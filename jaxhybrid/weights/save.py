@@ -13,7 +13,7 @@ from jaxhybrid.errors import WeightsError
 from jaxhybrid.families import FileTensor, weight_names
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.params import Params
-from jaxhybrid.weights.files import INDEX_FILE, SINGLE_FILE, write_safetensors
+from jaxhybrid.weights.safetensors import INDEX_FILE, SINGLE_FILE, write_safetensors
 
 
 def save_weights(

@@ -115,7 +115,7 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
     iterators.pop().close()
 
 
-def batches(
+def training_batches(
     data: TokenDataset | TokenStream,
     sequence_length: int,
     batch_size: int,
