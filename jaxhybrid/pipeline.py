@@ -13,7 +13,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxhybrid.checksums import read_result, write_result
-from jaxhybrid.config import RunConfig, differences, fingerprint, load_config, validate_against
 from jaxhybrid.data import BatchIterator, heldout_batches, mean_segment_tokens, training_batches
 from jaxhybrid.data.text import Text, open_text
 from jaxhybrid.disk import DiskPlan, require, used_bytes
@@ -31,8 +30,10 @@ from jaxhybrid.report import evaluation_table, write_report
 from jaxhybrid.run_folder import STAGES, RunFolder
 from jaxhybrid.selection.kl_guided import ScoringConfig, score_candidates
 from jaxhybrid.selection.methods import layer_types, select_layers
-from jaxhybrid.selection.ranking import Scores, StabilityRule, layers_in_budget, read_scores
-from jaxhybrid.settings import AlignConfig, GroupedStageConfig, StageConfig
+from jaxhybrid.selection.ranking import Scores, StabilityRule, read_scores
+from jaxhybrid.settings.budget import layers_in_budget
+from jaxhybrid.settings.read import RunConfig, differences, fingerprint, load_config, validate_against
+from jaxhybrid.settings.run import AlignConfig, GroupedStageConfig, StageConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step

@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.selection.ranking import RankBy, Scores, layers_in_budget
+from jaxhybrid.selection.ranking import RankBy, Scores
+from jaxhybrid.settings.budget import check_layers, layers_in_budget
 
 UniformBy = Literal["last", "first"]
 
@@ -38,9 +39,7 @@ def explicit(depth: int, layers: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ConfigError: an index is out of range or named twice, or none is named.
     """
-    outside = [layer for layer in layers if not 0 <= layer < depth]
-    if outside:
-        raise ConfigError(f"select.layers names {outside}; the model's layers are 0 to {depth - 1}.")
+    check_layers(layers, depth)
     repeated = sorted({layer for layer in layers if list(layers).count(layer) > 1})
     if repeated:
         raise ConfigError(f"select.layers names {repeated} more than once.")

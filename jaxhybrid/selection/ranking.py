@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxhybrid.checksums import read_result, write_result
-from jaxhybrid.errors import ConfigError, RunError
+from jaxhybrid.errors import RunError
 
 Curve = list[tuple[int, float]]  # (tokens trained on, KL in nats per token)
 RankBy = Literal["heldout", "train"]
@@ -124,22 +124,3 @@ def read_scores(folder: Path, depth: int) -> Scores:
             f"`jaxhybrid score CONFIG --candidates {first}:{last}`, or bring another run's in with `--merge RUN`."
         )
     return Scores(tuple(CandidateScore.from_json(read_result(file, SCORE_AGAIN)) for file in files.values()))
-
-
-def layers_in_budget(budget: int | float, depth: int, key: str = "budget") -> int:
-    """How many layers a budget keeps softmax: a count, or a fraction of the depth rounded half up, as in the papers.
-
-    Raises:
-        ConfigError: fewer than one layer or more than `depth`; calls the budget `key`.
-    """
-    if isinstance(budget, float) and not 0 < budget < 1:
-        raise ConfigError(f"{key} {budget}: a fraction lies between 0 and 1; write a whole number for a count.")
-    count = math.floor(budget * depth + 0.5) if isinstance(budget, float) else budget
-    if count > depth:
-        raise ConfigError(f"{key} {budget} keeps {count} layers, but the model has {depth}. Choose at most {depth}.")
-    if count < 1:
-        raise ConfigError(
-            f"{key} {budget} keeps no softmax layer of {depth}. Keep at least 1: without one, recall collapses "
-            "and transformers cannot generate from the export."
-        )
-    return count

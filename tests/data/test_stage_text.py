@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxhybrid.config import load_config
 from jaxhybrid.errors import DataError
 from jaxhybrid.pipeline import Pipeline
+from jaxhybrid.settings.read import load_config
 
 SHORT, LONG, END = 5, 30, 2  # words of a document, and the token that ends one
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxhybrid.config import (
+from jaxhybrid.errors import ConfigError, TopologyError
+from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
+from jaxhybrid.settings.read import (
     UPSTREAM,
     describe,
     differences,
@@ -14,9 +16,7 @@ from jaxhybrid.config import (
     to_yaml,
     validate_against,
 )
-from jaxhybrid.errors import ConfigError, TopologyError
-from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.settings import MixerConfig
+from jaxhybrid.settings.run import MixerConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 MINIMAL = "name: a\nteacher: t\ndata:\n  train: pydoc\n"

@@ -1,4 +1,4 @@
-"""The typed tree of a run: every setting with its type, default and meaning. `config.py` reads it from YAML.
+"""The typed tree of a run: every setting with its type, default and meaning. `read.py` reads it from YAML.
 
 Defaults are those of KL-guided layer selection (arXiv 2512.20569) and RADLADS (arXiv 2505.03005). A field declared with
 `free` changes speed, memory, logging or a report, never what is trained (beyond rounding), so a run folder may be

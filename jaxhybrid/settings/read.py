@@ -1,4 +1,4 @@
-"""Reads a run's settings: a YAML file, `key=value` over it, checked against the typed tree of `settings.py`.
+"""Reads a run's settings: a YAML file, `key=value` over it, checked against the typed tree of `run.py`.
 
     config = load_config("configs/demo.yaml", ["seed=1", "distill.tokens=2_000_000"])
 
@@ -21,9 +21,8 @@ from pydantic_core import ErrorDetails
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.selection.methods import explicit
-from jaxhybrid.selection.ranking import layers_in_budget
-from jaxhybrid.settings import RunConfig
+from jaxhybrid.settings.budget import check_layers, layers_in_budget
+from jaxhybrid.settings.run import RunConfig
 
 __all__ = [
     "UPSTREAM",
@@ -110,7 +109,7 @@ def validate_against(config: RunConfig, model: ModelConfig) -> None:
     for budget in config.score.budgets:
         layers_in_budget(budget, depth, "score.budgets")
     if config.select.layers:
-        explicit(depth, config.select.layers)
+        check_layers(config.select.layers, depth)
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.
     for section in ("align", "score", "distill", "evaluate"):
         length = getattr(config, section).sequence_length
