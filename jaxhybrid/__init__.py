@@ -30,7 +30,7 @@ _HOMES = {
     "select_layers": "jaxhybrid.selection.methods",
     "layer_types": "jaxhybrid.selection.methods",
     "Pipeline": "jaxhybrid.pipeline",
-    "load_config": "jaxhybrid.settings.read",
+    "load_config": "jaxhybrid.settings",
 }
 __all__ = ["__version__", *_HOMES]
 

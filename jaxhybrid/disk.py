@@ -13,8 +13,7 @@ from jaxhybrid.errors import RunError
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.params import count_parameters
 from jaxhybrid.model.transformer import declare
-from jaxhybrid.settings.read import RunConfig
-from jaxhybrid.settings.run import StageConfig
+from jaxhybrid.settings import RunConfig, StageConfig
 
 STATE_BYTES = 12  # of a parameter in a checkpoint: float32 master and two moments
 MASTER_BYTES = 4

@@ -31,9 +31,17 @@ from jaxhybrid.run_folder import STAGES, RunFolder
 from jaxhybrid.selection.kl_guided import ScoringConfig, score_candidates
 from jaxhybrid.selection.methods import layer_types, select_layers
 from jaxhybrid.selection.ranking import Scores, StabilityRule, read_scores
-from jaxhybrid.settings.budget import layers_in_budget
-from jaxhybrid.settings.read import RunConfig, differences, fingerprint, load_config, validate_against
-from jaxhybrid.settings.run import AlignConfig, GroupedStageConfig, StageConfig
+from jaxhybrid.settings import (
+    AlignConfig,
+    GroupedStageConfig,
+    RunConfig,
+    StageConfig,
+    differences,
+    fingerprint,
+    layers_in_budget,
+    load_config,
+    validate_against,
+)
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step

@@ -12,7 +12,7 @@ from jaxhybrid.disk import DiskPlan, require, size_text, used_bytes
 from jaxhybrid.errors import RunError
 from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
 from jaxhybrid.run_folder import RunFolder
-from jaxhybrid.settings.read import load_config
+from jaxhybrid.settings import load_config
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
 from jaxhybrid.weights.convert import resolve_mixer

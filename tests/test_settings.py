@@ -7,8 +7,9 @@ import pytest
 
 from jaxhybrid.errors import ConfigError, TopologyError
 from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.settings.read import (
+from jaxhybrid.settings import (
     UPSTREAM,
+    MixerConfig,
     describe,
     differences,
     fingerprint,
@@ -16,7 +17,6 @@ from jaxhybrid.settings.read import (
     to_yaml,
     validate_against,
 )
-from jaxhybrid.settings.run import MixerConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 MINIMAL = "name: a\nteacher: t\ndata:\n  train: pydoc\n"

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxhybrid.data import heldout_batches, open_text, training_batches
 from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET
 from jaxhybrid.model.transformer import Model, forward
-from jaxhybrid.settings.read import load_config
+from jaxhybrid.settings import load_config
 from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from jaxhybrid.weights.huggingface import load_teacher

@@ -7,7 +7,7 @@ from jaxhybrid.data.split import take_heldout, without
 from jaxhybrid.data.streaming import TokenStream
 from jaxhybrid.data.tokens import TokenDataset, open_tokens
 from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
-from jaxhybrid.settings.run import DataConfig
+from jaxhybrid.settings import DataConfig
 
 
 @dataclass(frozen=True)

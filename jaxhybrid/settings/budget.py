@@ -1,9 +1,23 @@
-"""How many layers stay softmax, and which layers a model has."""
+"""How many layers stay softmax, as settings say it, and which layers a model has."""
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator
 
 from jaxhybrid.errors import ConfigError
+from jaxhybrid.settings.types import as_tuple
+
+
+def _check_budget(value: int | float) -> int | float:
+    if value < 0 if isinstance(value, int) else not 0 < value < 1:
+        raise ValueError(f"{value} is neither a number of layers nor a share between 0 and 1")
+    return value
+
+
+Budget = Annotated[int | float, AfterValidator(_check_budget)]  # softmax layers: how many, or a share of the depth
+Budgets = Annotated[tuple[Budget, ...], BeforeValidator(as_tuple)]
 
 
 def layers_in_budget(budget: int | float, depth: int, key: str = "budget") -> int:

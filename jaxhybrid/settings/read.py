@@ -6,45 +6,18 @@ Unknown keys are refused with the nearest known one, wrong values with the key, 
 """
 
 import difflib
-import hashlib
-import json
 import os
 import re
-import types
-from collections.abc import Collection, Iterator, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Sequence
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.settings.budget import check_layers, layers_in_budget
+from jaxhybrid.settings.fields import fields, section_of
 from jaxhybrid.settings.run import RunConfig
-
-__all__ = [
-    "UPSTREAM",
-    "RunConfig",
-    "describe",
-    "differences",
-    "fingerprint",
-    "load_config",
-    "parse_config",
-    "to_yaml",
-    "validate_against",
-]
-
-# The sections whose settings a stage's result depends on; selection may use the scores, so what follows does too.
-_ALIGN = ("seed", "teacher", "dtype", "mixer", "data", "align")
-UPSTREAM: dict[str, tuple[str, ...]] = {
-    "align": _ALIGN,
-    "score": (*_ALIGN, "score"),
-    "select": (*_ALIGN, "score", "select"),
-    "distill": (*_ALIGN, "score", "select", "distill"),
-    "finetune": (*_ALIGN, "score", "select", "distill", "finetune"),
-}
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -76,48 +49,6 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """Every setting, defaults included; `load_config` of it gives an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def describe() -> str:
-    """Every dotted key with its type, default and meaning, one to a line, sections with their heading."""
-    lines = []
-    for key, field in _fields(RunConfig):
-        section = _section(field)
-        if section is not None:
-            lines.append(f"\n{key}: {(section.__doc__ or '').strip()}")
-            continue
-        default = "required" if field.is_required() else _shown(field.get_default())
-        lines.append(f"  {key}  [{_type_name(field.annotation)} = {default}]\n      {field.description}")
-    return "\n".join(lines) + "\n"
-
-
-def fingerprint(config: RunConfig, sections: Collection[str] | None = None) -> str:
-    """A hash of the settings that affect results, of all sections or the named ones (see UPSTREAM)."""
-    return hashlib.blake2b(json.dumps(_binding(config, sections), sort_keys=True).encode(), digest_size=12).hexdigest()
-
-
-def differences(a: RunConfig, b: RunConfig, sections: Collection[str] | None = None) -> list[str]:
-    """`key: value of a -> value of b` for every setting that affects results and differs."""
-    old, new = _binding(a, sections), _binding(b, sections)
-    return [f"{key}: {_shown(old[key])} -> {_shown(new[key])}" for key in old if old[key] != new[key]]
-
-
-def validate_against(config: RunConfig, model: ModelConfig) -> None:
-    """What can be checked only when the teacher is known. Raises ConfigError naming the key and both numbers."""
-    depth = model.num_layers
-    layers_in_budget(config.select.budget, depth, "select.budget")
-    for budget in config.score.budgets:
-        layers_in_budget(budget, depth, "score.budgets")
-    if config.select.layers:
-        check_layers(config.select.layers, depth)
-    # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.
-    for section in ("align", "score", "distill", "evaluate"):
-        length = getattr(config, section).sequence_length
-        if length > model.max_position_embeddings:
-            raise ConfigError(
-                f"{section}.sequence_length {length} is beyond the {model.max_position_embeddings} tokens of context "
-                "that the teacher has."
-            )
 
 
 # --- YAML and overrides -----------------------------------------------------------------------------------------------
@@ -198,12 +129,12 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
             parts += f"[{part}]"
         elif model is not None:
             parts += f".{part}" if parts else part
-            model = _section(model.model_fields[part]) if part in model.model_fields else None
+            model = section_of(model.model_fields[part]) if part in model.model_fields else None
     return parts
 
 
 def _nearest(key: str) -> str:
-    known = [name for name, _ in _fields(RunConfig)]
+    known = [name for name, _ in fields(RunConfig)]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:  # right word, wrong or missing section
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
@@ -212,65 +143,4 @@ def _nearest(key: str) -> str:
 
 
 def _described(key: str) -> str:
-    return next((f": {field.description}" for name, field in _fields(RunConfig) if name == key), "")
-
-
-# --- walking the tree -------------------------------------------------------------------------------------------------
-
-
-def _fields(model: type[BaseModel], prefix: str = "", binding: bool = False) -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and field of every setting and section, in reading order. `binding` leaves out the free ones."""
-    for name, field in model.model_fields.items():
-        if binding and isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("free"):
-            continue
-        yield prefix + name, field
-        section = _section(field)
-        if section is not None:
-            yield from _fields(section, f"{prefix}{name}.", binding)
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a field that holds a section, optional or not."""
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def _binding(config: RunConfig, sections: Collection[str] | None) -> dict[str, Any]:
-    """Dotted key -> value of every setting that affects results; an absent section gives nulls."""
-    values: dict[str, Any] = {}
-    tree = config.model_dump(mode="json")
-    for key, field in _fields(RunConfig, binding=True):
-        if sections is not None and key.partition(".")[0] not in sections:
-            continue
-        value: Any = tree
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if _section(field) is None:
-            values[key] = value
-    return values
-
-
-def _type_name(kind: Any) -> str:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _type_name(args[0])
-    if origin is Literal:
-        return "|".join(args)
-    if origin in (Union, types.UnionType):
-        return "|".join(dict.fromkeys(_type_name(arg) for arg in args))
-    if origin is tuple:
-        return f"list of {_type_name(args[0])}"
-    return {"str": "text", "NoneType": "null"}.get(kind.__name__, kind.__name__)
-
-
-def _shown(value: Any) -> str:
-    """A value as one would write it in YAML."""
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(_shown(item) for item in value)}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return f"{value:_}"
-    return "null" if value is None else str(value) or "''"
+    return next((f": {field.description}" for name, field in fields(RunConfig) if name == key), "")

@@ -9,7 +9,7 @@ import yaml
 
 from jaxhybrid.errors import DataError
 from jaxhybrid.pipeline import Pipeline
-from jaxhybrid.settings.read import load_config
+from jaxhybrid.settings import load_config
 
 SHORT, LONG, END = 5, 30, 2  # words of a document, and the token that ends one
 

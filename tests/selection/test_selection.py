@@ -8,7 +8,7 @@ import pytest
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.selection.methods import layer_types, select_layers
 from jaxhybrid.selection.ranking import CandidateScore, Scores, StabilityRule, jaccard, read_scores
-from jaxhybrid.settings.budget import layers_in_budget
+from jaxhybrid.settings import layers_in_budget
 
 # Layer 2 is best all along; 0 overtakes 3 at 200 tokens.
 KLS = {0: [5, 3.0, 1.0, 0.9], 1: [5, 4.0, 3.0, 2.9], 2: [5, 1.0, 0.5, 0.4], 3: [5, 2.0, 1.5, 1.4]}

@@ -8,7 +8,7 @@ import pytest
 from jaxhybrid import pipeline as module
 from jaxhybrid.pipeline import Pipeline
 from jaxhybrid.selection.ranking import StabilityRule
-from jaxhybrid.settings.read import load_config
+from jaxhybrid.settings import load_config
 
 # By held-out KL 1 is best and 3 next; by training KL 0 is, and 1 next.
 HELDOUT, TRAIN = (0.4, 0.1, 0.3, 0.2), (0.1, 0.2, 0.4, 0.3)

@@ -17,7 +17,7 @@ from jaxhybrid.export.folder import export
 from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.pipeline import Pipeline
-from jaxhybrid.settings.read import load_config
+from jaxhybrid.settings import load_config
 from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.gguf.head import TENSOR_TYPES
 from jaxhybrid.weights.gguf.model import open_gguf
