@@ -23,9 +23,10 @@ from jaxhybrid.model.mixers import gated_deltanet
 from jaxhybrid.model.params import initialize
 from jaxhybrid.model.transformer import declare
 from jaxhybrid.selection.methods import layer_types
+from jaxhybrid.settings import DistillConfig
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.huggingface import Model
 
@@ -93,7 +94,7 @@ def main() -> None:
             gated_deltanet.linear_attention = partial(linear_attention, implementation=implementation)
             trained = linear_mixers(student.params) if name == "align" else student.params
             trained = jax.tree.map(jnp.copy, trained)
-            optimizer = make_optimizer(OptimizerConfig(100, mixer_learning_rate=1e-3), trained)
+            optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), trained)
             configs = {"teacher_config": SMOLLM2, "student_config": student.config}
             step = partial(stage, optimizer=optimizer, **configs, **given)
             seconds = seconds_per_step(step, start(trained, optimizer), frozen, batch, arguments.steps)

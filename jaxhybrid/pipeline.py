@@ -28,12 +28,10 @@ from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, declare
 from jaxhybrid.report import evaluation_table, write_report
 from jaxhybrid.run_folder import STAGES, RunFolder
-from jaxhybrid.selection.kl_guided import ScoringConfig, score_candidates
+from jaxhybrid.selection.kl_guided import score_candidates
 from jaxhybrid.selection.methods import layer_types, select_layers
-from jaxhybrid.selection.ranking import Scores, StabilityRule, read_scores
+from jaxhybrid.selection.ranking import Scores, read_scores
 from jaxhybrid.settings import (
-    AlignConfig,
-    GroupedStageConfig,
     RunConfig,
     StageConfig,
     differences,
@@ -45,9 +43,9 @@ from jaxhybrid.settings import (
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
-from jaxhybrid.train.loop import HostBatch, LoopConfig, train
+from jaxhybrid.train.loop import HostBatch, train
 from jaxhybrid.train.metrics import read_metrics, training_figures
-from jaxhybrid.train.optimizer import OptimizerConfig, TrainState, make_optimizer, start
+from jaxhybrid.train.optimizer import TrainState, make_optimizer, start
 from jaxhybrid.train.placement import place_batch
 from jaxhybrid.weights.convert import convert, resolve_mixer, with_softmax_layers
 from jaxhybrid.weights.huggingface import load_teacher
@@ -200,7 +198,7 @@ class Pipeline:
             "dtype": self.dtype,
         }
         mixers = linear_mixers(student.params)
-        optimizer = make_optimizer(optimizer_config(settings), mixers)
+        optimizer = make_optimizer(settings, mixers)
         step = partial(align_step, optimizer=optimizer, **static)
         rows = settings.batch_size // settings.gradient_accumulation
         batch = self.heldout(
@@ -232,32 +230,13 @@ class Pipeline:
             return
         self._require_disk("score", candidates)
         settings, folder = self.config.score, self.folder.stage("score")
-        stop, best = settings.stop_when_stable, layers_in_budget(self.config.select.budget, self.depth)
-        rule = None if stop is None else StabilityRule(best, stop.window_tokens, stop.window, stop.jaccard)
-        config = ScoringConfig(
-            optimizer=optimizer_config(settings),
-            batch_size=settings.batch_size,
-            sequence_length=settings.sequence_length,
-            evaluate_every=settings.evaluate_every,
-            checkpoint_every=settings.checkpoint_every,
-            log_every=settings.log_every,
-            microbatches=settings.gradient_accumulation,
-            dtype=self.dtype,
-            remat=settings.remat,
-            chunk_tokens=settings.kl_chunk,
-            keep_teacher_states=settings.keep_teacher_states,
-            stop_when_stable=rule,
-            stop_every=1 if stop is None else stop.every,
-            rank_by=self.config.select.rank_by,
-            kept_dtype=jnp.dtype(settings.kept_dtype),
-        )
         segment_tokens = self.segment_tokens("score", settings, salt=2)
         begun_before = any((folder / name).exists() for name in ("scores", "candidates"))
         began = time.perf_counter()
         compiled = score_candidates(
             self.frozen_teacher,
             self.aligned(),
-            config,
+            self.config,
             lambda: self.stream(settings, salt=2),
             self.heldout(settings.sequence_length, settings.batch_size, settings.heldout_tokens),
             folder,
@@ -364,7 +343,7 @@ class Pipeline:
             return
         self._require_disk("distill")
         settings, student = self.config.distill, self.hybrid()
-        optimizer = make_optimizer(optimizer_config(settings), student.params)
+        optimizer = make_optimizer(settings, student.params)
         step = partial(
             distill_step,
             teacher_config=self.teacher.config,
@@ -383,7 +362,7 @@ class Pipeline:
         self._require_disk("finetune")
         settings, student = self.config.finetune, self.hybrid()
         params = self.folder.load_params("distill", student.params)
-        optimizer = make_optimizer(optimizer_config(settings), params)
+        optimizer = make_optimizer(settings, params)
 
         def step(state: TrainState, _: Params, batch: dict[str, jax.Array]) -> Any:
             return finetune_step(
@@ -482,10 +461,8 @@ class Pipeline:
             return compiled(state, teacher, place_batch(batch, self.mesh, settings.gradient_accumulation))
 
         begin = jax.jit(lambda params: start(jax.tree.map(jnp.copy, params), optimizer))
-        loop = LoopConfig(
-            settings.steps, settings.tokens_per_step, settings.checkpoint_every, settings.log_every, label=name
-        )
-        state = train(begin(params), on_host_batch, self.stream(settings, salt), self.folder.stage(name), loop)
+        stream, folder = self.stream(settings, salt), self.folder.stage(name)
+        state = train(begin(params), on_host_batch, stream, folder, settings, name)
         return state.params, figures
 
     def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
@@ -502,28 +479,6 @@ def budget_note(config: RunConfig) -> str:
         f"\nThis run distilled on {distilled:,} tokens and scored each layer on {scored:,}; the papers use 600 and 200 "
         "million.\nIt shows that every stage works, that the losses fall, and that the export loads. It does not show\n"
         "how good such a hybrid is, and the choice of layers is mostly noise: judge neither by this table.\n\n"
-    )
-
-
-def optimizer_config(stage: StageConfig) -> OptimizerConfig:
-    """A stage's settings as the optimizer's. Alignment trains mixers only: its one rate is theirs."""
-    if isinstance(stage, GroupedStageConfig):
-        mixer_rates = stage.mixer_learning_rate, stage.final_mixer_learning_rate
-    else:
-        assert isinstance(stage, AlignConfig)
-        mixer_rates = stage.learning_rate, stage.final_learning_rate
-    return OptimizerConfig(
-        total_steps=stage.steps,
-        learning_rate=stage.learning_rate,
-        mixer_learning_rate=mixer_rates[0],
-        final_learning_rate=stage.final_learning_rate,
-        final_mixer_learning_rate=mixer_rates[1],
-        schedule=stage.schedule,
-        warmup_steps=stage.warmup_steps,
-        betas=stage.betas,
-        eps=stage.eps,
-        weight_decay=stage.weight_decay,
-        clip_norm=stage.clip_norm,
     )
 
 

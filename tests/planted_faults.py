@@ -142,9 +142,9 @@ FAULTS = [
     ),
     Fault(
         "rates: one for both groups",
-        "train/optimizer.py",
-        '"mixer": adamw(config.mixer_learning_rate,',
-        '"mixer": adamw(config.learning_rate,',
+        "settings/stages.py",
+        '"mixer": (self.mixer_learning_rate,',
+        '"mixer": (self.learning_rate,',
         f"{OPTIMIZER}::test_both_groups_follow_their_own_rates",
     ),
     Fault(
@@ -157,7 +157,7 @@ FAULTS = [
     Fault(
         "no clipping",
         "train/optimizer.py",
-        "optax.clip_by_global_norm(config.clip_norm)",
+        "optax.clip_by_global_norm(stage.clip_norm)",
         "optax.identity()",
         f"{OPTIMIZER}::test_clipping_is_by_the_norm_over_all_leaves",
     ),
@@ -165,8 +165,8 @@ FAULTS = [
     Fault(
         "candidates from the unaligned student",
         "pipeline.py",
-        "            self.aligned(),\n            config,",
-        "            self.converted(),\n            config,",
+        "            self.aligned(),\n            self.config,",
+        "            self.converted(),\n            self.config,",
         WIRING,
     ),
     Fault(
@@ -429,15 +429,15 @@ FAULTS = [
     Fault(
         "early stop by few tokens",
         "selection/ranking.py",
-        'rows[-1]["tokens"] - rule.tokens for',
-        'rows[-1]["tokens"] - rule.tokens / 2 for',
+        'rows[-1]["tokens"] - rule.window_tokens for',
+        'rows[-1]["tokens"] - rule.window_tokens / 2 for',
         "tests/selection/test_selection.py",
     ),
     Fault(
         "early stop by held-out KL whatever is asked for",
         "selection/kl_guided.py",
-        "is_stable(rule, config.rank_by)",
-        'is_stable(rule, "heldout")',
+        "is_stable(rule, best, config.select.rank_by)",
+        'is_stable(rule, best, "heldout")',
         f"{SCORING}::test_scoring_ends_when_the_best_layers_stay_the_same",
     ),
     Fault(

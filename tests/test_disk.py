@@ -14,8 +14,9 @@ from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNet
 from jaxhybrid.run_folder import RunFolder
 from jaxhybrid.settings import load_config
 from jaxhybrid.train.checkpoint import Checkpoints
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import resolve_mixer
+from tests.tiny import training
 
 LLAMA = ModelConfig(
     family="llama", vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24,
@@ -41,7 +42,7 @@ def sizes(needs):
 def test_a_stage_takes_what_is_said(teacher, tmp_path):
     steps = "distill.tokens=131_072_000"  # 1000 steps
     said = sizes(plan(teacher.config, 4, steps).needs("distill"))  # four of four layers
-    optimizer = make_optimizer(OptimizerConfig(total_steps=9), teacher.params)
+    optimizer = make_optimizer(training(9), teacher.params)
     # Moments of zeros would be compressed away.
     noise = np.random.default_rng(0)
     state = jax.tree.map(

@@ -14,7 +14,8 @@ from jaxhybrid.model.decode import decode, initial_decode_state
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
+from tests.tiny import training
 
 PLACES = jnp.zeros((8, 3), jnp.int32)
 BF16 = {"dtype": jnp.bfloat16}
@@ -33,7 +34,7 @@ def products(jaxpr):
 def makers_of_logits(model, batch):
     """name -> (function, arguments)"""
     params, config, tokens = model.params, model.config, batch["tokens"]
-    optimizer = make_optimizer(OptimizerConfig(total_steps=1), params)
+    optimizer = make_optimizer(training(1), params)
     static = {"student_config": config, "optimizer": optimizer, **BF16}
     places = {"tokens": tokens, "places": PLACES}
     return {

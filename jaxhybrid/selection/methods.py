@@ -1,16 +1,14 @@
 """Which layers stay softmax: the KL-guided choice and the baselines it is compared with, behind one function."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.selection.ranking import RankBy, Scores
+from jaxhybrid.selection.ranking import Scores
 from jaxhybrid.settings.budget import check_layers, layers_in_budget
-
-UniformBy = Literal["last", "first"]
+from jaxhybrid.settings.types import RankBy, UniformBy
 
 
 def uniform(depth: int, count: int, by: UniformBy = "last") -> tuple[int, ...]:

@@ -16,8 +16,10 @@ from jaxhybrid.settings.types import (
     Dtype,
     Layers,
     Names,
+    RankBy,
     Section,
     Sources,
+    UniformBy,
     about,
     free,
 )
@@ -126,10 +128,10 @@ class SelectConfig(Section):
     budget: Budget = about(0.25, "softmax layers: how many (4), or a share of the depth, rounded half up (0.25)")
     layers: Layers | None = about(None, "the softmax layers of method explicit, from 0")
     seed: int = about(0, "seed of method random")
-    uniform: Literal["last", "first"] = about(
+    uniform: UniformBy = about(
         "last", "layer that method uniform keeps of each group; papers: last for Llama-3.2, first for Qwen2.5"
     )
-    rank_by: Literal["heldout", "train"] = about(
+    rank_by: RankBy = about(
         "heldout", "KL that ranks layers for kl_guided and stop_when_stable: on held-out text or at the last steps"
     )
 

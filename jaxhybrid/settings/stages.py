@@ -1,12 +1,13 @@
 """Settings of the stages that train. Defaults are those of KL-guided layer selection (arXiv 2512.20569) and RADLADS
 (arXiv 2505.03005)."""
 
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxhybrid.settings.budget import Budgets
-from jaxhybrid.settings.types import Count, Dtype, Fraction, Positive, Section, about, as_tuple, free
+from jaxhybrid.settings.types import Count, Dtype, Fraction, Positive, Schedule, Section, about, as_tuple, free
 
 
 class StageConfig(Section):
@@ -21,7 +22,7 @@ class StageConfig(Section):
     gradient_accumulation: Count = free(1, "parts a step's batch is run in, one after the other")
     learning_rate: Positive = about(1e-3, "peak learning rate")
     final_learning_rate: Annotated[float, Field(ge=0)] = about(0.0, "learning rate at the end of linear and cosine")
-    schedule: Literal["constant", "cosine", "linear"] = about("constant", "course of the learning rate after warmup")
+    schedule: Schedule = about("constant", "course of the learning rate after warmup")
     warmup_steps: Annotated[int, Field(ge=0)] = about(50, "steps of linear warmup from 0")
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(as_tuple)] = about((0.9, 0.95), "AdamW's moment decays")
     eps: Positive = about(1e-8, "AdamW's epsilon")
@@ -40,6 +41,11 @@ class StageConfig(Section):
     @property
     def steps(self) -> int:
         return self.tokens // self.tokens_per_step
+
+    @property
+    def rates(self) -> dict[str, tuple[float, float]]:
+        """Peak and final learning rate of the mixers and of the rest."""
+        return dict.fromkeys(("mixer", "rest"), (self.learning_rate, self.final_learning_rate))
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
@@ -66,7 +72,7 @@ class StageConfig(Section):
 class AlignConfig(StageConfig):
     """Hidden-state alignment: the linear mixers alone learn to give the teacher's mixer outputs."""
 
-    schedule: Literal["constant", "cosine", "linear"] = about("cosine", "course of the learning rate after warmup")
+    schedule: Schedule = about("cosine", "course of the learning rate after warmup")
     final_learning_rate: Annotated[float, Field(ge=0)] = about(1e-5, "learning rate at the end of linear and cosine")
     remat: bool = free(True, "without effect: alignment keeps no other layer's activations")
 
@@ -77,6 +83,10 @@ class GroupedStageConfig(StageConfig):
     learning_rate: Positive = about(7e-6, "peak learning rate of everything but the mixers")
     mixer_learning_rate: Positive = about(1e-4, "peak learning rate of the mixers, kept softmax layers among them")
     final_mixer_learning_rate: Annotated[float, Field(ge=0)] = about(0.0, "the mixers' final_learning_rate")
+
+    @property
+    def rates(self) -> dict[str, tuple[float, float]]:
+        return super().rates | {"mixer": (self.mixer_learning_rate, self.final_mixer_learning_rate)}
 
     @model_validator(mode="after")
     def _check_mixers(self) -> "GroupedStageConfig":
@@ -125,6 +135,10 @@ class StabilityConfig(Section):
         if (self.window_tokens is None) == (self.window is None):
             raise ValueError(f"window_tokens is {self.window_tokens} and window {self.window}; give one of them")
         return self
+
+    def evaluations(self, tokens_between: int) -> int:
+        """How many evaluations must agree with the one before them, if these are so many tokens apart."""
+        return self.window or math.ceil((self.window_tokens or 0) / tokens_between)
 
 
 class ScoreConfig(KlStageConfig):

@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Dtype = Literal["bfloat16", "float32"]
+Schedule = Literal["constant", "cosine", "linear"]
+RankBy = Literal["heldout", "train"]
+UniformBy = Literal["last", "first"]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]

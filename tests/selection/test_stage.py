@@ -7,8 +7,8 @@ import pytest
 
 from jaxhybrid import pipeline as module
 from jaxhybrid.pipeline import Pipeline
-from jaxhybrid.selection.ranking import StabilityRule
 from jaxhybrid.settings import load_config
+from tests.tiny import stop_rule
 
 # By held-out KL 1 is best and 3 next; by training KL 0 is, and 1 next.
 HELDOUT, TRAIN = (0.4, 0.1, 0.3, 0.2), (0.1, 0.2, 0.4, 0.3)
@@ -63,14 +63,14 @@ def test_uniform_keeps_the_layers_that_are_asked_for(opened, setting, kept):
 
 
 @pytest.mark.parametrize(
-    ("settings", "rule", "every"),
+    ("settings", "rule"),
     [
-        ("score.stop_when_stable=null", None, 1),
-        ("score.stop_when_stable={every: 3}", StabilityRule(2, tokens=100_000_000), 3),
-        ("score.stop_when_stable={window: 3, jaccard: 0.9}", StabilityRule(2, evaluations=3, jaccard=0.9), 1),
+        ("score.stop_when_stable=null", None),
+        ("score.stop_when_stable={every: 3}", stop_rule(window_tokens=100_000_000, every=3)),
+        ("score.stop_when_stable={window: 3, jaccard: 0.9}", stop_rule(window=3, jaccard=0.9)),
     ],
 )
-def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings, rule, every):
+def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings, rule):
     told = []
     monkeypatch.setattr(module, "score_candidates", lambda teacher, student, config, *_: told.append(config) or {})
     for name in ("aligned", "stream", "heldout", "_require_disk"):
@@ -80,5 +80,5 @@ def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings,
     vars(run)["frozen_teacher"] = None
     run.score()
     (config,) = told
-    assert (config.stop_when_stable, config.stop_every, config.rank_by) == (rule, every, "train")
+    assert (config.score.stop_when_stable, config.select.budget, config.select.rank_by) == (rule, 2, "train")
     assert json.loads((run.folder.stage("score") / "done.json").read_text())["mean_segment_tokens"] == 12.5

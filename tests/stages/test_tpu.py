@@ -42,9 +42,9 @@ def compile_alignment_step():
     from jaxhybrid.model.params import abstract
     from jaxhybrid.model.partition import make_mesh, param_shardings
     from jaxhybrid.model.transformer import declare
-    from jaxhybrid.settings import MixerConfig
+    from jaxhybrid.settings import AlignConfig, MixerConfig
     from jaxhybrid.stages.align import align_step, linear_mixers
-    from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+    from jaxhybrid.train.optimizer import make_optimizer, start
     from jaxhybrid.weights.convert import resolve_mixer
 
     slice_of_four = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
@@ -75,9 +75,7 @@ def compile_alignment_step():
 
     with jax.set_mesh(mesh):
         mixers = linear_mixers(shapes(student))
-        optimizer = make_optimizer(
-            OptimizerConfig(total_steps=10, learning_rate=1e-3, mixer_learning_rate=1e-3), mixers
-        )
+        optimizer = make_optimizer(AlignConfig(), mixers)
         state = jax.eval_shape(lambda params: start(params, optimizer), mixers)
         tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
         step = partial(align_step, teacher_config=teacher, student_config=student, optimizer=optimizer)
