@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhybrid.data import heldout_batches, open_source, open_tokens
+from jaxhybrid.data import HeldoutBatches, open_source, open_tokens
 from jaxhybrid.data.vocabulary import load_vocabulary
 from jaxhybrid.model.config import GATED_DELTANET, GatedDeltaNetConfig
-from jaxhybrid.settings import AlignConfig
+from jaxhybrid.settings.stages import AlignConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
@@ -39,7 +39,7 @@ def main() -> None:
     vocabulary = load_vocabulary(teacher.folder, teacher.config.vocab_size)
     text = open_tokens(open_source(arguments.text), vocabulary, arguments.cache)
     wanted = arguments.tokens + arguments.steps * LENGTH * ROWS
-    batches = list(heldout_batches(text, LENGTH, ROWS, wanted))
+    batches = list(HeldoutBatches(text, LENGTH, ROWS, wanted))
     measured, training = batches[: arguments.tokens // (LENGTH * ROWS)], batches[arguments.tokens // (LENGTH * ROWS) :]
     depth = teacher.config.num_layers
     settings = AlignConfig(

@@ -23,7 +23,7 @@ from jaxhybrid.model.mixers import gated_deltanet
 from jaxhybrid.model.params import initialize
 from jaxhybrid.model.transformer import declare
 from jaxhybrid.selection.methods import layer_types
-from jaxhybrid.settings import DistillConfig
+from jaxhybrid.settings.stages import DistillConfig
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.train.optimizer import make_optimizer, start

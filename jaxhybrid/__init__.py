@@ -18,10 +18,10 @@ _HOMES = {
     "forward": "jaxhybrid.model.transformer",
     "make_mesh": "jaxhybrid.model.partition",
     "place_batch": "jaxhybrid.train.placement",
-    "AlignConfig": "jaxhybrid.settings",
-    "ScoreConfig": "jaxhybrid.settings",
-    "DistillConfig": "jaxhybrid.settings",
-    "FinetuneConfig": "jaxhybrid.settings",
+    "AlignConfig": "jaxhybrid.settings.stages",
+    "ScoreConfig": "jaxhybrid.settings.stages",
+    "DistillConfig": "jaxhybrid.settings.stages",
+    "FinetuneConfig": "jaxhybrid.settings.stages",
     "align_step": "jaxhybrid.stages.align",
     "linear_mixers": "jaxhybrid.stages.align",
     "score_step": "jaxhybrid.stages.score",
@@ -33,7 +33,7 @@ _HOMES = {
     "select_layers": "jaxhybrid.selection.methods",
     "layer_types": "jaxhybrid.selection.methods",
     "Pipeline": "jaxhybrid.pipeline",
-    "load_config": "jaxhybrid.settings",
+    "load_config": "jaxhybrid.settings.read",
 }
 __all__ = ["__version__", *_HOMES]
 

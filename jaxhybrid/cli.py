@@ -46,7 +46,7 @@ def pipeline(config: Path, overrides: list[str] | None) -> Iterator["Pipeline"]:
 
 def read_settings(config: Path, overrides: list[str] | None) -> "RunConfig":  # type: ignore[name-defined] # noqa: F821
     """The settings in a YAML file, or those of a run folder, wherever it has been moved to."""
-    from jaxhybrid.settings import load_config
+    from jaxhybrid.settings.read import load_config
 
     if not config.is_dir():
         return load_config(config, overrides or [])
@@ -98,7 +98,7 @@ def score(
     with pipeline(config, overrides) as p:
         for other in merge or []:
             p.merge_scores(other)
-        p.score(parse_candidates(candidates, p.depth))
+        p.score(parse_candidates(candidates, p.models.depth))
 
 
 @app.command()
@@ -239,7 +239,7 @@ def inspect(
 @app.command("settings")
 def settings_() -> None:
     """Every setting of a config, with type, default and meaning."""
-    from jaxhybrid.settings import describe
+    from jaxhybrid.settings.fields import describe
 
     print(describe())
 

@@ -10,9 +10,9 @@ import pytest
 
 from jaxhybrid.disk import DiskPlan, require, size_text, used_bytes
 from jaxhybrid.errors import RunError
-from jaxhybrid.model.config import FULL_ATTENTION, GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
+from jaxhybrid.model.config import GATED_DELTANET, GatedDeltaNetConfig, ModelConfig
 from jaxhybrid.run_folder import RunFolder
-from jaxhybrid.settings import load_config
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import resolve_mixer
@@ -31,8 +31,7 @@ def plan(teacher, softmax, *overrides):
         layer_types=(GATED_DELTANET,) * teacher.num_layers,
         gated_deltanet=resolve_mixer(teacher, GatedDeltaNetConfig()),
     )
-    types = (FULL_ATTENTION,) * softmax + linear.layer_types[softmax:]
-    return DiskPlan(load_config(RECIPE, overrides), linear, linear.with_layers(types))
+    return DiskPlan(load_config(RECIPE, [f"select.budget={softmax}", *overrides]), linear)
 
 
 def sizes(needs):

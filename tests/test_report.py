@@ -14,7 +14,7 @@ from jaxhybrid.errors import RunError
 from jaxhybrid.report import evaluation_table, write_report
 from jaxhybrid.report.plots import _spread
 from jaxhybrid.selection.ranking import CandidateScore, Scores
-from jaxhybrid.settings import layers_in_budget
+from jaxhybrid.settings.budget import layers_in_budget
 
 DEPTH = 12
 KEPT = [3, 6, 10]

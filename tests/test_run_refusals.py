@@ -23,7 +23,7 @@ from jaxhybrid.report import write_report
 from jaxhybrid.run_folder import RunFolder
 from jaxhybrid.selection.ranking import CandidateScore
 from jaxhybrid.selection.teacher_cache import TeacherCache
-from jaxhybrid.settings import load_config
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.metrics import Recorder, read_metrics
 from jaxhybrid.weights.huggingface import load_teacher

@@ -7,16 +7,10 @@ import pytest
 
 from jaxhybrid.errors import ConfigError, TopologyError
 from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
-from jaxhybrid.settings import (
-    UPSTREAM,
-    MixerConfig,
-    describe,
-    differences,
-    fingerprint,
-    load_config,
-    to_yaml,
-    validate_against,
-)
+from jaxhybrid.settings.compare import UPSTREAM, differences, fingerprint
+from jaxhybrid.settings.fields import describe
+from jaxhybrid.settings.read import load_config, to_yaml
+from jaxhybrid.settings.run import MixerConfig, validate_against
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 MINIMAL = "name: a\nteacher: t\ndata:\n  train: pydoc\n"

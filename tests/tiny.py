@@ -13,7 +13,7 @@ from jaxhybrid.families import config_to_hf
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.params import initialize
 from jaxhybrid.model.transformer import declare
-from jaxhybrid.settings import DistillConfig, StabilityConfig
+from jaxhybrid.settings.stages import DistillConfig, StabilityConfig
 from jaxhybrid.weights.save import save_weights
 
 TEXT = "".join(f"{name} has the number {n * 37 % 1000} and likes the {name[::-1]}. " for n, name in enumerate(["anna",

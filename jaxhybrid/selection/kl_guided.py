@@ -21,7 +21,9 @@ from jaxhybrid.model.transformer import Model, head_matrix
 from jaxhybrid.selection.kept_state import KeptState
 from jaxhybrid.selection.ranking import SCORE_AGAIN, CandidateScore, Curve, read_scores, write_score
 from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_caches
-from jaxhybrid.settings import RunConfig, ScoreConfig, layers_in_budget
+from jaxhybrid.settings.budget import layers_in_budget
+from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.stages import ScoreConfig
 from jaxhybrid.stages.distill import teacher_outputs
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
 from jaxhybrid.train.loop import Batches, HostBatch, train
@@ -64,7 +66,8 @@ def score_candidates(
     for position, steps in enumerate(rounds):
         for count, layer in enumerate(candidates):
             label = f"score layer {layer} ({count + 1} of {len(candidates)})"
-            if not _finished(folder, layer, steps * config.score.tokens_per_step):
+            score = _read_score(folder, layer)
+            if score is None or score.heldout[-1][0] < steps * config.score.tokens_per_step:
                 _train_candidate(programs, layer, rounds[: position + 1], batches, heldout, label)
             if position + 1 == len(rounds):  # else the next round goes on from there
                 remove(programs.candidate_folder(layer))
@@ -86,11 +89,6 @@ def rounds_of(settings: ScoreConfig) -> list[int]:
         return [settings.steps]
     window = rule.evaluations(every * settings.tokens_per_step)
     return [*range(every * (window + 1), settings.steps, every * rule.every), settings.steps]
-
-
-def _finished(folder: Path, layer: int, tokens: int) -> bool:
-    score = _read_score(folder, layer)
-    return score is not None and score.heldout[-1][0] >= tokens
 
 
 def _read_score(folder: Path, layer: int) -> CandidateScore | None:
@@ -182,13 +180,7 @@ class _Programs:
     """The compiled functions that all candidates share."""
 
     def __init__(
-        self,
-        teacher: Model,
-        student: Model,
-        config: RunConfig,
-        mesh: Mesh,
-        folder: Path,
-        candidates: Sequence[int],
+        self, teacher: Model, student: Model, config: RunConfig, mesh: Mesh, folder: Path, candidates: Sequence[int]
     ):
         self.teacher, self.student, self.settings, self.mesh = teacher, student, config.score, mesh
         self.folder, self.candidates, self.dtype = folder, candidates, jnp.dtype(config.dtype)
@@ -258,13 +250,6 @@ class _Programs:
         return total / tokens
 
     def compiled(self) -> dict[str, int]:
-        return {
-            "train_step": compiled_programs(self.step),
-            "heldout_kl": compiled_programs(self._heldout),
-            "teacher_forward": compiled_programs(self._teacher),
-        }
-
-
-def compiled_programs(jitted: Any) -> int:
-    """How many executables a jitted function has been compiled to."""
-    return jitted._cache_size()
+        """How many executables each function has been compiled to."""
+        used: dict[str, Any] = {"train_step": self.step, "heldout_kl": self._heldout, "teacher_forward": self._teacher}
+        return {name: function._cache_size() for name, function in used.items()}

@@ -9,14 +9,8 @@ from jaxhybrid.settings.fields import fields, section_of, shown
 from jaxhybrid.settings.run import RunConfig
 
 # The sections whose settings a stage's result depends on; selection may use the scores, so what follows does too.
-_ALIGN = ("seed", "teacher", "dtype", "mixer", "data", "align")
-UPSTREAM: dict[str, tuple[str, ...]] = {
-    "align": _ALIGN,
-    "score": (*_ALIGN, "score"),
-    "select": (*_ALIGN, "score", "select"),
-    "distill": (*_ALIGN, "score", "select", "distill"),
-    "finetune": (*_ALIGN, "score", "select", "distill", "finetune"),
-}
+_SHARED, _IN_ORDER = ("seed", "teacher", "dtype", "mixer", "data"), ("align", "score", "select", "distill", "finetune")
+UPSTREAM = {stage: (*_SHARED, *_IN_ORDER[: place + 1]) for place, stage in enumerate(_IN_ORDER)}
 
 
 def fingerprint(config: RunConfig, sections: Collection[str] | None = None) -> str:

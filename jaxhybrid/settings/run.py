@@ -8,21 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from jaxhybrid.errors import ConfigError, TopologyError
 from jaxhybrid.model.config import GatedDeltaNetConfig, ModelConfig
 from jaxhybrid.settings.budget import Budget, check_layers, layers_in_budget
-from jaxhybrid.settings.stages import AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig
-from jaxhybrid.settings.types import (
-    Amounts,
-    Count,
-    Counts,
-    Dtype,
-    Layers,
-    Names,
-    RankBy,
-    Section,
-    Sources,
-    UniformBy,
-    about,
-    free,
-)
+from jaxhybrid.settings.stages import STAGES, AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig
+from jaxhybrid.settings.types import Count, Counts, Dtype, Ints, Names, RankBy, Section, Sources, UniformBy, about, free
 
 
 class MixerConfig(Section):
@@ -126,7 +113,7 @@ class SelectConfig(Section):
         "kl_guided", "how the softmax layers are chosen"
     )
     budget: Budget = about(0.25, "softmax layers: how many (4), or a share of the depth, rounded half up (0.25)")
-    layers: Layers | None = about(None, "the softmax layers of method explicit, from 0")
+    layers: Ints | None = about(None, "the softmax layers of method explicit, from 0")
     seed: int = about(0, "seed of method random")
     uniform: UniformBy = about(
         "last", "layer that method uniform keeps of each group; papers: last for Llama-3.2, first for Qwen2.5"
@@ -157,7 +144,7 @@ class RecallConfig(Section):
     """Made-up associative recall: a list of names and numbers, then the same names again, each number asked for."""
 
     pairs: Counts = about((4, 16, 64), "lengths of the list, one set of figures each; [] leaves the probe out")
-    filler: Amounts = about((0,), "tokens of made-up prose between list and questions; every length with each")
+    filler: Ints = about((0,), "tokens of made-up prose between list and questions; every length with each")
     samples: Count = about(500, "prompts for each length and filler; each asks for every number of its list")
 
 
@@ -183,6 +170,11 @@ class ExportConfig(Section):
         if not re.fullmatch(r"[1-9]\d*(MB|GB)", value):
             raise ValueError(f"{value!r} is no size such as 5GB or 500MB")
         return value
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """In powers of ten."""
+        return int(self.max_shard[:-2]) * {"MB": 10**6, "GB": 10**9}[self.max_shard[-2:]]
 
 
 class RunConfig(Section):
@@ -221,7 +213,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        for stage in ("align", "score", "distill", "finetune"):
+        for stage in STAGES:
             try:
                 self.data.check_least(getattr(self, stage).min_document_tokens)
             except ValueError as error:

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from jaxhybrid.settings.budget import Budgets
 from jaxhybrid.settings.types import Count, Dtype, Fraction, Positive, Schedule, Section, about, as_tuple, free
 
+STAGES = ("align", "score", "distill", "finetune")  # in their order
+
 
 class StageConfig(Section):
     """Settings that every trained stage has."""

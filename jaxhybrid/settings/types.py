@@ -21,11 +21,10 @@ def _as_sources(value: Any) -> Any:
     return (value,) if isinstance(value, str) else as_tuple(value)
 
 
-# Tuples, written as YAML lists.
+# Tuples, written as YAML lists; Ints may be 0, Counts not.
 Counts = Annotated[tuple[Count, ...], BeforeValidator(as_tuple)]
-Amounts = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
+Ints = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
 Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_sources), Field(min_length=1)]
 
 

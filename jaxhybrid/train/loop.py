@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxhybrid.errors import DivergenceError
 from jaxhybrid.files import make_folder, storage_errors
-from jaxhybrid.settings import StageConfig
+from jaxhybrid.settings.stages import StageConfig
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.interrupt import Interrupted, StopSignals
 from jaxhybrid.train.metrics import Recorder
@@ -69,13 +69,8 @@ def train(
     if done >= until:
         checkpoints.close()
         return state
-    recorder = Recorder(
-        folder,
-        resume_step=done,
-        total_tokens=until * stage.tokens_per_step,
-        done_tokens=done * stage.tokens_per_step,
-        label=label,
-    )
+    size = stage.tokens_per_step
+    recorder = Recorder(folder, resume_step=done, total_tokens=until * size, done_tokens=done * size, label=label)
     pending: deque[_Pending] = deque()
     recorded, clock = done, time.perf_counter()
     with closing(checkpoints), closing(recorder), StopSignals() as stop:
@@ -94,16 +89,14 @@ def train(
                 unrecorded = [*unrecorded, *_read(pending, folder, checkpoints)]
             if record:
                 values = {name: np.mean([one[name] for one in unrecorded], axis=0).tolist() for name in metrics}
-                tokens = (done - recorded) * stage.tokens_per_step
+                tokens = (done - recorded) * size
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 speed = tokens / elapsed
-                recorder.write(
-                    {"step": done, "tokens": done * stage.tokens_per_step, **values, "tokens_per_second": speed}
-                )
+                recorder.write({"step": done, "tokens": done * size, **values, "tokens_per_second": speed})
                 recorder.advance(tokens, loss=values["loss"])
                 recorded, unrecorded = done, []
             if measured:
-                recorder.write({"step": done, "tokens": done * stage.tokens_per_step, **measured})
+                recorder.write({"step": done, "tokens": done * size, **measured})
                 clock = time.perf_counter()  # measuring is not training
             if save:
                 # With the metrics not yet recorded, so that the records do not depend on when a run is stopped.

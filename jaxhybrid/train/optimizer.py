@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxhybrid.model.params import Params
-from jaxhybrid.settings import StageConfig
+from jaxhybrid.settings.stages import StageConfig
 
 
 @jax.tree_util.register_dataclass

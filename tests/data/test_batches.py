@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxhybrid.data import (
-    heldout_batches,
+    HeldoutBatches,
     mean_segment_tokens,
     open_source,
     open_tokens,
@@ -135,7 +135,7 @@ def test_less_text_than_one_batch_is_refused(dataset):
 
 
 def test_heldout_batches_are_the_text_in_order(dataset):
-    held = heldout_batches(dataset, 16, 4)
+    held = HeldoutBatches(dataset, 16, 4)
     tokens = np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in held])
     np.testing.assert_array_equal(tokens, dataset.tokens)
     assert all(b["tokens"].shape == (4, 16) for b in held)
@@ -146,21 +146,21 @@ def test_heldout_batches_are_the_text_in_order(dataset):
 
 @pytest.mark.parametrize("tokens", [1, 16, 63, 64, 65, 200])
 def test_heldout_batches_use_exactly_the_tokens_asked_for(dataset, tokens):
-    held = heldout_batches(dataset, 16, 4, tokens)
+    held = HeldoutBatches(dataset, 16, 4, tokens)
     used = np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in held])
     np.testing.assert_array_equal(used, dataset.tokens[:tokens])
     assert len(held) == -(-tokens // 64)
 
 
 def test_heldout_batches_are_shared_between_hosts(dataset):
-    whole = heldout_batches(dataset, 16, 4, 200)
-    halves = [heldout_batches(dataset, 16, 4, 200, i, 2) for i in range(2)]
+    whole = HeldoutBatches(dataset, 16, 4, 200)
+    halves = [HeldoutBatches(dataset, 16, 4, 200, i, 2) for i in range(2)]
     assert_same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves)], list(whole))
 
 
 def test_heldout_batches_refuse_more_than_there_is(dataset):
     with pytest.raises(DataError, match=r"needs 1,000,000"):
-        heldout_batches(dataset, 16, 4, 1_000_000)
+        HeldoutBatches(dataset, 16, 4, 1_000_000)
 
 
 def test_pydoc_end_to_end(vocabulary, tmp_path):
@@ -169,7 +169,7 @@ def test_pydoc_end_to_end(vocabulary, tmp_path):
     iterator = training_batches(train, 128, 8, seed=0)
     seen = take(iterator, 20)
     assert all((b["segment_ids"][:, 0] == 1).all() for b in seen)
-    assert sum(b["tokens"].size for b in heldout_batches(heldout, 128, 8, 5_000)) == 5 * 8 * 128
+    assert sum(b["tokens"].size for b in HeldoutBatches(heldout, 128, 8, 5_000)) == 5 * 8 * 128
     iterator.close()
 
 
@@ -189,7 +189,7 @@ def test_documents_that_are_not_separate_are_one_text_a_row(dataset):
     assert_same(take(resumed, 5), take(together, 5))
     with pytest.raises(RunError, match=r"separate_documents was False .* and is None now"):
         apart.set_state(state)
-    held = heldout_batches(dataset, 16, 4, 200, separate_documents=False)
+    held = HeldoutBatches(dataset, 16, 4, 200, separate_documents=False)
     assert {int(b["segment_ids"].max()) for b in held} == {1}
     np.testing.assert_array_equal(
         np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in held]), dataset.tokens[:200]
@@ -219,7 +219,7 @@ def test_short_documents_are_passed_over(dataset):
 
 @pytest.mark.parametrize("separate", [True, False])
 def test_the_mean_segment_is_counted(dataset, separate):
-    held = heldout_batches(dataset, 16, 4, 200, separate_documents=separate)
+    held = HeldoutBatches(dataset, 16, 4, 200, separate_documents=separate)
     lengths = [
         int((row == segment).sum()) for b in held for row in b["segment_ids"] for segment in set(row.tolist()) - {0}
     ]

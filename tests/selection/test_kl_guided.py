@@ -10,7 +10,8 @@ from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.selection.kl_guided import _Programs, score_candidates
 from jaxhybrid.selection.ranking import Scores, read_scores
-from jaxhybrid.settings import DataConfig, RunConfig, ScoreConfig, SelectConfig
+from jaxhybrid.settings.run import DataConfig, RunConfig, SelectConfig
+from jaxhybrid.settings.stages import ScoreConfig
 from jaxhybrid.weights.convert import convert
 from tests.tiny import stop_rule
 

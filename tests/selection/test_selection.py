@@ -8,7 +8,7 @@ import pytest
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.selection.methods import layer_types, select_layers
 from jaxhybrid.selection.ranking import CandidateScore, Scores, jaccard, read_scores
-from jaxhybrid.settings import layers_in_budget
+from jaxhybrid.settings.budget import layers_in_budget
 from tests.tiny import stop_rule
 
 # Layer 2 is best all along; 0 overtakes 3 at 200 tokens.

@@ -2,12 +2,14 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from jaxhybrid import pipeline as module
+from jaxhybrid.assembly import RunModels
 from jaxhybrid.pipeline import Pipeline
-from jaxhybrid.settings import load_config
+from jaxhybrid.settings.read import load_config
 from tests.tiny import stop_rule
 
 # By held-out KL 1 is best and 3 next; by training KL 0 is, and 1 next.
@@ -27,7 +29,7 @@ def opened(tmp_path):
     def run(*overrides):
         (tmp_path / "run" / "config.yaml").unlink(missing_ok=True)
         opened = Pipeline(load_config(tmp_path / "config.yaml", [f"run_dir={tmp_path / 'run'}", *overrides]))
-        vars(opened)["teacher"] = SimpleNamespace(config=SimpleNamespace(num_layers=4))
+        vars(opened.models)["teacher"] = SimpleNamespace(config=SimpleNamespace(num_layers=4))
         return opened
 
     return run
@@ -73,11 +75,11 @@ def test_uniform_keeps_the_layers_that_are_asked_for(opened, setting, kept):
 def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings, rule):
     told = []
     monkeypatch.setattr(module, "score_candidates", lambda teacher, student, config, *_: told.append(config) or {})
-    for name in ("aligned", "stream", "heldout", "_require_disk"):
-        monkeypatch.setattr(Pipeline, name, lambda self, *_, **__: None)
-    monkeypatch.setattr(Pipeline, "segment_tokens", lambda self, *_, **__: 12.5)
+    monkeypatch.setattr(RunModels, "aligned", lambda self: None)
+    monkeypatch.setattr(Pipeline, "segment_tokens", lambda self, name: 12.5)
     run = opened("select.budget=2", "select.rank_by=train", settings)
-    vars(run)["frozen_teacher"] = None
+    vars(run.models)["frozen_teacher"] = None
+    vars(run).update(text=MagicMock(), disk=MagicMock())
     run.score()
     (config,) = told
     assert (config.score.stop_when_stable, config.select.budget, config.select.rank_by) == (rule, 2, "train")

@@ -42,7 +42,8 @@ def compile_alignment_step():
     from jaxhybrid.model.params import abstract
     from jaxhybrid.model.partition import make_mesh, param_shardings
     from jaxhybrid.model.transformer import declare
-    from jaxhybrid.settings import AlignConfig, MixerConfig
+    from jaxhybrid.settings.run import MixerConfig
+    from jaxhybrid.settings.stages import AlignConfig
     from jaxhybrid.stages.align import align_step, linear_mixers
     from jaxhybrid.train.optimizer import make_optimizer, start
     from jaxhybrid.weights.convert import resolve_mixer

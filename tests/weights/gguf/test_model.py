@@ -17,7 +17,7 @@ from jaxhybrid.export.folder import export
 from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.pipeline import Pipeline
-from jaxhybrid.settings import load_config
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.gguf.head import TENSOR_TYPES
 from jaxhybrid.weights.gguf.model import open_gguf
@@ -117,7 +117,7 @@ def test_what_takes_a_teacher_takes_a_gguf_file(small, tmp_path):
     (answer,) = complete(str(file), ["anna has"], 5, chat=True)
     assert isinstance(answer, str)
     with Pipeline(load_config(write_config(tmp_path / "config.yaml", file))) as pipeline:
-        teacher = pipeline.teacher
+        teacher = pipeline.models.teacher
     assert teacher.config.family == "qwen2"
     student = convert(teacher, ("full_attention", "gated_deltanet"), GatedDeltaNetConfig(), jax.random.key(0))
     exported = export(student, tmp_path / "export")
