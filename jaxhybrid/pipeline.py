@@ -31,6 +31,7 @@ from jaxhybrid.selection.record import choice_record, merge_scores, scores_recor
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
+from jaxhybrid.stages.batch import Batch, Metrics
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.train.loop import HostBatch, train
@@ -39,7 +40,6 @@ from jaxhybrid.train.optimizer import TrainState, make_optimizer, start
 from jaxhybrid.train.placement import place_batch
 
 SAMPLED_TOKENS = 500_000  # of a stage's first batches, whose segments are measured
-Step = Callable[[TrainState, Params, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class Pipeline:
@@ -121,19 +121,14 @@ class Pipeline:
         if not self._begins("align"):
             return
         settings, student, teacher = self.config.align, self.models.converted(), self.models.frozen_teacher
-        static: dict[str, Any] = {
-            "teacher_config": teacher.config,
-            "student_config": student.config,
-            "dtype": self.dtype,
-        }
+        configs: dict[str, Any] = {"teacher_config": teacher.config, "student_config": student.config}
         mixers = linear_mixers(student.params)
-        optimizer = make_optimizer(settings, mixers)
         rows = settings.batch_size // settings.gradient_accumulation
         tokens = min(settings.tokens_per_step, self.text.heldout.num_tokens)
         batch = place_batch(self.text.heldout_batches(settings.sequence_length, rows, tokens)[0], self.mesh)
-        measure = jax.jit(partial(align_loss, **static))
+        measure = jax.jit(partial(align_loss, **configs, dtype=self.dtype))
         before = np.asarray(measure(mixers, teacher.params, batch))
-        mixers, figures = self._train("align", mixers, optimizer, partial(align_step, optimizer=optimizer, **static))
+        mixers, figures = self._train("align", mixers, partial(align_step, **configs))
         after = np.asarray(measure(mixers, teacher.params, batch))
         summary = figures | {
             "heldout_loss_before": float(before.mean()),
@@ -207,31 +202,20 @@ class Pipeline:
         if not self._begins("distill"):
             return
         settings, student = self.config.distill, self.models.hybrid()
-        optimizer = make_optimizer(settings, student.params)
-        step = partial(
-            distill_step,
-            teacher_config=self.models.teacher.config,
-            student_config=student.config,
-            optimizer=optimizer,
-            dtype=self.dtype,
-            remat=settings.remat,
-            chunk_tokens=settings.kl_chunk,
-        )
-        self._finish("distill", *self._train("distill", student.params, optimizer, step))
+        configs: dict[str, Any] = {"teacher_config": self.models.teacher.config, "student_config": student.config}
+        step = partial(distill_step, **configs, remat=settings.remat, chunk_tokens=settings.kl_chunk)
+        self._finish("distill", *self._train("distill", student.params, step))
 
     def finetune(self) -> None:
         """Stage 3: cross entropy, usually at a longer context."""
         if not self._begins("finetune"):
             return
         settings, student = self.config.finetune, self.models.trained("distill")
-        optimizer = make_optimizer(settings, student.params)
 
-        def step(state: TrainState, _: Params, batch: dict[str, jax.Array]) -> Any:
-            return finetune_step(
-                state, batch, student_config=student.config, optimizer=optimizer, dtype=self.dtype, remat=settings.remat
-            )
+        def step(state: TrainState, _: Params, batch: Batch, **given: Any) -> Any:
+            return finetune_step(state, batch, student_config=student.config, remat=settings.remat, **given)
 
-        self._finish("finetune", *self._train("finetune", student.params, optimizer, step))
+        self._finish("finetune", *self._train("finetune", student.params, step))
 
     def evaluate(self) -> dict[str, Any]:
         """Teacher and students on held-out text and recall; written to `evaluation.json`."""
@@ -276,14 +260,18 @@ class Pipeline:
         self.disk.require_stage(stage, self.folder.stage(stage), candidates)
         return True
 
-    def _train(self, name: str, params: Params, optimizer: Any, step: Step) -> tuple[Params, dict[str, Any]]:
-        """Trained parameters, and what the stage's record says beside what its metrics do."""
+    def _train(self, name: str, params: Params, step: Callable[..., Any]) -> tuple[Params, dict[str, Any]]:
+        """Trained parameters, and what the stage's record says beside what its metrics do.
+
+        step: takes state, teacher's parameters and batch, and by name `optimizer` and `dtype`.
+        """
         settings: StageConfig = getattr(self.config, name)
         figures = {"mean_segment_tokens": self.segment_tokens(name)}
         teacher = self.models.frozen_teacher.params
-        compiled = jax.jit(step, donate_argnums=0)
+        optimizer = make_optimizer(settings, params)
+        compiled = jax.jit(partial(step, optimizer=optimizer, dtype=self.dtype), donate_argnums=0)
 
-        def on_host_batch(state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        def on_host_batch(state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
             return compiled(state, teacher, place_batch(batch, self.mesh, settings.gradient_accumulation))
 
         begin = jax.jit(lambda params: start(jax.tree.map(jnp.copy, params), optimizer))
