@@ -20,12 +20,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from jaxhybrid.complete import complete
 from jaxhybrid.data import open_source
 from jaxhybrid.model.transformer import forward
-from jaxhybrid.text import complete
-from jaxhybrid.weights.files import stored_tensors
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.huggingface import load_teacher
+from jaxhybrid.weights.safetensors import stored_tensors
 
 # What prose lacks.
 ODD_TEXTS = [

@@ -24,8 +24,9 @@ from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import BATCH_AXES, make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.selection.methods import layer_types
+from jaxhybrid.settings.stages import DistillConfig
 from jaxhybrid.stages.distill import distill_step
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
 
 LIBTPU = Path(__file__).parents[1] / ".venv" / "tpu-compiler" / "libtpu" / "libtpu.so"
 CASES = {  # layers, those that stay softmax
@@ -55,7 +56,7 @@ def measure(layers: int, softmax: tuple[int, ...], mesh: Any) -> tuple[float, fl
 
     with jax.set_mesh(mesh):
         params = shapes(student)
-        optimizer = make_optimizer(OptimizerConfig(total_steps=10), params)
+        optimizer = make_optimizer(DistillConfig(), params)
         state = jax.eval_shape(lambda params: start(params, optimizer), params)
         tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
         batch = {"tokens": tokens, "segment_ids": tokens}

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhybrid.data import heldout_batches, open_source, open_tokens
+from jaxhybrid.data import HeldoutBatches, open_source, open_tokens
 from jaxhybrid.data.vocabulary import load_vocabulary
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.settings.stages import AlignConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.huggingface import load_teacher
 
@@ -38,9 +39,17 @@ def main() -> None:
     vocabulary = load_vocabulary(teacher.folder, teacher.config.vocab_size)
     text = open_tokens(open_source(arguments.text), vocabulary, arguments.cache)
     wanted = arguments.tokens + arguments.steps * LENGTH * ROWS
-    batches = list(heldout_batches(text, LENGTH, ROWS, wanted))
+    batches = list(HeldoutBatches(text, LENGTH, ROWS, wanted))
     measured, training = batches[: arguments.tokens // (LENGTH * ROWS)], batches[arguments.tokens // (LENGTH * ROWS) :]
     depth = teacher.config.num_layers
+    settings = AlignConfig(
+        tokens=max(arguments.steps, 1) * LENGTH * ROWS,
+        sequence_length=LENGTH,
+        batch_size=ROWS,
+        learning_rate=2e-3,
+        schedule="constant",
+        warmup_steps=0,
+    )
 
     heading = "| gate_init | decay_init | heads | loss before the first step |"
     print(heading + (f" after {arguments.steps} steps |" if arguments.steps else ""))
@@ -50,7 +59,7 @@ def main() -> None:
         student = convert(teacher, (GatedDeltaNetConfig.kind,) * depth, mixer, jax.random.key(0))
         static = {"config": student.config, "dtype": jnp.float32}
         mixers = linear_mixers(student.params)
-        optimizer = make_optimizer(OptimizerConfig(max(arguments.steps, 1), mixer_learning_rate=2e-3), mixers)
+        optimizer = make_optimizer(settings, mixers)
         measure = jax.jit(lambda mixers, batch, static=static: align_loss(mixers, teacher, batch, **static))
 
         def mean_loss(mixers: dict, measure=measure) -> float:

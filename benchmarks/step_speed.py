@@ -23,9 +23,10 @@ from jaxhybrid.model.mixers import linear
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import Model, random_params
 from jaxhybrid.selection.methods import layer_types
+from jaxhybrid.settings.stages import DistillConfig
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 
 SMOLLM2 = ModelConfig(
@@ -92,7 +93,7 @@ def main() -> None:
             linear.linear_attention = partial(linear_attention, implementation=implementation)
             trained = linear_mixers(student.params) if name == "align" else student.params
             trained = jax.tree.map(jnp.copy, trained)
-            optimizer = make_optimizer(OptimizerConfig(100, mixer_learning_rate=1e-3), trained)
+            optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), trained)
             step = partial(stage, config=student.config, optimizer=optimizer, **given)
             seconds = seconds_per_step(step, start(trained, optimizer), frozen, batch, arguments.steps)
             print(

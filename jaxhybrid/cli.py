@@ -46,7 +46,7 @@ def pipeline(config: Path, overrides: list[str] | None) -> Iterator["Pipeline"]:
 
 def read_settings(config: Path, overrides: list[str] | None) -> "RunConfig":  # type: ignore[name-defined] # noqa: F821
     """The settings in a YAML file, or those of a run folder, wherever it has been moved to."""
-    from jaxhybrid.config import load_config
+    from jaxhybrid.settings.read import load_config
 
     if not config.is_dir():
         return load_config(config, overrides or [])
@@ -98,7 +98,7 @@ def score(
     with pipeline(config, overrides) as p:
         for other in merge or []:
             p.merge_scores(other)
-        p.score(parse_candidates(candidates, p.depth))
+        p.score(parse_candidates(candidates, p.models.depth))
 
 
 @app.command()
@@ -165,7 +165,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put each prompt through the chat template.")] = False,
 ) -> None:
     """Text from a model, in JAX, on the hybrid state."""
-    from jaxhybrid.text import complete
+    from jaxhybrid.complete import complete
 
     for text in complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat):
         print(text)
@@ -197,9 +197,9 @@ def benchmark(
         raise ConfigError("benchmark needs lm-eval: `uv sync --extra eval`, or `pip install lm-eval`.") from error
     import jax
 
+    from jaxhybrid.complete import open_model
     from jaxhybrid.files import write_json
     from jaxhybrid.model.partition import make_mesh
-    from jaxhybrid.text import open_model
 
     mesh = make_mesh(data=1 if fsdp == -1 else -1, fsdp=fsdp)
     with jax.set_mesh(mesh):
@@ -245,7 +245,7 @@ def inspect(
 @app.command("settings")
 def settings_() -> None:
     """Every setting of a config, with type, default and meaning."""
-    from jaxhybrid.config import describe
+    from jaxhybrid.settings.fields import describe
 
     print(describe())
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from jaxhybrid.config import RunConfig
 from jaxhybrid.errors import RunError
 from jaxhybrid.model.blueprint import count_parameters, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.transformer import model_variables
-from jaxhybrid.settings import StageConfig
+from jaxhybrid.settings.budget import layers_in_budget
+from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.stages import StageConfig
 
 STATE_BYTES = 12  # of a parameter in a checkpoint: float32 master and two moments
 MASTER_BYTES = 4
@@ -39,16 +40,14 @@ def total(needs: Iterable[Need]) -> int:
 class DiskPlan:
     """What each stage of a run needs, by arithmetic; logs and the token cache are not in it."""
 
-    def __init__(self, config: RunConfig, linear: ModelConfig, hybrid: ModelConfig):
-        """
-        Args:
-            linear: the student with no softmax layer.
-            hybrid: the student with as many of them as the budget allows, whichever.
-        """
+    def __init__(self, config: RunConfig, linear: ModelConfig):
+        """`linear` is the student with no softmax layer."""
+        kept = layers_in_budget(config.select.budget, linear.num_layers)
+        hybrid = linear.with_layers((FULL_ATTENTION,) * kept + linear.layer_types[kept:])  # whichever layers they are
         self.config, self.depth, self.width = config, linear.num_layers, linear.hidden_size
         self.mixers = count_parameters(model_variables(linear)["mixers"])
         self.student = count_parameters(model_variables(hybrid))
-        attention = count_parameters(variables(MIXERS[FULL_ATTENTION], hybrid))
+        attention = count_parameters(variables(MIXERS[FULL_ATTENTION], linear))
         self.candidate = count_parameters(model_variables(linear)) + attention
 
     def needs(self, stage: str, candidates: Sequence[int] | None = None) -> list[Need]:
@@ -72,6 +71,19 @@ class DiskPlan:
             earlier += total(need for need in needs if need.stays)
         stage, _, needs = max(found, key=lambda item: item[1])
         return stage, needs
+
+    def require_stage(self, stage: str, folder: Path, candidates: Sequence[int] | None = None) -> None:
+        """`require` for one stage in `folder`."""
+        require(stage, self.needs(stage, candidates), used_bytes([folder]), folder)
+
+    def require_run(self, folder: Path, undone: Sequence[str]) -> None:
+        """`require` for the run in `folder`, of whose stages these are not done."""
+        stages = [stage for stage in undone if stage != "score" or self.config.select.method == "kl_guided"]
+        if stages:
+            there = used_bytes(folder / stage for stage in stages)
+            exported = [] if self.config.export.folder else ["export"]
+            stage, needs = self.most([*stages, *exported])
+            require(f"the run, most of it at {stage},", needs, there, folder)
 
     def _score(self, candidates: int) -> list[Need]:
         settings = self.config.score

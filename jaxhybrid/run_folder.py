@@ -17,14 +17,16 @@ from typing import Any
 import jax
 
 from jaxhybrid.checksums import read_result, write_result
-from jaxhybrid.config import UPSTREAM, RunConfig, differences, fingerprint, load_config, to_yaml
 from jaxhybrid.errors import RunError
 from jaxhybrid.files import draft_of, make_folder, remove, storage_errors, write_json, write_text
 from jaxhybrid.model.blueprint import Params
+from jaxhybrid.settings.compare import UPSTREAM, differences, fingerprint
+from jaxhybrid.settings.read import load_config, to_yaml
+from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.stages import STAGES
 from jaxhybrid.train.checkpoint import read_tree, write_tree
 
 PACKAGES = ("jaxhybrid", "jaxhybrid-kernels", "jax", "jaxlib", "optax", "orbax-checkpoint", "grain", "transformers")
-STAGES = ("align", "score", "distill", "finetune")
 PASSING = ("checkpoints", "candidates", "teacher-*")  # what a finished stage does not need any more
 
 

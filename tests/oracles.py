@@ -52,7 +52,7 @@ class AdamW:
     def rate(self, peak, final):
         """Linear warm-up to the peak, then half a cosine down to `final` at the last step."""
         c = self.config
-        done = max(self.step - c.warmup_steps, 0) / (c.total_steps - c.warmup_steps)
+        done = max(self.step - c.warmup_steps, 0) / (c.steps - c.warmup_steps)
         return min(1, (self.step + 1) / c.warmup_steps) * (final + (peak - final) * (1 + np.cos(np.pi * done)) / 2)
 
     def update(self, gradients):

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.config import load_config
 from jaxhybrid.disk import DiskPlan, require, size_text, used_bytes
 from jaxhybrid.errors import RunError
-from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.run_folder import RunFolder
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.train.checkpoint import Checkpoints
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
+from tests.tiny import training
 
 LLAMA = ModelConfig(
     family="llama", vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24,
@@ -30,8 +31,7 @@ def plan(teacher, softmax, *overrides):
         layer_types=(GatedDeltaNetConfig.kind,) * teacher.num_layers,
         mixer=GatedDeltaNetConfig().resolve(teacher),
     )
-    types = (FULL_ATTENTION,) * softmax + linear.layer_types[softmax:]
-    return DiskPlan(load_config(RECIPE, overrides), linear, linear.with_layers(types))
+    return DiskPlan(load_config(RECIPE, [f"select.budget={softmax}", *overrides]), linear)
 
 
 def sizes(needs):
@@ -41,7 +41,7 @@ def sizes(needs):
 def test_a_stage_takes_what_is_said(teacher, tmp_path):
     steps = "distill.tokens=131_072_000"  # 1000 steps
     said = sizes(plan(teacher.config, 4, steps).needs("distill"))  # four of four layers
-    optimizer = make_optimizer(OptimizerConfig(total_steps=9), teacher.params)
+    optimizer = make_optimizer(training(9), teacher.params)
     # Moments of zeros would be compressed away.
     noise = np.random.default_rng(0)
     state = jax.tree.map(

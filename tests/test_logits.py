@@ -13,7 +13,8 @@ from jaxhybrid.model.decode import decode, initial_decode_state
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
+from tests.tiny import training
 
 PLACES = jnp.zeros((8, 1, 3), jnp.int32)
 BF16 = {"dtype": jnp.bfloat16}
@@ -32,7 +33,7 @@ def products(jaxpr):
 def makers_of_logits(model, batch):
     """name -> (function, arguments)"""
     config, tokens = model.config, batch["tokens"]
-    optimizer = make_optimizer(OptimizerConfig(total_steps=1), model.params)
+    optimizer = make_optimizer(training(steps=1), model.params)
     static = {"config": config, "optimizer": optimizer, **BF16}
     answers = {"tokens": tokens, "segment_ids": tokens, "at": PLACES, "answers": PLACES}
     return {

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from jaxhybrid.cli import app
-from jaxhybrid.config import load_config
+from jaxhybrid.settings.read import load_config
 from tests.tiny import write_teacher
 
 ROOT = Path(__file__).parent.parent

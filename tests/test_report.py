@@ -13,7 +13,8 @@ from matplotlib import image
 from jaxhybrid.errors import RunError
 from jaxhybrid.report import evaluation_table, write_report
 from jaxhybrid.report.plots import _spread
-from jaxhybrid.selection.ranking import CandidateScore, Scores, layers_in_budget
+from jaxhybrid.selection.ranking import CandidateScore, Scores
+from jaxhybrid.settings.budget import layers_in_budget
 
 DEPTH = 12
 KEPT = [3, 6, 10]

@@ -16,7 +16,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxhybrid.cli import main, read_settings
-from jaxhybrid.config import load_config
 from jaxhybrid.errors import RunError
 from jaxhybrid.export.folder import export
 from jaxhybrid.files import storage_errors, write_json
@@ -24,6 +23,7 @@ from jaxhybrid.report import write_report
 from jaxhybrid.run_folder import RunFolder
 from jaxhybrid.selection.ranking import CandidateScore
 from jaxhybrid.selection.teacher_cache import TeacherCache
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.metrics import Recorder, read_metrics
 from jaxhybrid.weights.huggingface import load_teacher

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from jaxhybrid.config import load_config
-from jaxhybrid.data import batches, heldout_batches, open_text
+from jaxhybrid.data import HeldoutBatches, open_text, training_batches
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import Model, forward
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from jaxhybrid.weights.huggingface import load_teacher
@@ -53,12 +53,12 @@ class Pieces:
     def first_batch(self, stage, salt):
         settings = getattr(self.config, stage)
         seed = self.config.seed * 1000 + salt
-        return next(batches(self.text.train, settings.sequence_length, settings.batch_size, seed))
+        return next(training_batches(self.text.train, settings.sequence_length, settings.batch_size, seed))
 
     def heldout(self, stage):
         settings = getattr(self.config, stage)
         sizes = settings.sequence_length, settings.batch_size, settings.heldout_tokens
-        return list(heldout_batches(self.text.heldout, *sizes))
+        return list(HeldoutBatches(self.text.heldout, *sizes))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_alignment_starts_from_the_converted_student(pieces):
     first = records(pieces.run / "align")[0]
     np.testing.assert_allclose(first["layer_loss"], losses(mixers, batch=pieces.first_batch("align", 1)), rtol=RTOL)
     rows = pieces.config.align.batch_size
-    heldout = heldout_batches(pieces.text.heldout, 64, rows, rows * 64)[0]
+    heldout = HeldoutBatches(pieces.text.heldout, 64, rows, rows * 64)[0]
     np.testing.assert_allclose(done["heldout_layer_loss_before"], losses(mixers, batch=heldout), rtol=RTOL)
     trained = losses(pieces.trained("align"), batch=heldout)
     np.testing.assert_allclose(done["heldout_layer_loss_after"], trained, rtol=RTOL)

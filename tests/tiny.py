@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxhybrid.families import config_to_hf
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.transformer import random_params
+from jaxhybrid.settings.stages import DistillConfig, StabilityConfig
 from jaxhybrid.weights.save import save_weights
 
 TEXT = "".join(f"{name} has the number {n * 37 % 1000} and likes the {name[::-1]}. " for n, name in enumerate(["anna",
@@ -63,6 +64,16 @@ def write_teacher(folder: Path, layers: int = 3) -> Path:
     hf = config_to_hf(config) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(hf))
     return folder
+
+
+def training(steps: int, **changes) -> DistillConfig:
+    """Settings of a stage of so many steps, with no warm-up, for what asks for no more than steps and rates."""
+    return DistillConfig(**{"tokens": 2 * steps, "sequence_length": 2, "batch_size": 1, "warmup_steps": 0} | changes)
+
+
+def stop_rule(**changes) -> StabilityConfig:
+    """A rule to end scoring, even one that a config is refused for."""
+    return StabilityConfig.model_construct(**{"window_tokens": None} | changes)
 
 
 def stage(**changes):

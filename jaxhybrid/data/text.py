@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+import jax
+
+from jaxhybrid.data.batches import BatchIterator, HeldoutBatches, training_batches
 from jaxhybrid.data.sources import open_source
 from jaxhybrid.data.split import take_heldout, without
 from jaxhybrid.data.streaming import TokenStream
 from jaxhybrid.data.tokens import TokenDataset, open_tokens
 from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
-from jaxhybrid.settings import DataConfig
+from jaxhybrid.settings.run import DataConfig
+from jaxhybrid.settings.stages import StageConfig
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,21 @@ class Text:
     train: TokenDataset | TokenStream
     heldout: TokenDataset  # no document of it, word for word, is in train
     vocabulary: Vocabulary
+    separate_documents: bool  # in a row, they do not see each other
+
+    def training_batches(self, stage: StageConfig, seed: int) -> BatchIterator:
+        """This process's batches of a stage, from their start."""
+        train, host = self.train.at_least(stage.min_document_tokens or 1), (jax.process_index(), jax.process_count())
+        return training_batches(
+            train, stage.sequence_length, stage.batch_size, seed, *host, separate_documents=self.separate_documents
+        )
+
+    def heldout_batches(self, sequence_length: int, batch_size: int, tokens: int) -> HeldoutBatches:
+        """This process's batches of the first `tokens` held-out tokens."""
+        host = jax.process_index(), jax.process_count()
+        return HeldoutBatches(
+            self.heldout, sequence_length, batch_size, tokens, *host, separate_documents=self.separate_documents
+        )
 
 
 def open_text(config: DataConfig, teacher_folder: str, vocab_size: int, progress: bool = True) -> Text:
@@ -39,4 +58,4 @@ def open_text(config: DataConfig, teacher_folder: str, vocab_size: int, progress
     else:
         heldout = cached(config.heldout)
         train = without(train, heldout.hashes)
-    return Text(train, heldout, vocabulary)
+    return Text(train, heldout, vocabulary, config.separate_documents)

@@ -17,8 +17,8 @@ from jaxhybrid.families.student import is_student
 from jaxhybrid.files import draft_of, make_folder, storage_errors, write_json
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.transformer import Model
-from jaxhybrid.weights.files import read_table
 from jaxhybrid.weights.huggingface import TERMS_FILES
+from jaxhybrid.weights.safetensors import read_table
 from jaxhybrid.weights.save import save_weights
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"

@@ -12,9 +12,9 @@ from jaxhybrid.disk import used_bytes
 from jaxhybrid.errors import RunError
 from jaxhybrid.report.table import evaluation_rows
 from jaxhybrid.selection.ranking import CandidateScore
+from jaxhybrid.settings.stages import STAGES
 from jaxhybrid.train.metrics import Record, read_metrics, training_figures
 
-STAGES = ("align", "score", "distill", "finetune")
 Found = dict[str, Any]
 
 

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from jaxhybrid.files import draft_of, make_folder, storage_errors
 from jaxhybrid.report import plots
-from jaxhybrid.report.results import STAGES, Results, StageResult, budget_label, read_results
+from jaxhybrid.report.results import Results, StageResult, budget_label, read_results
 from jaxhybrid.report.table import evaluation_rows, recall_refusals, recall_rows
+from jaxhybrid.settings.stages import STAGES
 
 LOSS = {
     "align": "alignment loss",

@@ -13,7 +13,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from jaxhybrid.report.results import Points
 from jaxhybrid.report.table import recall_label
-from jaxhybrid.selection.ranking import RankBy, Scores
+from jaxhybrid.selection.ranking import Scores
+from jaxhybrid.settings.types import RankBy
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY, "#222222")

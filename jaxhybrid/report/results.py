@@ -8,10 +8,12 @@ import yaml
 
 from jaxhybrid.checksums import read_result
 from jaxhybrid.errors import RunError
-from jaxhybrid.selection.ranking import CandidateScore, RankBy, Scores, layers_in_budget
+from jaxhybrid.selection.ranking import CandidateScore, Scores
+from jaxhybrid.settings.budget import layers_in_budget
+from jaxhybrid.settings.stages import STAGES
+from jaxhybrid.settings.types import RankBy
 from jaxhybrid.train.metrics import Record, read_metrics, training_figures
 
-STAGES = ("align", "score", "distill", "finetune")
 Points = list[tuple[float, float]]
 
 

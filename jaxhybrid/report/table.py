@@ -20,7 +20,7 @@ def evaluation_rows(result: dict[str, Any]) -> tuple[list[str], Rows]:
     """Column names, and one row for each model; a value a model lacks is '-'.
 
     Args:
-        result: what `Pipeline.evaluate` returns and writes to `evaluation.json`. Runs of earlier versions hold figures
+        result: what `evaluation.json` holds. Runs of earlier versions hold figures
             `recall_N` of another probe, which become columns.
     """
     models: dict[str, dict[str, Any]] = result["models"]

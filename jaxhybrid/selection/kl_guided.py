@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,48 +18,22 @@ from jaxhybrid.files import remove
 from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.selection.kept_state import KeptState
-from jaxhybrid.selection.ranking import (
-    SCORE_AGAIN,
-    CandidateScore,
-    Curve,
-    RankBy,
-    StabilityRule,
-    read_scores,
-    write_score,
-)
+from jaxhybrid.selection.ranking import SCORE_AGAIN, CandidateScore, Curve, read_scores, write_score
 from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_caches
+from jaxhybrid.settings.budget import layers_in_budget
+from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.stages import ScoreConfig
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
-from jaxhybrid.train.loop import Batches, HostBatch, LoopConfig, train
+from jaxhybrid.train.loop import Batches, HostBatch, train
 from jaxhybrid.train.metrics import read_metrics
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.train.placement import local_rows, place_batch
-
-
-@dataclass(frozen=True)
-class ScoringConfig:
-    """How long and how candidates are trained. Sizes are per update; held-out KL is measured every `evaluate_every`."""
-
-    optimizer: OptimizerConfig
-    batch_size: int
-    sequence_length: int
-    evaluate_every: int
-    checkpoint_every: int
-    log_every: int = 10
-    microbatches: int = 1
-    dtype: Any = jnp.bfloat16
-    remat: bool = True
-    chunk_tokens: int = 2048
-    keep_teacher_states: bool = True  # on disk, for all candidates; False runs the teacher again for each
-    stop_when_stable: StabilityRule | None = None  # candidates then train in rounds, and may stop after each
-    stop_every: int = 1  # evaluations in a round after the first one
-    rank_by: RankBy = "heldout"
-    kept_dtype: Any = jnp.float32  # of candidates' states between rounds; bfloat16 rounds them
 
 
 def score_candidates(
     teacher: Model,
     student: Model,
-    config: ScoringConfig,
+    config: RunConfig,
     batches: Callable[[], Batches],
     heldout: Sequence[HostBatch],
     folder: Path,
@@ -72,6 +45,7 @@ def score_candidates(
     Args:
         teacher: parameters placed on `mesh`.
         student: the aligned all-linear student, placed on `mesh`.
+        config: its `score`, `dtype`, and of `select` what ends scoring early: `budget` and `rank_by`.
         batches: opens the training stream from its start; every candidate sees the same one.
 
     Returns:
@@ -81,22 +55,24 @@ def score_candidates(
     outside = [layer for layer in candidates if not 0 <= layer < depth]
     if outside:
         raise ConfigError(f"Candidates {outside} do not exist; the model's layers are 0 to {depth - 1}.")
-    rule = config.stop_when_stable
+    rule = config.score.stop_when_stable
     if rule is not None and len(candidates) < depth:
         raise ConfigError("Stopping when the ranking is stable needs all candidates in one process; drop --candidates.")
     remove_caches(folder, candidates)
     programs = _Programs(teacher, student, config, mesh, folder, candidates)
-    rounds = rounds_of(config)
+    best, rounds = layers_in_budget(config.select.budget, depth), rounds_of(config.score)
     for position, steps in enumerate(rounds):
         for count, layer in enumerate(candidates):
             label = f"score layer {layer} ({count + 1} of {len(candidates)})"
-            if not _finished(folder, layer, steps, config):
+            score = _read_score(folder, layer)
+            if score is None or score.heldout[-1][0] < steps * config.score.tokens_per_step:
                 _train_candidate(programs, layer, rounds[: position + 1], batches, heldout, label)
             if position + 1 == len(rounds):  # else the next round goes on from there
                 remove(programs.candidate_folder(layer))
         last = position + 1 == len(rounds)
-        if rule and not last and read_scores(folder / "scores", depth).is_stable(rule, config.rank_by):
-            print(f"The top {rule.best} layers have not moved for {rule}: stopping.")
+        if rule and not last and read_scores(folder / "scores", depth).is_stable(rule, best, config.select.rank_by):
+            lasted = f"{rule.window} rounds" if rule.window else f"{rule.window_tokens:,} tokens"
+            print(f"The top {best} layers have not moved for {lasted}: stopping.")
             break
     for layer in candidates:
         remove(programs.candidate_folder(layer))
@@ -104,18 +80,13 @@ def score_candidates(
     return programs.compiled()
 
 
-def rounds_of(config: ScoringConfig) -> list[int]:
+def rounds_of(settings: ScoreConfig) -> list[int]:
     """Steps at which every candidate waits for all others. The first that can end scoring is the first of them."""
-    total, every, rule = config.optimizer.total_steps, config.evaluate_every, config.stop_when_stable
+    every, rule = settings.evaluate_every, settings.stop_when_stable
     if rule is None:
-        return [total]
-    window = rule.window(every * config.batch_size * config.sequence_length)
-    return [*range(every * (window + 1), total, every * config.stop_every), total]
-
-
-def _finished(folder: Path, layer: int, steps: int, config: ScoringConfig) -> bool:
-    score = _read_score(folder, layer)
-    return score is not None and score.heldout[-1][0] >= steps * config.batch_size * config.sequence_length
+        return [settings.steps]
+    window = rule.evaluations(every * settings.tokens_per_step)
+    return [*range(every * (window + 1), settings.steps, every * rule.every), settings.steps]
 
 
 def _read_score(folder: Path, layer: int) -> CandidateScore | None:
@@ -133,18 +104,19 @@ def _train_candidate(
     label: str,
 ) -> None:
     """Takes the candidate to the end of the last of `rounds`, from where it was left, and writes its score."""
-    config = programs.config
+    settings = programs.settings
     folder = programs.candidate_folder(layer)
     index = jnp.int32(layer)
 
     def step(state: Any, batch: HostBatch) -> tuple[Any, dict[str, jax.Array]]:
         number = int(batch["number"])
         own = {name: x for name, x in batch.items() if name != "number"}
-        own = programs.with_teacher("train", number, own, config.optimizer.total_steps)
-        return programs.step(state, index, place_batch(own, programs.mesh, config.microbatches), programs.teacher_head)
+        own = programs.with_teacher("train", number, own, settings.steps)
+        placed = place_batch(own, programs.mesh, settings.gradient_accumulation)
+        return programs.step(state, index, placed, programs.teacher_head)
 
     def measure(state: Any, done: int) -> dict[str, Any] | None:
-        if done % config.evaluate_every and done != config.optimizer.total_steps:
+        if done % settings.evaluate_every and done != settings.steps:
             return None
         return {"heldout_kl": programs.heldout_kl(state.params, index, heldout)}
 
@@ -153,20 +125,18 @@ def _train_candidate(
 
     earlier = _read_score(programs.folder, layer)  # of the round before
     untrained = earlier.heldout[0][1] if earlier else programs.heldout_kl(begin().params, index, heldout)
-    tokens_per_step = config.batch_size * config.sequence_length
 
     def run() -> None:
-        kept = KeptState(folder, config.kept_dtype, begin)
+        kept = KeptState(folder, jnp.dtype(settings.kept_dtype), begin)
         for steps in rounds:
             if kept.step >= steps:
                 continue
-            loop = LoopConfig(
-                steps, tokens_per_step, config.checkpoint_every, config.log_every, label, keep_checkpoints=1,
-                keep_last=False,
-            )  # fmt: skip
             stream = _Numbered(batches())
-            state = train(kept.restore(stream), step, stream, folder, loop, measure=measure)
-            if steps < config.optimizer.total_steps:  # after the last round the score is all that is kept
+            state = train(
+                kept.restore(stream), step, stream, folder, settings, label,
+                until=steps, keep_checkpoints=1, keep_last=False, measure=measure,
+            )  # fmt: skip
+            if steps < settings.steps:  # after the last round the score is all that is kept
                 kept.save(state, stream)
 
     try:
@@ -208,42 +178,40 @@ class _Programs:
     """The compiled functions that all candidates share."""
 
     def __init__(
-        self,
-        teacher: Model,
-        student: Model,
-        config: ScoringConfig,
-        mesh: Mesh,
-        folder: Path,
-        candidates: Sequence[int],
+        self, teacher: Model, student: Model, config: RunConfig, mesh: Mesh, folder: Path, candidates: Sequence[int]
     ):
-        self.teacher, self.student, self.config, self.mesh = teacher, student, config, mesh
-        self.folder, self.candidates = folder, candidates
+        self.teacher, self.student, self.settings, self.mesh = teacher, student, config.score, mesh
+        self.folder, self.candidates, self.dtype = folder, candidates, jnp.dtype(config.dtype)
         assert not student.config.softmax_layers
         abstract = jax.eval_shape(candidate_params, student, teacher, jnp.int32(0))
-        optimizer = make_optimizer(config.optimizer, abstract)
-        static = {"config": student.config, "dtype": config.dtype, "chunk_tokens": config.chunk_tokens}
+        optimizer = make_optimizer(self.settings, abstract)
+        static: dict[str, Any] = {
+            "config": student.config,
+            "dtype": self.dtype,
+            "chunk_tokens": self.settings.kl_chunk,
+        }
         self.begin = jax.jit(lambda own, teacher, layer: start(candidate_params(own, teacher, layer), optimizer))
-        self.step = jax.jit(partial(score_step, optimizer=optimizer, remat=config.remat, **static), donate_argnums=0)
+        step = partial(score_step, optimizer=optimizer, remat=self.settings.remat, **static)
+        self.step = jax.jit(step, donate_argnums=0)
         self._heldout = jax.jit(partial(candidate_kl, **static))
         self._teacher = jax.jit(
-            lambda teacher, batch: hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=config.dtype)
+            lambda teacher, batch: hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=self.dtype)
         )
         self._caches: dict[str, TeacherCache] = {}
-        self.teacher_head = jax.jit(lambda teacher: gather(teacher.head.astype(config.dtype)))(teacher)
+        self.teacher_head = jax.jit(lambda teacher: gather(teacher.head.astype(self.dtype)))(teacher)
 
     def candidate_folder(self, layer: int) -> Path:
         return self.folder / "candidates" / f"{layer:03d}"
 
     def cache(self, name: str, batches: int) -> TeacherCache:
         if name not in self._caches:
-            config = self.config
             self._caches[name] = TeacherCache(
                 cache_path(self.folder, name, self.candidates, jax.process_index()),
                 batches,
-                config.batch_size // jax.process_count(),
-                config.sequence_length,
+                self.settings.batch_size // jax.process_count(),
+                self.settings.sequence_length,
                 self.teacher.config.hidden_size,
-                np.dtype(config.dtype),
+                self.dtype,
             )
         return self._caches[name]
 
@@ -258,7 +226,7 @@ class _Programs:
         def compute() -> np.ndarray:
             return local_rows(self._teacher(self.teacher, place_batch(batch, self.mesh)))
 
-        kept = name == "heldout" or self.config.keep_teacher_states
+        kept = name == "heldout" or self.settings.keep_teacher_states
         hidden = self.cache(name, batches).get(index, compute) if kept else compute()
         return {**batch, "teacher_hidden": np.asarray(hidden)}
 
@@ -277,13 +245,6 @@ class _Programs:
         return total / tokens
 
     def compiled(self) -> dict[str, int]:
-        return {
-            "train_step": compiled_programs(self.step),
-            "heldout_kl": compiled_programs(self._heldout),
-            "teacher_forward": compiled_programs(self._teacher),
-        }
-
-
-def compiled_programs(jitted: Any) -> int:
-    """How many executables a jitted function has been compiled to."""
-    return jitted._cache_size()
+        """How many executables each function has been compiled to."""
+        used: dict[str, Any] = {"train_step": self.step, "heldout_kl": self._heldout, "teacher_forward": self._teacher}
+        return {name: function._cache_size() for name, function in used.items()}

@@ -1,15 +1,14 @@
 """Which layers stay softmax: the KL-guided choice and the baselines it is compared with, behind one function."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.selection.ranking import RankBy, Scores, layers_in_budget
-
-UniformBy = Literal["last", "first"]
+from jaxhybrid.selection.ranking import Scores
+from jaxhybrid.settings.budget import check_layers, layers_in_budget
+from jaxhybrid.settings.types import RankBy, UniformBy
 
 
 def uniform(depth: int, count: int, by: UniformBy = "last") -> tuple[int, ...]:
@@ -38,9 +37,7 @@ def explicit(depth: int, layers: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ConfigError: an index is out of range or named twice, or none is named.
     """
-    outside = [layer for layer in layers if not 0 <= layer < depth]
-    if outside:
-        raise ConfigError(f"select.layers names {outside}; the model's layers are 0 to {depth - 1}.")
+    check_layers(layers, depth)
     repeated = sorted({layer for layer in layers if list(layers).count(layer) > 1})
     if repeated:
         raise ConfigError(f"select.layers names {repeated} more than once.")

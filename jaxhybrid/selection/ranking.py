@@ -1,16 +1,16 @@
 """Scores of the layers, the ranking they give, and how soon that ranking stopped moving."""
 
-import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxhybrid.checksums import read_result, write_result
-from jaxhybrid.errors import ConfigError, RunError
+from jaxhybrid.errors import RunError
+from jaxhybrid.settings.stages import StabilityConfig
+from jaxhybrid.settings.types import RankBy
 
 Curve = list[tuple[int, float]]  # (tokens trained on, KL in nats per token)
-RankBy = Literal["heldout", "train"]
 SCORE_AGAIN = "Delete it and run `jaxhybrid score` again to train that candidate anew."
 
 
@@ -70,33 +70,15 @@ class Scores:
         ]
         return rows
 
-    def is_stable(self, rule: "StabilityRule", by: RankBy = "heldout") -> bool:
-        """Whether the best layers have not changed for as long as `rule` asks, up to the last measurement."""
-        rows = self.stability(rule.best, by)
+    def is_stable(self, rule: StabilityConfig, best: int, by: RankBy = "heldout") -> bool:
+        """Whether the `best` layers have not changed for as long as `rule` asks, up to the last measurement."""
+        rows = self.stability(best, by)
         overlaps = [row["with_previous"] for row in rows if "with_previous" in row]
-        window = rule.evaluations
-        if rule.tokens is not None:  # the sets measured over so many; the first of them agrees with the one before
-            window = sum(row["tokens"] > rows[-1]["tokens"] - rule.tokens for row in rows)
+        window = rule.window
+        if rule.window_tokens is not None:  # the sets measured over so many; the first agrees with the one before
+            window = sum(row["tokens"] > rows[-1]["tokens"] - rule.window_tokens for row in rows)
         assert window is not None
         return 0 < window <= len(overlaps) and min(overlaps[-window:]) >= rule.jaccard
-
-
-@dataclass(frozen=True)
-class StabilityRule:
-    """When the `best` layers count as settled: successive sets of so many overlap by `jaccard` or more over so many
-    tokens of each candidate, or so many evaluations in a row; one of the two is None."""
-
-    best: int
-    tokens: int | None = None
-    evaluations: int | None = None
-    jaccard: float = 1.0
-
-    def window(self, tokens_between: int) -> int:
-        """How many evaluations must agree with the one before them, if these are so many tokens apart."""
-        return math.ceil(self.tokens / tokens_between) if self.tokens is not None else self.evaluations or 0
-
-    def __str__(self) -> str:
-        return f"{self.tokens:,} tokens" if self.tokens is not None else f"{self.evaluations} rounds"
 
 
 def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
@@ -124,22 +106,3 @@ def read_scores(folder: Path, depth: int) -> Scores:
             f"`jaxhybrid score CONFIG --candidates {first}:{last}`, or bring another run's in with `--merge RUN`."
         )
     return Scores(tuple(CandidateScore.from_json(read_result(file, SCORE_AGAIN)) for file in files.values()))
-
-
-def layers_in_budget(budget: int | float, depth: int, key: str = "budget") -> int:
-    """How many layers a budget keeps softmax: a count, or a fraction of the depth rounded half up, as in the papers.
-
-    Raises:
-        ConfigError: fewer than one layer or more than `depth`; calls the budget `key`.
-    """
-    if isinstance(budget, float) and not 0 < budget < 1:
-        raise ConfigError(f"{key} {budget}: a fraction lies between 0 and 1; write a whole number for a count.")
-    count = math.floor(budget * depth + 0.5) if isinstance(budget, float) else budget
-    if count > depth:
-        raise ConfigError(f"{key} {budget} keeps {count} layers, but the model has {depth}. Choose at most {depth}.")
-    if count < 1:
-        raise ConfigError(
-            f"{key} {budget} keeps no softmax layer of {depth}. Keep at least 1: without one, recall collapses "
-            "and transformers cannot generate from the export."
-        )
-    return count

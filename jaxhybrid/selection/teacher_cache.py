@@ -87,12 +87,8 @@ class TeacherCache:
 
     def delete(self) -> None:
         """Removes the files; an open map of them stays readable."""
-        for suffix in (
-            ".json",
-            ".present",
-            ".sums",
-            self.path.suffix,
-        ):  # the mark that says the others are whole goes first
+        # The mark that says the others are whole goes first.
+        for suffix in (".json", ".present", ".sums", self.path.suffix):
             self.path.with_suffix(suffix).unlink(missing_ok=True)
 
 

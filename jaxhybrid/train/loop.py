@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxhybrid.errors import DivergenceError
 from jaxhybrid.files import make_folder, storage_errors
+from jaxhybrid.settings.stages import StageConfig
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.interrupt import Interrupted, StopSignals
 from jaxhybrid.train.metrics import Recorder
@@ -29,82 +30,73 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    total_steps: int
-    tokens_per_step: int  # slots in one update, padding included
-    checkpoint_every: int = 200
-    log_every: int = 10
-    label: str = "train"
-    keep_checkpoints: int = 2  # newest ones
-    keep_last: bool = True  # write a checkpoint after the last step
-
-
 def train(
     state: Any,
     step: Callable[[Any, HostBatch], tuple[Any, dict[str, jax.Array]]],
     batches: Batches,
     folder: Path,
-    config: LoopConfig,
+    stage: StageConfig,
+    label: str,
     *,
+    until: int | None = None,
+    keep_checkpoints: int = 2,
+    keep_last: bool = True,
     measure: Callable[[Any, int], dict[str, Any] | None] | None = None,
 ) -> Any:
-    """Trains to `config.total_steps` and returns the state, from the newest checkpoint in `folder` if there is one.
+    """Takes the stage's steps and returns the state, from the newest checkpoint in `folder` if there is one.
 
     Args:
         state: a pytree with a scalar `step`; overwritten (its buffers are donated by `step`).
         step: one update on a host batch; its metrics hold at least `loss` and `gradient_norm`.
+        label: what the progress bar and a stop call the training.
+        until: the step to end after; None: the stage's last.
+        keep_checkpoints: how many of the newest stay.
+        keep_last: whether a checkpoint is written after the last step, too.
         measure: called after an update with (state, updates done); what it returns is recorded (held-out losses, say).
 
     Raises:
         DivergenceError: a loss or gradient is not finite; names the step, the batch and the last checkpoint.
         Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    until = stage.steps if until is None else until
+    checkpoints = Checkpoints(folder / "checkpoints", keep_checkpoints)
     unrecorded: list[Metrics] = []  # of the steps since the last record
     if checkpoints.latest is not None:
         state, position = checkpoints.restore(state)
         batches.set_state(position["batches"])
         unrecorded = position["unrecorded"]
     done = int(state.step)
-    if done >= config.total_steps:
+    if done >= until:
         checkpoints.close()
         return state
-    recorder = Recorder(
-        folder,
-        resume_step=done,
-        total_tokens=config.total_steps * config.tokens_per_step,
-        done_tokens=done * config.tokens_per_step,
-        label=config.label,
-    )
+    size = stage.tokens_per_step
+    recorder = Recorder(folder, resume_step=done, total_tokens=until * size, done_tokens=done * size, label=label)
     pending: deque[_Pending] = deque()
     recorded, clock = done, time.perf_counter()
     with closing(checkpoints), closing(recorder), StopSignals() as stop:
-        while done < config.total_steps:
+        while done < until:
             batch = next(batches)
             state, metrics = step(state, batch)
             done += 1
             pending.append(_Pending(done, batch, metrics))
             measured = measure(state, done) if measure else None
-            last = done == config.total_steps
+            last = done == until
             signal = stop.received  # one that comes from here on is for the next step
-            save = done % config.checkpoint_every == 0 or signal is not None or (last and config.keep_last)
-            record = bool(measured) or last or done % config.log_every == 0
+            save = done % stage.checkpoint_every == 0 or signal is not None or (last and keep_last)
+            record = bool(measured) or last or done % stage.log_every == 0
             if record or save:
                 # Steps run ahead of the host; reading their metrics waits for them, so it is done in groups.
                 unrecorded = [*unrecorded, *_read(pending, folder, checkpoints)]
             if record:
                 values = {name: np.mean([one[name] for one in unrecorded], axis=0).tolist() for name in metrics}
-                tokens = (done - recorded) * config.tokens_per_step
+                tokens = (done - recorded) * size
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 speed = tokens / elapsed
-                recorder.write(
-                    {"step": done, "tokens": done * config.tokens_per_step, **values, "tokens_per_second": speed}
-                )
+                recorder.write({"step": done, "tokens": done * size, **values, "tokens_per_second": speed})
                 recorder.advance(tokens, loss=values["loss"])
                 recorded, unrecorded = done, []
             if measured:
-                recorder.write({"step": done, "tokens": done * config.tokens_per_step, **measured})
+                recorder.write({"step": done, "tokens": done * size, **measured})
                 clock = time.perf_counter()  # measuring is not training
             if save:
                 # With the metrics not yet recorded, so that the records do not depend on when a run is stopped.
@@ -112,7 +104,7 @@ def train(
                 checkpoints.save(done, state, position, wait=signal is not None)
             if signal is not None and not last:
                 raise Interrupted(
-                    f"{config.label} stopped by signal {signal} after step {done} of {config.total_steps}; "
+                    f"{label} stopped by signal {signal} after step {done} of {until}; "
                     f"checkpoint {checkpoints.folder / str(done)} is written. Run the same command again to go on.",
                     signal,
                 )

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Params
+from jaxhybrid.settings.stages import StageConfig
 
 
 @jax.tree_util.register_dataclass
@@ -22,40 +22,22 @@ class TrainState:
     optimizer: Any
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Adam's settings and the two learning-rate curves. Defaults are the papers' stage 2."""
+def make_optimizer(stage: StageConfig, params: Params) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW per group, as the stage's settings have it.
 
-    total_steps: int
-    learning_rate: float = 7e-6  # embeddings, norms, MLPs, head
-    mixer_learning_rate: float = 1e-4  # mixers, kept softmax layers and the norm before them
-    final_learning_rate: float = 0.0  # at the last step of a cosine or linear schedule
-    final_mixer_learning_rate: float = 0.0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # of matrices: see `decays`
-    clip_norm: float | None = 1.0  # largest global gradient norm; None does not clip
-
-
-def make_optimizer(config: OptimizerConfig, params: Params) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW per group. `params` gives the tree to label (values are not read)."""
-    if config.total_steps < 1:
-        raise ConfigError(f"total_steps={config.total_steps}: the token budget is smaller than one batch.")
+    Args:
+        params: the tree whose leaves are put into groups; values are not read.
+    """
 
     def adamw(peak: float, final: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_adam(b1=config.betas[0], b2=config.betas[1], eps=config.eps),
-            _decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(schedule(config, peak, final)),
+            optax.scale_by_adam(b1=stage.betas[0], b2=stage.betas[1], eps=stage.eps),
+            _decayed_weights(stage.weight_decay),
+            optax.scale_by_learning_rate(schedule(stage, peak, final)),
         )
 
-    groups = {
-        "mixer": adamw(config.mixer_learning_rate, config.final_mixer_learning_rate),
-        "rest": adamw(config.learning_rate, config.final_learning_rate),
-    }
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    groups = {name: adamw(*rates) for name, rates in stage.rates.items()}
+    clip = optax.identity() if stage.clip_norm is None else optax.clip_by_global_norm(stage.clip_norm)
     return optax.chain(clip, optax.partition(groups, parameter_groups(params)))
 
 
@@ -93,16 +75,16 @@ def _decayed_weights(rate: float) -> optax.GradientTransformation:
     return optax.stateless(add)
 
 
-def schedule(config: OptimizerConfig, peak: float, final: float) -> optax.Schedule:
-    """Linear warm-up to `peak`, then constant, or cosine or linear to `final`."""
-    warmup, total = config.warmup_steps, config.total_steps
+def schedule(stage: StageConfig, peak: float, final: float) -> optax.Schedule:
+    """Linear warm-up to `peak`, then constant, or cosine or linear to `final` at the stage's last step."""
+    warmup = stage.warmup_steps
 
     def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
-        if config.schedule == "cosine":
+        done = jnp.clip((step - warmup) / (stage.steps - warmup), 0.0, 1.0)
+        if stage.schedule == "cosine":
             value = final + (peak - final) * 0.5 * (1 + jnp.cos(math.pi * done))
-        elif config.schedule == "linear":
+        elif stage.schedule == "linear":
             value = final + (peak - final) * (1.0 - done)
         else:
             value = jnp.float32(peak)

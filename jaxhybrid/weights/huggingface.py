@@ -19,10 +19,10 @@ from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import param_shardings
 from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder
-from jaxhybrid.weights.files import DTYPES, StoredTensor, read_table, stored_tensors
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.source import is_gguf
 from jaxhybrid.weights.names import FileTensor, file_tensors
+from jaxhybrid.weights.safetensors import DTYPES, StoredTensor, read_table, stored_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "ACCEPTABLE_USE*")

@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.weights.files import INDEX_FILE, SINGLE_FILE, write_safetensors
 from jaxhybrid.weights.names import FileTensor, file_tensors
+from jaxhybrid.weights.safetensors import INDEX_FILE, SINGLE_FILE, write_safetensors
 
 
 def save_weights(

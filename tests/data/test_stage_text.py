@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxhybrid.config import load_config
 from jaxhybrid.errors import DataError
 from jaxhybrid.pipeline import Pipeline
+from jaxhybrid.settings.read import load_config
 
 SHORT, LONG, END = 5, 30, 2  # words of a document, and the token that ends one
 
@@ -36,7 +36,7 @@ def opened(tmp_path, tokenizer_folder):
     def run(*overrides):
         pipeline = Pipeline(load_config(tmp_path / "config.yaml", overrides))
         teacher = SimpleNamespace(folder=str(tokenizer_folder), config=SimpleNamespace(vocab_size=60))
-        vars(pipeline)["teacher"] = teacher
+        vars(pipeline.models)["teacher"] = teacher
         return pipeline
 
     return run
@@ -49,7 +49,7 @@ def documents(batch_list):
 
 
 def first(pipeline, name, count=8):
-    stream = pipeline.stream(getattr(pipeline.config, name), salt=1)
+    stream = pipeline.stream(name)
     return [next(stream) for _ in range(count)]
 
 
@@ -58,30 +58,28 @@ def test_a_stage_reads_only_documents_as_long_as_it_asks_for(opened, streaming):
     run = opened(f"data.streaming={streaming}", "finetune.min_document_tokens=20", "data.shuffle_buffer=5")
     assert documents(first(run, "distill")) == {SHORT + 1}
     assert documents(first(run, "finetune")) == set()  # 31 tokens never begin and end in a row of 16
-    assert documents(run.heldout(16, 4, 200)) == {SHORT + 1}
+    assert documents(run.text.heldout_batches(16, 4, 200)) == {SHORT + 1}
 
 
 def test_no_stage_reads_documents_shorter_than_data_asks_for(opened):
     run = opened("data.min_document_tokens=20", "finetune.min_document_tokens=10")
     for name in ("align", "finetune"):
         assert documents(first(run, name)) == set()
-    assert documents(run.heldout(16, 4, 200)) == set()
+    assert documents(run.text.heldout_batches(16, 4, 200)) == set()
     with pytest.raises(DataError, match=r"No document of .* has the 40 tokens"):
         first(opened("align.min_document_tokens=40"), "align")
 
 
 def test_documents_run_together_where_they_are_not_separate(opened):
     run = opened("data.separate_documents=false")
-    assert {int(b["segment_ids"].max()) for b in [*first(run, "distill"), *run.heldout(16, 4, 200)]} == {1}
+    assert {int(b["segment_ids"].max()) for b in [*first(run, "distill"), *run.text.heldout_batches(16, 4, 200)]} == {1}
 
 
 def test_the_mean_segment_is_said(opened, capsys):
     run = opened()
-    mean = run.segment_tokens("distill", run.config.distill, salt=1)
+    mean = run.segment_tokens("distill")
     rows = np.concatenate([b["segment_ids"] for b in first(run, "distill", 16)])  # all of its 1024 tokens
     assert mean == pytest.approx(np.count_nonzero(rows) / rows.max(1).sum(), abs=0.05)
     assert f"\ndistill: rows of 16 tokens, a segment has {mean} on average\n" in capsys.readouterr().out
     run = opened("data.separate_documents=false")
-    assert (
-        run.segment_tokens("distill", run.config.distill, salt=1) > 15.5
-    )  # a row is a segment, but for the padding at the end
+    assert run.segment_tokens("distill") > 15.5  # a row is a segment, but for the padding at the end

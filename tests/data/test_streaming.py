@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxhybrid.data import TokenStream, batches, open_source, open_tokens
+from jaxhybrid.data import TokenStream, open_source, open_tokens, training_batches
 from jaxhybrid.data.packing import hash_seed
 from jaxhybrid.errors import DataError, RunError
 
@@ -39,7 +39,7 @@ def one_pass(iterator, tokens):
 
 def test_a_pass_has_every_token_once_and_the_next_another_order(stream, vocabulary, tmp_path):
     dataset = open_tokens(stream.source, vocabulary, tmp_path)
-    iterator = batches(stream, 16, 1, seed=0)
+    iterator = training_batches(stream, 16, 1, seed=0)
     passes = [one_pass(iterator, dataset.num_tokens) for _ in range(2)]
     for seen in passes:
         used = np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in seen])
@@ -54,11 +54,11 @@ def test_a_pass_has_every_token_once_and_the_next_another_order(stream, vocabula
 )
 def test_resumes_bit_for_bit_at_any_step(stream, step, longest, shortest, separate):
     stream = replace(stream, max_document_tokens=longest).at_least(shortest)
-    iterator = batches(stream, 16, 2, seed=1, separate_documents=separate)
+    iterator = training_batches(stream, 16, 2, seed=1, separate_documents=separate)
     take(iterator, step)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 30)
-    resumed = batches(stream, 16, 2, seed=1, separate_documents=separate)
+    resumed = training_batches(stream, 16, 2, seed=1, separate_documents=separate)
     resumed.set_state(state)
     assert_same(take(resumed, 30), expected)
     assert resumed.get_state() == iterator.get_state()
@@ -67,19 +67,19 @@ def test_resumes_bit_for_bit_at_any_step(stream, step, longest, shortest, separa
 def test_hosts_share_documents_without_loss_or_overlap(stream):
     parts = [[p.document for p in stream.pieces(seed=2, share=i, shares=3)] for i in range(3)]
     assert sorted(number for part in parts for number in part) == list(range(60))
-    own = [next(batches(stream, 16, 6, seed=2, process_index=i, process_count=3)) for i in range(3)]
+    own = [next(training_batches(stream, 16, 6, seed=2, process_index=i, process_count=3)) for i in range(3)]
     assert [b["tokens"].shape for b in own] == [(2, 16)] * 3
     assert not np.array_equal(own[0]["tokens"], own[1]["tokens"])
 
 
 def test_another_number_of_hosts_is_refused_on_resumption(stream):
-    state = batches(stream, 16, 6, seed=2).get_state()
+    state = training_batches(stream, 16, 6, seed=2).get_state()
     with pytest.raises(RunError, match="process_count was 1 when the state was saved and is 3 now"):
-        batches(stream, 16, 6, seed=2, process_count=3).set_state(state)
+        training_batches(stream, 16, 6, seed=2, process_count=3).set_state(state)
 
 
 def test_segments_are_single_documents(stream):
-    for batch in take(batches(stream, 16, 2, seed=0), 10):
+    for batch in take(training_batches(stream, 16, 2, seed=0), 10):
         for row, segments in zip(batch["tokens"], batch["segment_ids"]):
             for segment in range(1, segments.max() + 1):
                 assert (row[segments == segment][:-1] != 2).all()  # EOS only at the end of one
@@ -87,25 +87,27 @@ def test_segments_are_single_documents(stream):
 
 def test_less_text_than_one_batch_is_refused(stream):
     with pytest.raises(DataError, match=r"fills \d rows of 128 tokens for host 0 of 1; one batch needs 64"):
-        next(batches(stream, 128, 64, seed=0))
+        next(training_batches(stream, 128, 64, seed=0))
 
 
 def test_an_empty_stream_is_refused(vocabulary, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     empty = TokenStream(open_source(str(tmp_path / "a.jsonl"), streaming=True), vocabulary)
     with pytest.raises(DataError, match="fills 0 rows"):
-        next(batches(empty, 16, 1, seed=0))
+        next(training_batches(empty, 16, 1, seed=0))
 
 
 def test_an_error_of_the_source_reaches_the_reader(vocabulary, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n{"txt": "w2"}\n')
     broken = TokenStream(open_source(str(tmp_path / "a.jsonl"), streaming=True), vocabulary)
     with pytest.raises(DataError, match="no column 'text'"):
-        next(batches(broken, 2, 1, seed=0))
+        next(training_batches(broken, 2, 1, seed=0))
 
 
 def test_documents_that_are_not_separate_are_one_text_a_row(stream):
-    apart, together = (batches(stream, 16, 2, seed=3, separate_documents=separate) for separate in (True, False))
+    apart, together = (
+        training_batches(stream, 16, 2, seed=3, separate_documents=separate) for separate in (True, False)
+    )
     for a, b in zip(take(apart, 20), take(together, 20)):
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
         np.testing.assert_array_equal(b["segment_ids"], (a["segment_ids"] > 0).astype(int))
@@ -125,7 +127,7 @@ def test_short_documents_and_pieces_are_passed_over(stream):
         np.testing.assert_array_equal(ours.ids, theirs.ids)
     assert stream.at_least(9).fingerprint != stream.fingerprint
     with pytest.raises(DataError, match="fills 0 rows"):
-        next(batches(stream.at_least(1000), 16, 1, seed=0))
+        next(training_batches(stream.at_least(1000), 16, 1, seed=0))
 
 
 def test_a_stream_of_a_run_made_before_short_documents_could_be_left_out_is_resumed(stream):

@@ -13,12 +13,12 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 from jaxhybrid.cli import main
+from jaxhybrid.complete import open_model
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate.harness import HarnessModel, run_tasks
 from jaxhybrid.generate import generate
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import forward
-from jaxhybrid.text import open_model
 from tests.tiny import write_teacher, write_tokenizer
 
 QUESTIONS = [

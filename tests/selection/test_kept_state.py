@@ -7,14 +7,15 @@ import pytest
 
 from jaxhybrid.selection.kept_state import KeptState
 from jaxhybrid.train.checkpoint import Checkpoints
-from jaxhybrid.train.optimizer import OptimizerConfig, TrainState, make_optimizer, start
+from jaxhybrid.train.optimizer import TrainState, make_optimizer, start
+from tests.tiny import training
 
 RNG = np.random.default_rng(0)
 START = {"w": jnp.asarray(RNG.normal(size=(30, 20)), jnp.float32)}
 
 
 def begin():
-    return start(START, make_optimizer(OptimizerConfig(total_steps=9), START))
+    return start(START, make_optimizer(training(9), START))
 
 
 def trained(step):

@@ -1,7 +1,6 @@
 """Scoring in rounds: the same figures as in one go, and an end as soon as the best layers stay the same."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,12 +8,26 @@ from jaxhybrid.errors import ConfigError, DivergenceError, RunError
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
-from jaxhybrid.selection.kl_guided import ScoringConfig, _Programs, score_candidates
-from jaxhybrid.selection.ranking import Scores, StabilityRule, read_scores
-from jaxhybrid.train.optimizer import OptimizerConfig
+from jaxhybrid.selection.kl_guided import _Programs, score_candidates
+from jaxhybrid.selection.ranking import Scores, read_scores
+from jaxhybrid.settings.run import DataConfig, RunConfig, SelectConfig
+from jaxhybrid.settings.stages import ScoreConfig
 from jaxhybrid.weights.convert import convert
+from tests.tiny import stop_rule
 
 STEPS, ROWS, LENGTH = 4, 2, 16
+SETTINGS = ScoreConfig(
+    tokens=STEPS * ROWS * LENGTH,
+    sequence_length=LENGTH,
+    batch_size=ROWS,
+    warmup_steps=0,
+    learning_rate=1e-3,
+    mixer_learning_rate=1e-2,
+    evaluate_every=1,
+    checkpoint_every=100,
+    log_every=1,
+)
+CONFIG = RunConfig(name="scoring", teacher="none", data=DataConfig(train="pydoc"), dtype="float32")
 
 
 class Stream:
@@ -45,15 +58,9 @@ def score(teacher, compiled_once):
     student = convert(teacher, (GatedDeltaNetConfig.kind,) * 4, GatedDeltaNetConfig(), jax.random.key(1))
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
 
-    def run(folder, candidates=range(4), batches=Stream, **changes):
-        settings = {
-            "optimizer": OptimizerConfig(STEPS, learning_rate=1e-3, mixer_learning_rate=1e-2),
-            "evaluate_every": 1,
-            "checkpoint_every": 100,
-            "log_every": 1,
-            "dtype": jnp.float32,
-        }
-        config = ScoringConfig(batch_size=ROWS, sequence_length=LENGTH, **settings | changes)
+    def run(folder, candidates=range(4), batches=Stream, select=SelectConfig(), **changes):  # noqa: B008  # frozen
+        settings = SETTINGS.model_copy(update=changes)
+        config = CONFIG.model_copy(update={"score": settings, "select": select})
         with jax.set_mesh(mesh):
             own = Model(jax.device_put(student.params, jax.NamedSharding(mesh, jax.P())), student.config)
             other = Model(jax.device_put(teacher.params, jax.NamedSharding(mesh, jax.P())), teacher.config)
@@ -73,7 +80,7 @@ def in_one_go(score, tmp_path_factory):
 
 
 # Rounds of two steps, never stable.
-ROUNDS = {"stop_when_stable": StabilityRule(1, evaluations=1, jaccard=2.0), "stop_every": 2}
+ROUNDS = {"stop_when_stable": stop_rule(window=1, jaccard=2.0, every=2)}
 
 
 class Interference:
@@ -124,7 +131,7 @@ def test_rounds_give_the_scores_of_one_go_even_when_a_state_is_damaged(score, in
 
 def test_rounded_candidates_score_nearly_the_same_however_often_they_are_stopped(score, in_one_go, tmp_path):
     sizes = []
-    rounded = ROUNDS | {"kept_dtype": jnp.bfloat16, "checkpoint_every": 1}
+    rounded = ROUNDS | {"kept_dtype": "bfloat16", "checkpoint_every": 1}
 
     def look():
         sizes.append(kept(tmp_path / "undisturbed", 0).stat().st_size)
@@ -153,22 +160,23 @@ def test_a_resumed_candidate_goes_on_with_the_teachers_states_of_its_own_batches
 def test_scoring_ends_when_the_best_layers_stay_the_same(score, tmp_path, capsys, monkeypatch):
     judge, asked = Scores.is_stable, []
 
-    def listened(self, rule, by):
-        asked.append((rule, by))
-        return judge(self, rule, by)
+    def listened(self, rule, best, by):
+        asked.append((rule, best, by))
+        return judge(self, rule, best, by)
 
     monkeypatch.setattr(Scores, "is_stable", listened)
-    rule = StabilityRule(4, tokens=2 * ROWS * LENGTH)  # all four are always the best four
-    stopped, _ = score(tmp_path, stop_when_stable=rule, rank_by="train")
+    rule = stop_rule(window_tokens=2 * ROWS * LENGTH)
+    every_layer = SelectConfig(budget=4, rank_by="train")  # all four are always the best four
+    stopped, _ = score(tmp_path, stop_when_stable=rule, select=every_layer)
     assert {c.heldout[-1][0] for c in stopped.candidates} == {3 * ROWS * LENGTH}
     assert "have not moved for 64 tokens" in capsys.readouterr().out
-    assert asked == [(rule, "train")]  # in the first round that could end it
+    assert asked == [(rule, 4, "train")]  # in the first round that could end it
     assert not list(tmp_path.glob("candidates/*")) + list(tmp_path.glob("teacher-*"))
 
 
 def test_rounds_need_all_candidates_and_candidates_must_exist(score, tmp_path):
     with pytest.raises(ConfigError, match="drop --candidates"):
-        score(tmp_path, candidates=range(2), stop_when_stable=StabilityRule(1, evaluations=3))
+        score(tmp_path, candidates=range(2), stop_when_stable=stop_rule(window=3))
     with pytest.raises(ConfigError, match=r"Candidates \[4, 5\] do not exist"):
         score(tmp_path, candidates=range(3, 6))
 
@@ -186,4 +194,4 @@ def test_what_killed_jobs_left_is_removed_and_other_jobs_keep_their_own(score, t
 
 def test_a_held_out_kl_that_is_not_finite_is_named(score, tmp_path):
     with pytest.raises(DivergenceError, match=r"KL of the candidate of layer 0 is nan\. Lower score\.learning_rate"):
-        score(tmp_path, candidates=range(1), optimizer=OptimizerConfig(STEPS, learning_rate=float("nan")))
+        score(tmp_path, candidates=range(1), learning_rate=float("nan"), mixer_learning_rate=float("nan"))

@@ -7,7 +7,9 @@ import pytest
 
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.selection.methods import layer_types, select_layers
-from jaxhybrid.selection.ranking import CandidateScore, Scores, StabilityRule, jaccard, layers_in_budget, read_scores
+from jaxhybrid.selection.ranking import CandidateScore, Scores, jaccard, read_scores
+from jaxhybrid.settings.budget import layers_in_budget
+from tests.tiny import stop_rule
 
 # Layer 2 is best all along; 0 overtakes 3 at 200 tokens.
 KLS = {0: [5, 3.0, 1.0, 0.9], 1: [5, 4.0, 3.0, 2.9], 2: [5, 1.0, 0.5, 0.4], 3: [5, 2.0, 1.5, 1.4]}
@@ -35,20 +37,20 @@ def test_stability_follows_the_top_set():
     assert rows[0]["with_final"] == pytest.approx(1 / 3)  # {2,3} against {2,0}
     assert rows[1]["with_previous"] == pytest.approx(1 / 3)
     assert rows[2]["with_previous"] == 1.0
-    assert SCORES.is_stable(StabilityRule(2, evaluations=1))
-    assert not SCORES.is_stable(StabilityRule(2, evaluations=2))
-    assert not SCORES.is_stable(StabilityRule(2, evaluations=5, jaccard=0.0))
+    assert SCORES.is_stable(stop_rule(window=1), 2)
+    assert not SCORES.is_stable(stop_rule(window=2), 2)
+    assert not SCORES.is_stable(stop_rule(window=5, jaccard=0.0), 2)
     assert jaccard(frozenset(), frozenset()) == 1.0
 
 
 def test_stability_lasts_as_many_tokens_as_the_rule_asks():
-    assert SCORES.is_stable(StabilityRule(2, tokens=100))  # {2,0} at 200 and at 300
-    assert not SCORES.is_stable(StabilityRule(2, tokens=101))  # {2,3} at 100
-    assert SCORES.is_stable(StabilityRule(2, tokens=200, jaccard=0.33))
-    assert not SCORES.is_stable(StabilityRule(2, tokens=201, jaccard=0.0))  # not measured for so long
-    assert SCORES.is_stable(StabilityRule(1, tokens=200))
-    assert SCORES.is_stable(StabilityRule(2, tokens=200), "train")  # {0,2} all along
-    assert not SCORES.is_stable(StabilityRule(2, tokens=200), "heldout")
+    assert SCORES.is_stable(stop_rule(window_tokens=100), 2)  # {2,0} at 200 and at 300
+    assert not SCORES.is_stable(stop_rule(window_tokens=101), 2)  # {2,3} at 100
+    assert SCORES.is_stable(stop_rule(window_tokens=200, jaccard=0.33), 2)
+    assert not SCORES.is_stable(stop_rule(window_tokens=201, jaccard=0.0), 2)  # not measured for so long
+    assert SCORES.is_stable(stop_rule(window_tokens=200), 1)
+    assert SCORES.is_stable(stop_rule(window_tokens=200), 2, "train")  # {0,2} all along
+    assert not SCORES.is_stable(stop_rule(window_tokens=200), 2, "heldout")
 
 
 def test_a_plateau_shorter_than_the_window_does_not_end_scoring():
@@ -60,7 +62,7 @@ def test_a_plateau_shorter_than_the_window_does_not_end_scoring():
         points = list(enumerate(kls[:count], 1))
         return Scores(tuple(CandidateScore(i, [], [(t * 100, kl[i]) for t, kl in points]) for i in range(3)))
 
-    stable = [measured(count).is_stable(StabilityRule(2, tokens=300)) for count in range(1, 7)]
+    stable = [measured(count).is_stable(stop_rule(window_tokens=300), 2) for count in range(1, 7)]
     assert stable == [False, False, False, False, False, True]
 
 

@@ -2,13 +2,15 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from jaxhybrid import pipeline as module
-from jaxhybrid.config import load_config
+from jaxhybrid.assembly import RunModels
 from jaxhybrid.pipeline import Pipeline
-from jaxhybrid.selection.ranking import StabilityRule
+from jaxhybrid.settings.read import load_config
+from tests.tiny import stop_rule
 
 # By held-out KL 1 is best and 3 next; by training KL 0 is, and 1 next.
 HELDOUT, TRAIN = (0.4, 0.1, 0.3, 0.2), (0.1, 0.2, 0.4, 0.3)
@@ -27,7 +29,7 @@ def opened(tmp_path):
     def run(*overrides):
         (tmp_path / "run" / "config.yaml").unlink(missing_ok=True)
         opened = Pipeline(load_config(tmp_path / "config.yaml", [f"run_dir={tmp_path / 'run'}", *overrides]))
-        vars(opened)["teacher"] = SimpleNamespace(config=SimpleNamespace(num_layers=4))
+        vars(opened.models)["teacher"] = SimpleNamespace(config=SimpleNamespace(num_layers=4))
         return opened
 
     return run
@@ -63,22 +65,22 @@ def test_uniform_keeps_the_layers_that_are_asked_for(opened, setting, kept):
 
 
 @pytest.mark.parametrize(
-    ("settings", "rule", "every"),
+    ("settings", "rule"),
     [
-        ("score.stop_when_stable=null", None, 1),
-        ("score.stop_when_stable={every: 3}", StabilityRule(2, tokens=100_000_000), 3),
-        ("score.stop_when_stable={window: 3, jaccard: 0.9}", StabilityRule(2, evaluations=3, jaccard=0.9), 1),
+        ("score.stop_when_stable=null", None),
+        ("score.stop_when_stable={every: 3}", stop_rule(window_tokens=100_000_000, every=3)),
+        ("score.stop_when_stable={window: 3, jaccard: 0.9}", stop_rule(window=3, jaccard=0.9)),
     ],
 )
-def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings, rule, every):
+def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings, rule):
     told = []
     monkeypatch.setattr(module, "score_candidates", lambda teacher, student, config, *_: told.append(config) or {})
-    for name in ("aligned", "stream", "heldout", "_require_disk"):
-        monkeypatch.setattr(Pipeline, name, lambda self, *_, **__: None)
-    monkeypatch.setattr(Pipeline, "segment_tokens", lambda self, *_, **__: 12.5)
+    monkeypatch.setattr(RunModels, "aligned", lambda self: None)
+    monkeypatch.setattr(Pipeline, "segment_tokens", lambda self, name: 12.5)
     run = opened("select.budget=2", "select.rank_by=train", settings)
-    vars(run)["frozen_teacher"] = None
+    vars(run.models)["frozen_teacher"] = None
+    vars(run).update(text=MagicMock(), disk=MagicMock())
     run.score()
     (config,) = told
-    assert (config.stop_when_stable, config.stop_every, config.rank_by) == (rule, every, "train")
+    assert (config.score.stop_when_stable, config.select.budget, config.select.rank_by) == (rule, 2, "train")
     assert json.loads((run.folder.stage("score") / "done.json").read_text())["mean_segment_tokens"] == 12.5

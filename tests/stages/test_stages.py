@@ -16,14 +16,15 @@ from jaxhybrid.stages.align import align_loss, align_step, alignment_gradients, 
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.stages.score import candidate_params, score_step
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from tests.oracles import plain_alignment
+from tests.tiny import training
 
 F, G = FULL_ATTENTION, GatedDeltaNetConfig.kind
 MIXER = GatedDeltaNetConfig()
 # A large eps keeps the first Adam update proportional to the gradient: with none it is the sign of rounding noise.
-RATES = OptimizerConfig(total_steps=10, learning_rate=1e-3, mixer_learning_rate=1e-2, eps=1e-2)
+RATES = training(10, learning_rate=1e-3, mixer_learning_rate=1e-2, eps=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -41,11 +41,12 @@ def compile_alignment_step():
 
     from jaxhybrid.model.blueprint import is_variable
     from jaxhybrid.model.config import ModelConfig
+    from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
     from jaxhybrid.model.partition import make_mesh, param_shardings
     from jaxhybrid.model.transformer import Model, model_variables
-    from jaxhybrid.settings import MixerSettings
+    from jaxhybrid.settings.stages import AlignConfig
     from jaxhybrid.stages.align import align_step, linear_mixers
-    from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+    from jaxhybrid.train.optimizer import make_optimizer, start
 
     slice_of_four = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     mesh = make_mesh(data=1, fsdp=4, devices=slice_of_four.devices)
@@ -62,7 +63,7 @@ def compile_alignment_step():
         max_position_embeddings=2048,
         tie_embeddings=True,
     )
-    mixer = MixerSettings().to_model().resolve(teacher)
+    mixer = GatedDeltaNetConfig().resolve(teacher)
     student = replace(teacher, layer_types=(mixer.kind,) * 2, mixer=mixer)
 
     def shapes(config):
@@ -76,9 +77,7 @@ def compile_alignment_step():
 
     with jax.set_mesh(mesh):
         mixers = linear_mixers(shapes(student))
-        optimizer = make_optimizer(
-            OptimizerConfig(total_steps=10, learning_rate=1e-3, mixer_learning_rate=1e-3), mixers
-        )
+        optimizer = make_optimizer(AlignConfig(), mixers)
         state = jax.eval_shape(lambda params: start(params, optimizer), mixers)
         tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
         step = partial(align_step, config=student, optimizer=optimizer)

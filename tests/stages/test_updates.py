@@ -14,18 +14,19 @@ from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.stages.score import candidate_params, score_step
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
+from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
 from tests.oracles import AdamW, plain_alignment
+from tests.tiny import training
 
 F, G = FULL_ATTENTION, GatedDeltaNetConfig.kind
 STEPS = 2
 LAYER = 1  # the candidate's softmax layer
 # Everything acts at once: warm-up, a falling rate, clipping, decay. The large eps keeps an update proportional to its
 # gradient: with none it is the sign of rounding noise where the gradient is nearly zero.
-SETTINGS = OptimizerConfig(
-    total_steps=3,
+SETTINGS = training(
+    3,
     learning_rate=1e-3,
     mixer_learning_rate=1e-2,
     final_learning_rate=1e-4,

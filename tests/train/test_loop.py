@@ -12,11 +12,12 @@ import pytest
 from jaxhybrid.errors import DivergenceError, RunError
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.interrupt import Interrupted
-from jaxhybrid.train.loop import LoopConfig, train
+from jaxhybrid.train.loop import train
 from jaxhybrid.train.metrics import Recorder, read_metrics
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start, update
+from jaxhybrid.train.optimizer import make_optimizer, start, update
+from tests.tiny import training
 
-CONFIG = LoopConfig(total_steps=20, tokens_per_step=10, checkpoint_every=6, log_every=4)
+STAGE = training(20, tokens=200, sequence_length=10, checkpoint_every=6, log_every=4)
 
 
 class Stream:
@@ -40,7 +41,7 @@ class Stream:
 
 def problem():
     params = {"blocks": {"w": jnp.ones((3,))}}
-    optimizer = make_optimizer(OptimizerConfig(total_steps=20, learning_rate=0.1), params)
+    optimizer = make_optimizer(training(20, learning_rate=0.1), params)
 
     @jax.jit
     def step(state, batch):
@@ -51,9 +52,9 @@ def problem():
     return start(params, optimizer), step
 
 
-def run(folder, before=None, config=CONFIG):
+def run(folder, before=None):
     state, step = problem()
-    return train(state, step, Stream(before), folder, config)
+    return train(state, step, Stream(before), folder, STAGE, "align")
 
 
 def without_speed(records):
@@ -123,7 +124,7 @@ def test_a_loss_that_is_not_finite_names_step_batch_and_checkpoint(tmp_path):
         return state, {**metrics, "loss": jnp.where(state.step == 9, jnp.nan, metrics["loss"])}
 
     with pytest.raises(DivergenceError, match=r"loss is nan at step 9; .*last good checkpoint is step 6") as stopped:
-        train(state, poisoned, Stream(), tmp_path, CONFIG)
+        train(state, poisoned, Stream(), tmp_path, STAGE, "align")
     saved = np.load(tmp_path / "bad-batch-9.npz")
     np.testing.assert_array_equal(saved["x"], np.random.default_rng(9).normal(size=(4, 3)).astype(np.float32))
     assert "bad-batch-9.npz" in str(stopped.value)
@@ -139,7 +140,8 @@ def test_measurements_are_recorded_between_steps(tmp_path):
         step,
         Stream(),
         tmp_path,
-        CONFIG,
+        STAGE,
+        "align",
         measure=lambda state, done: {"heldout": 1.0} if done % 10 == 0 else None,
     )
     records = read_metrics(tmp_path)
@@ -156,7 +158,7 @@ def test_half_a_line_of_metrics_is_forgotten(tmp_path):
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     run(tmp_path)
     params = {"blocks": {"v": jnp.ones((5,))}}
-    other = start(params, make_optimizer(OptimizerConfig(total_steps=20), params))
+    other = start(params, make_optimizer(training(20), params))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(RunError, match="does not fit this run"):
         checkpoints.restore(other)

@@ -7,8 +7,9 @@ import pytest
 
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, parameter_groups, schedule, start, update
+from jaxhybrid.train.optimizer import make_optimizer, parameter_groups, schedule, start, update
 from jaxhybrid.weights.convert import convert
+from tests.tiny import training
 
 WARMUP, TOTAL = 4, 12
 RATES = {  # by step: the first, the last of the warm-up, the peak, half way, a quarter to go, past the end
@@ -21,7 +22,7 @@ RATES = {  # by step: the first, the last of the warm-up, the peak, half way, a 
 @pytest.mark.parametrize("name", RATES)
 def test_rates(name):
     """In units of the peak; the curve ends at a fifth of it."""
-    config = OptimizerConfig(total_steps=TOTAL, schedule=name, warmup_steps=WARMUP)
+    config = training(TOTAL, schedule=name, warmup_steps=WARMUP)
     curve = schedule(config, 3e-4, 0.2 * 3e-4)
     for step, share in RATES[name].items():
         np.testing.assert_allclose(curve(step), share * 3e-4, rtol=1e-6, err_msg=f"step {step}")
@@ -30,9 +31,9 @@ def test_rates(name):
 def test_both_groups_follow_their_own_rates():
     """With a gradient of one everywhere, AdamW moves every leaf by its rate, at each step."""
     params = {"blocks": {"input_norm": jnp.zeros(2), "post_norm": jnp.zeros(2)}, "mixers": {"any": jnp.zeros(3)}}
-    config = OptimizerConfig(
-        TOTAL, 1e-3, 5e-2, 1e-4, 1e-2, schedule="linear", warmup_steps=WARMUP, eps=1e-30, clip_norm=None
-    )
+    rates = {"learning_rate": 1e-3, "mixer_learning_rate": 5e-2}
+    finals = {"final_learning_rate": 1e-4, "final_mixer_learning_rate": 1e-2}
+    config = training(TOTAL, **rates, **finals, schedule="linear", warmup_steps=WARMUP, eps=1e-30, clip_norm=None)
     optimizer = make_optimizer(config, params)
     state = start(params, optimizer)
     step = jax.jit(lambda state: update(state, jax.tree.map(jnp.ones_like, state.params), optimizer)[0])
@@ -65,7 +66,7 @@ def test_clipping_is_by_the_norm_over_all_leaves(clip, length):
     """Seen through Adam's first moment: a tenth of the clipped gradient after one update with a decay of 0.9."""
     params = {"embed": jnp.zeros(1), "mixers": {"any": jnp.zeros(1)}}
     gradients = {"embed": jnp.array([3.0]), "mixers": {"any": jnp.array([4.0])}}
-    optimizer = make_optimizer(OptimizerConfig(TOTAL, clip_norm=clip), params)
+    optimizer = make_optimizer(training(TOTAL, clip_norm=clip), params)
     state, norm = update(start(params, optimizer), gradients, optimizer)
     assert norm == 5.0  # before clipping
     moments = [

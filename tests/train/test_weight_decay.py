@@ -15,7 +15,8 @@ from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.transformer import model_variables
-from jaxhybrid.train.optimizer import OptimizerConfig, decays, make_optimizer, parameter_groups, start, update
+from jaxhybrid.train.optimizer import decays, make_optimizer, parameter_groups, start, update
+from tests.tiny import training
 
 SMALL = ModelConfig(
     family="llama", vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -68,9 +69,7 @@ def test_only_matrices_shrink():
     specs = model_variables(config)
     params = jax.tree.map(lambda spec: rng.normal(size=spec.shape).astype(np.float32), specs, is_leaf=is_variable)
     rates = {"mixer": 0.1, "rest": 0.01}
-    settings = OptimizerConfig(
-        total_steps=2, learning_rate=rates["rest"], mixer_learning_rate=rates["mixer"], weight_decay=0.5
-    )
+    settings = training(2, learning_rate=rates["rest"], mixer_learning_rate=rates["mixer"], weight_decay=0.5)
     optimizer = make_optimizer(settings, params)
     gradients = jax.tree.map(np.zeros_like, params)
     after = jax.jit(lambda params: update(start(params, optimizer), gradients, optimizer)[0].params)(params)
@@ -86,7 +85,7 @@ def test_only_matrices_shrink():
 def test_the_state_is_that_of_optax_adamw(weight_decay):
     """Checkpoints made with optax's own AdamW are read."""
     params = {"blocks": {"up_proj": jnp.ones((2, 3)), "input_norm": jnp.ones(2)}, "embed": jnp.ones((4, 2))}
-    optimizer = make_optimizer(OptimizerConfig(total_steps=1, weight_decay=weight_decay, clip_norm=None), params)
+    optimizer = make_optimizer(training(1, weight_decay=weight_decay, clip_norm=None), params)
     groups = dict.fromkeys(("mixer", "rest"), optax.adamw(lambda step: 0.1, weight_decay=weight_decay))
     plain = optax.chain(optax.identity(), optax.partition(groups, parameter_groups(params)))
     assert jax.tree.structure(optimizer.init(params)) == jax.tree.structure(plain.init(params))

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.model.transformer import Model, forward
 from jaxhybrid.weights import demo
-from jaxhybrid.weights.files import stored_tensors
 from jaxhybrid.weights.huggingface import load_teacher
+from jaxhybrid.weights.safetensors import stored_tensors
 from tests.weights.gguf.make import transformers_model
 
 TEXTS = [

@@ -11,11 +11,11 @@ from typing import Any
 
 from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.files import draft_of, make_folder, read_json, remove, storage_errors, write_json, write_text
-from jaxhybrid.weights.files import SINGLE_FILE
 from jaxhybrid.weights.gguf.config import hugging_face_config, token_id
 from jaxhybrid.weights.gguf.model import GgufModel, open_gguf
 from jaxhybrid.weights.gguf.tensors import write_weights
 from jaxhybrid.weights.gguf.tokenizer import rebuild_tokenizer
+from jaxhybrid.weights.safetensors import SINGLE_FILE
 
 LAYOUT_VERSION = 1  # raise when the folder's content changes
 ORIGIN = "gguf.json"  # where the folder is from and how large its files are, to know it again

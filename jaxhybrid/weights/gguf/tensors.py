@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.families import hf_to_config
-from jaxhybrid.weights.files import stream_safetensors
 from jaxhybrid.weights.gguf.config import ROPE_FACTORS
 from jaxhybrid.weights.gguf.model import OTHER_FILE, GgufModel
 from jaxhybrid.weights.names import file_tensors
+from jaxhybrid.weights.safetensors import stream_safetensors
 
 NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 MODEL_PARTS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from jaxhybrid.config import load_config
+from jaxhybrid.complete import complete
 from jaxhybrid.export.folder import export
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.pipeline import Pipeline
-from jaxhybrid.text import complete
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.gguf.head import TENSOR_TYPES
 from jaxhybrid.weights.gguf.model import open_gguf
@@ -117,7 +117,7 @@ def test_what_takes_a_teacher_takes_a_gguf_file(small, tmp_path):
     (answer,) = complete(str(file), ["anna has"], 5, chat=True)
     assert isinstance(answer, str)
     with Pipeline(load_config(write_config(tmp_path / "config.yaml", file))) as pipeline:
-        teacher = pipeline.teacher
+        teacher = pipeline.models.teacher
     assert teacher.config.family == "qwen2"
     student = convert(teacher, ("full_attention", "gated_deltanet"), GatedDeltaNetConfig(), jax.random.key(0))
     exported = export(student, tmp_path / "export")

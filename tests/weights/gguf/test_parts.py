@@ -10,10 +10,10 @@ from gguf import GGUFReader
 from safetensors.numpy import save_file
 
 from jaxhybrid.errors import RunError, WeightsError
-from jaxhybrid.weights.files import stream_safetensors
 from jaxhybrid.weights.gguf import folder as gguf_folder_module
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.model import open_gguf
+from jaxhybrid.weights.safetensors import stream_safetensors
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
     iterators.pop().close()
 
 
-def batches(
+def training_batches(
     data: TokenDataset | TokenStream,
     sequence_length: int,
     batch_size: int,
@@ -149,8 +149,11 @@ def batches(
 
 
 class HeldoutBatches(Sequence[Batch]):
-    """A finite list of batches in the order of the documents, made when asked for. The last is filled up with padding
-    rows."""
+    """The first `tokens` tokens of `dataset` (all when None), each once, unshuffled; iterate it as often as needed.
+
+    A finite list of batches, made when asked for. The last is filled up with padding rows. Raises DataError when the
+    dataset has fewer tokens.
+    """
 
     def __init__(
         self,
@@ -183,24 +186,6 @@ class HeldoutBatches(Sequence[Batch]):
             if row < self._num_rows:
                 self._packed.fill(row, batch["tokens"][local], batch["segment_ids"][local], limit=self.tokens)
         return batch
-
-
-def heldout_batches(
-    dataset: TokenDataset,
-    sequence_length: int,
-    batch_size: int,
-    tokens: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    separate_documents: bool = True,
-) -> HeldoutBatches:
-    """The first `tokens` tokens of `dataset` (all when None), each once, unshuffled; iterate it as often as needed.
-
-    Raises DataError when the dataset has fewer.
-    """
-    return HeldoutBatches(
-        dataset, sequence_length, batch_size, tokens, process_index, process_count, separate_documents
-    )
 
 
 def mean_segment_tokens(batches: Iterable[Batch]) -> float:

@@ -5,21 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from jaxhybrid.config import (
-    UPSTREAM,
-    describe,
-    differences,
-    fingerprint,
-    load_config,
-    to_yaml,
-    validate_against,
-)
 from jaxhybrid.errors import ConfigError, TopologyError
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
-from jaxhybrid.settings import MixerSettings
+from jaxhybrid.settings.compare import UPSTREAM, differences, fingerprint
+from jaxhybrid.settings.fields import describe
+from jaxhybrid.settings.mixer import MixerSettings
+from jaxhybrid.settings.read import load_config, to_yaml
+from jaxhybrid.settings.run import validate_against
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 MINIMAL = "name: a\nteacher: t\ndata:\n  train: pydoc\n"

@@ -12,8 +12,8 @@ from jaxhybrid.errors import DataError
 from jaxhybrid.families.student import is_student
 from jaxhybrid.generate import generate
 from jaxhybrid.model.transformer import Model
-from jaxhybrid.weights.files import read_table
 from jaxhybrid.weights.huggingface import load_student, load_teacher
+from jaxhybrid.weights.safetensors import read_table
 
 SETTINGS = ("generation_config.json", "config.json")
 # What changes transformers' greedy text, unless it is one of NEUTRAL.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxhybrid import text
+from jaxhybrid import complete
 from jaxhybrid.export.folder import export
 from jaxhybrid.weights.huggingface import load_teacher
 from tests.tiny import write_teacher, write_tokenizer
@@ -33,10 +33,10 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(form, folder, monkeypatch)
         taken.extend(prompts)
         return [[] for _ in prompts]
 
-    monkeypatch.setattr(text, "generate", generate)
-    text.complete(str(folder), ["anna", "<begin>anna"])
+    monkeypatch.setattr(complete, "generate", generate)
+    complete.complete(str(folder), ["anna", "<begin>anna"])
     assert taken == [begin * form.startswith("<begin>") + anna, begin + anna]
-    text.complete(str(folder), ["anna"], chat=True)
+    complete.complete(str(folder), ["anna"], chat=True)
     expected = tokenizer.apply_chat_template([{"role": "user", "content": "anna"}], return_dict=False)
     assert taken[2] == expected == begin + tokenizer("anna:", add_special_tokens=False).input_ids
 
@@ -61,8 +61,8 @@ def test_end_tokens_are_read_where_transformers_reads_them(generation_config, co
         path.write_text(json.dumps({} if generation_config == "silent" else {"eos_token_id": generation_config}))
     theirs = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
     listed = theirs if isinstance(theirs, list) else [theirs]
-    assert sorted(id for id in listed if id is not None) == text.end_ids(folder, None) == expected
-    assert text.end_ids(folder, 5) == sorted({5, *expected})
+    assert sorted(id for id in listed if id is not None) == complete.end_ids(folder, None) == expected
+    assert complete.end_ids(folder, 5) == sorted({5, *expected})
 
 
 def test_settings_that_change_greedy_text_in_transformers_are_named(folder):
@@ -71,10 +71,10 @@ def test_settings_that_change_greedy_text_in_transformers_are_named(folder):
     path.write_text(json.dumps({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "top_k": 20}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text.open_model(str(folder))
+        complete.open_model(str(folder))
     path.write_text(json.dumps({"repetition_penalty": 1.05, "suppress_tokens": [3], "top_k": 20}))
     with pytest.warns(UserWarning, match=r"repetition_penalty=1\.05, suppress_tokens=\[3\].*not built"):
-        text.open_model(str(folder))
+        complete.open_model(str(folder))
 
 
 def test_a_padding_token_beyond_the_embedding_goes_through_export_and_generate(folder, tmp_path):
@@ -92,7 +92,7 @@ def test_a_padding_token_beyond_the_embedding_goes_through_export_and_generate(f
 
     exported = export(load_teacher(folder), tmp_path / "export", "float32")
     with pytest.warns(UserWarning, match=rf"'<pad>' \(id {rows}\)"):
-        answers = text.complete(str(exported), ["anna likes the", "<pad>"], 4)
+        answers = complete.complete(str(exported), ["anna likes the", "<pad>"], 4)
     theirs = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     inputs = tokenizer("anna likes the", return_tensors="pt")
     tokens = theirs.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1] :]

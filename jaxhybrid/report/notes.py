@@ -1,0 +1,36 @@
+"""What a run says while it is at work."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.stages import StageConfig
+
+FEW_TOKENS = 10_000_000  # below this, distillation has only begun
+
+
+def segments(name: str, stage: StageConfig, mean: float) -> str:
+    """How long a piece of text is in a stage's rows: it bounds the context that is trained."""
+    return f"{name}: rows of {stage.sequence_length:,} tokens, a segment has {mean:,} on average"
+
+
+def alignment(before: float, after: float) -> str:
+    return f"align: held-out loss {before:.4f} before the first step, {after:.4f} after the last"
+
+
+def choice(record: dict[str, Any]) -> str:
+    """Of `layers.json`."""
+    return f"select: {record['method']} keeps layers {record['softmax_layers']} softmax"
+
+
+def end_of_run(config: RunConfig, exported: Path, page: Path) -> str:
+    """Where the results are and, of a run far below the papers' budget, what it can and cannot show."""
+    places = f"exported to {exported}\nreport: {page}"
+    distilled, scored = config.distill.tokens, config.score.tokens
+    if distilled >= FEW_TOKENS:
+        return places
+    return (
+        f"\nThis run distilled on {distilled:,} tokens and scored each layer on {scored:,}; the papers use 600 and 200 "
+        "million.\nIt shows that every stage works, that the losses fall, and that the export loads. It does not show\n"
+        f"how good such a hybrid is, and the choice of layers is mostly noise: judge neither by this table.\n\n{places}"
+    )

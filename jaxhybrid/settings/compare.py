@@ -1,0 +1,39 @@
+"""Two configs compared: which settings that affect results differ, and what a stage's result depends on."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any
+
+from jaxhybrid.settings.fields import fields, section_of, shown
+from jaxhybrid.settings.run import RunConfig
+
+# The sections whose settings a stage's result depends on; selection may use the scores, so what follows does too.
+_SHARED, _IN_ORDER = ("seed", "teacher", "dtype", "mixer", "data"), ("align", "score", "select", "distill", "finetune")
+UPSTREAM = {stage: (*_SHARED, *_IN_ORDER[: place + 1]) for place, stage in enumerate(_IN_ORDER)}
+
+
+def fingerprint(config: RunConfig, sections: Collection[str] | None = None) -> str:
+    """A hash of the settings that affect results, of all sections or the named ones (see UPSTREAM)."""
+    return hashlib.blake2b(json.dumps(_binding(config, sections), sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def differences(a: RunConfig, b: RunConfig, sections: Collection[str] | None = None) -> list[str]:
+    """`key: value of a -> value of b` for every setting that affects results and differs."""
+    old, new = _binding(a, sections), _binding(b, sections)
+    return [f"{key}: {shown(old[key])} -> {shown(new[key])}" for key in old if old[key] != new[key]]
+
+
+def _binding(config: RunConfig, sections: Collection[str] | None) -> dict[str, Any]:
+    """Dotted key -> value of every setting that affects results; an absent section gives nulls."""
+    values: dict[str, Any] = {}
+    tree = config.model_dump(mode="json")
+    for key, field in fields(RunConfig, binding=True):
+        if sections is not None and key.partition(".")[0] not in sections:
+            continue
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if section_of(field) is None:
+            values[key] = value
+    return values

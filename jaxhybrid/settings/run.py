@@ -1,0 +1,224 @@
+"""The typed tree of a run: every setting with its type, default and meaning. `read.py` reads it from YAML."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from jaxhybrid.errors import ConfigError, TopologyError
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.settings.budget import Budget, check_layers, layers_in_budget
+from jaxhybrid.settings.mixer import MixerSettings
+from jaxhybrid.settings.stages import STAGES, AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig
+from jaxhybrid.settings.types import Count, Counts, Dtype, Ints, Names, RankBy, Section, Sources, UniformBy, about, free
+
+
+class DataConfig(Section):
+    """Text. A source is `pydoc`, `hub:ID[:CONFIG[:SPLIT]]`, or a path or glob of parquet, arrow, jsonl, json, txt."""
+
+    train: Sources = Field(description="training text: one source or a list of them; must be given")
+    heldout: Sources | None = about(None, "text of held-out figures; null: taken out of train, by hash of the document")
+    heldout_tokens: Count = about(2_000_000, "tokens taken out of train when there is no data.heldout")
+    text_column: str = about("text", "column or field that holds the text")
+    tokenizer: str | None = about(None, "folder or hub id of the tokenizer; null: the teacher's")
+    document_end_token: str | None = about(
+        "end_of_text",
+        "token put after every document; end_of_text: the one that ends a text in pretraining (<|endoftext|>, "
+        "<|end_of_text|>) where a chat model's tokenizer has it beside its EOS, else EOS; null: EOS",
+    )
+    prepend_bos: bool | None = about(
+        None, "put the BOS token before every document and prompt; null: as the tokenizer does by itself"
+    )
+    max_document_tokens: Annotated[int, Field(ge=2)] | None = about(None, "longest document; null: any length")
+    min_document_tokens: Count | None = about(
+        None, "documents shorter than this are passed over, held-out ones too; null: none. A split one counts by piece"
+    )
+    long_documents: Literal["split", "cut"] = about(
+        "split", "over max_document_tokens: split into several, or cut the rest off"
+    )
+    separate_documents: bool = about(
+        True, "documents in a row do not see each other; false: a row is one text, as in KL-guided selection's code"
+    )
+    streaming: bool = about(
+        False, "read train in passing, without a token cache: slower to resume, shuffled in a buffer only"
+    )
+    shuffle_buffer: Count = about(10_000, "documents in the shuffle buffer of a streaming source")
+    cache_dir: str = free("~/.cache/jaxhybrid/tokens", "folder of tokenised text, shared by runs")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.heldout and (shared := set(self.heldout) & set(self.train)):
+            raise ValueError(f"train and heldout both name {sorted(shared)}; held-out text must be other text")
+        self.check_least(self.min_document_tokens)
+        return self
+
+    def check_least(self, tokens: int | None) -> None:
+        """Refuses a shortest document that is longer than the longest."""
+        longest = self.max_document_tokens
+        if tokens is not None and longest is not None and tokens > longest:
+            raise ValueError(
+                f"min_document_tokens {tokens} is above max_document_tokens {longest}; no text would be left"
+            )
+
+
+class MeshConfig(Section):
+    """Devices along each mesh axis; -1 takes the rest."""
+
+    data: int = free(1, "replicas of the parameters; batches divide over data x fsdp")
+    fsdp: int = free(-1, "devices that share the parameters between them")
+    tensor: int = free(1, "devices that share heads and MLP width; only 1 is built")
+    context: int = free(1, "devices that share the tokens of a sequence; only 1 is built")
+
+    @model_validator(mode="after")
+    def _check(self) -> "MeshConfig":
+        for name, size in dict(self).items():
+            if size != -1 and size < 1:
+                raise ValueError(f"{name} is {size}; give a positive number, or -1 for the rest of the devices")
+        if self.data == self.fsdp == -1:
+            raise ValueError("data and fsdp are both -1; only one axis can take the rest of the devices")
+        for name in ("tensor", "context"):
+            if (size := getattr(self, name)) != 1:
+                raise TopologyError(
+                    f"mesh.{name}={size}: this axis is not built yet; leave it at 1 and use data and fsdp."
+                )
+        return self
+
+
+class SelectConfig(Section):
+    """Which layers keep softmax attention."""
+
+    method: Literal["kl_guided", "uniform", "random", "explicit"] = about(
+        "kl_guided", "how the softmax layers are chosen"
+    )
+    budget: Budget = about(0.25, "softmax layers: how many (4), or a share of the depth, rounded half up (0.25)")
+    layers: Ints | None = about(None, "the softmax layers of method explicit, from 0")
+    seed: int = about(0, "seed of method random")
+    uniform: UniformBy = about(
+        "last", "layer that method uniform keeps of each group; papers: last for Llama-3.2, first for Qwen2.5"
+    )
+    rank_by: RankBy = about(
+        "heldout", "KL that ranks layers for kl_guided and stop_when_stable: on held-out text or at the last steps"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_of_layers(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("method") == "explicit" and isinstance(data.get("layers"), list | tuple):
+            return {"budget": len(data["layers"]), **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "SelectConfig":
+        if (self.method == "explicit") != (self.layers is not None):
+            raise ValueError(
+                f"layers is {self.layers} with method {self.method!r}; layers belongs to method 'explicit' alone"
+            )
+        if self.layers is not None and (len(set(self.layers)) != len(self.layers) or self.budget != len(self.layers)):
+            raise ValueError(f"layers {list(self.layers)} must be different ones and as many as budget {self.budget}")
+        return self
+
+
+class RecallConfig(Section):
+    """Made-up associative recall: a list of names and numbers, then the same names again, each number asked for."""
+
+    pairs: Counts = about((4, 16, 64), "lengths of the list, one set of figures each; [] leaves the probe out")
+    filler: Ints = about((0,), "tokens of made-up prose between list and questions; every length with each")
+    samples: Count = about(500, "prompts for each length and filler; each asks for every number of its list")
+
+
+class EvaluateConfig(Section):
+    """Figures of teacher and student on held-out text and tasks."""
+
+    heldout_tokens: Count = about(1_000_000, "held-out tokens of perplexity and KL")
+    sequence_length: Annotated[int, Field(ge=2)] = about(4096, "tokens of a row")
+    batch_size: Count = about(8, "rows of a step")
+    recall: RecallConfig = about(RecallConfig(), "associative recall")
+
+
+class ExportConfig(Section):
+    """The Hugging Face folder."""
+
+    folder: str | None = about(None, "where to write; null: RUN_DIR/export")
+    dtype: Dtype = about("bfloat16", "type of the weights in the files")
+    max_shard: str = about("5GB", "largest weights file, as 5GB or 500MB")
+
+    @field_validator("max_shard")
+    @classmethod
+    def _check_shard(cls, value: str) -> str:
+        if not re.fullmatch(r"[1-9]\d*(MB|GB)", value):
+            raise ValueError(f"{value!r} is no size such as 5GB or 500MB")
+        return value
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """In powers of ten."""
+        return int(self.max_shard[:-2]) * {"MB": 10**6, "GB": 10**9}[self.max_shard[-2:]]
+
+
+class RunConfig(Section):
+    """One conversion, from teacher to exported hybrid."""
+
+    name: str = Field(
+        description="name of the run: letters, digits, dot, dash, underscore",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        json_schema_extra={"free": True},
+    )
+    run_dir: str = free("", "folder of everything the run writes; default runs/NAME")
+    teacher: str = Field(
+        description="the teacher: folder, hub id, GGUF file or a pattern of its parts, or demo:smollm2-135m",
+        min_length=1,
+    )
+    ignore_config_keys: Names = about((), "keys of the teacher's config.json that are unknown here and do not matter")
+    seed: int = about(0, "seed of initial values and of the order of the text")
+    dtype: Dtype = about("bfloat16", "type of the matrix products; masters, gates and states are float32")
+    mixer: MixerSettings = about(MixerSettings(), "the linear mixer")
+    data: DataConfig = Field(description="text")
+    mesh: MeshConfig = free(MeshConfig(), "devices")
+    align: AlignConfig = about(AlignConfig(), "stage 1")
+    score: ScoreConfig = about(ScoreConfig(), "layer importance")
+    select: SelectConfig = about(SelectConfig(), "choice of the softmax layers")
+    distill: DistillConfig = about(DistillConfig(), "stage 2")
+    finetune: FinetuneConfig = about(FinetuneConfig(), "stage 3")
+    evaluate: EvaluateConfig = free(EvaluateConfig(), "figures")
+    export: ExportConfig = free(ExportConfig(), "Hugging Face folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_folder(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("run_dir"):
+            return {**data, "run_dir": f"runs/{data.get('name')}"}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        for stage in STAGES:
+            try:
+                self.data.check_least(getattr(self, stage).min_document_tokens)
+            except ValueError as error:
+                raise ValueError(f"{stage}.{error}") from error
+        for section in ("score", "evaluate"):
+            wanted = getattr(self, section).heldout_tokens
+            if self.data.heldout is None and wanted > self.data.heldout_tokens:
+                raise ValueError(
+                    f"{section}.heldout_tokens {wanted:,} are more than the {self.data.heldout_tokens:,} that "
+                    "data.heldout_tokens takes out of train; raise that, or give data.heldout"
+                )
+        return self
+
+
+def validate_against(config: RunConfig, model: ModelConfig) -> None:
+    """What can be checked only when the teacher is known. Raises ConfigError naming the key and both numbers."""
+    depth = model.num_layers
+    layers_in_budget(config.select.budget, depth, "select.budget")
+    for budget in config.score.budgets:
+        layers_in_budget(budget, depth, "score.budgets")
+    if config.select.layers:
+        check_layers(config.select.layers, depth)
+    # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.
+    for section in ("align", "score", "distill", "evaluate"):
+        length = getattr(config, section).sequence_length
+        if length > model.max_position_embeddings:
+            raise ConfigError(
+                f"{section}.sequence_length {length} is beyond the {model.max_position_embeddings} tokens of context "
+                "that the teacher has."
+            )

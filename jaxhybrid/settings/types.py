@@ -1,0 +1,44 @@
+"""What settings are made of: a section, its fields, and the types of their values."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Dtype = Literal["bfloat16", "float32"]
+Schedule = Literal["constant", "cosine", "linear"]
+RankBy = Literal["heldout", "train"]
+UniformBy = Literal["last", "first"]
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_sources(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else as_tuple(value)
+
+
+# Tuples, written as YAML lists; Ints may be 0, Counts not.
+Counts = Annotated[tuple[Count, ...], BeforeValidator(as_tuple)]
+Ints = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+def about(default: Any, description: str) -> Any:
+    return Field(default, description=description)
+
+
+def free(default: Any, description: str) -> Any:
+    """A setting that changes speed, memory, logging or a report, never what is trained (beyond rounding): a run folder
+    may be continued under another value of it."""
+    return Field(default, description=description, json_schema_extra={"free": True})
+
+
+class Section(BaseModel):
+    """Frozen, strict about types, and without room for unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
