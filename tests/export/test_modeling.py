@@ -325,7 +325,7 @@ def test_save_and_load(tmp_path, tied):
 
 
 def test_fresh_linear_layers_start_sensibly():
-    model = JaxHybridForCausalLM(JaxHybridConfig(**SHAPE, layer_types=HYBRID, mixer=FULL))
+    model = JaxHybridForCausalLM(JaxHybridConfig(**SHAPE, layer_types=HYBRID, gated_deltanet=FULL))
     layer = model.model.layers[0].linear_attn
     assert torch.equal(layer.k_conv.weight[:, 0], torch.tensor([[0.0, 0, 0, 1]]).expand(16, 4))
     assert torch.allclose(
@@ -338,7 +338,7 @@ def test_fresh_linear_layers_start_sensibly():
     [
         ({"base_model_type": "gpt2"}, "base_model_type"),
         ({"layer_types": ["linear_attention", "mamba3", "full_attention"]}, "mamba3"),
-        ({"mixer": PLAIN | {"qk_norm": None}}, "lacks qk_norm"),
+        ({"gated_deltanet": PLAIN | {"qk_norm": None}}, "lacks qk_norm"),
         ({"linear_mixer": "mamba"}, "linear_mixer 'mamba'"),
         ({"linear_mixer": "gla"}, "gla lacks expand_kv"),
         ({"hidden_act": "gelu"}, "gelu"),
@@ -346,4 +346,4 @@ def test_fresh_linear_layers_start_sensibly():
 )
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        JaxHybridForCausalLM(JaxHybridConfig(**SHAPE | {"layer_types": HYBRID, "mixer": PLAIN} | changes))
+        JaxHybridForCausalLM(JaxHybridConfig(**SHAPE | {"layer_types": HYBRID, "gated_deltanet": PLAIN} | changes))
