@@ -180,36 +180,42 @@ def benchmark(
     task_folder: Annotated[Path | None, typer.Option(help="A folder with task files (YAML) of your own.")] = None,
     shots: Annotated[int | None, typer.Option(help="Solved examples before a question; default: the task's.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Questions at once; rounded up to a multiple of the devices.")] = 8,
     dtype: Annotated[str, typer.Option(help="Compute type: float32 or bfloat16.")] = "float32",
     prepend_bos: Annotated[
         bool | None, typer.Option(help="Begin texts with the BOS token; default: as the tokenizer does by itself.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    fsdp: Annotated[int, typer.Option(help="Devices that share the parameters; -1: all. The rest hold copies.")] = -1,
 ) -> None:
-    """Tasks of lm-evaluation-harness, in JAX on one device. Needs the `eval` extra, and mostly a network."""
+    """Tasks of lm-evaluation-harness, in JAX on all devices. Needs the `eval` extra, and mostly a network."""
     try:
         from jaxhybrid.evaluate.harness import run_tasks
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         raise ConfigError("benchmark needs lm-eval: `uv sync --extra eval`, or `pip install lm-eval`.") from error
+    import jax
+
     from jaxhybrid.files import write_json
+    from jaxhybrid.model.partition import make_mesh
     from jaxhybrid.text import open_model
 
-    model, vocabulary, ends = open_model(folder, prepend_bos)
-    print(f"texts begin with {vocabulary.beginning}")
-    figures = run_tasks(
-        model,
-        vocabulary,
-        ends,
-        tasks,
-        task_folder=task_folder,
-        shots=shots,
-        limit=limit,
-        batch_size=batch_size,
-        dtype=dtype,
-    )
+    mesh = make_mesh(data=1 if fsdp == -1 else -1, fsdp=fsdp)
+    with jax.set_mesh(mesh):
+        model, vocabulary, ends = open_model(folder, prepend_bos, mesh)
+        print(f"texts begin with {vocabulary.beginning}")
+        figures = run_tasks(
+            model,
+            vocabulary,
+            ends,
+            tasks,
+            task_folder=task_folder,
+            shots=shots,
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+        )
     for task, values in figures.items():
         for name, value in values.items():
             print(f"{task:24} {name:28} {value:.4f}")

@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.decode import DecodeState, decode, initial_decode_state
+from jaxhybrid.model.decode import decode, initial_decode_state
 from jaxhybrid.model.params import Params
+from jaxhybrid.model.partition import batch_sharding, gather, per_example
 from jaxhybrid.model.transformer import Model
 
 
@@ -29,7 +30,8 @@ def generate(
     """New tokens for each prompt, up to and including an end token.
 
     Prompts of different lengths are padded on the left, to a multiple of `length_multiple` (fewer lengths, fewer
-    compilations); the result is that of each prompt alone. Temperature 0 is greedy.
+    compilations); the result is that of each prompt alone. Temperature 0 is greedy. With a mesh active the prompts are
+    split over its devices, each of which then holds the whole model.
 
     Raises:
         DataError: a prompt is empty, or holds a token outside the vocabulary.
@@ -49,18 +51,20 @@ def generate(
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             worst = min(prompt) if min(prompt) < 0 else max(prompt)
             raise DataError(f"Prompt {number} has token {worst}; the vocabulary has {model.config.vocab_size}.")
+    mesh = jax.sharding.get_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    rows = -(-len(prompts) // devices) * devices
     longest = -(-max(len(prompt) for prompt in prompts) // length_multiple) * length_multiple
-    tokens = np.zeros((len(prompts), longest), np.int32)
+    tokens = np.zeros((rows, longest), np.int32)
     mask = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
+    for row in range(rows):
+        prompt = prompts[min(row, len(prompts) - 1)]
         tokens[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
-    state = initial_decode_state(model.config, len(prompts), longest + max_new_tokens, dtype)
+    batch = (tokens, mask, np.arange(rows))
     produced = _generate(
         model.params,
-        jnp.asarray(tokens),
-        jnp.asarray(mask),
-        state,
+        batch if mesh.empty else jax.device_put(batch, batch_sharding(mesh)),
         jax.random.key(seed),
         config=model.config,
         steps=max_new_tokens,
@@ -68,15 +72,13 @@ def generate(
         eos_ids=tuple(eos_ids),
         dtype=dtype,
     )
-    return [_until_end(row, eos_ids) for row in np.asarray(produced).tolist()]
+    return [_until_end(row, eos_ids) for row in np.asarray(produced)[: len(prompts)].tolist()]
 
 
 @partial(jax.jit, static_argnames=("config", "steps", "temperature", "eos_ids", "dtype"))
 def _generate(
     params: Params,
-    tokens_BT: jax.Array,
-    mask_BT: jax.Array,
-    state: DecodeState,
+    batch: tuple[jax.Array, jax.Array, jax.Array],
     key: jax.Array,
     *,
     config: ModelConfig,
@@ -85,32 +87,41 @@ def _generate(
     eos_ids: tuple[int, ...],
     dtype: Any,
 ) -> jax.Array:
-    """[B,steps] new tokens. Ends as soon as every row has produced an end token; the rest stays -1."""
+    """[B,steps] new tokens of `batch`: tokens, their mask, and a number for each row, by which its noise is drawn.
 
-    def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
+    Ends as soon as every row on a device has produced an end token; the rest stays -1.
+    """
+
+    def choose(logits: jax.Array, rows: jax.Array, key: jax.Array) -> jax.Array:
         if temperature == 0.0:
             return jnp.argmax(logits, -1).astype(jnp.int32)
-        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+        return jax.vmap(jax.random.categorical)(keys, logits / temperature).astype(jnp.int32)
 
     def ended(token: jax.Array) -> jax.Array:
-        return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(token.shape, bool)
+        return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(token, bool)
 
-    keys = jax.random.split(key, steps)
-    logits, state = decode(params, config, tokens_BT, state, mask_BT, dtype=dtype)
-    token = choose(logits, keys[0])
-    produced = jnp.full((tokens_BT.shape[0], steps), -1, jnp.int32).at[:, 0].set(token)
+    def on_each_device(
+        tokens: jax.Array, mask: jax.Array, rows: jax.Array, params: Params, keys: jax.Array
+    ) -> jax.Array:
+        state = initial_decode_state(config, len(tokens), tokens.shape[1] + steps, dtype)
+        logits, state = decode(params, config, tokens, state, mask, dtype=dtype)
+        token = choose(logits, rows, keys[0])
+        produced = jnp.full((len(tokens), steps), -1, jnp.int32).at[:, 0].set(token)
 
-    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
-        step, _, finished, *_ = carry
-        return (step < steps) & ~jnp.all(finished)
+        def unfinished(carry: tuple[Any, ...]) -> jax.Array:
+            step, _, finished, *_ = carry
+            return (step < steps) & ~jnp.all(finished)
 
-    def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, finished, produced, state = carry
-        logits, state = decode(params, config, token[:, None], state, dtype=dtype)
-        token = choose(logits, keys[step])
-        return step + 1, token, finished | ended(token), produced.at[:, step].set(token), state
+        def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            step, token, finished, produced, state = carry
+            logits, state = decode(params, config, token[:, None], state, dtype=dtype)
+            token = choose(logits, rows, keys[step])
+            return step + 1, token, finished | ended(token), produced.at[:, step].set(token), state
 
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), token, ended(token), produced, state))[3]
+        return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), token, ended(token), produced, state))[3]
+
+    return per_example(on_each_device, *batch, whole=(gather(params), jax.random.split(key, steps)))
 
 
 def _until_end(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:

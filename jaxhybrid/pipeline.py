@@ -410,7 +410,6 @@ class Pipeline:
             "recall": compare_recall(
                 models,
                 self.recall_tasks,
-                mesh=self.mesh,
                 batch_tokens=settings.batch_size * settings.sequence_length,
                 dtype=self.dtype,
             ),

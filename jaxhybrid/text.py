@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxhybrid.data import Vocabulary, load_vocabulary
 from jaxhybrid.errors import DataError
 from jaxhybrid.export.folder import is_export
@@ -23,15 +25,19 @@ NOT_BUILT = (
 NEUTRAL: tuple[Any, ...] = (None, 0, 1, [], {})
 
 
-def open_model(folder: str, prepend_bos: bool | None = None) -> tuple[Model, Vocabulary, list[int]]:
+def open_model(
+    folder: str, prepend_bos: bool | None = None, mesh: Mesh | None = None
+) -> tuple[Model, Vocabulary, list[int]]:
     """An exported hybrid or a teacher, whichever the folder's config says it is; its vocabulary; what ends an answer.
 
     Warns of settings by which transformers' `generate` would give other greedy text for this folder.
 
     Args:
         prepend_bos: begin texts with BOS, or never. None: as the tokenizer does by itself.
+        mesh: place the model on it. None: on the default device.
     """
-    model = load_student(folder) if is_export(Path(folder).expanduser()) else load_teacher(folder)
+    load = load_student if is_export(Path(folder).expanduser()) else load_teacher
+    model = load(folder, mesh=mesh)
     vocabulary = load_vocabulary(model.folder, model.config.vocab_size, prepend_bos=prepend_bos)
     settings = _generation_settings(Path(model.folder))
     told = [f"{key}={settings[key]!r}" for key in NOT_BUILT if settings.get(key) not in NEUTRAL]

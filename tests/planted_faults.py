@@ -24,6 +24,7 @@ CONVERT = "tests/weights/test_convert.py"
 SCORING = "tests/selection/test_kl_guided.py"
 PACKING = "tests/export/test_packing.py"
 RECALL = "tests/evaluate/test_recall.py"
+ANSWERS = "tests/evaluate/test_answers.py"
 VOCABULARY = "tests/data/test_vocabulary.py"
 
 
@@ -379,17 +380,17 @@ FAULTS = [
     ),
     Fault(
         "recall: answers read a token too late",
-        "evaluate/recall.py",
-        "offsets = np.arange(length)",
-        "offsets = np.arange(length) + 1",
-        RECALL,
+        "evaluate/answers.py",
+        "places[..., None] + np.arange(answers.shape[2])",
+        "places[..., None] + 1 + np.arange(answers.shape[2])",
+        ANSWERS,
     ),
     Fault(
         "recall: logits rounded before the choice",
-        "evaluate/recall.py",
+        "evaluate/answers.py",
         "jnp.dot(state, head, preferred_element_type=exact_dtype(state.dtype))",
         "jnp.dot(state, head)",
-        RECALL,
+        ANSWERS,
     ),
     Fault(
         "recall: a number that begins like another is another's",

@@ -14,7 +14,8 @@ from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.config import GATED_DELTANET as G
 from jaxhybrid.model.config import GatedDeltaNetConfig
 from jaxhybrid.model.decode import decode, initial_decode_state
-from jaxhybrid.model.transformer import forward
+from jaxhybrid.model.partition import make_mesh, param_shardings
+from jaxhybrid.model.transformer import declare, forward
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
 
@@ -81,6 +82,15 @@ def test_a_padded_length_changes_nothing(model):
 def test_stops_at_an_end_token(model):
     free = generate(model, PROMPTS[:1], 6, **BUCKET)[0]
     assert generate(model, PROMPTS[:1], 6, eos_ids=[free[2]], **BUCKET)[0] == free[: free.index(free[2]) + 1]
+
+
+@pytest.mark.parametrize("model", ["hybrid"], indirect=True)
+def test_prompts_split_over_devices_are_sampled_alike(model):
+    alone = generate(model, PROMPTS, 4, temperature=2.0, **BUCKET)
+    mesh = make_mesh(1, 2, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(model.params, param_shardings(declare(model.config), mesh))
+        assert generate(replace(model, params=params), PROMPTS, 4, temperature=2.0, **BUCKET) == alone
 
 
 @pytest.mark.parametrize("model", ["hybrid"], indirect=True)

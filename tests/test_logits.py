@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxhybrid.evaluate.harness import _continuations
+from jaxhybrid.evaluate.answers import _read
 from jaxhybrid.evaluate.quality import _sums
-from jaxhybrid.evaluate.recall import _greedy_at
 from jaxhybrid.model.decode import decode, initial_decode_state
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.train.optimizer import OptimizerConfig, make_optimizer, start
 
-PLACES = jnp.zeros((8, 3), jnp.int32)
+PLACES = jnp.zeros((8, 1, 3), jnp.int32)
 BF16 = {"dtype": jnp.bfloat16}
 
 
@@ -35,18 +34,14 @@ def makers_of_logits(model, batch):
     params, config, tokens = model.params, model.config, batch["tokens"]
     optimizer = make_optimizer(OptimizerConfig(total_steps=1), params)
     static = {"student_config": config, "optimizer": optimizer, **BF16}
-    places = {"tokens": tokens, "places": PLACES}
+    answers = {"tokens": tokens, "segment_ids": tokens, "at": PLACES, "answers": PLACES}
     return {
         "forward": (partial(forward, config=config, **BF16), {"params": params, "tokens_BT": tokens}),
         "decode": (
             partial(decode, config=config, **BF16),
             {"params": params, "tokens_BT": tokens, "state": initial_decode_state(config, 8, 32, jnp.bfloat16)},
         ),
-        "recall": (partial(_greedy_at, config=config, **BF16), {"params": params, "batch": places}),
-        "harness": (
-            lambda params, **arrays: _continuations(params, **arrays, config=config, **BF16),
-            {"params": params, "tokens": tokens, "segments": tokens, "places": PLACES, "targets": PLACES},
-        ),
+        "answers": (partial(_read, **BF16), {"model": model, "batch": answers}),
         "quality": (lambda params, batch: _sums(params, config, params, config, batch, jnp.bfloat16), None),
         "distill": (
             lambda params, batch: distill_step(
@@ -58,7 +53,7 @@ def makers_of_logits(model, batch):
     }
 
 
-@pytest.mark.parametrize("name", ["forward", "decode", "recall", "harness", "quality", "distill", "finetune"])
+@pytest.mark.parametrize("name", ["forward", "decode", "answers", "quality", "distill", "finetune"])
 def test_logits_are_float32(name, teacher, batch):
     function, arguments = makers_of_logits(teacher, batch)[name]
     program = jax.make_jaxpr(lambda given: function(**given))(arguments or {"params": teacher.params, "batch": batch})

@@ -1,15 +1,14 @@
-"""A model of this package under lm-evaluation-harness: its tasks, scored by JAX on one device.
+"""A model of this package under lm-evaluation-harness: its tasks, scored by JAX on one device or a mesh.
 
 Needs the `eval` extra. Tasks of the harness fetch their data from the hub; a folder of one's own task files needs no
 network.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import lm_eval
 import numpy as np
@@ -21,12 +20,10 @@ from tqdm import tqdm
 
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
+from jaxhybrid.evaluate.answers import NO_TOKEN, is_answer, read_answers
 from jaxhybrid.generate import generate
-from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.params import Params
-from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
+from jaxhybrid.model.transformer import Model
 
-CHUNK_TOKENS = 512  # tokens whose logits are held at once
 BOOTSTRAPS = 1000  # resamples behind a perplexity's standard error; the harness's own 100,000 take minutes
 SHORTEST = 64, 8  # row and continuation lengths are powers of two from here on: few shapes, few compilations
 
@@ -48,10 +45,11 @@ def run_tasks(
     """Figures of each task, `{task: {"acc": 0.31, "acc_stderr": 0.02, ...}}`.
 
     Args:
-        model: on one device, and no mesh active.
+        model: on the active mesh, or without one on a single device.
         task_folder: YAML files of further tasks.
         shots: solved examples before each question; None as the task says.
         limit: questions of each task; None takes all.
+        batch_size: questions at once, rounded up to a multiple of the devices.
 
     Raises:
         ConfigError: a task or the dtype is not known, or a number is out of range.
@@ -172,7 +170,7 @@ class HarnessModel(TemplateLM):
                 room = self.max_length - new_tokens
                 if room < 1:
                     raise ConfigError(f"A task asks for {new_tokens} new tokens; the context has {self.max_length}.")
-                for group in _groups(numbers, self.batch_size):
+                for group in batched(numbers, self.batch_size):
                     prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in group]
                     prompts += prompts[-1:] * (self.batch_size - len(group))
                     produced = generate(
@@ -201,12 +199,10 @@ class HarnessModel(TemplateLM):
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))  # the largest shapes first
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        with tqdm(total=len(rows), desc="scoring", disable=disable_tqdm) as bar:
-            for group in _groups(order, self.batch_size):
-                likelihood, greedy = self._score([rows[number] for number in group])
-                for number, value, same in zip(group, likelihood, greedy):
-                    answers[number] = float(value), bool(same)
-                    bar.update()
+        for group in tqdm(list(batched(order, self.batch_size)), "scoring", disable=disable_tqdm):
+            likelihood, greedy = self._score([rows[number] for number in group])
+            for number, value, same in zip(group, likelihood, greedy):
+                answers[number] = float(value), bool(same)
         return answers
 
     def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
@@ -220,51 +216,15 @@ class HarnessModel(TemplateLM):
     def _score(self, rows: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
         longest = _power_of_two(max(len(tokens) for tokens, _ in rows) - 1, SHORTEST[0])
         answer = _power_of_two(max(count for _, count in rows), SHORTEST[1])
-        tokens = np.zeros((self.batch_size, longest), np.int32)
-        segments = np.zeros_like(tokens)
-        places = np.zeros((self.batch_size, answer), np.int32)  # where each token of the continuation is predicted
-        targets = np.full((self.batch_size, answer), -1, np.int32)
+        tokens = np.zeros((len(rows), longest), np.int32)
+        places = np.zeros((len(rows), 1), np.int32)
+        answers = np.full((len(rows), 1, answer), NO_TOKEN, np.int32)
         for row, (text, count) in enumerate(rows):
-            tokens[row, : len(text) - 1], segments[row, : len(text) - 1] = text[:-1], 1
-            places[row, :count] = np.arange(len(text) - 1 - count, len(text) - 1)
-            targets[row, :count] = text[-count:]
-        found = _continuations(
-            self.model.params, tokens, segments, places, targets, config=self.model.config, dtype=self.dtype
-        )
-        return np.asarray(found[0]), np.asarray(found[1])
-
-
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _continuations(
-    params: Params,
-    tokens: jax.Array,
-    segments: jax.Array,
-    places: jax.Array,
-    targets: jax.Array,
-    *,
-    config: ModelConfig,
-    dtype: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probability of `targets` [B,A] after `places` [B,A], and whether each is the most likely one."""
-    hidden = hidden_states(params, config, tokens, segments, dtype=dtype)
-    at_places = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
-    head = head_matrix(params, config).astype(dtype)
-
-    def one(token: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        state, target = token
-        log_p = jax.nn.log_softmax(jnp.dot(state, head, preferred_element_type=jnp.float32))
-        return log_p[target], jnp.argmax(log_p) == target
-
-    log_p, same = jax.lax.map(one, (at_places, targets.reshape(-1)), batch_size=CHUNK_TOKENS)
-    asked = targets >= 0
-    return (
-        jnp.sum(jnp.where(asked, log_p.reshape(targets.shape), 0.0), axis=1),
-        jnp.all(same.reshape(targets.shape) | ~asked, axis=1),
-    )
-
-
-def _groups(numbers: Sequence[int], size: int) -> Iterable[Sequence[int]]:
-    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+            tokens[row, : len(text) - 1] = text[:-1]
+            places[row] = len(text) - 1 - count
+            answers[row, 0, :count] = text[-count:]
+        likelihood, greedy = read_answers(self.model, tokens, places, answers, rows=self.batch_size, dtype=self.dtype)
+        return likelihood[:, 0], is_answer(greedy, answers)[:, 0]
 
 
 def _power_of_two(length: int, shortest: int) -> int:

@@ -6,31 +6,22 @@ download. An answer is right when greedy decoding would give exactly its tokens.
 
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
+from jaxhybrid.evaluate.answers import read_answers
 from jaxhybrid.evaluate.recall_figures import Share, chance, recall_figures
 from jaxhybrid.evaluate.recall_prompts import RecallTask
-from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.layers import exact_dtype
-from jaxhybrid.model.params import Params
-from jaxhybrid.model.partition import gather, per_example
-from jaxhybrid.model.transformer import Model, head_matrix, hidden_states
-from jaxhybrid.train.placement import place_batch
-
-TOKENS_AT_ONCE = 512  # whose logits are held
+from jaxhybrid.model.transformer import Model
 
 LEAST_TEACHER = 0.8  # right answers; a teacher with fewer does not do the task, which then says nothing of its students
-Greedy = Callable[[np.ndarray, np.ndarray], np.ndarray]  # tokens [n,T], places [n,Q] -> the model's tokens [n,Q,A]
+Greedy = Callable[[np.ndarray, np.ndarray], np.ndarray]  # tokens [P,T], n prompts -> the model's tokens [n,Q,A]
 
 
 def compare_recall(
-    models: dict[str, Model], tasks: Sequence[RecallTask], *, mesh: Mesh, batch_tokens: int, dtype: Any = jnp.bfloat16
+    models: dict[str, Model], tasks: Sequence[RecallTask], *, batch_tokens: int, dtype: Any = jnp.bfloat16
 ) -> list[dict[str, Any]]:
     """For each task what it is, what chance gives, and the figures of the models, by name, the teacher first.
 
@@ -49,35 +40,25 @@ def compare_recall(
         }
         for name, model in models.items():
             if record["applies"]:
-                record["models"][name] = recall(model, task, mesh=mesh, batch_tokens=batch_tokens, dtype=dtype)
+                record["models"][name] = recall(model, task, batch_tokens=batch_tokens, dtype=dtype)
                 record["applies"] = record["models"]["teacher"]["right"]["share"] >= LEAST_TEACHER
         results.append(record)
     return results
 
 
-def recall(
-    model: Model, task: RecallTask, *, mesh: Mesh, batch_tokens: int, dtype: Any = jnp.bfloat16
-) -> dict[str, Share]:
-    """The figures of one model, as `recall_figures` gives them. The model is placed on `mesh`.
+def recall(model: Model, task: RecallTask, *, batch_tokens: int, dtype: Any = jnp.bfloat16) -> dict[str, Share]:
+    """The figures of one model, as `recall_figures` gives them. The model lies on the active mesh.
 
     Prompts run in batches of about `batch_tokens` tokens, at least one prompt a device; one program for all of them.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    width, length = task.tokens.shape[1], task.answers.shape[2]
-    batches = -(-len(task.tokens) // max(batch_tokens // width, 1))
-    rows = -(-len(task.tokens) // (batches * devices)) * devices
+    batches = -(-len(task.tokens) // max(batch_tokens // task.tokens.shape[1], 1))
+    rows = -(-len(task.tokens) // batches)
 
-    def greedy(tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-        offsets = np.arange(length)
-        found = []
-        for first in range(0, len(tokens), rows):
-            numbers = np.arange(first, first + rows) % len(tokens)  # the last batch is filled up with earlier prompts
-            at = (places[numbers][..., None] + offsets).reshape(rows, -1)
-            batch = place_batch({"tokens": tokens[numbers], "places": at}, mesh)
-            found.append(np.asarray(_greedy_at(model.params, batch, config=model.config, dtype=dtype)))
-        return np.concatenate(found)[: len(tokens)].reshape(*places.shape, length)
+    def greedy(tokens: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        asked = np.maximum(task.answers[prompts], 0)  # after a short one's end, too: a wrong one may go on there
+        return read_answers(model, tokens[prompts], task.places[prompts], asked, rows=rows, dtype=dtype)[1]
 
-    chosen = greedy(task.tokens, task.places)
+    chosen = greedy(task.tokens, np.arange(len(task.tokens)))
     return recall_figures(task, chosen, says_another_name(task, chosen, greedy))
 
 
@@ -110,24 +91,7 @@ def says_another_name(task: RecallTask, chosen: np.ndarray, greedy: Greedy) -> n
             for prompt, words in said.items():
                 begin = task.places[prompt, drawn[prompt]] + 1
                 tokens[prompt, begin : begin + len(words)] = words
-            more = greedy(tokens[going], task.places[going])
+            more = greedy(tokens, going)
             for row, prompt in enumerate(going.tolist()):
                 said[prompt].append(int(more[row, drawn[prompt], len(said[prompt])]))
     return result
-
-
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _greedy_at(params: Params, batch: dict[str, jax.Array], *, config: ModelConfig, dtype: Any) -> jax.Array:
-    """The most likely next token after each of `places` [B,M] in `tokens` [B,T], each row one text from its start."""
-    hidden = hidden_states(params, config, batch["tokens"], dtype=dtype)
-    head = gather(head_matrix(params, config).astype(dtype))
-
-    def choose(hidden: jax.Array, places: jax.Array, head: jax.Array) -> jax.Array:
-        at_places = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
-
-        def best(state: jax.Array) -> jax.Array:  # of exact logits: rounded ones tie, and the lower token wins a tie
-            return jnp.argmax(jnp.dot(state, head, preferred_element_type=exact_dtype(state.dtype)))
-
-        return jax.lax.map(best, at_places, batch_size=TOKENS_AT_ONCE).reshape(places.shape)
-
-    return per_example(choose, hidden, batch["places"], whole=(head,))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from jaxhybrid.evaluate.answers import is_answer
 from jaxhybrid.evaluate.recall_prompts import RecallTask
 
 Z95 = 1.959964  # half a 95 % interval of the normal distribution, in standard deviations
@@ -25,8 +26,7 @@ def recall_figures(task: RecallTask, chosen: np.ndarray, another_name: np.ndarra
         `first_token`: answers that begin right; `another_name`: answers that are the number of another name.
     """
     prompts = len(chosen)
-    same = (chosen == task.answers) | (task.answers < 0)
-    right = same.all(-1)
+    right = is_answer(chosen, task.answers)
     third = 3 * task.listed // task.pairs
     places = {  # every pair is asked once, so that each prompt has equally many answers of a third
         f"{name}_third": interval(right[third == number].reshape(prompts, -1))
@@ -40,7 +40,7 @@ def recall_figures(task: RecallTask, chosen: np.ndarray, another_name: np.ndarra
         "first_query": interval(right[:, :1]),
         "later_queries": interval(right[:, 1:]),
         **places,
-        "first_token": interval(same[..., 0]),
+        "first_token": interval(chosen[..., 0] == task.answers[..., 0]),
         "another_name": interval(wrong * another_name[:, None]),
     }
 

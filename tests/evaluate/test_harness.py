@@ -16,6 +16,7 @@ from jaxhybrid.cli import main
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate.harness import HarnessModel, run_tasks
 from jaxhybrid.generate import generate
+from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.text import open_model
 from tests.tiny import write_teacher, write_tokenizer
@@ -192,9 +193,12 @@ def test_text_ends_at_a_stop_and_is_that_of_each_prompt_alone(opened, harness):
         harness.loglikelihood([request("a", "")], True)
 
 
-def test_whole_tasks(opened, task_folder):
-    tokenizer = opened[1].tokenizer
-    found = run_tasks(*opened, list(TASKS), task_folder=task_folder, batch_size=2)
+def test_whole_tasks_on_several_devices(opened, task_folder):
+    model, vocabulary, _ = opened
+    tokenizer, mesh = vocabulary.tokenizer, make_mesh(2, 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        spread = open_model(model.folder, mesh=mesh)
+        found = run_tasks(*spread, list(TASKS), task_folder=task_folder, batch_size=2)
     right = 0
     for q in QUESTIONS:
         scores = [likelihood(opened, *encoded(tokenizer, q["question"], choice))[0] for choice in q["choices"]]
