@@ -86,9 +86,14 @@ def next_token_targets(tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple
 # --- objectives on one chunk of logits
 
 
+def _logits(hidden_CD: jax.Array, head_DS: jax.Array) -> jax.Array:
+    with jax.named_scope("head"):
+        return jnp.dot(hidden_CD, head_DS, preferred_element_type=jnp.float32)
+
+
 def _kl_objective(logits: jax.Array, tokenwise: Any, teacher_head: jax.Array) -> tuple[jax.Array, jax.Array]:
     teacher_hidden, mask = tokenwise
-    teacher_logits = jnp.dot(teacher_hidden, teacher_head, preferred_element_type=jnp.float32)
+    teacher_logits = _logits(teacher_hidden, teacher_head)
     log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher_logits)
     p = jnp.exp(log_p)
     kl = jnp.sum(p * (log_p - log_q), axis=-1)
@@ -125,7 +130,8 @@ def _summed_over_batch(
         )
         return loss[None]
 
-    return jnp.sum(per_example(local, hidden_BTD, *leaves, whole=(head, *shared_leaves)))
+    with jax.named_scope("loss"):
+        return jnp.sum(per_example(local, hidden_BTD, *leaves, whole=(head, *shared_leaves)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -134,7 +140,7 @@ def _linear_loss(
 ) -> jax.Array:
     def chunk_loss(chunk: Any) -> jax.Array:
         hidden, own = chunk
-        logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+        logits = _logits(hidden, head)
         return objective(logits, own, shared)[0]
 
     return jnp.sum(jax.lax.map(chunk_loss, _in_chunks((hidden_ND, tokenwise), chunk_tokens)))
@@ -145,11 +151,12 @@ def _linear_loss_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     def step(head_gradient: jax.Array, chunk: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         hidden, own = chunk
-        logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+        logits = _logits(hidden, head)
         loss, gradient = objective(logits, own, shared)
         gradient = gradient.astype(head.dtype)
-        hidden_gradient = jnp.dot(gradient, head.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
-        head_gradient += jnp.dot(hidden.T, gradient, preferred_element_type=jnp.float32)
+        with jax.named_scope("head"):
+            hidden_gradient = jnp.dot(gradient, head.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
+            head_gradient += jnp.dot(hidden.T, gradient, preferred_element_type=jnp.float32)
         return head_gradient, (loss, hidden_gradient)
 
     # The zero is multiplied in so that under shard_map the carry varies over devices as the sums will.

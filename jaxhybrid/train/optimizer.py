@@ -102,6 +102,7 @@ def update(
     state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, jax.Array]:
     """One optimizer update; returns the new state and the gradient's global norm before clipping."""
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, optimizer_state), optax.global_norm(gradients)

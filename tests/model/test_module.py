@@ -1,0 +1,101 @@
+"""The model as one module: equal logits, there and back, and the tools that take modules."""
+
+import io
+from contextlib import redirect_stdout
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from flax import nnx
+
+from jaxhybrid.errors import WeightsError
+from jaxhybrid.model.config import FULL_ATTENTION as F
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.module import model_of, module
+from jaxhybrid.model.transformer import forward
+from jaxhybrid.weights.convert import convert
+from tests.conftest import make_teacher
+
+MIXERS = {
+    "gated_deltanet": (GatedDeltaNetConfig(conv_size=3), {"qkv_bias": True, "mlp_bias": True}),
+    "gla": (GLAConfig(), {"qk_norm": True, "tie_embeddings": True}),
+}
+
+
+@pytest.fixture(scope="module", params=MIXERS)
+def model(request):
+    mixer, changes = MIXERS[request.param]
+    return convert(make_teacher(num_layers=3, **changes), (mixer.kind, F, mixer.kind), mixer, jax.random.key(1))
+
+
+def test_logits_are_those_of_the_model(model, batch):
+    expected = forward(model, batch["tokens"], batch["segment_ids"])
+    actual, _ = nnx.jit(lambda net, tokens, segments: net(tokens, segment_ids=segments))(
+        module(model), batch["tokens"], batch["segment_ids"]
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_the_padding_of_an_attention_mask_is_seen(model, batch):
+    real = (batch["segment_ids"] != 0).astype(np.int32)
+    mask = np.tril(np.ones((24, 24), bool))[None] & (real[:, None] == 1) & (real[:, :, None] == 1)
+    found, _ = module(model)(jnp.asarray(batch["tokens"]), attention_mask=jnp.asarray(mask))
+    expected = forward(model, batch["tokens"], real)
+    np.testing.assert_allclose(found * real[..., None], expected * real[..., None], atol=1e-5)
+
+
+def test_there_and_back(model):
+    again = model_of(module(model))
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def test_a_change_in_one_layer_is_one_in_the_model(model, batch):
+    net = module(model)
+    kernel = net.layers[2].block.mlp.up_proj.kernel
+    kernel.set_value(kernel[...] * 2)
+    changed = model_of(net)
+    up_proj = model.params["blocks"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(changed.params["blocks"]["mlp"]["up_proj"]["kernel"], up_proj.at[2].multiply(2))
+    logits = forward(changed, batch["tokens"])
+    assert np.abs(logits - forward(model, batch["tokens"])).max() > 1e-3
+    np.testing.assert_allclose(net(batch["tokens"])[0], logits, atol=1e-5)
+
+
+def test_lora_of_qwix_trains_beside_frozen_weights(model, batch):
+    provider = qwix.LoraProvider(module_path=".*(q_proj|mlp/up_proj)", rank=4, alpha=8.0)
+    net = qwix.apply_lora_to_model(module(model), provider, batch["tokens"], rngs=nnx.Rngs(0))
+    adapters = nnx.state(net, nnx.LoRAParam)
+    assert len(jax.tree.leaves(adapters)) == 3 * 2 * 2  # layers, projections, A and B
+    np.testing.assert_allclose(net(batch["tokens"])[0], forward(model, batch["tokens"]), atol=1e-5)  # B is zero
+
+    def loss(net):
+        return -jnp.mean(jax.nn.log_softmax(net(batch["tokens"])[0])[..., 3])
+
+    gradients = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(net)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+    with pytest.raises(WeightsError, match="Merge LoRA"):
+        model_of(net)
+
+
+def test_int8_of_qwix_is_near(model, batch):
+    net = qwix.quantize_model(
+        module(model),
+        qwix.PtqProvider([qwix.QuantizationRule(module_path=".*(_proj|mlp).*", weight_qtype=jnp.int8)]),
+        batch["tokens"],
+    )
+    quantised = [x for x in jax.tree.leaves(nnx.state(net)) if x.dtype == jnp.int8]
+    assert len(quantised) >= 3 * 7  # q, k, v, o and three of the MLP, each layer
+    expected = np.asarray(jax.nn.log_softmax(forward(model, batch["tokens"])))
+    actual = np.asarray(jax.nn.log_softmax(net(batch["tokens"])[0]))
+    assert 0 < np.mean(np.sum(np.exp(expected) * (expected - actual), -1)) < 0.01
+
+
+def test_it_can_be_displayed(model):
+    with redirect_stdout(io.StringIO()) as shown:
+        nnx.display(module(model))
+    assert "up_proj" in shown.getvalue()
