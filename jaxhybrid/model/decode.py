@@ -53,10 +53,11 @@ def decode(
     positions = state["position"][:, None] + per_example(segment_positions, segments)
     context = TokenContext(segments, *rotary_tables(model.config, positions), cached_segments, state["index"])
 
-    def mix(normed: jax.Array, mixer: Any, layer_state: Any) -> tuple[jax.Array, Any]:
+    def mix(normed: jax.Array, mixer: Any, context: TokenContext, layer_state: Any) -> tuple[jax.Array, Any]:
         return mixer(normed, context, layer_state)
 
-    x, mixers = walk(model.params, model.config, embed(model, tokens_BT), mix, extra=state["mixers"], by_run=True)
+    x = embed(model, tokens_BT)
+    x, mixers = walk(model.params, model.config, x, context, mix, extra=state["mixers"], by_run=True)
     hidden = final_norm(model, x[:, -1])
     logits = jnp.einsum("bd,ds->bs", hidden, gather(model.head), preferred_element_type=jnp.float32)
     return logits, {

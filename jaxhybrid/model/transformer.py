@@ -141,11 +141,12 @@ def hidden_states(
     model = model.cast(dtype)
     context = token_context(model.config, tokens_BT, segment_ids_BT, positions_BT)
 
-    def mix(normed: jax.Array, mixer: Any, _: None) -> tuple[jax.Array, None]:
-        return mixer(normed, context)[0], None
-
-    x, _ = walk(model.params, model.config, embed(model, tokens_BT), mix, softmax=softmax, remat=remat)
+    x, _ = walk(model.params, model.config, embed(model, tokens_BT), context, _mix, softmax=softmax, remat=remat)
     return final_norm(model, x)
+
+
+def _mix(normed: jax.Array, mixer: Any, context: TokenContext, _: None) -> tuple[jax.Array, None]:
+    return mixer(normed, context)[0], None
 
 
 def outputs(

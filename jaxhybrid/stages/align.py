@@ -14,6 +14,7 @@ import optax
 from jaxhybrid.losses import alignment_loss
 from jaxhybrid.model.blueprint import Params, bind, cast, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.layers import TokenContext
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import Model, embed, token_context
@@ -77,7 +78,7 @@ def _beside_teacher(
     is_linear = [name == kind for name in config.layer_types]
     declared = variables(LINEAR_MIXERS[kind], config)
 
-    def mix(normed: jax.Array, attention: Any, beside: Any) -> tuple[jax.Array, Any]:
+    def mix(normed: jax.Array, attention: Any, context: TokenContext, beside: Any) -> tuple[jax.Array, Any]:
         target, _ = attention(normed, context)
 
         def loss(own: Params) -> jax.Array:
@@ -95,7 +96,7 @@ def _beside_teacher(
         return target, jax.lax.cond(aligned, measure, lambda own: nothing, own)
 
     extra = {FULL_ATTENTION: (jnp.array(is_linear), spread(stack, config.layer_types, kind))}
-    _, found = walk(teacher.params, teacher.config, embed(teacher, batch["tokens"]), mix, extra=extra)
+    _, found = walk(teacher.params, teacher.config, embed(teacher, batch["tokens"]), context, mix, extra=extra)
     losses, found_gradients = found[FULL_ATTENTION]
     losses, found_gradients = collect((losses, found_gradients), config.layer_types, kind)
     return losses, {kind: found_gradients} if gradients else {}

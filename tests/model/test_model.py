@@ -132,7 +132,9 @@ def test_layers_are_walked_in_one_scan_and_run_by_run_alike(model, batch):
     @partial(jax.jit, static_argnums=1)
     def walked(params, by_run):
         x = embed(model, batch["tokens"])
-        return walk(params, model.config, x, lambda x, mixer, _: (mixer(x, context)[0], None), by_run=by_run)[0]
+        return walk(
+            params, model.config, x, context, lambda x, mixer, context, _: (mixer(x, context)[0], None), by_run=by_run
+        )[0]
 
     for by_run in (False, True):
         np.testing.assert_allclose(walked(params, by_run), expected, rtol=1e-5, atol=1e-4)
