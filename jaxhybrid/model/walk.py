@@ -64,17 +64,31 @@ def walk(
             else:
                 shared[kind] = jax.tree.map(lambda w: jnp.squeeze(w, 0), stack)
         own = None if extra is None else spread(extra[kinds[0]], config.layer_types, kinds[0], start, stop)
-        apply = _one_of(kinds, config, mix, remat) if len(kinds) > 1 else _only(kinds[0], config, mix, remat)
+        block = _block_of(kinds[0], config, mix, remat) if len(kinds) == 1 else _block_of_any(kinds, config, mix, remat)
 
-        def body(x: jax.Array, scanned: Any, apply: Any = apply, shared: Params = shared) -> tuple[jax.Array, Any]:
+        def body(x: jax.Array, scanned: Any, block: Any = block, shared: Params = shared) -> tuple[jax.Array, Any]:
             which, block_params, rows, own = scanned
-            return apply(which, x, context, block_params, rows | shared, own)
+            return block(which, x, context, block_params, rows | shared, own)
 
-        scanned = which, take_layers(params["blocks"], start, stop), stacks, own
-        x, result = jax.lax.scan(body, x, scanned)
+        x, result = jax.lax.scan(body, x, (which, take_layers(params["blocks"], start, stop), stacks, own))
         if len(kinds) == 1:
             results[kinds[0]].append(result)
     return x, {kind: _joined(found) for kind, found in results.items() if found}
+
+
+# (which kind, x, context, the block's parameters, mixers' parameters by kind, extra) -> (x, result)
+BlockFunction = Callable[..., tuple[jax.Array, Any]]
+
+
+def _block_of(kind: str, config: ModelConfig, mix: Mix, remat: bool = False) -> BlockFunction:
+    """The block of layers of one kind."""
+
+    def block(_: Any, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any) -> Any:
+        block = bind(Block, config, gather(block_params))
+        mixed, result = _mixed(kind, config, mix, block.input_norm(x), context, rows, own)
+        return block.add_mlp(x + mixed), result
+
+    return jax.checkpoint(block) if remat else block
 
 
 def _mixed(
@@ -84,59 +98,50 @@ def _mixed(
         return mix(normed, bind(MIXERS[kind], config, gather(rows[kind])), context, own)
 
 
-def _only(kind: str, config: ModelConfig, mix: Mix, remat: bool) -> Callable[..., tuple[jax.Array, Any]]:
-    """The block of layers of one kind: (which, x, context, block, {kind: mixer}, extra) -> (x, result)."""
+def _block_of_any(kinds: tuple[str, ...], config: ModelConfig, mix: Mix, remat: bool) -> BlockFunction:
+    """The block of a layer whose kind is number `which` of `kinds`; without results."""
+    if remat:
+        return _recomputed_block_of_any(kinds, config, mix)
 
-    def apply(
-        which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any
-    ) -> tuple[jax.Array, Any]:
+    def block(
+        which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: None
+    ) -> tuple[jax.Array, None]:
         block = bind(Block, config, gather(block_params))
-        mixed, result = _mixed(kind, config, mix, block.input_norm(x), context, rows, own)
-        return block.add_mlp(x + mixed), result
 
-    return jax.checkpoint(apply) if remat else apply
+        def branch(kind: str) -> Callable[..., jax.Array]:
+            return lambda normed, rows: _mixed(kind, config, mix, normed, context, rows, own)[0]
+
+        mixed = jax.lax.switch(which, [branch(kind) for kind in kinds], block.input_norm(x), rows)
+        return block.add_mlp(x + mixed), None
+
+    return block
 
 
-def _one_of(kinds: tuple[str, ...], config: ModelConfig, mix: Mix, remat: bool) -> Callable[..., Any]:
-    """The block of a layer whose kind is number `which` of `kinds`.
+def _recomputed_block_of_any(kinds: tuple[str, ...], config: ModelConfig, mix: Mix) -> BlockFunction:
+    """`jax.checkpoint` of the block, by a gradient of its own with the whole block in each branch.
 
-    With `remat` by a gradient of its own, of the whole block in each branch: JAX's would carry what every branch wants
-    to keep out of one switch and into the next, zeros for all but the branch that was taken.
+    JAX's gradient of a switch would carry what every branch wants to keep out of one switch and into the next, zeros
+    for all but the branch that was taken: 5 % of a distillation step on an H200, where this is none.
     """
-
-    def apply(which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params) -> jax.Array:
-        block = bind(Block, config, gather(block_params))
-        branches = [
-            lambda normed, rows, kind=kind: _mixed(kind, config, mix, normed, context, rows, None)[0] for kind in kinds
-        ]
-        return block.add_mlp(x + jax.lax.switch(which, branches, block.input_norm(x), rows))
-
-    def block_of(kind: str, x: jax.Array, context: TokenContext, block_params: Params, rows: Params) -> jax.Array:
-        return _only(kind, config, mix, remat=False)(
-            which=None, x=x, context=context, block_params=block_params, rows=rows, own=None
-        )[0]
+    branches = [_block_of(kind, config, mix) for kind in kinds]
 
     @jax.custom_vjp
-    def recomputed(which: jax.Array, *operands: Any) -> jax.Array:
-        return jax.lax.switch(which, [partial(block_of, kind) for kind in kinds], *operands)
+    def block(which: jax.Array, *operands: Any) -> jax.Array:
+        return jax.lax.switch(which, [lambda *operands, f=f: f(None, *operands, None)[0] for f in branches], *operands)
 
     def backward(saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-        which, x, context, block_params, rows = saved
+        which, *operands = saved
 
-        def pull(kind: str) -> Callable[..., Any]:
-            def run(x: jax.Array, context: TokenContext, block_params: Params, rows: Params, cotangent: Any) -> Any:
-                block = lambda x, block_params, rows: block_of(kind, x, context, block_params, rows)  # noqa: E731
-                return jax.vjp(block, x, block_params, rows)[1](cotangent)
+        def pull(branch: BlockFunction, x: Any, context: Any, block_params: Any, rows: Any, cotangent: Any) -> Any:
+            run = lambda x, block_params, rows: branch(None, x, context, block_params, rows, None)[0]  # noqa: E731
+            return jax.vjp(run, x, block_params, rows)[1](cotangent)
 
-            return run
-
-        branches = [pull(kind) for kind in kinds]
-        x, block_params, rows = jax.lax.switch(which, branches, x, context, block_params, rows, cotangent)
+        pulls = [partial(pull, branch) for branch in branches]
+        x, block_params, rows = jax.lax.switch(which, pulls, *operands, cotangent)
         return None, x, None, block_params, rows
 
-    recomputed.defvjp(lambda *operands: (recomputed(*operands), operands), backward)
-    chosen = recomputed if remat else apply
-    return lambda which, x, context, block_params, rows, own: (chosen(which, x, context, block_params, rows), None)
+    block.defvjp(lambda *operands: (block(*operands), operands), backward)
+    return lambda which, x, context, block_params, rows, own: (block(which, x, context, block_params, rows), None)
 
 
 def _runs(layer_types: tuple[str, ...]) -> list[tuple[int, int]]:
