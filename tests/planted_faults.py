@@ -74,24 +74,24 @@ FAULTS = [
         "stages/align.py",
         "micro, tokens, config",
         "micro, count_tokens(micro), config",
-        f"{UPDATES}[align]",
+        f"{UPDATES}[gated_deltanet-align]",
     ),
     Fault(
-        "align: mean of layers forgotten", "stages/align.py", "lambda g: g / count", "lambda g: g", f"{UPDATES}[align]"
+        "align: mean of layers forgotten", "stages/align.py", "lambda g: g / count", "lambda g: g", f"{UPDATES}[gated_deltanet-align]"
     ),
     Fault(
         "align: padding counts",
         "stages/align.py",
         "mixer(normed, context)[0], mask) / tokens",
         "mixer(normed, context)[0], jnp.ones_like(mask)) / tokens",
-        f"{UPDATES}[align]",
+        f"{UPDATES}[gated_deltanet-align]",
     ),
     Fault(
         "score: loss by microbatch",
         "stages/score.py",
         "return total / tokens",
         "return total / count_tokens(micro)",
-        f"{UPDATES}[score]",
+        f"{UPDATES}[gated_deltanet-score]",
     ),
     Fault(
         "score: mixers alone train",
@@ -99,14 +99,14 @@ FAULTS = [
         "return jax.value_and_grad(loss)(state.params)",
         "value, g = jax.value_and_grad(loss)(state.params)\n"
         "        return value, {n: x if n == 'mixers' else jax.tree.map(jnp.zeros_like, x) for n, x in g.items()}",
-        f"{UPDATES}[score]",
+        f"{UPDATES}[gated_deltanet-score]",
     ),
     Fault(
         "score: the student's head for the teacher's",
         "stages/score.py",
         "teacher_head.astype(dtype),",
         "head,",
-        f"{UPDATES}[score]",
+        f"{UPDATES}[gated_deltanet-score]",
     ),
     Fault(
         "score: the attention of the layer before",
@@ -120,42 +120,42 @@ FAULTS = [
         "stages/distill.py",
         "chunk_tokens=chunk_tokens) / tokens",
         "chunk_tokens=chunk_tokens) / count_tokens(micro)",
-        f"{UPDATES}[distill]",
+        f"{UPDATES}[gated_deltanet-distill]",
     ),
     Fault(
         "distill: the student's head for the teacher's",
         "stages/distill.py",
         "linear_kl(own_hidden, own_head, hidden, head,",
         "linear_kl(own_hidden, own_head, hidden, own_head,",
-        f"{UPDATES}[distill]",
+        f"{UPDATES}[gated_deltanet-distill]",
     ),
     Fault(
         "distill: KL the other way round",
         "stages/distill.py",
         "linear_kl(own_hidden, own_head, hidden, head,",
         "linear_kl(hidden, head, own_hidden, own_head,",
-        f"{UPDATES}[distill]",
+        f"{UPDATES}[gated_deltanet-distill]",
     ),
     Fault(
         "finetune: loss by microbatch",
         "stages/finetune.py",
         "chunk_tokens=chunk_tokens) / tokens",
         "chunk_tokens=chunk_tokens) / jnp.sum(mask)",
-        f"{UPDATES}[finetune]",
+        f"{UPDATES}[gated_deltanet-finetune]",
     ),
     Fault(
         "finetune: predicts over the border of documents",
         "losses.py",
         "((segments == following) & (segments != 0))",
         "((following != 0) & (segments != 0))",
-        f"{UPDATES}[finetune]",
+        f"{UPDATES}[gated_deltanet-finetune]",
     ),
     Fault(
         "last microbatch forgotten",
         "stages/batch.py",
         "jax.tree.map(jnp.zeros_like, shapes), batch)",
         "jax.tree.map(jnp.zeros_like, shapes), jax.tree.map(lambda x: x[:-1], batch))",
-        f"{UPDATES}[distill]",
+        f"{UPDATES}[gated_deltanet-distill]",
     ),
     # The optimizer.
     Fault(

@@ -9,6 +9,7 @@ import pytest
 
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.transformer import Model, forward, hidden_states
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
@@ -20,7 +21,7 @@ from tests.conftest import make_teacher
 from tests.oracles import AdamW, plain_alignment
 from tests.tiny import training
 
-F, G = FULL_ATTENTION, GatedDeltaNetConfig.kind
+F = FULL_ATTENTION
 STEPS = 2
 LAYER = 1  # the candidate's softmax layer
 # Everything acts at once: warm-up, a falling rate, clipping, decay. The large eps keeps an update proportional to its
@@ -45,14 +46,19 @@ def teacher():
     return make_teacher(num_layers=3, vocab_size=31, hidden_size=16, intermediate_size=24)
 
 
-@pytest.fixture(scope="module")
-def linear(teacher):
-    return convert(teacher, (G,) * 3, GatedDeltaNetConfig(), jax.random.key(1))
+@pytest.fixture(scope="module", params=[GatedDeltaNetConfig(), GLAConfig()], ids=lambda mixer: mixer.kind)
+def mixer(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def hybrid(teacher):
-    return convert(teacher, (G, F, G), GatedDeltaNetConfig(), jax.random.key(1))
+def linear(teacher, mixer):
+    return convert(teacher, (mixer.kind,) * 3, mixer, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def hybrid(teacher, mixer):
+    return convert(teacher, (mixer.kind, F, mixer.kind), mixer, jax.random.key(1))
 
 
 def uneven_batches():
@@ -89,8 +95,8 @@ def dense_cross_entropy(params, config, batch):
 def as_hybrid(candidate):
     """A candidate's parameters as those of the hybrid it stands for: without the linear mixer it does not use."""
     kept = [row for row in range(3) if row != LAYER]
-    rows = jax.tree.map(lambda w: w[jnp.array(kept)], candidate["mixers"][G])
-    return {**candidate, "mixers": {F: candidate["mixers"][F], G: rows}}
+    rows = {kind: jax.tree.map(lambda w: w[jnp.array(kept)], stack) for kind, stack in candidate["mixers"].items()}
+    return {**candidate, "mixers": rows | {F: candidate["mixers"][F]}}
 
 
 def stage(name, teacher, linear, hybrid):
