@@ -42,8 +42,8 @@ FAULTS = [
     Fault(
         "walk: a kind's rows at the layers of another",
         "model/walk.py",
-        "if types[begin] == kind:",
-        "if types[-1 - begin] == kind:",
+        "first = places.index(start + begin)",
+        "first = 0",
         f"{MODEL}::test_rows_are_spread_over_the_layers_and_collected_again",
     ),
     Fault(
