@@ -61,10 +61,10 @@ FAULTS = [
         f"{MODEL}::test_remat_gives_the_same_gradients",
     ),
     Fault(
-        "earlier checkpoints: queries and keys exchanged",
+        "earlier checkpoints: keys and values exchanged",
         "train/earlier.py",
         'return module.replace("_proj", "_bias") if leaf == "bias" else module',
-        'return {"q_proj": "k_proj", "k_proj": "q_proj"}.get(module, module) if leaf != "bias" else '
+        'return {"v_proj": "k_proj", "k_proj": "v_proj"}.get(module, module) if leaf != "bias" else '
         'module.replace("_proj", "_bias")',
         "tests/test_earlier.py::test_a_run_goes_on_to_the_same_figures",
     ),
@@ -77,7 +77,11 @@ FAULTS = [
         f"{UPDATES}[gated_deltanet-align]",
     ),
     Fault(
-        "align: mean of layers forgotten", "stages/align.py", "lambda g: g / count", "lambda g: g", f"{UPDATES}[gated_deltanet-align]"
+        "align: mean of layers forgotten",
+        "stages/align.py",
+        "lambda g: g / count",
+        "lambda g: g",
+        f"{UPDATES}[gated_deltanet-align]",
     ),
     Fault(
         "align: padding counts",
