@@ -19,8 +19,7 @@ from jaxhybrid_kernels import linear_attention
 
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.mixers import linear
-from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS, linear
 from jaxhybrid.model.transformer import Model, random_params
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.stages import DistillConfig
@@ -70,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_gpu"])
     parser.add_argument("--stages", nargs="+", default=["align", "distill"], choices=["align", "distill"])
+    parser.add_argument("--mixer", default="gated_deltanet", choices=list(LINEAR_MIXERS))
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=10)
@@ -87,8 +87,8 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.rows} rows of {arguments.length} tokens")
     for name in arguments.stages:
         stage, softmax, given = stages[name]
-        types = layer_types(SMOLLM2.num_layers, softmax, GatedDeltaNetConfig.kind)
-        student = convert(teacher, types, GatedDeltaNetConfig(), jax.random.key(1))
+        types = layer_types(SMOLLM2.num_layers, softmax, arguments.mixer)
+        student = convert(teacher, types, LINEAR_MIXERS[arguments.mixer].Config(), jax.random.key(1))
         for implementation in arguments.implementations:
             linear.linear_attention = partial(linear_attention, implementation=implementation)
             trained = linear_mixers(student.params) if name == "align" else student.params
