@@ -70,6 +70,8 @@ def export(
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"export dtype {dtype!r}: choose bfloat16 or float32.")
     mixer = model.config.mixer
+    if mixer is not None and f"{mixer.kind}_jaxhybrid.py" not in CODE_FILES:
+        raise ConfigError(f"{mixer.kind} has no PyTorch layer in {REMOTE_CODE}; an export of it could not be loaded.")
     if mixer is not None and None in (mixer.qkv_bias, mixer.qk_norm):
         raise ConfigError("The mixer's qkv_bias or qk_norm is unset; export a student that `convert` made.")
     target = Path(folder).expanduser().absolute()

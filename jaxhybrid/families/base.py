@@ -1,6 +1,6 @@
 """What the config of every family has in common, and the refusal of everything that is not understood."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ class Family:
         flag_keys: those keys, from a ModelConfig; raises ConfigError for a shape the family cannot express.
         own_keys: config keys read beside the common ones.
         defaults: values transformers takes where a config is silent.
-        names: what weights files call a part of the model where they do not call it as we do.
+        own_names: parts of the model that this family's weights files call otherwise than Llama's do.
     """
 
     model_type: str
@@ -76,7 +76,12 @@ class Family:
     flag_keys: Callable[[ModelConfig], dict[str, Any]]
     own_keys: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
+    own_names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What weights files call a part of the model where they do not call it as we do."""
+        return LLAMA_NAMES | self.own_names
 
     def read_config(self, hf: dict[str, Any], ignore_config_keys: Iterable[str] = ()) -> ModelConfig:
         """A Hugging Face config as a ModelConfig.
@@ -88,15 +93,15 @@ class Family:
         Raises:
             ConfigError: a key is missing, unknown, or has a value that is not supported.
         """
-        ignored = tuple(ignore_config_keys)
+        ignored, hf = tuple(ignore_config_keys), self.defaults | hf
         self._refuse_unknown(hf, ignored)
         self._refuse_unsupported(hf)
         heads = read_integer(hf, "num_attention_heads")
         width, layers = read_integer(hf, "hidden_size"), read_integer(hf, "num_hidden_layers")
-        head_dim = hf.get("head_dim", self.defaults.get("head_dim"))
+        head_dim = hf.get("head_dim")
         if head_dim is None and width % heads:
             raise ConfigError(f"hidden_size={width} does not divide by num_attention_heads={heads}; set head_dim.")
-        max_positions = read_integer(self.defaults | hf, "max_position_embeddings")
+        max_positions = read_integer(hf, "max_position_embeddings")
         config = ModelConfig(
             family=self.model_type,
             vocab_size=read_integer(hf, "vocab_size"),

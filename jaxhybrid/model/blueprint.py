@@ -47,7 +47,8 @@ def weight(
     kind: type[nnx.Param] = nnx.Param,
     **metadata: Any,
 ) -> Any:
-    """A parameter. `axes` are logical names, which `ShardingRules` maps to mesh axes."""
+    """A parameter. `axes` are logical names, which `ShardingRules` maps to mesh axes; Flax shall not apply them itself,
+    for it would look for axes of the mesh."""
     assert len(shape) == len(axes), (shape, axes)
     return kind(init(rngs.params(), shape), out_sharding=axes, eager_sharding=False, **metadata)
 
@@ -70,8 +71,8 @@ def variables(part: type[nnx.Module], config: ModelConfig, layers: int | None = 
         shape, axes = variable.shape, variable.out_sharding
         return variable.replace(jax.ShapeDtypeStruct((layers, *shape), jnp.float32), out_sharding=("layers", *axes))
 
-    declared = _blueprint(part, config)[1]
-    return declared if layers is None else jax.tree.map(stacked, declared, is_leaf=is_variable)
+    own = stacked if layers is not None else lambda variable: variable
+    return jax.tree.map(own, _blueprint(part, config)[1], is_leaf=is_variable)
 
 
 def bind[Part: nnx.Module](part: type[Part], config: ModelConfig, params: Params) -> Part:

@@ -17,7 +17,8 @@ DecodeState = dict[str, Any]
 
 
 def initial_decode_state(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> DecodeState:
-    """An empty state with room for `capacity` tokens per row (prompt and generated together)."""
+    """An empty state with room for `capacity` tokens per row (prompt and generated together). More are not refused:
+    the last slots of the softmax layers would be overwritten."""
     mixers = {}
     for kind in dict.fromkeys(config.layer_types):
         count = len(layers_of_kind(config.layer_types, kind))

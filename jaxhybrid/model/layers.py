@@ -13,7 +13,8 @@ from jaxhybrid.model.config import ModelConfig
 class TokenContext(NamedTuple):
     """What token mixers may ask about the tokens at hand."""
 
-    # [B,T]; 0 is padding, tokens of different ids do not see each other; None: one segment
+    # [B,T]; 0 is padding. A document is one run of equal ids, used once in a row; documents do not see each other.
+    # None: the row is one document.
     segment_ids: jax.Array | None
     cos: jax.Array  # [B,T,K/2] rotary tables
     sin: jax.Array

@@ -44,8 +44,8 @@ def walk(
         params: of the whole model, in the compute dtype.
         extra: per kind, what else `mix` gets: a stack with a row for each of its layers.
         softmax: [L] bool, traced: see `hidden_states`.
-        remat: keep only x between the blocks for the backward pass. Where kinds share a scan `mix` then closes over no
-            array.
+        remat: keep only x between the blocks for the backward pass. Where kinds share a scan, `mix` must then close
+            over no array: its gradient is taken when the scan's own arrays are gone.
 
     Returns:
         x after the last block, and by kind the stacked results. Where kinds share a scan there are no extras and no
@@ -63,6 +63,7 @@ def walk(
                 stacks[kind] = stack
             else:
                 shared[kind] = jax.tree.map(lambda w: jnp.squeeze(w, 0), stack)
+        assert extra is None or len(kinds) == 1, "extras are for scans of one kind"
         own = None if extra is None else spread(extra[kinds[0]], config.layer_types, kinds[0], start, stop)
         block = _block_of(kinds[0], config, mix, remat) if len(kinds) == 1 else _block_of_any(kinds, config, mix, remat)
 
@@ -160,7 +161,7 @@ def _choice(layer_types: tuple[str, ...], softmax: jax.Array | None) -> tuple[tu
 
 
 def spread(stack: Any, layer_types: tuple[str, ...], kind: str, start: int = 0, stop: int | None = None) -> Any:
-    """A kind's rows at its layers of [start, stop), zeros at the others."""
+    """A kind's rows at its layers of [start, stop), zeros at the others; for a run of that kind just its rows."""
     places, types = layers_of_kind(layer_types, kind), layer_types[start:stop]
 
     def own(x: jax.Array) -> jax.Array:

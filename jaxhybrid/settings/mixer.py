@@ -40,8 +40,12 @@ def _mixer_fields() -> dict[str, Any]:
     for mixer in LINEAR_MIXERS.values():
         types = get_type_hints(mixer.Config)
         for item in fields(mixer.Config):
-            found[item.name] = (types[item.name], about(item.default, item.metadata["about"]))
-    return found
+            declared = (types[item.name], item.default, item.metadata["about"])
+            if found.setdefault(item.name, declared) != declared:
+                raise TypeError(
+                    f"{mixer.Config.__name__}.{item.name} differs from another mixer's; give it another name."
+                )
+    return {name: (kind, about(default, text)) for name, (kind, default, text) in found.items()}
 
 
 if TYPE_CHECKING:

@@ -344,3 +344,14 @@ def test_student_settings_refused():
     ):
         with pytest.raises(ConfigError, match=part):
             hf_to_student_config(hf | changes)
+
+
+def test_a_familys_defaults_and_names_are_all_read():
+    family = dataclasses.replace(
+        FAMILIES["llama"], defaults={"rms_norm_eps": 0.5, "tie_word_embeddings": True, "max_position_embeddings": 7},
+        own_names={"input_norm": "norm_1"},
+    )  # fmt: skip
+    hf = {key: value for key, value in base().items() if key not in family.defaults}
+    config = family.read_config(hf)
+    assert (config.norm_eps, config.tie_embeddings, config.max_position_embeddings) == (0.5, True, 7)
+    assert (family.names["input_norm"], family.names["embed"]) == ("norm_1", "model.embed_tokens")

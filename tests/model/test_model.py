@@ -17,7 +17,8 @@ from jaxhybrid.model.layers import Block, segment_positions
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
-from jaxhybrid.model.partition import ShardingRules, make_mesh, param_shardings
+from jaxhybrid.model.mixers.linear import recurrence
+from jaxhybrid.model.partition import ShardingRules, batch_sharding, make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, embed, final_norm, forward, hidden_states, model_variables, token_context
 from jaxhybrid.model.walk import collect, spread, walk
 from jaxhybrid.weights.convert import convert
@@ -185,3 +186,16 @@ def test_a_callers_mesh_of_another_kind_is_refused(teacher, shape, names, kind, 
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
     with jax.set_mesh(mesh), pytest.raises(TopologyError, match=message):
         forward(teacher, jnp.ones((8, 4), jnp.int32))
+
+
+def test_a_decay_may_be_the_layers_own():
+    """One number a state, whatever the token; on a mesh as on one device."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (8, 12, 4, 8)) for key in keys)
+    decay = -jnp.array([0.1, 0.2, 0.5, 1.0])
+    expected, _ = recurrence(q, k, v, jnp.broadcast_to(decay, (8, 12, 4)), None, None, None)
+    mesh = make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((q, k, v), batch_sharding(mesh))
+        actual, _ = jax.jit(lambda q, k, v: recurrence(q, k, v, decay, None, None, None))(*placed)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

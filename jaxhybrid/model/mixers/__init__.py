@@ -5,5 +5,5 @@ from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNet
 from jaxhybrid.model.mixers.gla import GLA
 from jaxhybrid.model.mixers.linear import LinearMixer
 
-LINEAR_MIXERS: dict[str, type[LinearMixer]] = {mixer.kind: mixer for mixer in (GatedDeltaNet, GLA)}
+LINEAR_MIXERS: dict[str, type[LinearMixer]] = {mixer.Config.kind: mixer for mixer in (GatedDeltaNet, GLA)}
 MIXERS: dict[str, type[Attention] | type[LinearMixer]] = {Attention.kind: Attention, **LINEAR_MIXERS}

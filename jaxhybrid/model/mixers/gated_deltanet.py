@@ -17,7 +17,7 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Exact, Params, normal, weight, zeros
 from jaxhybrid.model.config import MixerConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, TokenContext
-from jaxhybrid.model.mixers.linear import LinearMixer, recurrence, slow_half_lives
+from jaxhybrid.model.mixers.linear import LinearMixer, inverse_softplus, recurrence, slow_half_lives
 from jaxhybrid.model.partition import per_example
 
 L2_EPS = 1e-6  # inside the square root, so that the gradient at a zero row is finite
@@ -37,7 +37,6 @@ class GatedDeltaNetConfig(MixerConfig):
 
 
 class GatedDeltaNet(LinearMixer):
-    kind = GatedDeltaNetConfig.kind
     Config = GatedDeltaNetConfig
     title = "Gated DeltaNet, arXiv 2412.06464"
 
@@ -48,7 +47,7 @@ class GatedDeltaNet(LinearMixer):
         D, H, N, slow = config.hidden_size, config.num_heads, config.num_states, mixer.decay_init == "slow"
         self.a_proj = Linear(rngs, (D, N), ("embed", "heads"), init=zeros if slow else normal)
         self.b_proj = Linear(rngs, (D, N), ("embed", "heads"))
-        self.A_log = weight(rngs, (N,), ("heads",), zeros if slow else _random_log_decay, Exact)
+        self.A_log = weight(rngs, (N,), ("heads",), zeros if slow else _random_A_log, Exact)
         self.dt_bias = weight(rngs, (N,), ("heads",), _half_life_bias if slow else _random_step_bias, Exact)
         self.conv_size = mixer.conv_size
         if mixer.conv_size:
@@ -115,11 +114,7 @@ class ShortConvolution(nnx.Module):
 # --- initial values that are not plain zeros, ones or normals
 
 
-def inverse_softplus(y: jax.Array) -> jax.Array:
-    return y + jnp.log(-jnp.expm1(-y))
-
-
-def _random_log_decay(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _random_A_log(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """log A with A uniform in (0, 16), as Mamba-2 and fla draw it."""
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1e-3, 16.0))
 

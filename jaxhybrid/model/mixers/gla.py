@@ -33,7 +33,6 @@ class GLAConfig(MixerConfig):
 
 
 class GLA(LinearMixer):
-    kind = GLAConfig.kind
     Config = GLAConfig
     title = "Gated Linear Attention, arXiv 2312.06635"
 

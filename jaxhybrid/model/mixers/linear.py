@@ -18,11 +18,13 @@ from jaxhybrid.model.partition import per_example
 class LinearMixer(nnx.Module):
     """q, k, v and o projections as attention has them, and o = o_proj(norm(recurrence) * silu(g_proj x)).
 
+    A subclass has a `Config` of its own, whose `kind` is its name, and a `title`.
+
     A mixer adds what its recurrence needs in `__init__` and computes in `__call__`, as attention does:
     (x [B,T,D], context, state of one layer or None) -> (y [B,T,D], the state after the last token or None).
     """
 
-    Config: ClassVar[type[MixerConfig]]
+    Config: ClassVar[type[MixerConfig]]  # its settings
     title: ClassVar[str]  # of the architecture, for the model card
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -36,6 +38,7 @@ class LinearMixer(nnx.Module):
         self.o_proj = Linear(rngs, (H, K, D), ("heads", "head_dim", "embed"), bias=config.o_bias, inputs=2)
         self.o_norm = RMSNorm(rngs, K, "head_dim", config.norm_eps)
         if mixer.output_gate:
+            # "value" is a copy of v_proj: see `from_attention`.
             self.g_proj = Linear(rngs, (D, H, K), per_head, init=zeros if mixer.gate_init == "zero" else normal)
         if mixer.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(rngs, K, "head_dim", config.norm_eps) for _ in range(2))
@@ -99,8 +102,15 @@ def recurrence(
     memory: jax.Array | None,
     norm_eps: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel on each device's own examples: (out [B,T,H,K], memory [B,N,K,K] after the last token)."""
+    """The kernel on each device's own examples: (out [B,T,H,K], memory [B,N,K,K] after the last token).
 
+    Args:
+        log_decay: at most 0, in float32: [B,T,N], [B,T,N,K], or [N] where it does not depend on the token.
+        beta: [B,T,N] in (0, 1) for the delta rule; None for the additive one.
+        norm_eps: q and k are first divided by their length, this inside the root; None leaves them.
+    """
+    if log_decay.ndim == 1:
+        log_decay = per_example(lambda v, decay: jnp.broadcast_to(decay, v.shape[:3]), v, whole=(log_decay,))
     return per_example(partial(linear_attention, norm_eps=norm_eps), q, k, v, log_decay, beta, segment_ids, memory)
 
 
@@ -110,3 +120,7 @@ def recurrence(
 def slow_half_lives(states: int) -> jax.Array:
     """Half-lives spread over the states from 64 to 4096 tokens: nearest to a softmax layer with long reach."""
     return jnp.exp(jnp.linspace(jnp.log(64.0), jnp.log(4096.0), states))
+
+
+def inverse_softplus(y: jax.Array) -> jax.Array:
+    return y + jnp.log(-jnp.expm1(-y))
