@@ -78,8 +78,33 @@ def test_lora_of_qwix_trains_beside_frozen_weights(model, batch):
     gradients = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(net)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
     assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
-    with pytest.raises(WeightsError, match="Merge LoRA"):
+
+
+def test_lora_is_merged_into_the_weights(model, batch):
+    provider = qwix.LoraProvider(module_path=".*(_proj|head|mlp/.*)", rank=3, alpha=8.0)
+    net = qwix.apply_lora_to_model(module(model), provider, batch["tokens"], rngs=nnx.Rngs(0))
+    with pytest.raises(WeightsError, match=r"kernel_lora_a.*Merge LoRA"):
         model_of(net)
+    rng = np.random.default_rng(5)
+    nnx.update(net, jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype("f"), nnx.state(net, nnx.LoRAParam)))
+    expected, _ = nnx.jit(lambda net, tokens: net(tokens))(net, batch["tokens"])
+    merged = model_of(net, lora_alpha=8.0)
+    assert np.abs(expected - forward(model, batch["tokens"])).max() > 0.1
+    np.testing.assert_allclose(forward(merged, batch["tokens"]), expected, atol=2e-4)
+
+    linear = net.layers[1].mixer.o_proj  # two input axes
+    A, B, W = (np.asarray(x[...], np.float64) for x in (linear.kernel_lora_a, linear.kernel_lora_b, linear.kernel))
+    found = merged.params["mixers"]["full_attention"]["o_proj"]["kernel"][0]
+    np.testing.assert_allclose(found, W + 8 / 3 * np.einsum("hkr,rd->hkd", A, B), rtol=1e-6, atol=1e-6)
+
+
+def test_what_cannot_be_merged_is_refused(model, batch):
+    with pytest.raises(WeightsError, match="lora_alpha=8.0, but the module has no LoRA"):
+        model_of(module(model), lora_alpha=8.0)
+    provider = qwix.LoraProvider(module_path=".*mlp/.*", rank=2, alpha=8.0, weight_qtype=jnp.int8)
+    net = qwix.apply_lora_to_model(module(model), provider, batch["tokens"], rngs=nnx.Rngs(0))
+    with pytest.raises(WeightsError, match="turn quantised weights back"):
+        model_of(net, lora_alpha=8.0)
 
 
 def test_int8_of_qwix_is_near(model, batch):
