@@ -113,7 +113,7 @@ def model_of(net: Unrolled, lora_alpha: float | None = None) -> Model:
 
 def _merged(params: Params, alpha: float) -> Params:
     """Without the adapters, which Qwix keeps beside the kernel: A [inputs,r] and B [r,outputs]."""
-    merged = {name: _merged(x, alpha) if isinstance(x, dict) else x for name, x in params.items()}
+    merged: Params = {name: _merged(x, alpha) if isinstance(x, dict) else x for name, x in params.items()}
     for name, W in params.items():
         if f"{name}_lora_a" in params and isinstance(W, jax.Array):  # a quantised kernel is no array
             A, B = merged.pop(f"{name}_lora_a"), merged.pop(f"{name}_lora_b")
