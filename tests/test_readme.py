@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tpu" / "README.md"]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPE = ROOT / "configs" / "llama-3.2-3b-instruct.yaml"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text(), re.MULTILINE | re.DOTALL)
+MODULES = ROOT / "docs" / "modules.md"
 COMMAND = {  # a line of a bash block or a span of code; an indented line in the head of a recipe
     ".md": re.compile(r"^(jaxhybrid (?:[a-z]+ \S|--help).*)$|`(jaxhybrid [^`]+)`", re.MULTILINE),
     ".yaml": re.compile(r"^#  .*?(jaxhybrid .*)()$", re.MULTILINE),
@@ -34,8 +34,12 @@ def commands():
     ]
 
 
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def run_python(code, folder, written, meant):
-    """Runs a block of the README in `folder` with one of its names replaced; what it printed."""
+    """Runs a block of a page in `folder` with one of its names replaced; what it printed."""
     assert code.count(written) == 1
     caches = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
     result = subprocess.run(
@@ -51,13 +55,35 @@ def run_python(code, folder, written, meant):
 
 
 def test_the_python_blocks_run_one_after_the_other(tmp_path):
-    convert, load = BLOCKS
+    convert, load = blocks(PAGES[0])
     printed = run_python(convert, tmp_path, "demo:smollm2-135m", str(write_teacher(tmp_path / "teacher")))
     losses = [float(line.rpartition(" ")[2]) for line in printed.splitlines()]
     assert len(losses) == 10
     assert all(0 < loss < 10 for loss in losses)
     text = run_python(load, tmp_path, "runs/my-model/export", "aligned-hybrid")
     assert text.startswith("The capital of France is")
+
+
+def test_the_python_blocks_about_modules_run_but_for_those_with_tunix(tmp_path, monkeypatch, capsys):
+    page = blocks(MODULES)
+    before = [block.startswith("from tunix.") for block in page].index(True)
+    assert before == 5
+    code = "".join(page[:before])
+    assert code.count("demo:smollm2-135m") == 1
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("demo:smollm2-135m", str(write_teacher(tmp_path / "teacher", 2))), {})
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"^loss (.*)$", printed, re.MULTILINE)]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] - 0.01
+    ((gap, largest),) = re.findall(r"^gap (.*) of (.*)$", printed, re.MULTILINE)
+    assert float(gap) < 1e-5 * float(largest)
+    ((plain, small, kl),) = re.findall(r"^bytes (.*) -> (.*), KL (.*)$", printed, re.MULTILINE)
+    assert int(small) < 0.7 * int(plain)
+    assert 0 < float(kl) < 0.01
+    assert "up_proj" in printed
+    assert "treescope" in (tmp_path / "layer.html").read_text()
+    assert (tmp_path / "fine-tuned-hybrid" / "model.safetensors").exists()
 
 
 def test_commands_are_found():

@@ -2,6 +2,8 @@
 
 net = module(model)        # equal logits; for Qwix (LoRA, quantisation), Tunix, treescope, `nnx.display`
 model = model_of(net)      # what a tool changed in the weights, as a `Model` again
+
+docs/modules.md shows each use.
 """
 
 from typing import Any
@@ -82,24 +84,46 @@ def module(model: Model) -> Unrolled:
     return Unrolled(model)
 
 
-def model_of(net: Unrolled) -> Model:
-    """The model of a module: its weights stacked again.
+def model_of(net: Unrolled, lora_alpha: float | None = None) -> Model:
+    """The model of a module: its weights stacked again. `net` stays as it is.
+
+    Args:
+        lora_alpha: merges Qwix's LoRA made with this alpha: each kernel W becomes W + (alpha / rank) A B. Qwix does not
+            keep the number in the module.
 
     Raises:
-        WeightsError: the module has something else than the model's parameters (LoRA not merged, quantised weights).
+        WeightsError: the module has something else than the model's parameters (LoRA not merged, quantised weights), or
+            there is no LoRA to merge.
     """
-    config, layers = net.config, list(net.layers)
-    blocks = [_params(Block, config, layer.block) for layer in layers]
+    if lora_alpha is not None and not jax.tree.leaves(nnx.state(net, nnx.LoRAParam)):
+        raise WeightsError(f"lora_alpha={lora_alpha}, but the module has no LoRA to merge; leave it out.")
+
+    def params(part: type[nnx.Module], bound: nnx.Module) -> Params:
+        found = nnx.to_pure_dict(nnx.state(bound))
+        return _declared(part, net.config, found if lora_alpha is None else _merged(found, lora_alpha))
+
+    types, layers = net.config.layer_types, list(net.layers)
     mixers = {
-        kind: _stack([_params(MIXERS[kind], config, layers[i].mixer) for i in layers_of_kind(config.layer_types, kind)])
-        for kind in dict.fromkeys(config.layer_types)
+        kind: _stack([params(MIXERS[kind], layers[i].mixer) for i in layers_of_kind(types, kind)])
+        for kind in dict.fromkeys(types)
     }
-    ends = _params(Ends, config, net.ends)
-    return Model({**ends, "blocks": _stack(blocks), "mixers": mixers}, config, net.folder)
+    blocks = _stack([params(Block, layer.block) for layer in layers])
+    return Model({**params(Ends, net.ends), "blocks": blocks, "mixers": mixers}, net.config, net.folder)
 
 
-def _params(part: type[nnx.Module], config: Any, bound: nnx.Module) -> Params:
-    params = nnx.to_pure_dict(nnx.state(bound))
+def _merged(params: Params, alpha: float) -> Params:
+    """Without the adapters, which Qwix keeps beside the kernel: A [inputs,r] and B [r,outputs]."""
+    merged: Params = {name: _merged(x, alpha) if isinstance(x, dict) else x for name, x in params.items()}
+    for name, W in params.items():
+        if f"{name}_lora_a" in params and isinstance(W, jax.Array):  # a quantised kernel is no array
+            A, B = merged.pop(f"{name}_lora_a"), merged.pop(f"{name}_lora_b")
+            change = jnp.tensordot(A, B, 1, precision="highest", preferred_element_type=exact_dtype(W.dtype))
+            merged[name] = (W + alpha / A.shape[-1] * change).astype(W.dtype)
+    return merged
+
+
+def _declared(part: type[nnx.Module], config: Any, params: Params) -> Params:
+    """The same parameters; raises where they are not those that `part` declares."""
     declared = variables(part, config)
     found, wanted = (
         {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
@@ -112,7 +136,7 @@ def _params(part: type[nnx.Module], config: Any, bound: nnx.Module) -> Params:
         differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise WeightsError(
             f"The module is no plain model any more: {part.__name__} differs in {', '.join(differing[:5])}. "
-            "Merge LoRA into the weights, or turn quantised weights back, first."
+            "Merge LoRA (lora_alpha of model_of), or turn quantised weights back, first."
         )
     return params
 

@@ -42,7 +42,8 @@ def test_logits_are_those_of_the_model(model, batch):
 def test_the_padding_of_an_attention_mask_is_seen(model, batch):
     real = (batch["segment_ids"] != 0).astype(np.int32)
     mask = np.tril(np.ones((24, 24), bool))[None] & (real[:, None] == 1) & (real[:, :, None] == 1)
-    found, _ = module(model)(jnp.asarray(batch["tokens"]), attention_mask=jnp.asarray(mask))
+    call = nnx.jit(lambda net, tokens, mask: net(tokens, attention_mask=mask))
+    found, _ = call(module(model), batch["tokens"], mask)
     expected = forward(model, batch["tokens"], real)
     np.testing.assert_allclose(found * real[..., None], expected * real[..., None], atol=1e-5)
 
@@ -65,21 +66,52 @@ def test_a_change_in_one_layer_is_one_in_the_model(model, batch):
     np.testing.assert_allclose(net(batch["tokens"])[0], logits, atol=1e-5)
 
 
-def test_lora_of_qwix_trains_beside_frozen_weights(model, batch):
-    provider = qwix.LoraProvider(module_path=".*(q_proj|mlp/up_proj)", rank=4, alpha=8.0)
-    net = qwix.apply_lora_to_model(module(model), provider, batch["tokens"], rngs=nnx.Rngs(0))
-    adapters = nnx.state(net, nnx.LoRAParam)
-    assert len(jax.tree.leaves(adapters)) == 3 * 2 * 2  # layers, projections, A and B
-    np.testing.assert_allclose(net(batch["tokens"])[0], forward(model, batch["tokens"]), atol=1e-5)  # B is zero
+@pytest.fixture(scope="module")
+def adapted(model):
+    provider = qwix.LoraProvider(module_path=".*(q_proj|o_proj|mlp/up_proj|head)", rank=3, alpha=8.0)
+    return qwix.apply_lora_to_model(module(model), provider, jnp.zeros((8, 24), int), rngs=nnx.Rngs(0))
+
+
+def test_lora_of_qwix_trains_beside_frozen_weights(model, adapted, batch):
+    adapters = nnx.state(adapted, nnx.LoRAParam)
+    head = 0 if model.config.tie_embeddings else 1
+    assert len(jax.tree.leaves(adapters)) == (3 * 3 + head) * 2  # layers, projections, A and B
 
     def loss(net):
-        return -jnp.mean(jax.nn.log_softmax(net(batch["tokens"])[0])[..., 3])
+        logits = net(batch["tokens"])[0]
+        return -jnp.mean(jax.nn.log_softmax(logits)[..., 3]), logits
 
-    gradients = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(net)
+    step = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam), has_aux=True))
+    gradients, logits = step(adapted)
+    np.testing.assert_allclose(logits, forward(model, batch["tokens"]), atol=1e-5)  # B is zero
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
     assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
-    with pytest.raises(WeightsError, match="Merge LoRA"):
-        model_of(net)
+
+
+def test_lora_is_merged_into_the_weights(model, adapted, batch):
+    with pytest.raises(WeightsError, match=r"kernel_lora_a.*Merge LoRA"):
+        model_of(adapted)
+    rng, net = np.random.default_rng(5), nnx.clone(adapted)
+    nnx.update(net, jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype("f"), nnx.state(net, nnx.LoRAParam)))
+    expected, _ = nnx.jit(lambda net, tokens: net(tokens))(net, batch["tokens"])
+    merged = model_of(net, lora_alpha=8.0)
+    assert np.abs(expected - forward(model, batch["tokens"])).max() > 0.1
+    np.testing.assert_allclose(forward(merged, batch["tokens"]), expected, atol=2e-4)
+
+    linear = net.layers[1].mixer.o_proj  # two input axes
+    A, B, W = (np.asarray(x[...], np.float64) for x in (linear.kernel_lora_a, linear.kernel_lora_b, linear.kernel))
+    found = merged.params["mixers"]["full_attention"]["o_proj"]["kernel"][0]
+    np.testing.assert_allclose(found, W + 8 / 3 * np.einsum("hkr,rd->hkd", A, B), rtol=1e-6, atol=1e-6)
+
+
+def test_what_cannot_be_merged_is_refused(batch):
+    net = module(make_teacher(num_layers=1))
+    with pytest.raises(WeightsError, match=r"lora_alpha=8.0, but the module has no LoRA"):
+        model_of(net, lora_alpha=8.0)
+    provider = qwix.LoraProvider(module_path=".*mlp/.*", rank=2, alpha=8.0, weight_qtype=jnp.int8)
+    net = qwix.apply_lora_to_model(net, provider, batch["tokens"], rngs=nnx.Rngs(0))
+    with pytest.raises(WeightsError, match="turn quantised weights back"):
+        model_of(net, lora_alpha=8.0)
 
 
 def test_int8_of_qwix_is_near(model, batch):
