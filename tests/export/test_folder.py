@@ -32,6 +32,7 @@ def test_what_is_in_the_folder(tmp_path, teacher_folder):
         "USE_POLICY.md",
         "config.json",
         "configuration_jaxhybrid.py",
+        "decoder_layer_jaxhybrid.py",
         "gated_deltanet_jaxhybrid.py",
         "generation_config.json",
         "gla_jaxhybrid.py",

@@ -1,0 +1,62 @@
+"""One layer of a hybrid: softmax or linear attention, then the MLP. torch only."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_jaxhybrid import JaxHybridConfig
+from .gated_deltanet_jaxhybrid import JaxHybridGatedDeltaNet
+from .gla_jaxhybrid import JaxHybridGLA
+from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm
+
+LINEAR_MIXERS = {mixer.name: mixer for mixer in (JaxHybridGatedDeltaNet, JaxHybridGLA)}
+
+
+class JaxHybridMLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: JaxHybridConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class JaxHybridDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: token mixer, then MLP."""
+
+    def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.is_linear = config.layer_types[layer_idx] == "linear_attention"
+        if self.is_linear:
+            if config.linear_mixer not in LINEAR_MIXERS:
+                raise ValueError(f"linear_mixer {config.linear_mixer!r} is not one of {', '.join(LINEAR_MIXERS)}.")
+            self.linear_attn = LINEAR_MIXERS[config.linear_mixer](config, layer_idx)
+        else:
+            self.self_attn = JaxHybridAttention(config, layer_idx)
+        self.mlp = JaxHybridMLP(config)
+        self.input_layernorm = JaxHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = JaxHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None,
+        **masks: Any,
+    ) -> torch.Tensor:
+        """`masks`: what its mixer knows of padding and documents."""
+        x = self.input_layernorm(hidden_states)
+        if self.is_linear:
+            mixed = self.linear_attn(x, position_embeddings, cache, **masks)
+        else:
+            mixed, _ = self.self_attn(x, position_embeddings, cache, **masks)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
