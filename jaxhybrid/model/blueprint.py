@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxhybrid.errors import WeightsError
 from jaxhybrid.model.config import ModelConfig
 
 Params = dict[str, Any]  # nested dict of arrays
@@ -90,10 +91,22 @@ def initialize(part: type[nnx.Module], config: ModelConfig, key: jax.Array, laye
 
 
 def cast(declared: Params, params: Params, dtype: Any) -> Params:
-    """Parameters in the compute dtype; those declared `Exact` stay."""
+    """Parameters in the compute dtype; those declared `Exact` stay.
+
+    Raises:
+        WeightsError: there are others than were declared.
+    """
+    if differing := shapes_by_name(declared).keys() ^ shapes_by_name(params).keys():
+        raise WeightsError(f"Parameters and model config do not agree about {', '.join(sorted(differing)[:5])}.")
     return jax.tree.map(
         lambda variable, x: x if isinstance(variable, Exact) else x.astype(dtype), declared, params, is_leaf=is_variable
     )
+
+
+def shapes_by_name(tree: Params) -> dict[str, tuple[int, ...]]:
+    """Of declared parameters, or of arrays: `blocks.mlp.up_proj.kernel` -> its shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
 
 
 def count_parameters(declared: Params) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxhybrid.errors import WeightsError
-from jaxhybrid.model.blueprint import Params, bind, variables
+from jaxhybrid.model.blueprint import Params, bind, shapes_by_name, variables
 from jaxhybrid.model.config import layers_of_kind
 from jaxhybrid.model.layers import Block, exact_dtype
 from jaxhybrid.model.mixers import MIXERS
@@ -124,14 +124,7 @@ def _merged(params: Params, alpha: float) -> Params:
 
 def _declared(part: type[nnx.Module], config: Any, params: Params) -> Params:
     """The same parameters; raises where they are not those that `part` declares."""
-    declared = variables(part, config)
-    found, wanted = (
-        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
-        for leaves in (
-            jax.tree_util.tree_leaves_with_path(params),
-            jax.tree_util.tree_leaves_with_path(declared, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)),
-        )
-    )
+    found, wanted = shapes_by_name(params), shapes_by_name(variables(part, config))
     if found != wanted:
         differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         raise WeightsError(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxhybrid.errors import TopologyError
+from jaxhybrid.errors import TopologyError, WeightsError
 from jaxhybrid.model import attention
 from jaxhybrid.model.blueprint import bind
 from jaxhybrid.model.config import FULL_ATTENTION as F
@@ -199,3 +199,10 @@ def test_a_decay_may_be_the_layers_own():
         placed = jax.device_put((q, k, v), batch_sharding(mesh))
         actual, _ = jax.jit(lambda q, k, v: recurrence(q, k, v, decay, None, None, None))(*placed)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_of_another_model_are_named(teacher):
+    softmax = teacher.params["mixers"][F]
+    params = teacher.params | {"mixers": {F: {**softmax, "q_norm": {"scale": jnp.ones((4, 8))}}}}
+    with pytest.raises(WeightsError, match=r"about mixers\.full_attention\.q_norm\.scale\."):
+        forward(Model(params, teacher.config), jnp.ones((1, 4), jnp.int32))
