@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxhybrid.model.blueprint import is_variable
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-from jaxhybrid.model.partition import BATCH_AXES, make_mesh, param_shardings
-from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.model.partition import BATCH_AXES, make_mesh
+from jaxhybrid.model.transformer import Model, abstract_params
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.stages import DistillConfig
 from jaxhybrid.stages.distill import distill_step
@@ -45,24 +44,15 @@ def measure(layers: int, softmax: tuple[int, ...], mesh: Any) -> tuple[float, fl
     mixer = GatedDeltaNetConfig().resolve(teacher)
     student = ModelConfig(**{**vars(teacher), "layer_types": layer_types(layers, softmax, mixer.kind), "mixer": mixer})
 
-    def shapes(config: ModelConfig) -> Any:
-        declared = model_variables(config)
-        return jax.tree.map(
-            lambda variable, sharding: jax.ShapeDtypeStruct(variable.shape, jnp.float32, sharding=sharding),
-            declared,
-            param_shardings(declared, mesh),
-            is_leaf=is_variable,
-        )
-
     with jax.set_mesh(mesh):
-        params = shapes(student)
+        params = abstract_params(student, mesh)
         optimizer = make_optimizer(DistillConfig(), params)
         state = jax.eval_shape(lambda params: start(params, optimizer), params)
         tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
         batch = {"tokens": tokens, "segment_ids": tokens}
         step = jax.jit(partial(distill_step, config=student, optimizer=optimizer), donate_argnums=0)
         began = time.process_time()
-        lowered = step.lower(state, Model(shapes(teacher), teacher), batch)
+        lowered = step.lower(state, Model(abstract_params(teacher, mesh), teacher), batch)
         traced = time.process_time()
         size = len(lowered.as_text()) / 1e6
         compiling = time.process_time()

@@ -9,14 +9,16 @@ Parameters of all blocks are stacked on a leading layer axis; each kind of mixer
 `walk` is the one loop over the layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from jaxhybrid.model.blueprint import Params, cast, initialize, variables
+from jaxhybrid.model.blueprint import Params, cast, initialize, is_variable, variables
 from jaxhybrid.model.config import ModelConfig, layers_of_kind
 from jaxhybrid.model.layers import (
     Block,
@@ -29,7 +31,7 @@ from jaxhybrid.model.layers import (
     segment_positions,
 )
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.partition import gather, per_example
+from jaxhybrid.model.partition import gather, param_shardings, per_example
 from jaxhybrid.model.rope import rotary_tables
 from jaxhybrid.model.walk import walk
 
@@ -70,34 +72,33 @@ class Ends(nnx.Module):
         self.head = None if config.tie_embeddings else Linear(rngs, (D, S), ("embed", "vocab"))
 
 
-Places = dict[tuple[str, ...], tuple[type[nnx.Module], int | None]]
-
-
-def parts(config: ModelConfig) -> Places:
-    """Place in the tree -> (what is declared there, rows of its stack); `Ends` stand at the root."""
-    counts = {kind: len(layers_of_kind(config.layer_types, kind)) for kind in MIXERS if kind in config.layer_types}
-    stacks: Places = {("mixers", kind): (MIXERS[kind], count) for kind, count in counts.items()}
-    return {(): (Ends, None), ("blocks",): (Block, config.num_layers), **stacks}
-
-
 def model_variables(config: ModelConfig) -> Params:
     """Every parameter of the model as a Variable that holds its shape."""
-    return _tree({place: variables(part, config, rows) for place, (part, rows) in parts(config).items()})
+    return _tree(config, lambda part, rows: variables(part, config, rows))
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """Shapes and shardings on a mesh without values, to compile ahead of time."""
+    declared = model_variables(config)
+    return jax.tree.map(
+        lambda variable, sharding: jax.ShapeDtypeStruct(variable.shape, jnp.float32, sharding=sharding),
+        declared,
+        param_shardings(declared, mesh),
+        is_leaf=is_variable,
+    )
 
 
 def random_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh parameters; pure, so it can be jitted with sharded outputs."""
-    places = parts(config)
-    keys = jax.random.split(key, len(places))
-    return _tree({place: initialize(part, config, k, rows) for k, (place, (part, rows)) in zip(keys, places.items())})
+    keys = iter(jax.random.split(key, 2 + len(set(config.layer_types))))
+    return _tree(config, lambda part, rows: initialize(part, config, next(keys), rows))
 
 
-def _tree(by_place: dict[tuple[str, ...], Params]) -> Params:
-    blocks, mixers = by_place.pop(("blocks",)), {}
-    ends = by_place.pop(())
-    for (_, kind), stack in by_place.items():
-        mixers[kind] = stack
-    return {**ends, "blocks": blocks, "mixers": mixers}
+def _tree(config: ModelConfig, make: Callable[[type[nnx.Module], int | None], Params]) -> Params:
+    """The tree of a model, with what `make(part, rows of its stack)` gives in every place."""
+    rows = {kind: len(layers_of_kind(config.layer_types, kind)) for kind in MIXERS if kind in config.layer_types}
+    ends, blocks = make(Ends, None), make(Block, config.num_layers)
+    return {**ends, "blocks": blocks, "mixers": {kind: make(MIXERS[kind], count) for kind, count in rows.items()}}
 
 
 def forward(

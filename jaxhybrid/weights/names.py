@@ -80,11 +80,11 @@ def file_tensors(config: ModelConfig) -> list[FileTensor]:
         declared = jax.tree_util.tree_flatten_with_path(variables(part, config), is_leaf=is_variable)[0]
         for keys, variable in declared:
             path = tuple(key.key for key in keys)
-            first = names.get(path[0], path[0])
-            suffix, layout = _leaf(path[-1], variable)
-            name = prefix + ".".join((first, *path[1:-1])) + suffix if suffix else prefix + ".".join((first, *path[1:]))
-            exact = isinstance(variable, Exact)
-            yield FileTensor(name, (*place, *path), row, variable.shape, layout, exact)
+            *modules, leaf = path
+            modules[:1] = [names.get(module, module) for module in modules[:1]]
+            file_leaf, layout = _leaf(leaf, variable)
+            name = prefix + ".".join([*modules, file_leaf])
+            yield FileTensor(name, (*place, *path), row, variable.shape, layout, isinstance(variable, Exact))
 
     ends = list(entries(Ends, (), "", None))
     tensors = [tensor for tensor in ends if tensor.path[0] == "embed"]
@@ -97,12 +97,12 @@ def file_tensors(config: ModelConfig) -> list[FileTensor]:
 
 
 def _leaf(name: str, variable: nnx.Variable) -> tuple[str, Layout]:
-    """(what the file calls a module's own parameter of this name, how it lies there); empty: its own name."""
+    """What the file calls a module's own parameter of this name, and how it lies there."""
     if name == "kernel":
-        return ".weight", linear(variable.get_metadata("inputs"))
+        return "weight", linear(variable.get_metadata("inputs"))
     return {
-        "bias": (".bias", FOLDED),
-        "scale": (".weight", SAME),
-        "embedding": (".weight", SAME),
-        "taps": (".weight", TAPS),
-    }.get(name, ("", SAME))
+        "bias": ("bias", FOLDED),
+        "scale": ("weight", SAME),
+        "embedding": ("weight", SAME),
+        "taps": ("weight", TAPS),
+    }.get(name, (name, SAME))

@@ -39,11 +39,10 @@ def compile_alignment_step():
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from jaxhybrid.model.blueprint import is_variable
     from jaxhybrid.model.config import ModelConfig
     from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-    from jaxhybrid.model.partition import make_mesh, param_shardings
-    from jaxhybrid.model.transformer import Model, model_variables
+    from jaxhybrid.model.partition import make_mesh
+    from jaxhybrid.model.transformer import Model, abstract_params
     from jaxhybrid.settings.stages import AlignConfig
     from jaxhybrid.stages.align import align_step, linear_mixers
     from jaxhybrid.train.optimizer import make_optimizer, start
@@ -66,23 +65,18 @@ def compile_alignment_step():
     mixer = GatedDeltaNetConfig().resolve(teacher)
     student = replace(teacher, layer_types=(mixer.kind,) * 2, mixer=mixer)
 
-    def shapes(config):
-        declared = model_variables(config)
-        return jax.tree.map(
-            lambda variable, sharding: jax.ShapeDtypeStruct(variable.shape, jnp.float32, sharding=sharding),
-            declared,
-            param_shardings(declared, mesh),
-            is_leaf=is_variable,
-        )
-
     with jax.set_mesh(mesh):
-        mixers = linear_mixers(shapes(student))
+        mixers = linear_mixers(abstract_params(student, mesh))
         optimizer = make_optimizer(AlignConfig(), mixers)
         state = jax.eval_shape(lambda params: start(params, optimizer), mixers)
         tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
         step = partial(align_step, config=student, optimizer=optimizer)
         batch = {"tokens": tokens, "segment_ids": tokens}
-        compiled = jax.jit(step, donate_argnums=0).lower(state, Model(shapes(teacher), teacher), batch).compile()
+        compiled = (
+            jax.jit(step, donate_argnums=0)
+            .lower(state, Model(abstract_params(teacher, mesh), teacher), batch)
+            .compile()
+        )
     print(json.dumps(sorted(set(re.findall(r"linear_attention_(?:forward|backward)", compiled.as_text())))))
 
 
