@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.model.decode import decode, initial_decode_state
-from jaxhybrid.model.partition import batch_sharding, per_example
+from jaxhybrid.model.partition import BATCH_AXES, on_shards, rows_sharding
 from jaxhybrid.model.transformer import Model
 
 
@@ -50,7 +51,7 @@ def generate(
             worst = min(prompt) if min(prompt) < 0 else max(prompt)
             raise DataError(f"Prompt {number} has token {worst}; the vocabulary has {model.config.vocab_size}.")
     mesh = jax.sharding.get_mesh()
-    devices = 1 if mesh.empty else mesh.size
+    devices = 1 if mesh.empty else mesh.size // mesh.shape["tensor"]
     rows = -(-len(prompts) // devices) * devices
     longest = -(-max(len(prompt) for prompt in prompts) // length_multiple) * length_multiple
     tokens = np.zeros((rows, longest), np.int32)
@@ -62,7 +63,7 @@ def generate(
     batch = (tokens, mask, np.arange(rows))
     produced = _generate(
         model,
-        batch if mesh.empty else jax.device_put(batch, batch_sharding(mesh)),
+        batch if mesh.empty else jax.device_put(batch, rows_sharding(mesh)),
         jax.random.key(seed),
         steps=max_new_tokens,
         temperature=float(temperature),
@@ -97,7 +98,7 @@ def _generate(
             noise = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
             return jax.vmap(jax.random.categorical)(noise, logits / temperature).astype(jnp.int32)
 
-        return per_example(own, logits, rows_B, whole=(keys[step],))
+        return on_shards(own, (logits, rows_B, keys[step]), (P(BATCH_AXES), P(BATCH_AXES), P()), P(BATCH_AXES))
 
     def ended(token: jax.Array) -> jax.Array:
         return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(token, bool)
@@ -105,7 +106,7 @@ def _generate(
     state = initial_decode_state(model.config, len(tokens_BT), tokens_BT.shape[1] + steps, dtype)
     logits, state = decode(model, tokens_BT, state, mask_BT, dtype=dtype)
     token = choose(logits, 0)
-    nothing = per_example(lambda rows: jnp.full((len(rows), steps), -1, jnp.int32), rows_B)
+    nothing = jnp.full((1, steps), -1, jnp.int32) + 0 * rows_B[:, None]
     produced = jax.lax.dynamic_update_slice_in_dim(nothing, token[:, None], 0, 1)
 
     def unfinished(carry: tuple[Any, ...]) -> jax.Array:

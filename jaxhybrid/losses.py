@@ -2,24 +2,35 @@
 
 The last two are *linear*: they take hidden states and an output head and never hold logits of a whole batch. Tokens go
 through the head in chunks; each chunk's gradient is formed while its logits are at hand, so the backward pass has
-nothing left to do but scale.
+nothing left to do but scale. On a mesh every device has its own columns of the head (`model.head`), and the gradient of
+those alone.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.model.partition import per_example
+from jaxhybrid.model.head import SHARERS, Columns, chosen, gathered, in_chunks, log_partition, own_columns, own_tokens
+from jaxhybrid.model.partition import (
+    BATCH_AXES,
+    SHARDS,
+    active_mesh,
+    axis_index,
+    batch_spec,
+    head_spec,
+    joined,
+    largest,
+    on_shards,
+    scattered,
+    total,
+)
 
 CHUNK_TOKENS = 2048  # logits at hand: CHUNK_TOKENS x vocabulary x 4 bytes, once for each model
-
-# (logits [C,S] float32, what belongs to these tokens, what is shared) -> (summed loss, its gradient for the logits)
-Objective = Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array]]
 
 
 def alignment_loss(target_BTD: jax.Array, output_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
@@ -42,22 +53,16 @@ def linear_kl(
 ) -> jax.Array:
     """Sum over unmasked tokens of KL(teacher || student) over the whole vocabulary, a float32 scalar.
 
-    Heads are given whole (not sharded) and may be padded to different widths: only their first `vocab_size` columns are
-    words. The two hidden widths may differ. Differentiable in the student's arguments only.
+    Heads may be padded to different widths: only their first `vocab_size` columns are words. The two hidden widths may
+    differ. Differentiable in the student's arguments only.
     """
     widths = student_head_DS.shape[1], teacher_head_DS.shape[1]
     words = min(widths) if vocab_size is None else vocab_size
     if words > min(widths):
         raise ConfigError(f"vocab_size {words} exceeds a head: student has {widths[0]} columns, teacher {widths[1]}.")
     teacher_hidden_BTD, teacher_head_DS = jax.lax.stop_gradient((teacher_hidden_BTD, teacher_head_DS))
-    return _summed_over_batch(
-        _kl_objective,
-        student_hidden_BTD,
-        student_head_DS[:, :words],
-        (teacher_hidden_BTD, mask_BT),
-        teacher_head_DS[:, :words],
-        chunk_tokens,
-    )
+    heads = tuple(_first_columns(head, words) for head in (student_head_DS, teacher_head_DS))
+    return _summed_over_batch(_kl, chunk_tokens, student_hidden_BTD, heads[0], teacher_hidden_BTD, mask_BT, heads[1])
 
 
 def linear_cross_entropy(
@@ -68,127 +73,163 @@ def linear_cross_entropy(
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
-    """Sum over unmasked tokens of -log p(target), a float32 scalar. The head is given whole."""
-    return _summed_over_batch(_cross_entropy_objective, hidden_BTD, head_DS, (targets_BT, mask_BT), (), chunk_tokens)
+    """Sum over unmasked tokens of -log p(target), a float32 scalar."""
+    return _summed_over_batch(_cross_entropy, chunk_tokens, hidden_BTD, head_DS, targets_BT, mask_BT)
 
 
 def next_token_targets(tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(targets, mask) [B,T]: each token's successor, where it exists in the same document."""
 
     def shift(tokens: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
-        targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        following, targets = (_successors(x, is_split) for x in (segments, tokens))
         return targets, ((segments == following) & (segments != 0)).astype(jnp.float32)
 
-    return per_example(shift, tokens_BT, segment_ids_BT)
+    spec = batch_spec(tokens_BT)
+    is_split = spec != P(BATCH_AXES, None)
+    return on_shards(shift, (tokens_BT, segment_ids_BT), (spec, spec), (spec, spec))
 
 
-# --- objectives on one chunk of logits
+def _successors(x_BT: jax.Array, is_split: bool) -> jax.Array:
+    """Each token's successor, 0 for the last one of a row."""
+    T = x_BT.shape[1]
+    if not is_split:
+        return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+    row = jnp.pad(joined(x_BT, 1, "context")[:, 1:], ((0, 0), (0, 1)))
+    return jax.lax.dynamic_slice_in_dim(row, axis_index("context") * T, T, 1)
 
 
-def _logits(hidden_CD: jax.Array, head_DS: jax.Array) -> jax.Array:
-    with jax.named_scope("head"):
-        return jnp.dot(hidden_CD, head_DS, preferred_element_type=jnp.float32)
+def _first_columns(head_DS: jax.Array, count: int) -> jax.Array:
+    if head_DS.shape[1] == count:
+        return head_DS
+    return (head_DS if active_mesh() is None else jax.reshard(head_DS, P(SHARDS, None)))[:, :count]
 
 
-def _kl_objective(logits: jax.Array, tokenwise: Any, teacher_head: jax.Array) -> tuple[jax.Array, jax.Array]:
-    teacher_hidden, mask = tokenwise
-    teacher_logits = _logits(teacher_hidden, teacher_head)
-    log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher_logits)
-    p = jnp.exp(log_p)
-    kl = jnp.sum(p * (log_p - log_q), axis=-1)
-    return jnp.sum(kl * mask), (jnp.exp(log_q) - p) * mask[:, None]
+# --- objectives on one chunk of logits, of which a device has its own columns
 
 
-def _cross_entropy_objective(logits: jax.Array, tokenwise: Any, _: Any) -> tuple[jax.Array, jax.Array]:
-    targets, mask = tokenwise
-    log_q = jax.nn.log_softmax(logits)
-    chosen = jnp.arange(logits.shape[1])[None] == targets[:, None]
-    return -jnp.sum(jnp.where(chosen, log_q, 0.0) * mask[:, None]), (jnp.exp(log_q) - chosen) * mask[:, None]
+def _kl(logits: jax.Array, _: jax.Array, teacher_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # With e = exp(z - top):  KL = sum e_p (z_p - z_q) / sum e_p - log Z_p + log Z_q, all sums in one exchange.
+    tops = largest(jnp.stack([jnp.max(logits, -1), jnp.max(teacher_logits, -1)]), *SHARERS)
+    q, p = jnp.exp(logits - tops[0][:, None]), jnp.exp(teacher_logits - tops[1][:, None])
+    sums = jnp.stack([jnp.sum(x, -1) for x in (q, p, p * (teacher_logits - logits))])
+    q_sum, p_sum, difference = total(sums, *SHARERS)
+    kl = difference / p_sum - (tops[1] + jnp.log(p_sum)) + tops[0] + jnp.log(q_sum)
+    return kl, q / q_sum[:, None] - p / p_sum[:, None]
+
+
+def _cross_entropy(logits: jax.Array, numbers: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    log_z = log_partition(logits)
+    return log_z - chosen(logits, numbers, targets), jnp.exp(logits - log_z[:, None]) - (numbers == targets[:, None])
 
 
 # --- the chunk walk they share
 
+# (own columns of a chunk's logits, their numbers, the teacher's logits or the targets)
+# -> (each token's loss, its gradient for the logits)
+Objective = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Chunk = tuple[
+    jax.Array, jax.Array, jax.Array
+]  # a device's own tokens: hidden states, teacher's states or targets, mask
+
 
 def _summed_over_batch(
-    objective: Objective, hidden_BTD: jax.Array, head: jax.Array, tokenwise: Any, shared: Any, chunk_tokens: int
+    objective: Objective,
+    chunk_tokens: int,
+    hidden: jax.Array,
+    head: jax.Array,
+    beside: jax.Array,
+    mask: jax.Array,
+    teacher_head: jax.Array | None = None,
 ) -> jax.Array:
-    leaves, tree = jax.tree.flatten(tokenwise)
-    shared_leaves, shared_tree = jax.tree.flatten(shared)
+    vocab_size = head.shape[1]
 
-    def local(hidden: jax.Array, *rest: jax.Array) -> jax.Array:
-        tokens = hidden.shape[0] * hidden.shape[1]
-        flat = [x.reshape(tokens, *x.shape[2:]) for x in (hidden, *rest[: len(leaves)])]
-        head, *constants = rest[len(leaves) :]
-        loss = _linear_loss(
-            objective,
-            chunk_tokens,
-            flat[0],
-            head,
-            jax.tree.unflatten(tree, flat[1:]),
-            jax.tree.unflatten(shared_tree, constants),
-        )
-        return loss[None]
+    def local(hidden: jax.Array, head: jax.Array, beside: jax.Array, mask: jax.Array, teacher_head: Any) -> jax.Array:
+        columns, teacher = own_columns(head, vocab_size, hidden.dtype), None
+        if teacher_head is not None:
+            teacher = own_columns(teacher_head, vocab_size, beside.dtype)
+        tokens = tuple(x.reshape(-1, *x.shape[2:]) for x in (beside, mask))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        loss = _linear_loss(objective, vocab_size, chunk_tokens, flat, columns.weight, columns.numbers, tokens, teacher)
+        return total(loss, *BATCH_AXES)
 
+    batch = batch_spec(hidden)
+    heads = [None if matrix is None else head_spec(*matrix.shape) for matrix in (head, teacher_head)]
     with jax.named_scope("loss"):
-        return jnp.sum(per_example(local, hidden_BTD, *leaves, whole=(head, *shared_leaves)))
+        specs = batch, heads[0], batch, batch, heads[1]
+        return on_shards(local, (hidden, head, beside, mask, teacher_head), specs, P())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _linear_loss(
-    objective: Objective, chunk_tokens: int, hidden_ND: jax.Array, head: jax.Array, tokenwise: Any, shared: Any
+    objective: Objective,
+    vocab_size: int,
+    chunk_tokens: int,
+    hidden_ND: jax.Array,
+    weight: jax.Array,
+    numbers: jax.Array,
+    tokens: tuple[jax.Array, jax.Array],
+    teacher: Columns | None,
 ) -> jax.Array:
-    def chunk_loss(chunk: Any) -> jax.Array:
-        hidden, own = chunk
-        logits = _logits(hidden, head)
-        return objective(logits, own, shared)[0]
+    """Summed over this device's tokens; `weight` and `numbers` are its columns of the head."""
 
-    return jnp.sum(jax.lax.map(chunk_loss, _in_chunks((hidden_ND, tokenwise), chunk_tokens)))
+    def chunk_loss(chunk: Chunk) -> jax.Array:
+        return _chunk(objective, vocab_size, Columns(weight, numbers), teacher, chunk)[0]
+
+    return jnp.sum(jax.lax.map(chunk_loss, in_chunks((hidden_ND, *tokens), chunk_tokens)))
+
+
+def _chunk(
+    objective: Objective, vocab_size: int, columns: Columns, teacher: Columns | None, chunk: Chunk
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(summed loss of the device's tokens, and of all sharers' tokens hidden states and gradients of own columns)."""
+    hidden, beside, mask = map(gathered, chunk)
+    if teacher is not None:
+        beside = teacher.logits(beside, vocab_size)
+    losses, gradient = objective(columns.logits(hidden, vocab_size), columns.numbers, beside)
+    return jnp.sum(own_tokens(losses) * chunk[2]), hidden, (gradient * mask[:, None]).astype(columns.weight.dtype)
 
 
 def _linear_loss_forward(
-    objective: Objective, chunk_tokens: int, hidden_ND: jax.Array, head: jax.Array, tokenwise: Any, shared: Any
+    objective: Objective,
+    vocab_size: int,
+    chunk_tokens: int,
+    hidden_ND: jax.Array,
+    weight: jax.Array,
+    numbers: jax.Array,
+    tokens: tuple[jax.Array, jax.Array],
+    teacher: Columns | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    def step(head_gradient: jax.Array, chunk: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        hidden, own = chunk
-        logits = _logits(hidden, head)
-        loss, gradient = objective(logits, own, shared)
-        gradient = gradient.astype(head.dtype)
+    def step(weight_gradient: jax.Array, chunk: Chunk) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        loss, hidden, gradient = _chunk(objective, vocab_size, Columns(weight, numbers), teacher, chunk)
         with jax.named_scope("head"):
-            hidden_gradient = jnp.dot(gradient, head.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
-            head_gradient += jnp.dot(hidden.T, gradient, preferred_element_type=jnp.float32)
-        return head_gradient, (loss, hidden_gradient)
+            hidden_gradient = jnp.dot(gradient, weight.T, preferred_element_type=jnp.float32)
+            weight_gradient += jnp.dot(hidden.T, gradient, preferred_element_type=jnp.float32)
+        hidden_gradient = total(scattered(hidden_gradient, 0, *SHARDS), "tensor")
+        return weight_gradient, (loss, hidden_gradient.astype(hidden.dtype))
 
-    # The zero is multiplied in so that under shard_map the carry varies over devices as the sums will.
-    start = jnp.zeros(head.shape, jnp.float32) + 0.0 * hidden_ND[0, 0].astype(jnp.float32)
-    chunks = _in_chunks((hidden_ND, tokenwise), chunk_tokens)
-    head_gradient, (losses, hidden_gradient) = jax.lax.scan(step, start, chunks)
+    # The zero is multiplied in so that the carry varies over devices as the sums will.
+    start = jnp.zeros(weight.shape, jnp.float32) + 0.0 * weight[0, 0].astype(jnp.float32)
+    chunks = in_chunks((hidden_ND, *tokens), chunk_tokens)
+    weight_gradient, (losses, hidden_gradient) = jax.lax.scan(step, start, chunks)
     hidden_gradient = hidden_gradient.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]
-    return jnp.sum(losses), (hidden_gradient, head_gradient.astype(head.dtype))
+    return jnp.sum(losses), (hidden_gradient, weight_gradient.astype(weight.dtype))
 
 
 def _linear_loss_backward(
-    objective: Objective, chunk_tokens: int, gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
-    hidden_gradient, head_gradient = gradients
+    objective: Objective,
+    vocab_size: int,
+    chunk_tokens: int,
+    gradients: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array, None, None, None]:
+    hidden_gradient, weight_gradient = gradients
     return (
         (hidden_gradient * cotangent).astype(hidden_gradient.dtype),
-        (head_gradient * cotangent).astype(head_gradient.dtype),
+        (weight_gradient * cotangent).astype(weight_gradient.dtype),
+        None,
         None,
         None,
     )
 
 
 _linear_loss.defvjp(_linear_loss_forward, _linear_loss_backward)
-
-
-def _in_chunks(arrays: Any, chunk_tokens: int) -> Any:
-    """[N,...] -> [chunks, C, ...], zero-padded: padded tokens have mask 0."""
-
-    def split(x: jax.Array) -> jax.Array:
-        size = min(chunk_tokens, x.shape[0])
-        chunks = math.ceil(x.shape[0] / size)
-        x = jnp.pad(x, ((0, chunks * size - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(chunks, size, *x.shape[1:])
-
-    return jax.tree.map(split, arrays)

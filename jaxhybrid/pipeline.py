@@ -49,9 +49,9 @@ class Pipeline:
     def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None):
         self.config = config
         self.folder = RunFolder.open(config)
-        self.mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+        self.mesh = make_mesh(**config.mesh.sizes, devices=devices)
         self.models = RunModels(config, self.folder, self.mesh)
-        self.dtype = jnp.dtype(config.dtype)
+        self.dtype, self.sums = jnp.dtype(config.dtype), jnp.dtype(config.mesh.sums)
 
     def __enter__(self) -> "Pipeline":
         self._active = jax.set_mesh(self.mesh)
@@ -262,13 +262,13 @@ class Pipeline:
     def _train(self, name: str, params: Params, step: Callable[..., Any]) -> tuple[Params, dict[str, Any]]:
         """Trained parameters, and what the stage's record says beside what its metrics do.
 
-        step: takes state, teacher and batch, and by name `optimizer` and `dtype`.
+        step: takes state, teacher and batch, and by name `optimizer`, `dtype` and `sums`.
         """
         settings: StageConfig = getattr(self.config, name)
         figures = {"mean_segment_tokens": self.segment_tokens(name)}
         teacher = self.models.frozen_teacher
         optimizer = make_optimizer(settings, params)
-        compiled = jax.jit(partial(step, optimizer=optimizer, dtype=self.dtype), donate_argnums=0)
+        compiled = jax.jit(partial(step, optimizer=optimizer, dtype=self.dtype, sums=self.sums), donate_argnums=0)
 
         def on_host_batch(state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
             return compiled(state, teacher, place_batch(batch, self.mesh, settings.gradient_accumulation))

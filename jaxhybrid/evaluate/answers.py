@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from jaxhybrid.model.layers import exact_dtype
-from jaxhybrid.model.partition import gather, per_example
+from jaxhybrid.model.head import chosen, gathered, in_chunks, log_partition, most_likely, own_columns, own_tokens
+from jaxhybrid.model.partition import BATCH_AXES, active_mesh, head_spec, on_shards
 from jaxhybrid.model.transformer import Model, outputs
-from jaxhybrid.train.placement import place_batch
+from jaxhybrid.train.placement import place_rows
 
 TOKENS_AT_ONCE = 512  # whose logits are held
 NO_TOKEN = -1  # after the end of an answer
@@ -29,7 +30,7 @@ def read_answers(
         rows: read at once, rounded up to a multiple of the devices; the last ones are filled up with earlier ones.
     """
     mesh = jax.sharding.get_mesh()
-    devices = 1 if mesh.empty else mesh.size
+    devices = 1 if mesh.empty else mesh.size // mesh.shape["tensor"]
     rows = -(-rows // devices) * devices
     at = np.where(answers == NO_TOKEN, 0, places[..., None] + np.arange(answers.shape[2]))
     seen = np.arange(tokens.shape[1]) <= at.max((1, 2))[:, None]
@@ -37,9 +38,8 @@ def read_answers(
     found = []
     for first in range(0, len(tokens), rows):
         numbers = np.arange(first, first + rows) % len(tokens)
-        own = np.split(numbers, jax.process_count())[jax.process_index()]
-        batch = {name: array[own] for name, array in arrays.items()}
-        found.append(jax.device_get(_read(model, batch if mesh.empty else place_batch(batch, mesh), dtype)))
+        batch = {name: array[numbers] for name, array in arrays.items()}
+        found.append(jax.device_get(_read(model, batch if mesh.empty else place_rows(batch, mesh), dtype)))
     likelihood, greedy = (np.concatenate(parts)[: len(tokens)] for parts in zip(*found))
     return likelihood, greedy
 
@@ -52,17 +52,23 @@ def is_answer(greedy: np.ndarray, answers: np.ndarray) -> np.ndarray:
 @partial(jax.jit, static_argnames="dtype")
 def _read(model: Model, batch: dict[str, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
     hidden, head = outputs(model, batch["tokens"], batch["segment_ids"], dtype=dtype)
+    vocab_size, rows = model.config.vocab_size, P(BATCH_AXES)
 
     def read(hidden: jax.Array, at: jax.Array, answers: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
         states = jnp.take_along_axis(hidden, at.reshape(len(at), -1, 1), axis=1).reshape(-1, hidden.shape[-1])
+        columns = own_columns(head, vocab_size, dtype)
 
-        def one(place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            state, answer = place  # logits are exact: rounded ones tie, and the lower token wins a tie
-            logits = jnp.dot(state, head, preferred_element_type=exact_dtype(state.dtype))
-            return jax.nn.log_softmax(logits)[answer], jnp.argmax(logits)
+        def some(places: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            states, answer = map(gathered, places)
+            logits = columns.logits(states, vocab_size)  # exact: rounded ones tie, and the lower token wins a tie
+            log_p = chosen(logits, columns.numbers, answer) - log_partition(logits)
+            return own_tokens(log_p), own_tokens(most_likely(logits, columns.numbers))
 
-        log_p, greedy = jax.lax.map(one, (states, answers.reshape(-1)), batch_size=TOKENS_AT_ONCE)
+        chunks = in_chunks((states, answers.reshape(-1)), TOKENS_AT_ONCE)
+        log_p, greedy = (x.reshape(-1)[: answers.size] for x in jax.lax.map(some, chunks))
         likelihood = jnp.where(answers == NO_TOKEN, 0.0, log_p.reshape(answers.shape)).sum(-1)
         return likelihood, greedy.reshape(answers.shape)
 
-    return gather(per_example(read, hidden, batch["at"], batch["answers"], whole=(head,)))
+    arguments = hidden, batch["at"], batch["answers"], head
+    found = on_shards(read, arguments, (rows, rows, rows, head_spec(*head.shape)), (rows, rows))
+    return found if active_mesh() is None else jax.tree.map(lambda x: jax.reshard(x, P()), found)

@@ -91,16 +91,16 @@ def initialize(part: type[nnx.Module], config: ModelConfig, key: jax.Array, laye
 
 
 def cast(declared: Params, params: Params, dtype: Any) -> Params:
-    """Parameters in the compute dtype; those declared `Exact` stay.
-
-    Raises:
-        WeightsError: there are others than were declared.
-    """
-    if differing := shapes_by_name(declared).keys() ^ shapes_by_name(params).keys():
-        raise WeightsError(f"Parameters and model config do not agree about {', '.join(sorted(differing)[:5])}.")
+    """Parameters in the compute dtype; those declared `Exact` stay."""
     return jax.tree.map(
         lambda variable, x: x if isinstance(variable, Exact) else x.astype(dtype), declared, params, is_leaf=is_variable
     )
+
+
+def check_names(declared: Params, params: Params) -> None:
+    """Raises WeightsError if there are other parameters than were declared."""
+    if differing := shapes_by_name(declared).keys() ^ shapes_by_name(params).keys():
+        raise WeightsError(f"Parameters and model config do not agree about {', '.join(sorted(differing)[:5])}.")
 
 
 def shapes_by_name(tree: Params) -> dict[str, tuple[int, ...]]:

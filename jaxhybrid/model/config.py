@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Self
 from jaxhybrid.errors import ConfigError
 
 FULL_ATTENTION = "full_attention"
+# What the backward pass computes again: see `model.walk`.
+Remat = Literal["none", "block", "dots", "offload"]
 
 
 @dataclass(frozen=True)

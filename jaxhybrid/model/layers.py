@@ -8,6 +8,15 @@ from flax import nnx
 
 from jaxhybrid.model.blueprint import Initializer, normal, ones, weight, zeros
 from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.partition import (
+    SHARDS,
+    axis_index,
+    axis_size,
+    differing,
+    exchanged,
+    joined,
+    total,
+)
 
 
 class TokenContext(NamedTuple):
@@ -18,8 +27,11 @@ class TokenContext(NamedTuple):
     segment_ids: jax.Array | None
     cos: jax.Array  # [B,T,K/2] rotary tables
     sin: jax.Array
-    cache_segment_ids: jax.Array | None = None  # [B,M] of every cache slot, when decoding
-    cache_index: jax.Array | None = None  # scalar: the slot of this call's first token
+    key_segment_ids: jax.Array | None = (
+        None  # [B,M] of all keys: of every cache slot, or of the whole row if it is split
+    )
+    cache_index: jax.Array | None = None  # scalar: the slot of this call's first token, when decoding
+    first_token: jax.Array | None = None  # scalar: the place in the row of this device's first token, if rows are split
 
 
 class Linear(nnx.Module):
@@ -44,10 +56,13 @@ class Linear(nnx.Module):
         self.bias = weight(rngs, shape[inputs:], axes[inputs:], bias_init, bias_kind) if bias else None
         names = "abcd"[: len(shape)]
         self.equation = f"...{names[:inputs]},{names}->...{names[inputs:]}"
+        self.is_partial = bool({"heads", "mlp"} & set(axes[:inputs]))
 
     def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
         """x W + b; summed in `dtype` where that is given."""
         y = jnp.einsum(self.equation, x, self.kernel[...], preferred_element_type=dtype)
+        if self.is_partial:  # a device has its own heads, or its share of the MLP
+            y = total(y, "tensor")
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -67,7 +82,27 @@ class Embedding(nnx.Module):
         self.embedding = weight(rngs, shape, ("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens]
+        return look_up(self.embedding[...], tokens, self.embedding.shape[0], self.embedding[...].dtype)
+
+
+def look_up(table: jax.Array, tokens_BT: jax.Array, vocab_size: int, dtype: Any) -> jax.Array:
+    """Rows of this device's part of a table [S,D], for its tokens: [B,T,D] in `dtype`.
+
+    No device has the table whole: each looks up its channels for the tokens of all that share the table, and hands
+    them over. Of a vocabulary split over `tensor` one device has the row, the others zeros.
+    """
+    tokens, is_split = joined(tokens_BT.reshape(-1), 0, *SHARDS), vocab_size % axis_size("tensor") == 0
+    table = differing(table, "data")
+    if table.shape[0] == vocab_size:
+        rows = table[tokens].astype(dtype)
+    else:
+        own = tokens - axis_index("tensor") * table.shape[0]
+        is_here = (own >= 0) & (own < table.shape[0])
+        rows = jnp.where(is_here[:, None], table[jnp.where(is_here, own, 0)].astype(dtype), 0)
+    rows = exchanged(rows, split=0, join=1)
+    if is_split:
+        rows = total(rows, "tensor")
+    return rows.reshape(*tokens_BT.shape, -1)
 
 
 class MLP(nnx.Module):

@@ -1,143 +1,306 @@
-"""How arrays lie on the mesh: one rules object, and the two moves a forward pass makes.
+"""How arrays lie on the mesh, and what devices tell one another inside a forward pass.
 
-Parameters and optimizer state are stored sharded over `fsdp`; a block gathers its own weights just before it uses them
-(`gather`), and everything that mixes tokens runs per example inside `jax.shard_map` (`per_example`). Gradients of a
-gathered weight come back to the weight's shards by the transpose of the gather. Without a mesh both moves do nothing.
+One rules object says over which mesh axes parameters, batches and the vocabulary are split. A model's computation runs
+on each device's own shards (`on_shards`, a `jax.shard_map`), so that every collective is one that is written here:
+
+    data      replicas: gradients are summed over it
+    fsdp      rows of a batch are split over data and fsdp; weights over fsdp and context, and gathered layer by layer
+    context   tokens of a row are split over it
+    tensor    heads, MLP width and vocabulary are split over it; partial results are summed
+
+Outside, and without a mesh, the functions here that stand for collectives do nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.blueprint import Params, is_variable
+from jaxhybrid.model.blueprint import Exact, Params, is_variable
 
-BATCH_AXES = ("data", "fsdp")  # a batch is split over both; weights only over fsdp
 MESH_AXES = ("data", "fsdp", "tensor", "context")
+ROWS = ("data", "fsdp")  # what a batch's rows are split over
+BATCH_AXES = (*ROWS, "context")  # over which tokens differ
+SHARDS = ("fsdp", "context")  # what weights are split over and gathered from
 
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """Logical parameter axis -> mesh axis. `tensor` and `context` are named here and refused until they are built."""
+    """Logical axis of a parameter -> the mesh axes that split it."""
 
-    embed: str | None = "fsdp"
-    vocab: str | None = None
-    heads: str | None = None
-    head_dim: str | None = None
-    mlp: str | None = None
-    layers: str | None = None
+    embed: tuple[str, ...] = SHARDS
+    vocab: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name, axis in vars(self).items():
-            if axis not in (None, "fsdp"):
-                raise TopologyError(f"Sharding rule {name} -> {axis!r}: only 'fsdp' or None is supported so far.")
+    def spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int], name: str) -> P:
+        """How a parameter is split over a mesh of these sizes.
 
-    def spec(self, axes: tuple[str | None, ...]) -> P:
-        return P(*(None if axis is None else getattr(self, axis) for axis in axes))
+        A vocabulary that does not divide is not split, and K/V heads fewer than the devices are not either: each device
+        takes the one that its query heads read (`gather`).
+
+        Raises:
+            TopologyError: another dimension does not divide.
+        """
+        return P(*(self._places(size, axis, sizes, name, shape) for size, axis in zip(shape, axes)))
+
+    def _places(self, size: int, axis: str | None, sizes: dict[str, int], name: str, shape: Any) -> Any:
+        places: tuple[str, ...] = getattr(self, axis) if axis else ()
+        count = _product(sizes[place] for place in places)
+        if size % count:
+            if axis == "vocab" or (axis == "kv_heads" and count % size == 0):
+                return None
+            told = " x ".join(f"{place}={sizes[place]}" for place in places if sizes[place] > 1)
+            raise TopologyError(f"{name} {shape}: {size} does not divide over {told}; choose divisors of {size}.")
+        return (places if len(places) > 1 else places[0]) if places else None
+
+
+RULES = ShardingRules()
+
+
+def _product(sizes: Iterable[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, devices: Any = None) -> Mesh:
-    """A mesh of all (or the given) devices; one of `data` and `fsdp` may be -1, for what the other leaves.
+    """A mesh of all (or the given) devices; one of `data` and `fsdp` may be -1, for what the others leave.
 
     Raises:
-        TopologyError: the sizes do not multiply to the device count, or an axis not built yet is asked for.
+        TopologyError: the sizes do not multiply to the device count.
     """
     devices = jax.devices() if devices is None else devices
-    for name, size in (("tensor", tensor), ("context", context)):
-        if size != 1:
-            raise TopologyError(
-                f"mesh.{name}={size}: the {name} axis is not built yet; set it to 1 and use data and fsdp."
-            )
-    if data == -1 and fsdp == -1:
-        raise TopologyError("mesh.data and mesh.fsdp are both -1; only one of them can take the rest.")
-    if -1 in (data, fsdp):
-        fixed = data if fsdp == -1 else fsdp
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1 or rest and rest[0] not in ROWS:
+        raise TopologyError(f"mesh: {', '.join(rest)} are -1; only one of data and fsdp can take the rest.")
+    told = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != -1)
+    fixed = _product(size for size in sizes.values() if size != -1)
+    if rest:
         if fixed < 1 or len(devices) % fixed:
-            raise TopologyError(f"{len(devices)} devices do not divide by the fixed mesh axis of {fixed}.")
-        data, fsdp = (len(devices) // fsdp, fsdp) if data == -1 else (data, len(devices) // data)
-    if data * fsdp != len(devices):
-        raise TopologyError(f"mesh data={data} x fsdp={fsdp} needs {data * fsdp} devices, there are {len(devices)}.")
-    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices)
+            raise TopologyError(f"{len(devices)} devices do not divide by the {fixed} of mesh {told}.")
+        sizes[rest[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise TopologyError(f"mesh {told} needs {fixed} devices, there are {len(devices)}.")
+    kinds = (AxisType.Explicit,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
-def param_shardings(declared: Params, mesh: Mesh, rules: ShardingRules | None = None) -> Params:
-    """A NamedSharding per declared parameter.
+# --- how arrays lie
+
+
+def param_specs(declared: Params, mesh: Any, rules: ShardingRules = RULES) -> Params:
+    """A PartitionSpec per declared parameter.
 
     Raises:
-        TopologyError: a sharded dimension does not divide over its mesh axis.
+        TopologyError: a dimension does not divide over its mesh axes.
     """
-    rules = rules or ShardingRules()
 
-    def sharding(path: Any, variable: nnx.Variable) -> NamedSharding:
-        shape, partition = variable.shape, rules.spec(variable.out_sharding)
-        for size, axis in zip(shape, partition):
-            if axis is not None and size % mesh.shape[axis]:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise TopologyError(
-                    f"{name} {shape}: {size} does not divide over {axis}={mesh.shape[axis]}; "
-                    f"choose a divisor of {size}."
-                )
-        return NamedSharding(mesh, partition)
+    def spec(path: Any, variable: nnx.Variable) -> P:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return rules.spec(variable.shape, variable.out_sharding, dict(mesh.shape), name)
 
-    return jax.tree_util.tree_map_with_path(sharding, declared, is_leaf=is_variable)
+    return jax.tree_util.tree_map_with_path(spec, declared, is_leaf=is_variable)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis of every batch array over `data` and `fsdp`."""
+def param_shardings(declared: Params, mesh: Mesh, rules: ShardingRules = RULES) -> Params:
+    """A NamedSharding per declared parameter; errors as `param_specs`."""
+    return jax.tree.map(partial(NamedSharding, mesh), param_specs(declared, mesh, rules))
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Of arrays [B,T,...] (with `leading` axes before them): rows over `data` and `fsdp`, tokens over `context`."""
+    return NamedSharding(mesh, P(*(None,) * leading, ROWS, "context"))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [B,...] whose rows are whole: over `data`, `fsdp` and `context`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def _active_mesh() -> Any | None:
+def batch_spec(x: jax.Array) -> P:
+    """How a batch [B,T] is split: as it lies, if by rows alone or by rows and tokens, else by rows and tokens."""
+    if active_mesh() is not None:
+        spec = jax.typeof(x).sharding.spec
+        if spec and spec[0] == BATCH_AXES:
+            return P(BATCH_AXES, None)
+    return P(ROWS, "context")
+
+
+def head_spec(width: int, vocab_size: int) -> P:
+    """Of an output head [D,S]."""
+    mesh = active_mesh()
+    return P() if mesh is None else RULES.spec((width, vocab_size), ("embed", "vocab"), dict(mesh.shape), "head")
+
+
+def active_mesh() -> Any | None:
+    """The mesh that computation is to be spread over; None where there is none, and inside `on_shards`.
+
+    Raises:
+        TopologyError: the active mesh is not one of `make_mesh`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind == AxisType.Manual for kind in mesh.axis_types):
         return None
-    missing = [axis for axis in BATCH_AXES if axis not in mesh.axis_names]
-    if missing:
-        raise TopologyError(f"The mesh has axes {mesh.axis_names}; jaxhybrid needs 'data' and 'fsdp' (see make_mesh).")
-    for axis, size in mesh.shape.items():
-        if axis not in BATCH_AXES and size != 1:
-            raise TopologyError(f"Mesh axis {axis!r} has size {size}: only 'data' and 'fsdp' are built; set it to 1.")
+    if mesh.axis_names != MESH_AXES:
+        raise TopologyError(f"The mesh has axes {mesh.axis_names}; jaxhybrid needs {MESH_AXES} (see make_mesh).")
     if any(kind != AxisType.Explicit for kind in mesh.axis_types):
         raise TopologyError("The mesh axes must be AxisType.Explicit; build the mesh with jaxhybrid.make_mesh.")
     return mesh
 
 
-def gather(weights: Any) -> Any:
-    """Weights whole on every device, for the computation that follows."""
-    if _active_mesh() is None:
-        return weights
-    with jax.named_scope("gather"):
-        return jax.tree.map(lambda w: jax.reshard(w, P(*(None,) * w.ndim)), weights)
+def on_shards(fn: Callable[..., Any], arguments: tuple[Any, ...], specs: tuple[Any, ...], results: Any) -> Any:
+    """`fn(*arguments)` on each device's own shards.
 
-
-def split_rows(x: jax.Array, axis: int = 0) -> jax.Array:
-    """An array that is the same everywhere, split over the devices as a batch on this axis."""
-    return x if _active_mesh() is None else jax.reshard(x, P(*(None,) * axis, BATCH_AXES))
-
-
-def per_example(fn: Callable[..., Any], *batched: Any, whole: tuple[Any, ...] = ()) -> Any:
-    """`fn(*batched, *whole)` on each device's own examples; an absent (None) argument stays absent.
-
-    `batched` arguments and all results carry the batch on their leading axis; `whole` ones are the same on every device
-    (their gradient is summed over devices).
+    Args:
+        specs: of each argument, a PartitionSpec or a tree of them; the argument is moved where it lies otherwise.
+        results: of what `fn` returns.
     """
-    if _active_mesh() is None:
-        return fn(*batched, *whole)
-    arguments = (*batched, *whole)
-    present = [number for number, argument in enumerate(arguments) if argument is not None]
+    if active_mesh() is None:
+        return fn(*arguments)
+    placed = tuple(jax.tree.map(_moved, _broadcast(spec, x), x) for spec, x in zip(specs, arguments))
+    return jax.shard_map(fn, in_specs=specs, out_specs=results)(*placed)
 
-    def local(*given: Any) -> Any:
-        # Whole ones are marked as differing between devices: a hand-written gradient may; the transpose sums it.
-        found = {
-            number: x if number < len(batched) else jax.lax.pcast(x, BATCH_AXES, to="varying")
-            for number, x in zip(present, given)
-        }
-        return fn(*map(found.get, range(len(arguments))))
 
-    in_specs = tuple(P(BATCH_AXES) if number < len(batched) else P() for number in present)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=P(BATCH_AXES))(*(arguments[n] for n in present))
+def _broadcast(spec: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda _: spec, tree) if isinstance(spec, P) else spec
+
+
+def _moved(spec: P, x: Any) -> Any:
+    return x if getattr(jax.typeof(x).sharding, "spec", None) == spec else jax.reshard(x, spec)
+
+
+# --- inside `on_shards`
+
+
+def _in_shards() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and AxisType.Manual in mesh.axis_types
+
+
+def _sizes() -> dict[str, int]:
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def axis_size(axis: str) -> int:
+    """Devices along a mesh axis; 1 outside `on_shards`."""
+    return _sizes()[axis] if _in_shards() else 1
+
+
+def own_heads(heads: int) -> int:
+    """Of so many query or K/V heads, how many this device computes."""
+    return max(heads // axis_size("tensor"), 1)
+
+
+def shards() -> int:
+    """Devices that a weight is gathered from."""
+    return _product(map(axis_size, SHARDS))
+
+
+def axis_index(*axes: str) -> jax.Array:
+    """This device's number along mesh axes, the first the slowest."""
+    return jax.lax.axis_index(axes) if _in_shards() else jnp.int32(0)
+
+
+def total(x: jax.Array, *axes: str) -> jax.Array:
+    """Summed over mesh axes."""
+    return jax.lax.psum(x, axes) if _in_shards() else x
+
+
+def largest(x: jax.Array, *axes: str) -> jax.Array:
+    return jax.lax.pmax(x, axes) if _in_shards() else x
+
+
+def differing(x: jax.Array, *axes: str) -> jax.Array:
+    """x, the same along these mesh axes, marked as one that may differ: the transpose sums over them, in x's dtype."""
+    return jax.lax.pcast(x, axes, to="varying") if axes and _in_shards() else x
+
+
+def joined(x: jax.Array, axis: int, *axes: str) -> jax.Array:
+    """The shards of all devices along mesh axes, joined on an array axis."""
+    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if _in_shards() else x
+
+
+def scattered(x: jax.Array, axis: int, *axes: str) -> jax.Array:
+    """Summed over mesh axes, of which each device keeps its part of an array axis."""
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True) if _in_shards() else x
+
+
+def exchanged(x: jax.Array, split: int, join: int) -> jax.Array:
+    """Split on one array axis and joined on another, over the devices that weights are split over."""
+    if shards() == 1:
+        return x
+    return jax.lax.all_to_all(x, SHARDS, split_axis=split, concat_axis=join, tiled=True)
+
+
+def gather(declared: Params, params: Params, dtype: Any, sums: Any = jnp.float32, marked: bool = False) -> Params:
+    """Weights as the computation on this device needs them, in `dtype` (those declared `Exact` as they are).
+
+    They are gathered from the shards in `dtype`; their gradients come back to the shards, summed over devices in
+    `sums`. Of K/V heads that are not split over `tensor` the device takes the one that its query heads read.
+    `marked`: `mark` was called for them before.
+    """
+
+    def own(variable: nnx.Variable, x: jax.Array) -> jax.Array:
+        axes, kept = variable.out_sharding, x.dtype if isinstance(variable, Exact) else dtype
+        if not _in_shards():
+            return x.astype(kept)
+        if (heads := _shared_heads(variable)) is not None:
+            first = axis_index("tensor") * x.shape[heads] // axis_size("tensor")
+            x = jax.lax.dynamic_slice_in_dim(x, first, 1, heads)
+        if "embed" not in axes or shards() == 1:
+            return x.astype(kept)
+        return _gathered(x, axes.index("embed"), kept, sums)
+
+    with jax.named_scope("gather"):
+        return jax.tree.map(own, declared, params if marked else mark(declared, params), is_leaf=is_variable)
+
+
+def mark(declared: Params, params: Params) -> Params:
+    """Weights that are the same on some devices, marked so that their gradients are summed over those, in this dtype."""
+
+    def own(variable: nnx.Variable, x: jax.Array) -> jax.Array:
+        split = mesh_axes(RULES.spec(variable.shape, variable.out_sharding, _sizes(), ""))
+        # Of one that makes or takes the whole width, which `tensor` does not split, every device has the whole gradient.
+        is_whole = "embed" in variable.out_sharding and _shared_heads(variable) is None
+        alike = [axis for axis in MESH_AXES if axis not in split and not (is_whole and axis == "tensor")]
+        return differing(x, *alike)
+
+    return jax.tree.map(own, declared, params, is_leaf=is_variable) if _in_shards() else params
+
+
+def _shared_heads(variable: nnx.Variable) -> int | None:
+    """The axis of K/V heads that are fewer than the devices of `tensor`, if there is one."""
+    axes = variable.out_sharding
+    heads = axes.index("kv_heads") if "kv_heads" in axes else None
+    return heads if heads is not None and variable.shape[heads] % axis_size("tensor") else None
+
+
+def mesh_axes(spec: P) -> tuple[str, ...]:
+    """The mesh axes that a PartitionSpec names."""
+    return tuple(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(x: jax.Array, axis: int, dtype: Any, sums: Any) -> jax.Array:
+    return jax.lax.all_gather(x.astype(dtype), SHARDS, axis=axis, tiled=True)
+
+
+def _scattered(axis: int, dtype: Any, sums: Any, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    wide = gradient.astype(jnp.promote_types(sums, gradient.dtype))
+    return (jax.lax.psum_scatter(wide, SHARDS, scatter_dimension=axis, tiled=True).astype(like.dtype),)
+
+
+_gathered.defvjp(lambda x, axis, dtype, sums: (_gathered(x, axis, dtype, sums), x[:0]), _scattered)

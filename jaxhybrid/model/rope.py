@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxhybrid.model.config import ModelConfig, RopeConfig
 from jaxhybrid.model.layers import exact_dtype
+from jaxhybrid.model.partition import BATCH_AXES, largest
 
 
 def rotary_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +44,7 @@ def _frequencies(theta: float, width: int) -> np.ndarray:
 
 def _dynamic_frequencies(rope: RopeConfig, width: int, max_positions: int, positions: jax.Array) -> jax.Array:
     original = rope.original_max_position_embeddings or max_positions
-    length = jnp.maximum(jnp.max(positions) + 1, original).astype(jnp.float32)
+    length = jnp.maximum(largest(jnp.max(positions), *BATCH_AXES) + 1, original).astype(jnp.float32)
     theta = rope.theta * (rope.factor * length / original - (rope.factor - 1)) ** (width / (width - 2))
     return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 

@@ -17,21 +17,35 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jaxhybrid.model.blueprint import Params, cast, initialize, is_variable, variables
-from jaxhybrid.model.config import ModelConfig, layers_of_kind
+from jaxhybrid.model.blueprint import Params, cast, check_names, initialize, is_variable, variables
+from jaxhybrid.model.config import ModelConfig, Remat, layers_of_kind
+from jaxhybrid.model.head import gathered, own_columns, whole
 from jaxhybrid.model.layers import (
     Block,
     Embedding,
     Linear,
     RMSNorm,
     TokenContext,
-    exact_dtype,
+    look_up,
     rms_norm,
     segment_positions,
 )
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.partition import gather, param_shardings, per_example
+from jaxhybrid.model.partition import (
+    BATCH_AXES,
+    active_mesh,
+    axis_index,
+    axis_size,
+    batch_spec,
+    gather,
+    head_spec,
+    joined,
+    on_shards,
+    param_shardings,
+    param_specs,
+)
 from jaxhybrid.model.rope import rotary_tables
 from jaxhybrid.model.walk import walk
 
@@ -53,13 +67,26 @@ class Model:
             return self.params["embed"]["embedding"].T
         return self.params["head"]["kernel"]
 
-    def cast(self, dtype: Any) -> "Model":
-        """In the compute dtype; what is declared `Exact` stays."""
+    @property
+    def specs(self) -> Params:
+        """How the parameters are split over the active mesh."""
+        mesh = active_mesh()
+        return P() if mesh is None else param_specs(self.declared, mesh)
+
+    @property
+    def declared(self) -> Params:
+        """Every parameter as a Variable. Raises WeightsError where the parameters are others than the config has."""
         declared = model_variables(self.config)
         # A traced choice of softmax layers has mixers that the config does not name.
         for kind in self.params["mixers"].keys() - declared["mixers"].keys():
-            declared["mixers"][kind] = variables(MIXERS[kind], self.config)
-        return Model(cast(declared, self.params, dtype), self.config, self.folder)
+            rows = len(jax.tree.leaves(self.params["mixers"][kind])[0])
+            declared["mixers"][kind] = variables(MIXERS[kind], self.config, rows)
+        check_names(declared, self.params)
+        return declared
+
+    def cast(self, dtype: Any) -> "Model":
+        """In the compute dtype; what is declared `Exact` stays."""
+        return Model(cast(self.declared, self.params, dtype), self.config, self.folder)
 
 
 class Ends(nnx.Module):
@@ -108,16 +135,21 @@ def forward(
     positions_BT: jax.Array | None = None,
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> jax.Array:
     """Logits [B,T,S] in float32 (float64 for dtype float64).
 
     Holds them whole: for losses over a large vocabulary use `losses` on `hidden_states`.
     """
     hidden = hidden_states(model, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat)
-    with jax.named_scope("head"):
-        head = gather(model.head.astype(dtype))
-        return jnp.einsum("btd,ds->bts", hidden, head, preferred_element_type=exact_dtype(hidden.dtype))
+
+    def local(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        columns = own_columns(head, model.config.vocab_size, dtype)
+        logits = columns.logits(gathered(hidden.reshape(-1, hidden.shape[-1])), model.config.vocab_size)
+        return whole(logits, model.config.vocab_size).reshape(*hidden.shape[:2], -1)
+
+    spec = batch_spec(tokens_BT)
+    return on_shards(local, (hidden, model.head), (spec, head_spec(*model.head.shape)), spec)
 
 
 def hidden_states(
@@ -128,7 +160,8 @@ def hidden_states(
     *,
     softmax: jax.Array | None = None,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
+    sums: Any = jnp.float32,
 ) -> jax.Array:
     """Hidden states after the final norm, [B,T,D] in `dtype`.
 
@@ -137,13 +170,20 @@ def hidden_states(
         positions_BT: rotary positions; by default each segment counts from 0.
         softmax: [L] bool, traced: layers that are softmax in this student of linear layers, so that one compiled
             program serves every choice. `mixers.full_attention` has a row for each layer, or one for all of them.
-        remat: keep only the blocks' inputs for the backward pass and recompute the rest.
+        remat: what of a block is kept for the backward pass, see `walk`.
+        sums: dtype in which devices add up the gradients of their shared weights.
     """
-    model = model.cast(dtype)
-    context = token_context(model.config, tokens_BT, segment_ids_BT, positions_BT)
 
-    x, _ = walk(model.params, model.config, embed(model, tokens_BT), context, _mix, softmax=softmax, remat=remat)
-    return final_norm(model, x)
+    def local(params: Params, tokens: jax.Array, segments: Any, positions: Any, softmax: Any) -> jax.Array:
+        own = Model(params, model.config)
+        context = token_context(model.config, tokens, segments, positions, split=spec != P(BATCH_AXES, None))
+        x = embed(own, tokens, dtype)
+        x, _ = walk(params, model.config, x, context, _mix, softmax=softmax, remat=remat, sums=sums)
+        return final_norm(own, x, sums)
+
+    spec = batch_spec(tokens_BT)
+    arguments = model.params, tokens_BT, segment_ids_BT, positions_BT, softmax
+    return on_shards(local, arguments, (model.specs, spec, spec, spec, P()), spec)
 
 
 def _mix(normed: jax.Array, mixer: Any, context: TokenContext, _: None) -> tuple[jax.Array, None]:
@@ -157,36 +197,47 @@ def outputs(
     *,
     softmax: jax.Array | None = None,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
+    sums: Any = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
-    """(hidden states [B,T,D], head [D,S] whole on every device): what a loss over the vocabulary needs of a model."""
-    hidden = hidden_states(model, tokens_BT, segment_ids_BT, softmax=softmax, dtype=dtype, remat=remat)
-    return hidden, gather(model.head.astype(dtype))
+    """(hidden states [B,T,D], head [D,S] as it is stored): what a loss over the vocabulary needs of a model."""
+    hidden = hidden_states(model, tokens_BT, segment_ids_BT, softmax=softmax, dtype=dtype, remat=remat, sums=sums)
+    return hidden, model.head
 
 
 # --- what else starts from an embedding and walks the layers: alignment, decoding
 
 
-def embed(model: Model, tokens_BT: jax.Array) -> jax.Array:
+def embed(model: Model, tokens_BT: jax.Array, dtype: Any = None) -> jax.Array:
     """Token embeddings [B,T,D]."""
+    table = model.params["embed"]["embedding"]
     with jax.named_scope("embed"):
-        table = gather(model.params["embed"]["embedding"])
-        return per_example(lambda tokens, table: table[tokens], tokens_BT, whole=(table,))
+        return look_up(table, tokens_BT, model.config.vocab_size, table.dtype if dtype is None else dtype)
 
 
-def final_norm(model: Model, x: jax.Array) -> jax.Array:
-    return rms_norm(x, gather(model.params["final_norm"]["scale"]), model.config.norm_eps)
+def final_norm(model: Model, x: jax.Array, sums: Any = jnp.float32) -> jax.Array:
+    declared = model_variables(model.config)["final_norm"]
+    scale = gather(declared, model.params["final_norm"], x.dtype, sums)["scale"]
+    return rms_norm(x, scale, model.config.norm_eps)
 
 
 def token_context(
-    config: ModelConfig, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, positions_BT: jax.Array | None
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    positions_BT: jax.Array | None,
+    split: bool = True,
 ) -> TokenContext:
-    """Segments and rotary tables of a batch."""
+    """Segments and rotary tables of a batch, whose tokens may be `split` over devices."""
+    T, is_split = tokens_BT.shape[1], split and axis_size("context") > 1
+    first = axis_index("context") * T if is_split else jnp.int32(0)
+    every = segment_ids_BT if segment_ids_BT is None or not is_split else joined(segment_ids_BT, 1, "context")
     if positions_BT is None:
-        if segment_ids_BT is None:
-            positions_BT = per_example(
-                lambda tokens: jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape), tokens_BT
-            )
+        if every is None:
+            positions_BT = jnp.zeros_like(tokens_BT) + first + jnp.arange(T, dtype=jnp.int32)
         else:
-            positions_BT = per_example(segment_positions, segment_ids_BT)
-    return TokenContext(segment_ids_BT, *rotary_tables(config, positions_BT))
+            positions_BT = jax.lax.dynamic_slice_in_dim(segment_positions(every), first, T, 1)
+    tables = rotary_tables(config, positions_BT)
+    if not is_split:
+        return TokenContext(segment_ids_BT, *tables)
+    return TokenContext(segment_ids_BT, *tables, key_segment_ids=every, first_token=first)

@@ -8,6 +8,7 @@ no choice at run time and nothing spread, which is for decoding, where there are
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -15,12 +16,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxhybrid.model.blueprint import Params, bind
-from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, layers_of_kind
+from jaxhybrid.model.blueprint import Params, bind, cast, variables
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, Remat, layers_of_kind
 from jaxhybrid.model.layers import Block, TokenContext
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.partition import gather
+from jaxhybrid.model.partition import gather, mark
+
+BLOCK_INPUT = "block_input"
+POLICIES = {
+    "block": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 # (norm x [B,T,D], mixer, context, extra) -> (mixed [B,T,D], result)
 Mix = Callable[[jax.Array, Any, TokenContext, Any], tuple[jax.Array, Any]]
@@ -36,27 +48,33 @@ def walk(
     extra: Params | None = None,
     softmax: jax.Array | None = None,
     by_run: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
+    sums: Any = jnp.float32,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """x [B,T,D] through all blocks: x + mixed, then + mlp, where (mixed, result) = mix(norm x, mixer, context, extra).
 
     Args:
-        params: of the whole model, in the compute dtype.
+        params: of the whole model, in any dtype; computed in that of x.
         extra: per kind, what else `mix` gets: a stack with a row for each of its layers.
         softmax: [L] bool, traced: see `hidden_states`.
-        remat: keep only x between the blocks for the backward pass. Where kinds share a scan, `mix` must then close
-            over no array: its gradient is taken when the scan's own arrays are gone.
+        remat: what is kept for the backward pass. `none`: everything. `block`: x between the blocks. `dots`: the results
+            of matrix products, too. `offload`: x between the blocks, in the host's memory. Where kinds share a scan, with
+            `block`, `mix` must close over no array: its gradient is taken when the scan's own arrays are gone.
+        sums: dtype in which devices add up the gradients of their shared weights.
 
     Returns:
         x after the last block, and by kind the stacked results. Where kinds share a scan there are no extras and no
         results: a `lax.switch` would have to make them for every kind.
     """
     results: dict[str, list[Any]] = {kind: [] for kind in config.layer_types}
+    blocks = _Blocks(config, mix, remat, sums, x.dtype)
     for start, stop in _runs(config.layer_types) if by_run else [(0, config.num_layers)]:
         kinds, which = _choice(config.layer_types[start:stop], softmax)
         stacks, shared = {}, {}
         for kind in kinds:
             stack = params["mixers"][kind]
+            if len(kinds) > 1:
+                stack = blocks.in_compute_dtype(kind, stack)
             if softmax is None:
                 stacks[kind] = spread(stack, config.layer_types, kind, start, stop)
             elif jax.tree.leaves(stack)[0].shape[0] == config.num_layers:
@@ -65,7 +83,7 @@ def walk(
                 shared[kind] = jax.tree.map(lambda w: jnp.squeeze(w, 0), stack)
         assert extra is None or len(kinds) == 1, "extras are for scans of one kind"
         own = None if extra is None else spread(extra[kinds[0]], config.layer_types, kinds[0], start, stop)
-        block = _block_of(kinds[0], config, mix, remat) if len(kinds) == 1 else _block_of_any(kinds, config, mix, remat)
+        block = blocks.of(kinds[0]) if len(kinds) == 1 else blocks.of_any(kinds)
 
         def body(x: jax.Array, scanned: Any, block: Any = block, shared: Params = shared) -> tuple[jax.Array, Any]:
             which, block_params, rows, own = scanned
@@ -81,68 +99,92 @@ def walk(
 BlockFunction = Callable[..., tuple[jax.Array, Any]]
 
 
-def _block_of(kind: str, config: ModelConfig, mix: Mix, remat: bool = False) -> BlockFunction:
-    """The block of layers of one kind."""
+@dataclass(frozen=True)
+class _Blocks:
+    """The functions that one turn of the loop may be."""
 
-    def block(_: Any, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any) -> Any:
-        block = bind(Block, config, gather(block_params))
-        mixed, result = _mixed(kind, config, mix, block.input_norm(x), context, rows, own)
-        return block.add_mlp(x + mixed), result
+    config: ModelConfig
+    mix: Mix
+    remat: Remat
+    sums: Any
+    dtype: Any
 
-    return jax.checkpoint(block) if remat else block
+    def of(self, kind: str, *, in_switch: bool = False) -> BlockFunction:
+        """The block of layers of one kind."""
 
+        def block(_: Any, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any) -> Any:
+            x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
+            mixed, result = self._mixed(kind, block.input_norm(x), context, rows, own, marked=in_switch)
+            return block.add_mlp(x + mixed), result
 
-def _mixed(
-    kind: str, config: ModelConfig, mix: Mix, normed: jax.Array, context: TokenContext, rows: Params, own: Any
-) -> tuple[jax.Array, Any]:
-    with jax.named_scope(kind):
-        return mix(normed, bind(MIXERS[kind], config, gather(rows[kind])), context, own)
+        return block if in_switch else self._recomputed(block)
 
+    def of_any(self, kinds: tuple[str, ...]) -> BlockFunction:
+        """The block of a layer whose kind is number `which` of `kinds`; without results."""
+        if self.remat == "block":
+            return self._own_gradient_of_any(kinds)
 
-def _block_of_any(kinds: tuple[str, ...], config: ModelConfig, mix: Mix, remat: bool) -> BlockFunction:
-    """The block of a layer whose kind is number `which` of `kinds`; without results."""
-    if remat:
-        return _recomputed_block_of_any(kinds, config, mix)
+        def block(
+            which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: None
+        ) -> tuple[jax.Array, None]:
+            x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
 
-    def block(
-        which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: None
-    ) -> tuple[jax.Array, None]:
-        block = bind(Block, config, gather(block_params))
+            def branch(kind: str) -> Callable[..., jax.Array]:
+                return lambda normed, rows: self._mixed(kind, normed, context, rows, own, marked=True)[0]
 
-        def branch(kind: str) -> Callable[..., jax.Array]:
-            return lambda normed, rows: _mixed(kind, config, mix, normed, context, rows, own)[0]
+            mixed = jax.lax.switch(which, [branch(kind) for kind in kinds], block.input_norm(x), rows)
+            return block.add_mlp(x + mixed), None
 
-        mixed = jax.lax.switch(which, [branch(kind) for kind in kinds], block.input_norm(x), rows)
-        return block.add_mlp(x + mixed), None
+        return self._recomputed(block)
 
-    return block
+    def in_compute_dtype(self, kind: str, stack: Params) -> Params:
+        """Of kinds that share a scan: their rows lie there several times."""
+        declared = variables(MIXERS[kind], self.config, jax.tree.leaves(stack)[0].shape[0])
+        return cast(declared, mark(declared, stack), self.dtype)
 
+    def _block(self, params: Params) -> Block:
+        return bind(Block, self.config, gather(variables(Block, self.config), params, self.dtype, self.sums))
 
-def _recomputed_block_of_any(kinds: tuple[str, ...], config: ModelConfig, mix: Mix) -> BlockFunction:
-    """`jax.checkpoint` of the block, by a gradient of its own with the whole block in each branch.
+    def _mixed(
+        self, kind: str, normed: jax.Array, context: TokenContext, rows: Params, own: Any, marked: bool
+    ) -> tuple[jax.Array, Any]:
+        part = MIXERS[kind]
+        with jax.named_scope(kind):
+            whole = gather(variables(part, self.config), rows[kind], self.dtype, self.sums, marked)
+            return self.mix(normed, bind(part, self.config, whole), context, own)
 
-    JAX's gradient of a switch would carry what every branch wants to keep out of one switch and into the next, zeros
-    for all but the branch that was taken: 5 % of a distillation step on an H200, where this is none.
-    """
-    branches = [_block_of(kind, config, mix) for kind in kinds]
+    def _recomputed(self, block: BlockFunction) -> BlockFunction:
+        return block if self.remat == "none" else jax.checkpoint(block, policy=POLICIES[self.remat])
 
-    @jax.custom_vjp
-    def block(which: jax.Array, *operands: Any) -> jax.Array:
-        return jax.lax.switch(which, [lambda *operands, f=f: f(None, *operands, None)[0] for f in branches], *operands)
+    def _own_gradient_of_any(self, kinds: tuple[str, ...]) -> BlockFunction:
+        """`jax.checkpoint` of the block, by a gradient of its own with the whole block in each branch.
 
-    def backward(saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-        which, *operands = saved
+        JAX's gradient of a switch would carry what every branch wants to keep out of one switch and into the next,
+        zeros for all but the branch that was taken: 5 % of a distillation step on an H200, where this is none.
+        """
+        branches = [self.of(kind, in_switch=True) for kind in kinds]
 
-        def pull(branch: BlockFunction, x: Any, context: Any, block_params: Any, rows: Any, cotangent: Any) -> Any:
-            run = lambda x, block_params, rows: branch(None, x, context, block_params, rows, None)[0]  # noqa: E731
-            return jax.vjp(run, x, block_params, rows)[1](cotangent)
+        @jax.custom_vjp
+        def block(which: jax.Array, *operands: Any) -> jax.Array:
+            choices = [lambda *operands, f=f: f(None, *operands, None)[0] for f in branches]
+            return jax.lax.switch(which, choices, *operands)
 
-        pulls = [partial(pull, branch) for branch in branches]
-        x, block_params, rows = jax.lax.switch(which, pulls, *operands, cotangent)
-        return None, x, None, block_params, rows
+        def backward(saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+            which, *operands = saved
 
-    block.defvjp(lambda *operands: (block(*operands), operands), backward)
-    return lambda which, x, context, block_params, rows, own: (block(which, x, context, block_params, rows), None)
+            def pull(branch: BlockFunction, x: Any, context: Any, block_params: Any, rows: Any, cotangent: Any) -> Any:
+                run = lambda x, block_params, rows: branch(None, x, context, block_params, rows, None)[0]  # noqa: E731
+                return jax.vjp(run, x, block_params, rows)[1](cotangent)
+
+            pulls = [partial(pull, branch) for branch in branches]
+            x, block_params, rows = jax.lax.switch(which, pulls, *operands, cotangent)
+            return None, x, None, block_params, rows
+
+        block.defvjp(lambda *operands: (block(*operands), operands), backward)
+        return lambda which, x, context, block_params, rows, own: (
+            block(which, x, context, block_params, rows),
+            None,
+        )
 
 
 def _runs(layer_types: tuple[str, ...]) -> list[tuple[int, int]]:

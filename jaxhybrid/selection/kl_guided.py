@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from jaxhybrid.checksums import read_result
 from jaxhybrid.errors import ConfigError, DamageError, DivergenceError
 from jaxhybrid.files import remove
-from jaxhybrid.model.partition import gather
 from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.selection.kept_state import KeptState
 from jaxhybrid.selection.ranking import SCORE_AGAIN, CandidateScore, Curve, read_scores, write_score
@@ -191,14 +190,14 @@ class _Programs:
             "chunk_tokens": self.settings.kl_chunk,
         }
         self.begin = jax.jit(lambda own, teacher, layer: start(candidate_params(own, teacher, layer), optimizer))
-        step = partial(score_step, optimizer=optimizer, remat=self.settings.remat, **static)
+        step = partial(score_step, optimizer=optimizer, remat=self.settings.remat, sums=jnp.dtype(config.mesh.sums), **static)
         self.step = jax.jit(step, donate_argnums=0)
         self._heldout = jax.jit(partial(candidate_kl, **static))
         self._teacher = jax.jit(
             lambda teacher, batch: hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=self.dtype)
         )
         self._caches: dict[str, TeacherCache] = {}
-        self.teacher_head = jax.jit(lambda teacher: gather(teacher.head.astype(self.dtype)))(teacher)
+        self.teacher_head = jax.jit(lambda teacher: teacher.head.astype(self.dtype))(teacher)
 
     def candidate_folder(self, layer: int) -> Path:
         return self.folder / "candidates" / f"{layer:03d}"

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxhybrid.errors import ConfigError, TopologyError
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.settings.budget import Budget, check_layers, layers_in_budget
 from jaxhybrid.settings.mixer import MixerSettings
@@ -66,21 +66,25 @@ class MeshConfig(Section):
 
     data: int = free(1, "replicas of the parameters; batches divide over data x fsdp")
     fsdp: int = free(-1, "devices that share the parameters between them")
-    tensor: int = free(1, "devices that share heads and MLP width; only 1 is built")
-    context: int = free(1, "devices that share the tokens of a sequence; only 1 is built")
+    tensor: int = free(1, "devices that share heads, MLP width and vocabulary")
+    context: int = free(1, "devices that share the tokens of a row")
+    sums: Dtype = free(
+        "float32", "type in which devices add up gradients; bfloat16 halves these exchanges and rounds every partial sum"
+    )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis."""
+        return self.model_dump(include={"data", "fsdp", "tensor", "context"})
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":
-        for name, size in dict(self).items():
-            if size != -1 and size < 1:
-                raise ValueError(f"{name} is {size}; give a positive number, or -1 for the rest of the devices")
+        for name, size in self.sizes.items():
+            if size < 1 and not (size == -1 and name in ("data", "fsdp")):
+                rest = ", or -1 for the rest of the devices" if name in ("data", "fsdp") else ""
+                raise ValueError(f"{name} is {size}; give a positive number{rest}")
         if self.data == self.fsdp == -1:
             raise ValueError("data and fsdp are both -1; only one axis can take the rest of the devices")
-        for name in ("tensor", "context"):
-            if (size := getattr(self, name)) != 1:
-                raise TopologyError(
-                    f"mesh.{name}={size}: this axis is not built yet; leave it at 1 and use data and fsdp."
-                )
         return self
 
 

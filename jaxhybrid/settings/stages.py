@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxhybrid.settings.budget import Budgets
-from jaxhybrid.settings.types import Count, Dtype, Fraction, Positive, Schedule, Section, about, as_tuple, free
+from jaxhybrid.settings.types import Count, Dtype, Fraction, Positive, RematPolicy, Schedule, Section, about, as_tuple, free
 
 STAGES = ("align", "score", "distill", "finetune")  # in their order
 
@@ -32,7 +32,11 @@ class StageConfig(Section):
         0.0, "AdamW's decoupled weight decay of matrices; norms, biases, A_log and dt_bias have none"
     )
     clip_norm: Positive | None = about(1.0, "largest global gradient norm; null does not clip")
-    remat: bool = free(True, "recompute each block in the backward pass: less memory, about a third more time")
+    remat: RematPolicy = free(
+        "block",
+        "what the backward pass computes again. none: nothing; dots: all but matrix products; block: each block from its "
+        "input, a third more time; offload: so, with the inputs in the host's memory",
+    )
     checkpoint_every: Count = free(500, "steps between checkpoints")
     log_every: Count = free(10, "steps between lines of metrics.jsonl")
 
@@ -76,7 +80,7 @@ class AlignConfig(StageConfig):
 
     schedule: Schedule = about("cosine", "course of the learning rate after warmup")
     final_learning_rate: Annotated[float, Field(ge=0)] = about(1e-5, "learning rate at the end of linear and cosine")
-    remat: bool = free(True, "without effect: alignment keeps no other layer's activations")
+    remat: RematPolicy = free("block", "without effect: alignment keeps no other layer's activations")
 
 
 class GroupedStageConfig(StageConfig):

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from jaxhybrid.model.config import Remat
+
 Dtype = Literal["bfloat16", "float32"]
 Schedule = Literal["constant", "cosine", "linear"]
 RankBy = Literal["heldout", "train"]
@@ -26,6 +28,14 @@ Counts = Annotated[tuple[Count, ...], BeforeValidator(as_tuple)]
 Ints = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+def _as_policy(value: Any) -> Any:
+    return {True: "block", False: "none"}[value] if isinstance(value, bool) else value
+
+
+# What earlier versions had as true and false is read, too.
+RematPolicy = Annotated[Remat, BeforeValidator(_as_policy)]
 
 
 def about(default: Any, description: str) -> Any:

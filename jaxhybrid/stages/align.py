@@ -5,18 +5,20 @@ but the loss. A layer's gradient is therefore local, and is taken inside the for
 of another layer is kept, so memory beyond parameters does not grow with depth.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.losses import alignment_loss
-from jaxhybrid.model.blueprint import Params, bind, cast, variables
+from jaxhybrid.model.blueprint import Params, bind, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.layers import TokenContext
 from jaxhybrid.model.mixers import LINEAR_MIXERS
-from jaxhybrid.model.partition import gather
+from jaxhybrid.model.partition import BATCH_AXES, active_mesh, batch_spec, gather, on_shards, param_specs, total
 from jaxhybrid.model.transformer import Model, embed, token_context
 from jaxhybrid.model.walk import collect, spread, walk
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
@@ -31,13 +33,14 @@ def align_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
+    sums: Any = jnp.float32,
 ) -> tuple[TrainState, Metrics]:
     """One update of the linear mixers. `state.params` is the student's `mixers` tree without its softmax part.
 
     `config` is the student's. Metrics: `loss`, mean over layers and tokens of ||teacher - student||_2 / sqrt(D);
     `layer_loss` [linear layers] in order; `gradient_norm`; `batch_tokens`.
     """
-    losses, gradients = alignment_gradients(state.params, teacher, batch, config=config, dtype=dtype)
+    losses, gradients = alignment_gradients(state.params, teacher, batch, config=config, dtype=dtype, sums=sums)
     state, norm = update(state, gradients, optimizer)
     return state, {
         "loss": jnp.mean(losses),
@@ -48,13 +51,19 @@ def align_step(
 
 
 def alignment_gradients(
-    mixers: Params, teacher: Model, batch: Batch, *, config: ModelConfig, dtype: Any = jnp.bfloat16
+    mixers: Params,
+    teacher: Model,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    dtype: Any = jnp.bfloat16,
+    sums: Any = jnp.float32,
 ) -> tuple[jax.Array, Params]:
     """(loss of each linear layer [n], gradients of their mean for `mixers`)."""
     tokens = count_tokens(batch)
 
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:
-        return _beside_teacher(mixers, teacher, micro, tokens, config, dtype, gradients=True)
+        return _beside_teacher(mixers, teacher, micro, tokens, config, dtype, sums, gradients=True)
 
     losses, total = accumulate(gradients, batch)
     count = losses.shape[0]
@@ -65,26 +74,56 @@ def align_loss(
     mixers: Params, teacher: Model, batch: Batch, *, config: ModelConfig, dtype: Any = jnp.bfloat16
 ) -> jax.Array:
     """The loss of each linear layer [n], without gradients: for held-out text and for comparing initial values."""
-    return _beside_teacher(mixers, teacher, batch, count_tokens(batch), config, dtype, gradients=False)[0]
+    return _beside_teacher(mixers, teacher, batch, count_tokens(batch), config, dtype, jnp.float32, gradients=False)[0]
 
 
 def _beside_teacher(
-    mixers: Params, teacher: Model, batch: Batch, tokens: jax.Array, config: ModelConfig, dtype: Any, gradients: bool
+    mixers: Params,
+    teacher: Model,
+    batch: Batch,
+    tokens: jax.Array,
+    config: ModelConfig,
+    dtype: Any,
+    sums: Any,
+    gradients: bool,
 ) -> tuple[jax.Array, Params]:
-    teacher = teacher.cast(dtype)
-    context = token_context(teacher.config, batch["tokens"], batch["segment_ids"], None)
-    mask = token_mask(batch["segment_ids"])
     ((kind, stack),) = mixers.items()
+    spec, linear = batch_spec(batch["tokens"]), LINEAR_MIXERS[kind]
+    stacked, mesh = variables(linear, config, len(jax.tree.leaves(stack)[0])), active_mesh()
+    own_specs = P() if mesh is None else param_specs(stacked, mesh)
+    is_split = spec != P(BATCH_AXES, None)
+    run = partial(_beside_own_teacher, teacher.config, config, kind, dtype, sums, is_split, gradients)
+    arguments = teacher.params, stack, batch["tokens"], batch["segment_ids"], tokens
+    losses, found = on_shards(run, arguments, (teacher.specs, own_specs, spec, spec, P()), (P(), own_specs))
+    return losses, {kind: found} if gradients else {}
+
+
+def _beside_own_teacher(
+    teacher_config: ModelConfig,
+    config: ModelConfig,
+    kind: str,
+    dtype: Any,
+    sums: Any,
+    is_split: bool,
+    gradients: bool,
+    params: Params,
+    stack: Params,
+    tokens_BT: jax.Array,
+    segment_ids: jax.Array,
+    tokens: jax.Array,
+) -> tuple[jax.Array, Params]:
+    """On this device's tokens: (summed loss of each linear layer / `tokens` of the batch, its gradients)."""
+    context = token_context(teacher_config, tokens_BT, segment_ids, None, is_split)
+    mask, linear = token_mask(segment_ids), LINEAR_MIXERS[kind]
     is_linear = [name == kind for name in config.layer_types]
-    declared = variables(LINEAR_MIXERS[kind], config)
 
     def mix(normed: jax.Array, attention: Any, context: TokenContext, beside: Any) -> tuple[jax.Array, Any]:
         target, _ = attention(normed, context)
 
         def loss(own: Params) -> jax.Array:
             with jax.named_scope(kind):
-                mixer = bind(LINEAR_MIXERS[kind], config, gather(cast(declared, own, dtype)))
-                return alignment_loss(target, mixer(normed, context)[0], mask) / tokens
+                mixer = bind(linear, config, gather(variables(linear, config), own, dtype, sums))
+                return total(alignment_loss(target, mixer(normed, context)[0], mask), *BATCH_AXES) / tokens
 
         def measure(own: Params) -> Any:
             return jax.value_and_grad(loss)(own) if gradients else (loss(own), None)
@@ -96,10 +135,9 @@ def _beside_teacher(
         return target, jax.lax.cond(aligned, measure, lambda own: nothing, own)
 
     extra = {FULL_ATTENTION: (jnp.array(is_linear), spread(stack, config.layer_types, kind))}
-    _, found = walk(teacher.params, teacher.config, embed(teacher, batch["tokens"]), context, mix, extra=extra)
-    losses, found_gradients = found[FULL_ATTENTION]
-    losses, found_gradients = collect((losses, found_gradients), config.layer_types, kind)
-    return losses, {kind: found_gradients} if gradients else {}
+    x = embed(Model(params, teacher_config), tokens_BT, dtype)
+    _, found = walk(params, teacher_config, x, context, mix, extra=extra)
+    return collect(found[FULL_ATTENTION], config.layer_types, kind)
 
 
 def linear_mixers(params: Params) -> Params:

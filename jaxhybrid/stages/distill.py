@@ -8,7 +8,7 @@ import optax
 
 from jaxhybrid.losses import CHUNK_TOKENS, linear_kl
 from jaxhybrid.model.blueprint import Params
-from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.config import ModelConfig, Remat
 from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
 from jaxhybrid.train.optimizer import TrainState, update
@@ -22,7 +22,8 @@ def distill_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
-    remat: bool = True,
+    remat: Remat = "block",
+    sums: Any = jnp.float32,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[TrainState, Metrics]:
     """One update of all student parameters on KL(teacher || student). `config` is the student's.
@@ -36,7 +37,7 @@ def distill_step(
         hidden, head = outputs(teacher, *text, dtype=dtype)
 
         def loss(params: Params) -> jax.Array:
-            own_hidden, own_head = outputs(Model(params, config), *text, dtype=dtype, remat=remat)
+            own_hidden, own_head = outputs(Model(params, config), *text, dtype=dtype, remat=remat, sums=sums)
             mask = token_mask(micro["segment_ids"])
             return linear_kl(own_hidden, own_head, hidden, head, mask, chunk_tokens=chunk_tokens) / tokens
 

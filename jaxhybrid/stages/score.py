@@ -13,7 +13,7 @@ import optax
 
 from jaxhybrid.losses import CHUNK_TOKENS, linear_kl
 from jaxhybrid.model.blueprint import Params
-from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, Remat
 from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
 from jaxhybrid.train.optimizer import TrainState, update
@@ -35,7 +35,8 @@ def score_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
-    remat: bool = True,
+    remat: Remat = "block",
+    sums: Any = jnp.float32,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[TrainState, Metrics]:
     """One update of a candidate. `config` is the all-linear student's.
@@ -49,7 +50,8 @@ def score_step(
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:
         def loss(params: Params) -> jax.Array:
             total = candidate_kl(
-                params, layer, micro, teacher_head, config=config, dtype=dtype, remat=remat, chunk_tokens=chunk_tokens
+                params, layer, micro, teacher_head,
+                config=config, dtype=dtype, remat=remat, sums=sums, chunk_tokens=chunk_tokens,
             )  # fmt: skip
             return total / tokens
 
@@ -68,14 +70,14 @@ def candidate_kl(
     *,
     config: ModelConfig,
     dtype: Any = jnp.bfloat16,
-    remat: bool = False,
+    remat: Remat = "none",
+    sums: Any = jnp.float32,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
     """KL(teacher || candidate) summed over the tokens of a batch that holds `teacher_hidden`."""
     softmax = jnp.arange(config.num_layers) == layer
-    hidden, head = outputs(
-        Model(params, config), batch["tokens"], batch["segment_ids"], softmax=softmax, dtype=dtype, remat=remat
-    )
+    text = batch["tokens"], batch["segment_ids"]
+    hidden, head = outputs(Model(params, config), *text, softmax=softmax, dtype=dtype, remat=remat, sums=sums)
     return linear_kl(
         hidden,
         head,

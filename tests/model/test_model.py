@@ -75,12 +75,13 @@ def test_later_tokens_do_not_change_earlier_ones(model):
     assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-2
 
 
-def test_remat_gives_the_same_gradients(model, batch):
+@pytest.mark.parametrize("policy", ["block", "dots", "offload"])
+def test_remat_gives_the_same_gradients(model, batch, policy):
     def loss(params, remat):
         out = hidden_states(Model(params, model.config), batch["tokens"], batch["segment_ids"], remat=remat)
         return jnp.mean(jnp.sin(out))
 
-    plain, again = (jax.jit(jax.grad(partial(loss, remat=remat)))(model.params) for remat in (False, True))
+    plain, again = (jax.jit(jax.grad(partial(loss, remat=remat)))(model.params) for remat in ("none", policy))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(again), strict=True):
         bound = 1e-4 * np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))

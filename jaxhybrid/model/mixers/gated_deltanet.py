@@ -6,19 +6,20 @@ a_t = exp(-exp(A_log) softplus(a_proj x + dt_bias)),   b_t = sigmoid(b_proj x)
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxhybrid_kernels import short_convolution
+from jaxhybrid_kernels import context_short_convolution, short_convolution
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Exact, Params, normal, weight, zeros
 from jaxhybrid.model.config import MixerConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, TokenContext
 from jaxhybrid.model.mixers.linear import LinearMixer, inverse_softplus, recurrence, slow_half_lives
-from jaxhybrid.model.partition import per_example
+from jaxhybrid.model.partition import own_heads
 
 L2_EPS = 1e-6  # inside the square root, so that the gradient at a zero row is finite
 
@@ -39,20 +40,22 @@ class GatedDeltaNetConfig(MixerConfig):
 class GatedDeltaNet(LinearMixer):
     Config = GatedDeltaNetConfig
     title = "Gated DeltaNet, arXiv 2412.06464"
+    state_heads: ClassVar[dict[str, int]] = LinearMixer.state_heads | {"q_conv": 2, "k_conv": 2, "v_conv": 2}
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         mixer = config.mixer
         assert isinstance(mixer, GatedDeltaNetConfig)
         D, H, N, slow = config.hidden_size, config.num_heads, config.num_states, mixer.decay_init == "slow"
-        self.a_proj = Linear(rngs, (D, N), ("embed", "heads"), init=zeros if slow else normal)
-        self.b_proj = Linear(rngs, (D, N), ("embed", "heads"))
-        self.A_log = weight(rngs, (N,), ("heads",), zeros if slow else _random_A_log, Exact)
-        self.dt_bias = weight(rngs, (N,), ("heads",), _half_life_bias if slow else _random_step_bias, Exact)
+        self.a_proj = Linear(rngs, (D, N), ("embed", "kv_heads"), init=zeros if slow else normal)
+        self.b_proj = Linear(rngs, (D, N), ("embed", "kv_heads"))
+        self.A_log = weight(rngs, (N,), ("kv_heads",), zeros if slow else _random_A_log, Exact)
+        self.dt_bias = weight(rngs, (N,), ("kv_heads",), _half_life_bias if slow else _random_step_bias, Exact)
         self.conv_size = mixer.conv_size
         if mixer.conv_size:
             self.q_conv, self.k_conv, self.v_conv = (
-                ShortConvolution(rngs, mixer.conv_size, heads, config.head_dim) for heads in (H, N, N)
+                ShortConvolution(rngs, (mixer.conv_size, heads, config.head_dim), axis)
+                for heads, axis in ((H, "heads"), (N, "kv_heads"), (N, "kv_heads"))
             )
 
     @staticmethod
@@ -62,7 +65,7 @@ class GatedDeltaNet(LinearMixer):
         assert isinstance(mixer, GatedDeltaNetConfig)
         if mixer.conv_size:
             for name, heads in (("q_conv", config.num_heads), ("k_conv", N), ("v_conv", N)):
-                state[name] = jnp.zeros((batch, mixer.conv_size - 1, heads * config.head_dim), dtype)
+                state[name] = jnp.zeros((batch, mixer.conv_size - 1, own_heads(heads) * config.head_dim), dtype)
         return state
 
     @classmethod
@@ -88,27 +91,27 @@ class GatedDeltaNet(LinearMixer):
         a, b = self.a_proj(x_BTD, dtype=jnp.float32), self.b_proj(x_BTD, dtype=jnp.float32)
         log_decay = -jnp.exp(self.A_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
         out, after["memory"] = recurrence(
-            q, k, v, log_decay, jax.nn.sigmoid(b), context.segment_ids, before.get("memory"), norm_eps=L2_EPS
+            q, k, v, log_decay, jax.nn.sigmoid(b), context, before.get("memory"), norm_eps=L2_EPS
         )
         return self.gated_output(out, x_BTD), None if state is None else after
 
 
 class ShortConvolution(nnx.Module):
-    """A causal depthwise convolution over the last `size` tokens of a document, one filter a channel."""
+    """A causal depthwise convolution over the last tokens of a document, one filter [taps] a channel."""
 
-    def __init__(self, rngs: nnx.Rngs, size: int, heads: int, width: int):
-        self.taps = weight(rngs, (size, heads, width), (None, "heads", "head_dim"), _identity_taps)
+    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int, int], heads_axis: str):
+        self.taps = weight(rngs, shape, (None, heads_axis, "head_dim"), _identity_taps)
 
     def __call__(self, x_BTHK: jax.Array, context: TokenContext, last: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """y [B,T,H,K], and the last inputs [B,size-1,H*K] that the next call needs."""
-        _, T, H, K = x_BTHK.shape
-
-        def run(x: jax.Array, segment_ids: Any, last: Any, taps: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y, last = short_convolution(x.reshape(-1, T, H * K), taps, segment_ids, last)
-            return y.reshape(-1, T, H, K), last
-
-        taps = self.taps[...]
-        return per_example(run, x_BTHK, context.segment_ids, last, whole=(taps.reshape(taps.shape[0], H * K),))
+        """y [B,T,H,K], and the last inputs [B,taps-1,H*K] that the next call needs."""
+        B, T, H, K = x_BTHK.shape
+        convolve = short_convolution
+        if context.first_token is not None:
+            convolve = partial(context_short_convolution, axis_name="context")
+        y, last = convolve(
+            x_BTHK.reshape(B, T, H * K), self.taps[...].reshape(-1, H * K), context.segment_ids, last
+        )  # fmt: skip
+        return y.reshape(B, T, H, K), last
 
 
 # --- initial values that are not plain zeros, ones or normals

@@ -44,7 +44,7 @@ class GLA(LinearMixer):
         slow = mixer.decay_init == "slow"
         self.a_down_proj = Linear(rngs, (D, R), ("embed", None))
         self.a_up_proj = Linear(
-            rngs, (R, N, K), (None, "heads", "head_dim"), bias=True,
+            rngs, (R, N, K), (None, "kv_heads", "head_dim"), bias=True,
             init=zeros if slow else normal, bias_init=_half_life_bias if slow else zeros, bias_kind=Exact,
         )  # fmt: skip
 
@@ -61,7 +61,7 @@ class GLA(LinearMixer):
         logits = self.a_up_proj(self.a_down_proj(x_BTD, dtype=jnp.float32), dtype=jnp.float32)
         log_decay = jax.nn.log_sigmoid(logits) / NORMALIZER
         memory = None if state is None else state["memory"]
-        out, memory = recurrence(q, k, v, log_decay, None, context.segment_ids, memory)
+        out, memory = recurrence(q, k, v, log_decay, None, context, memory)
         return self.gated_output(out, x_BTD), None if state is None else {"memory": memory}
 
 

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxhybrid_kernels import linear_attention
+from jaxhybrid_kernels import context_linear_attention, linear_attention
 
 from jaxhybrid.model.attention import project
 from jaxhybrid.model.blueprint import Params, normal, zeros
 from jaxhybrid.model.config import MixerConfig, ModelConfig
 from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext
-from jaxhybrid.model.partition import per_example
+from jaxhybrid.model.partition import own_heads
 
 
 class LinearMixer(nnx.Module):
@@ -26,14 +26,16 @@ class LinearMixer(nnx.Module):
 
     Config: ClassVar[type[MixerConfig]]  # its settings
     title: ClassVar[str]  # of the architecture, for the model card
+    state_heads: ClassVar[dict[str, int]] = {"memory": 1}  # the axis of heads (or their channels) in one layer's state
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         mixer = config.mixer
         assert mixer is not None
         D, H, K, N = config.hidden_size, config.num_heads, config.head_dim, config.num_states
-        per_head = ("embed", "heads", "head_dim")
+        per_head, per_state = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.q_proj, self.k_proj, self.v_proj = (
-            Linear(rngs, (D, heads, K), per_head, bias=mixer.qkv_bias) for heads in (H, N, N)
+            Linear(rngs, (D, heads, K), axes, bias=mixer.qkv_bias)
+            for heads, axes in ((H, per_head), (N, per_state), (N, per_state))
         )
         self.o_proj = Linear(rngs, (H, K, D), ("heads", "head_dim", "embed"), bias=config.o_bias, inputs=2)
         self.o_norm = RMSNorm(rngs, K, "head_dim", config.norm_eps)
@@ -46,9 +48,9 @@ class LinearMixer(nnx.Module):
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
-        """The memory of one layer before the first token; its size does not depend on `capacity`."""
+        """The memory of one layer before the first token, of this device's heads; it does not depend on `capacity`."""
         K = config.head_dim
-        return {"memory": jnp.zeros((batch, config.num_states, K, K), jnp.float32)}
+        return {"memory": jnp.zeros((batch, own_heads(config.num_states), K, K), jnp.float32)}
 
     @staticmethod
     def from_attention(attention: Params, config: ModelConfig) -> Params:
@@ -98,11 +100,11 @@ def recurrence(
     v: jax.Array,
     log_decay: jax.Array,
     beta: jax.Array | None,
-    segment_ids: jax.Array | None,
+    context: TokenContext,
     memory: jax.Array | None,
     norm_eps: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel on each device's own examples: (out [B,T,H,K], memory [B,N,K,K] after the last token).
+    """The kernel: (out [B,T,H,K], memory [B,N,K,K] after the last token).
 
     Args:
         log_decay: at most 0, in float32: [B,T,N], [B,T,N,K], or [N] where it does not depend on the token.
@@ -110,8 +112,11 @@ def recurrence(
         norm_eps: q and k are first divided by their length, this inside the root; None leaves them.
     """
     if log_decay.ndim == 1:
-        log_decay = per_example(lambda v, decay: jnp.broadcast_to(decay, v.shape[:3]), v, whole=(log_decay,))
-    return per_example(partial(linear_attention, norm_eps=norm_eps), q, k, v, log_decay, beta, segment_ids, memory)
+        log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
+    kernel = partial(linear_attention, norm_eps=norm_eps)
+    if context.first_token is not None:
+        kernel = partial(context_linear_attention, norm_eps=norm_eps, axis_name="context")
+    return kernel(q, k, v, log_decay, beta, context.segment_ids, memory)
 
 
 # --- initial decays

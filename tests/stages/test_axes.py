@@ -1,0 +1,136 @@
+"""Every stage, and decoding, on meshes of eight devices against one device: loss, updated parameters, decode state."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.decode import decode, initial_decode_state
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings, rows_sharding
+from jaxhybrid.model.transformer import Model, forward, model_variables, outputs
+from jaxhybrid.stages.align import align_step, linear_mixers
+from jaxhybrid.stages.distill import distill_step
+from jaxhybrid.stages.finetune import finetune_step
+from jaxhybrid.stages.score import candidate_params, score_step
+from jaxhybrid.train.optimizer import make_optimizer, start
+from jaxhybrid.weights.convert import convert
+from tests.conftest import make_batch, make_teacher
+from tests.tiny import training
+
+F = FULL_ATTENTION
+# A large eps keeps the first Adam update proportional to the gradient: with none it is the sign of rounding noise.
+RATES = training(10, learning_rate=1e-3, mixer_learning_rate=1e-2, eps=1e-2)
+CONVOLVED = GatedDeltaNetConfig(conv_size=3)
+FEW_STATES = GatedDeltaNetConfig(expand_kv=False)
+slow = pytest.mark.slow
+
+
+def mesh_of(shape):
+    return make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+
+def on(model, mesh):
+    return Model(jax.device_put(model.params, param_shardings(model_variables(model.config), mesh)), model.config)
+
+
+def stage_steps(teacher, linear, hybrid):
+    """name -> (parameters, step(state, teacher, batch), whose they are)."""
+    static = {"dtype": jnp.float32}
+
+    def score(state, teacher, batch, optimizer):
+        hidden, head = outputs(teacher, batch["tokens"], batch["segment_ids"])
+        batch = {**batch, "teacher_hidden": hidden}
+        return score_step(state, jnp.int32(2), batch, head, config=linear.config, optimizer=optimizer, **static)
+
+    def finetune(state, _, batch, optimizer):
+        return finetune_step(state, batch, config=hybrid.config, optimizer=optimizer, **static)
+
+    return {
+        "align": (lambda linear, *_: linear_mixers(linear.params), partial(align_step, config=linear.config, **static)),
+        "score": (lambda linear, _, teacher: candidate_params(linear, teacher, jnp.int32(2)), score),
+        "distill": (lambda _, hybrid, __: hybrid.params, partial(distill_step, config=hybrid.config, **static)),
+        "finetune": (lambda _, hybrid, __: hybrid.params, finetune),
+    }
+
+
+def update(stage, teacher, linear, hybrid, batch):
+    choose, step = stage_steps(teacher, linear, hybrid)[stage]
+    params = jax.jit(choose)(linear, hybrid, teacher)
+    optimizer = make_optimizer(RATES, params)
+    state = jax.jit(lambda params: start(params, optimizer))(params)
+    return jax.jit(partial(step, optimizer=optimizer))(state, teacher, batch)
+
+
+ALONE = [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)]
+PAIRS = [(2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (1, 1, 2, 4)]
+
+
+# 61 words do not divide, 60 divide over `tensor` and not over the rest, 64 over all; two K/V heads are fewer than four
+# devices of `tensor`.
+@pytest.mark.parametrize(
+    ("shape", "vocab_size", "mixer"),
+    [
+        ((1, 2, 2, 2), 60, CONVOLVED),
+        ((2, 1, 4, 1), 61, FEW_STATES),
+        *(pytest.param(shape, 64, GLAConfig(), marks=slow) for shape in ALONE),
+        *(pytest.param(shape, vocab, CONVOLVED, marks=slow) for shape, vocab in zip(PAIRS, (60, 61, 64) * 2)),
+    ],
+)
+@pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune"])
+def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
+    teacher = make_teacher(vocab_size=vocab_size, tie_embeddings=vocab_size == 60)
+    G = mixer.kind
+    linear, hybrid = (convert(teacher, types, mixer, jax.random.key(1)) for types in ((G,) * 4, (G, F, G, G)))
+    batch = make_batch(vocab_size, batch=shape[0] * shape[1])
+    expected, metrics = update(stage, teacher, linear, hybrid, batch)
+
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        placed = (on(model, mesh) for model in (teacher, linear, hybrid))
+        actual, sharded = update(stage, *placed, jax.device_put(batch, batch_sharding(mesh)))
+    np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(sharded["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        bound = 1e-5 * max(np.abs(b).max(), 1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+    for moments in jax.tree.leaves(actual.optimizer):
+        assert moments.ndim < 3 or shape[1] * shape[3] == 1 or not moments.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("shape", "mixer"), [((1, 2, 4, 1), FEW_STATES), ((2, 1, 2, 2), CONVOLVED), ((1, 2, 2, 2), GLAConfig())]
+)
+def test_decoding_on_a_mesh_equals_one_device(shape, mixer):
+    """Logits and state after a prompt and after one more token; heads that are fewer than devices lie there twice."""
+    teacher = make_teacher(vocab_size=60, num_layers=3)
+    model = convert(teacher, (mixer.kind, F, mixer.kind), mixer, jax.random.key(1))
+    tokens = np.random.default_rng(0).integers(0, 60, (8, 6)).astype(np.int32)
+    mask = (np.arange(6) >= np.arange(8)[:, None] % 3).astype(np.int32)
+
+    def run(model, tokens, mask):
+        first, state = decode(model, tokens[:, :5], initial_decode_state(model.config, 8, 8), mask[:, :5])
+        second, state = decode(model, tokens[:, 5:], state)
+        return first, second, state
+
+    expected = jax.jit(run)(model, tokens, mask)
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(run)(on(model, mesh), *jax.device_put((tokens, mask), rows_sharding(mesh)))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        for axis, (ours, theirs) in enumerate(zip(a.shape, b.shape)):
+            b = np.repeat(b, ours // theirs, axis)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_logits_of_a_split_model_equal_one_devices(teacher, batch):
+    expected = jax.jit(forward)(teacher, batch["tokens"], batch["segment_ids"])
+    mesh = mesh_of((1, 2, 2, 2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, batch_sharding(mesh))
+        actual = jax.jit(forward)(on(teacher, mesh), placed["tokens"], placed["segment_ids"])
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
