@@ -15,12 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-from jaxhybrid.model.partition import BATCH_AXES, make_mesh
+from jaxhybrid.model.partition import batch_sharding, make_mesh
 from jaxhybrid.model.transformer import Model, abstract_params
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.stages import DistillConfig
@@ -48,7 +46,7 @@ def measure(layers: int, softmax: tuple[int, ...], mesh: Any) -> tuple[float, fl
         params = abstract_params(student, mesh)
         optimizer = make_optimizer(DistillConfig(), params)
         state = jax.eval_shape(lambda params: start(params, optimizer), params)
-        tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
+        tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=batch_sharding(mesh))
         batch = {"tokens": tokens, "segment_ids": tokens}
         step = jax.jit(partial(distill_step, config=student, optimizer=optimizer), donate_argnums=0)
         began = time.process_time()

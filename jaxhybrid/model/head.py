@@ -111,7 +111,7 @@ def whole(logits: jax.Array, vocab_size: int) -> jax.Array:
     """[N,s] of this device's columns for all sharers' tokens -> [n,S] of its own tokens over the whole vocabulary."""
     own, devices = exchanged(logits, split=0, join=1), axis_size("tensor")
     per_device = -(-vocab_size // devices)
-    # The padding of the exchange is at the end of what one `tensor` device has; that of the vocabulary at the end of all.
+    # The exchange has its padding at the end of each `tensor` device's part, the vocabulary at the end of all.
     part = jax.lax.dynamic_update_slice_in_dim(
         jnp.zeros((own.shape[0], per_device * devices), own.dtype) + 0 * own[:1, :1],
         own[:, :per_device], axis_index("tensor") * per_device, 1,

@@ -84,7 +84,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, 
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     rest = [name for name, size in sizes.items() if size == -1]
-    if len(rest) > 1 or rest and rest[0] not in ROWS:
+    if len(rest) > 1 or (rest and rest[0] not in ROWS):
         raise TopologyError(f"mesh: {', '.join(rest)} are -1; only one of data and fsdp can take the rest.")
     told = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != -1)
     fixed = _product(size for size in sizes.values() if size != -1)
@@ -182,6 +182,12 @@ def _moved(spec: P, x: Any) -> Any:
     return x if getattr(jax.typeof(x).sharding, "spec", None) == spec else jax.reshard(x, spec)
 
 
+def repeated(x: jax.Array, repeats: int, axis: int) -> jax.Array:
+    """`jnp.repeat`, split over the mesh as x is."""
+    sharding = None if active_mesh() is None else jax.typeof(x).sharding
+    return jnp.repeat(x, repeats, axis=axis, out_sharding=sharding)
+
+
 # --- inside `on_shards`
 
 
@@ -269,11 +275,11 @@ def gather(declared: Params, params: Params, dtype: Any, sums: Any = jnp.float32
 
 
 def mark(declared: Params, params: Params) -> Params:
-    """Weights that are the same on some devices, marked so that their gradients are summed over those, in this dtype."""
+    """Weights that are the same on some devices, marked so that their gradients are summed over those."""
 
     def own(variable: nnx.Variable, x: jax.Array) -> jax.Array:
         split = mesh_axes(RULES.spec(variable.shape, variable.out_sharding, _sizes(), ""))
-        # Of one that makes or takes the whole width, which `tensor` does not split, every device has the whole gradient.
+        # What `tensor` does not split makes or takes the whole width, and every device has its whole gradient.
         is_whole = "embed" in variable.out_sharding and _shared_heads(variable) is None
         alike = [axis for axis in MESH_AXES if axis not in split and not (is_whole and axis == "tensor")]
         return differing(x, *alike)

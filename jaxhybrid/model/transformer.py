@@ -68,7 +68,7 @@ class Model:
         return self.params["head"]["kernel"]
 
     @property
-    def specs(self) -> Params:
+    def specs(self) -> Params | P:
         """How the parameters are split over the active mesh."""
         mesh = active_mesh()
         return P() if mesh is None else param_specs(self.declared, mesh)

@@ -57,8 +57,8 @@ def walk(
         params: of the whole model, in any dtype; computed in that of x.
         extra: per kind, what else `mix` gets: a stack with a row for each of its layers.
         softmax: [L] bool, traced: see `hidden_states`.
-        remat: what is kept for the backward pass. `none`: everything. `block`: x between the blocks. `dots`: the results
-            of matrix products, too. `offload`: x between the blocks, in the host's memory. Where kinds share a scan, with
+        remat: what is kept for the backward pass. `none`: everything. `block`: x between the blocks. `dots`: results of
+            matrix products, too. `offload`: x between the blocks, in the host's memory. Where kinds share a scan, with
             `block`, `mix` must close over no array: its gradient is taken when the scan's own arrays are gone.
         sums: dtype in which devices add up the gradients of their shared weights.
 

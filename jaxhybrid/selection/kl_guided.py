@@ -190,7 +190,8 @@ class _Programs:
             "chunk_tokens": self.settings.kl_chunk,
         }
         self.begin = jax.jit(lambda own, teacher, layer: start(candidate_params(own, teacher, layer), optimizer))
-        step = partial(score_step, optimizer=optimizer, remat=self.settings.remat, sums=jnp.dtype(config.mesh.sums), **static)
+        sums, remat = jnp.dtype(config.mesh.sums), self.settings.remat
+        step = partial(score_step, optimizer=optimizer, remat=remat, sums=sums, **static)
         self.step = jax.jit(step, donate_argnums=0)
         self._heldout = jax.jit(partial(candidate_kl, **static))
         self._teacher = jax.jit(

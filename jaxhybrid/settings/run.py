@@ -68,9 +68,7 @@ class MeshConfig(Section):
     fsdp: int = free(-1, "devices that share the parameters between them")
     tensor: int = free(1, "devices that share heads, MLP width and vocabulary")
     context: int = free(1, "devices that share the tokens of a row")
-    sums: Dtype = free(
-        "float32", "type in which devices add up gradients; bfloat16 halves these exchanges and rounds every partial sum"
-    )
+    sums: Dtype = free("float32", "type in which devices add up gradients; bfloat16 halves these exchanges, and rounds")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxhybrid.settings.budget import Budgets
-from jaxhybrid.settings.types import Count, Dtype, Fraction, Positive, RematPolicy, Schedule, Section, about, as_tuple, free
+from jaxhybrid.settings.types import (
+    Count,
+    Dtype,
+    Fraction,
+    Positive,
+    RematPolicy,
+    Schedule,
+    Section,
+    about,
+    as_tuple,
+    free,
+)
 
 STAGES = ("align", "score", "distill", "finetune")  # in their order
 

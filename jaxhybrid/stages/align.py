@@ -93,8 +93,11 @@ def _beside_teacher(
     own_specs = P() if mesh is None else param_specs(stacked, mesh)
     is_split = spec != P(BATCH_AXES, None)
     run = partial(_beside_own_teacher, teacher.config, config, kind, dtype, sums, is_split, gradients)
-    arguments = teacher.params, stack, batch["tokens"], batch["segment_ids"], tokens
-    losses, found = on_shards(run, arguments, (teacher.specs, own_specs, spec, spec, P()), (P(), own_specs))
+    arguments, found = (
+        (teacher.params, stack, batch["tokens"], batch["segment_ids"], tokens),
+        own_specs if gradients else P(),
+    )
+    losses, found = on_shards(run, arguments, (teacher.specs, own_specs, spec, spec, P()), (P(), found))
     return losses, {kind: found} if gradients else {}
 
 

@@ -13,12 +13,12 @@ from jaxhybrid.errors import TopologyError, WeightsError
 from jaxhybrid.model import attention
 from jaxhybrid.model.blueprint import bind
 from jaxhybrid.model.config import FULL_ATTENTION as F
-from jaxhybrid.model.layers import Block, segment_positions
+from jaxhybrid.model.layers import Block, TokenContext, segment_positions
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.mixers.linear import recurrence
-from jaxhybrid.model.partition import ShardingRules, batch_sharding, make_mesh, param_shardings
+from jaxhybrid.model.partition import MESH_AXES, make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, embed, final_norm, forward, hidden_states, model_variables, token_context
 from jaxhybrid.model.walk import collect, spread, walk
 from jaxhybrid.weights.convert import convert
@@ -152,11 +152,10 @@ def test_positions_restart_with_each_document():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tensor": 2}, "mesh.tensor=2: the tensor axis is not built yet"),
-        ({"context": 4}, "mesh.context=4"),
-        ({"data": 3}, "8 devices do not divide by the fixed mesh axis of 3"),
+        ({"data": 3}, "8 devices do not divide by the 3 of mesh data=3 x tensor=1 x context=1"),
         ({"data": 2, "fsdp": 2}, "needs 4 devices, there are 8"),
-        ({"data": -1, "fsdp": -1}, "only one of them"),
+        ({"data": -1, "fsdp": -1}, "only one of data and fsdp"),
+        ({"tensor": -1, "fsdp": 1}, "tensor are -1; only one of data and fsdp"),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
@@ -166,21 +165,28 @@ def test_meshes_that_do_not_fit_are_refused(sizes, message):
 
 def test_a_width_that_does_not_divide_is_named(teacher):
     config = replace(teacher.config, hidden_size=36)
-    with pytest.raises(TopologyError, match=r"36 does not divide over fsdp=8"):
-        param_shardings(model_variables(config), make_mesh(1, 8))
+    with pytest.raises(TopologyError, match=r"36 does not divide over fsdp=4 x context=2"):
+        param_shardings(model_variables(config), make_mesh(1, 4, 1, 2))
 
 
-def test_a_rule_for_an_axis_not_built_is_refused():
-    with pytest.raises(TopologyError, match="heads -> 'tensor'"):
-        ShardingRules(heads="tensor")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 45}, r"up_proj.*: 45 does not divide over tensor=2"),
+        ({"num_heads": 3, "num_kv_heads": 3}, r"k_proj.*: 3 does not divide over tensor=2"),
+    ],
+)
+def test_what_tensor_cannot_split_is_named(teacher, changes, message):
+    config = replace(teacher.config, **changes)
+    with pytest.raises(TopologyError, match=message):
+        param_shardings(model_variables(config), make_mesh(1, 4, 2, 1))
 
 
 @pytest.mark.parametrize(
     ("shape", "names", "kind", "message"),
     [
-        ((8,), ("x",), AxisType.Explicit, "needs 'data' and 'fsdp'"),
-        ((2, 4), ("data", "fsdp"), AxisType.Auto, "must be AxisType.Explicit"),
-        ((2, 2, 2), ("data", "fsdp", "tensor"), AxisType.Explicit, "'tensor' has size 2"),
+        ((8,), ("x",), AxisType.Explicit, "needs .*'context'"),
+        ((2, 4, 1, 1), MESH_AXES, AxisType.Auto, "must be AxisType.Explicit"),
     ],
 )
 def test_a_callers_mesh_of_another_kind_is_refused(teacher, shape, names, kind, message):
@@ -190,15 +196,12 @@ def test_a_callers_mesh_of_another_kind_is_refused(teacher, shape, names, kind, 
 
 
 def test_a_decay_may_be_the_layers_own():
-    """One number a state, whatever the token; on a mesh as on one device."""
+    """One number a state, whatever the token."""
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (8, 12, 4, 8)) for key in keys)
-    decay = -jnp.array([0.1, 0.2, 0.5, 1.0])
-    expected, _ = recurrence(q, k, v, jnp.broadcast_to(decay, (8, 12, 4)), None, None, None)
-    mesh = make_mesh(2, 4)
-    with jax.set_mesh(mesh):
-        placed = jax.device_put((q, k, v), batch_sharding(mesh))
-        actual, _ = jax.jit(lambda q, k, v: recurrence(q, k, v, decay, None, None, None))(*placed)
+    decay, whole_rows = -jnp.array([0.1, 0.2, 0.5, 1.0]), TokenContext(None, jnp.ones(()), jnp.ones(()))
+    expected, _ = recurrence(q, k, v, jnp.broadcast_to(decay, (8, 12, 4)), None, whole_rows, None)
+    actual, _ = recurrence(q, k, v, decay, None, whole_rows, None)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -36,12 +36,10 @@ def compile_alignment_step():
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
 
     from jaxhybrid.model.config import ModelConfig
     from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-    from jaxhybrid.model.partition import make_mesh
+    from jaxhybrid.model.partition import batch_sharding, make_mesh
     from jaxhybrid.model.transformer import Model, abstract_params
     from jaxhybrid.settings.stages import AlignConfig
     from jaxhybrid.stages.align import align_step, linear_mixers
@@ -69,7 +67,7 @@ def compile_alignment_step():
         mixers = linear_mixers(abstract_params(student, mesh))
         optimizer = make_optimizer(AlignConfig(), mixers)
         state = jax.eval_shape(lambda params: start(params, optimizer), mixers)
-        tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+        tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=batch_sharding(mesh))
         step = partial(align_step, config=student, optimizer=optimizer)
         batch = {"tokens": tokens, "segment_ids": tokens}
         compiled = (

@@ -12,7 +12,7 @@ from jaxhybrid.model.attention import project
 from jaxhybrid.model.blueprint import Params, normal, zeros
 from jaxhybrid.model.config import MixerConfig, ModelConfig
 from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext
-from jaxhybrid.model.partition import own_heads
+from jaxhybrid.model.partition import own_heads, repeated
 
 
 class LinearMixer(nnx.Module):
@@ -65,7 +65,7 @@ class LinearMixer(nnx.Module):
 
         def cloned(name: str, clones: int, leaves: tuple[str, ...] = leaves) -> Params:
             """Head i of the result is head i // clones; heads are the last axis but one of kernel and bias."""
-            return {leaf: jnp.repeat(attention[name][leaf], clones, axis=-2) for leaf in leaves}
+            return {leaf: repeated(attention[name][leaf], clones, axis=-2) for leaf in leaves}
 
         clones = config.num_states // config.num_kv_heads
         taken = {"q_proj": cloned("q_proj", 1), "k_proj": cloned("k_proj", clones), "v_proj": cloned("v_proj", clones)}
