@@ -19,7 +19,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_c
 
 import jax
 import jax.numpy as jnp
-from step_speed import SMOLLM2, SOFTMAX_LAYERS, packed_batch
+from shapes import SHAPES
+from step_speed import SOFTMAX_LAYERS, packed_batch
 
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -30,6 +31,7 @@ from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 
+SMOLLM2 = SHAPES["smollm2-135m"]
 SCOPES = (FULL_ATTENTION, GatedDeltaNetConfig.kind, "mlp", "head", "loss", "embed", "gather", "optimizer")
 
 
@@ -54,7 +56,7 @@ def main() -> None:
     optimizer = make_optimizer(DistillConfig(), student.params)
     step = partial(distill_step, config=student.config, optimizer=optimizer, chunk_tokens=8192)
     state, frozen = start(student.params, optimizer), teacher.cast(jnp.bfloat16)
-    batch = packed_batch(arguments.rows, arguments.length)
+    batch = packed_batch(arguments.rows, arguments.length, SMOLLM2.vocab_size)
     compiled = jax.jit(step).lower(state, frozen, batch).compile()
     scopes = scopes_by_instruction(compiled.as_text())
     jax.block_until_ready(compiled(state, frozen, batch))

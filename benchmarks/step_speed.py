@@ -2,9 +2,11 @@
 
     python benchmarks/step_speed.py                                  # the sizes of configs/smollm2-135m.yaml, on a GPU
     python benchmarks/step_speed.py --implementations pallas_gpu xla --rows 64
+    python benchmarks/step_speed.py --shape qwen2.5-1.5b --rows 8 --length 4096 --implementations pallas_gpu
 
-The step is the one that a run compiles, for a model of SmolLM2-135M's shape with random weights, on random tokens in
-documents of 100 to 400 tokens; neither changes what a step costs. Median of the steps after the first two.
+The step is the one that a run compiles, on a mesh of the devices that are here, for a model of that shape with random
+weights and a quarter of its layers softmax, on random tokens in documents of 100 to 400 tokens; neither changes what a
+step costs. Median of the steps after the first two.
 """
 
 import argparse
@@ -16,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxhybrid_kernels import linear_attention
+from shapes import SHAPES, quarter
 
 from jaxhybrid.measure import peak_memory_bytes
-from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS, linear
-from jaxhybrid.model.transformer import Model, random_params
+from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
+from jaxhybrid.model.transformer import Model, model_variables, random_params
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.stages import DistillConfig
 from jaxhybrid.stages.align import align_step, linear_mixers
@@ -28,30 +31,17 @@ from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 
-SMOLLM2 = ModelConfig(
-    family="llama",
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    norm_eps=1e-5,
-    max_position_embeddings=8192,
-    tie_embeddings=True,
-)
-SOFTMAX_LAYERS = (0, 2, 5, 8, 17, 18, 20, 23)  # what KL-guided selection keeps of the real model
+SOFTMAX_LAYERS = (0, 2, 5, 8, 17, 18, 20, 23)  # what KL-guided selection keeps of SmolLM2-135M
 
 
-def packed_batch(rows: int, length: int) -> dict[str, jax.Array]:
+def packed_batch(rows: int, length: int, vocab_size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     ids = np.zeros((rows, length), np.int32)
     for row in ids:
         ends = np.cumsum(rng.integers(100, 400, size=length // 100 + 1))
         row[:] = np.searchsorted(ends, np.arange(length), side="right") + 1
-    tokens = rng.integers(0, SMOLLM2.vocab_size, size=(rows, length), dtype=np.int32)
-    return {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(ids)}
+    tokens = rng.integers(0, vocab_size, size=(rows, length), dtype=np.int32)
+    return {"tokens": tokens, "segment_ids": ids}
 
 
 def seconds_per_step(step: Any, state: Any, frozen: Any, batch: dict[str, jax.Array], steps: int) -> float:
@@ -70,37 +60,56 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_gpu"])
     parser.add_argument("--stages", nargs="+", default=["align", "distill"], choices=["align", "distill"])
     parser.add_argument("--mixer", default="gated_deltanet", choices=list(LINEAR_MIXERS))
+    parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
+    parser.add_argument("--remat", default="block", choices=["none", "block", "dots", "offload"])
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens whose logits are held at once")
     parser.add_argument("--steps", type=int, default=10)
+    for axis in ("fsdp", "tensor", "context"):
+        parser.add_argument(f"--{axis}", type=int, default=-1 if axis == "fsdp" else 1)
     arguments = parser.parse_args()
 
-    params = jax.jit(lambda key: random_params(SMOLLM2, key))(jax.random.key(0))
-    teacher = Model(params, SMOLLM2)
-    frozen = teacher.cast(jnp.bfloat16)
-    batch = packed_batch(arguments.rows, arguments.length)
+    shape, mesh = SHAPES[arguments.shape], make_mesh(1, arguments.fsdp, arguments.tensor, arguments.context)
+    softmax = SOFTMAX_LAYERS if arguments.shape == "smollm2-135m" else quarter(shape.num_layers)
+    batch = packed_batch(arguments.rows, arguments.length, shape.vocab_size)
     tokens = arguments.rows * arguments.length
-    stages: dict[str, tuple[Any, tuple[int, ...], dict[str, int]]] = {
+    stages: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         "align": (align_step, (), {}),
-        "distill": (distill_step, SOFTMAX_LAYERS, {"chunk_tokens": 8192}),
+        "distill": (distill_step, softmax, {"chunk_tokens": arguments.chunk, "remat": arguments.remat}),
     }
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.rows} rows of {arguments.length} tokens")
-    for name in arguments.stages:
-        stage, softmax, given = stages[name]
-        types = layer_types(SMOLLM2.num_layers, softmax, arguments.mixer)
-        student = convert(teacher, types, LINEAR_MIXERS[arguments.mixer].Config(), jax.random.key(1))
-        for implementation in arguments.implementations:
-            linear.linear_attention = partial(linear_attention, implementation=implementation)
-            trained = linear_mixers(student.params) if name == "align" else student.params
-            trained = jax.tree.map(jnp.copy, trained)
-            optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), trained)
-            step = partial(stage, config=student.config, optimizer=optimizer, **given)
-            seconds = seconds_per_step(step, start(trained, optimizer), frozen, batch, arguments.steps)
-            print(
-                f"{name:8} {implementation:11} {1e3 * seconds:7.1f} ms a step, {tokens / seconds:9,.0f} tokens/s, "
-                f"peak so far {peak_memory_bytes() / 2**30:.1f} GiB",
-                flush=True,
-            )
+    print(
+        f"{mesh.devices.size} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.shape}, "
+        f"{arguments.rows} rows of {arguments.length} tokens"
+    )
+    mixer = LINEAR_MIXERS[arguments.mixer].Config()
+    with jax.set_mesh(mesh):
+        shardings = param_shardings(model_variables(shape), mesh)
+        made = jax.jit(lambda key: Model(random_params(shape, key), shape).cast(jnp.bfloat16).params)
+        frozen = Model(jax.device_put(made(jax.random.key(0)), shardings), shape)
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        for name in arguments.stages:
+            stage, kept, given = stages[name]
+            types = layer_types(shape.num_layers, kept, arguments.mixer)
+            config = jax.eval_shape(lambda t, types=types: convert(t, types, mixer, jax.random.key(1)), frozen).config
+            for implementation in arguments.implementations:
+                linear.linear_attention = partial(linear_attention, implementation=implementation)
+
+                def trained(types: Any = types, name: str = name) -> Any:
+                    student = convert(frozen, types, mixer, jax.random.key(1))
+                    params = linear_mixers(student.params) if name == "align" else student.params
+                    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+                optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), jax.eval_shape(trained))
+                state = jax.jit(lambda trained=trained, optimizer=optimizer: start(trained(), optimizer))()
+                step = partial(stage, config=config, optimizer=optimizer, **given)
+                seconds = seconds_per_step(step, state, frozen, batch, arguments.steps)
+                print(
+                    f"{name:8} {implementation:11} {1e3 * seconds:7.1f} ms a step, {tokens / seconds:9,.0f} tokens/s, "
+                    f"peak so far {peak_memory_bytes() / 2**30:.1f} GiB",
+                    flush=True,
+                )
+                del state
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def _kl(logits: jax.Array, _: jax.Array, teacher_logits: jax.Array) -> tuple[jax
     q, p = jnp.exp(logits - tops[0][:, None]), jnp.exp(teacher_logits - tops[1][:, None])
     sums = jnp.stack([jnp.sum(x, -1) for x in (q, p, p * (teacher_logits - logits))])
     q_sum, p_sum, difference = total(sums, *SHARERS)
-    kl = difference / p_sum - (tops[1] + jnp.log(p_sum)) + tops[0] + jnp.log(q_sum)
+    kl = difference / p_sum + (tops[0] - tops[1]) + (jnp.log(q_sum) - jnp.log(p_sum))
     return kl, q / q_sum[:, None] - p / p_sum[:, None]
 
 

@@ -69,9 +69,9 @@ class Model:
 
     @property
     def specs(self) -> Params | P:
-        """How the parameters are split over the active mesh."""
-        mesh = active_mesh()
-        return P() if mesh is None else param_specs(self.declared, mesh)
+        """How the parameters are split over the active mesh; errors as `declared` and `param_specs`."""
+        declared, mesh = self.declared, active_mesh()
+        return P() if mesh is None else param_specs(declared, mesh)
 
     @property
     def declared(self) -> Params:

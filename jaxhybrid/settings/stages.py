@@ -45,8 +45,8 @@ class StageConfig(Section):
     clip_norm: Positive | None = about(1.0, "largest global gradient norm; null does not clip")
     remat: RematPolicy = free(
         "block",
-        "what the backward pass computes again. none: nothing; dots: all but matrix products; block: each block from its "
-        "input, a third more time; offload: so, with the inputs in the host's memory",
+        "what the backward pass computes again. none: nothing; dots: all but matrix products; block: each block from "
+        "its input, a third more time; offload: so, with the inputs in the host's memory",
     )
     checkpoint_every: Count = free(500, "steps between checkpoints")
     log_every: Count = free(10, "steps between lines of metrics.jsonl")
