@@ -354,7 +354,7 @@ def splash_attention(
         jnp.pad(key_starts, ((0, 0), (0, after_k)), constant_values=-2),
     )
     pairs = _seeing_blocks(query_starts, first, block_q, block_k, (M + after_k) // block_k)
-    places = jnp.broadcast_to(first + jnp.arange(Q + after_q, dtype=jnp.int32), segments.q.shape)
+    places: Any = jnp.broadcast_to(first + jnp.arange(Q + after_q, dtype=jnp.int32), segments.q.shape)
     by_key, by_query = (
         MaskInfo(_nearest(pairs, axis), None, pairs.astype(jnp.int32)[:, None], None, places) for axis in (2, 1)
     )
