@@ -1,12 +1,12 @@
 """softmax(q k' / sqrt(K)) v over earlier tokens of the same document, in memory linear in the row.
 
-No form makes an array of tokens by tokens. On TPUs JAX's splash attention runs, on NVIDIA GPUs cuDNN, elsewhere and for
-32 bits plain JAX. docs/attention.md has the figures, and what was tried besides.
+Only rows that are short make an array of tokens by tokens. On TPUs JAX's splash attention runs, on NVIDIA GPUs cuDNN,
+elsewhere and for 32 bits plain JAX. docs/attention.md has the figures, and what was tried besides.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ from jaxhybrid.model.layers import exact_dtype
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
 QUERY_BLOCK = 1024  # queries of a block of the plain form
+GPU_ROW = 2048  # keys up to which cuDNN gets one mask for all queries, and its gradient computes nothing again
 GPU_QUERY_BLOCK = 512
 GPU_QUERIES = 4096  # that one call of cuDNN should have at least, to fill the chip
 TPU_BLOCK = 512  # queries, and keys, of a block of splash attention
 TPU_LONG_BLOCK, TPU_LONG = 1024, 32768  # in longer rows: a table of all pairs of blocks is in scalar memory
 LANES = 128
+CUDNN: Literal["cudnn", "xla"] = "cudnn"
 
 # (q [N,Q,H,K], k and v [N,W,G,K], visible [N,Q,W]) -> [N,Q,H,K]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -61,6 +63,8 @@ def causal_attention(
     q, k, v, starts, query_starts, first = _varying_alike(q, k, v, starts, query_starts, first)
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0:
         return splash_attention(q, k, v, query_starts, starts, first)
+    if platform == "gpu" and short and k.shape[1] <= GPU_ROW:
+        return _cudnn_short(q, k, v, query_starts, first, is_causal=first_query is None)
     if platform == "gpu" and short:
         size = min(GPU_QUERY_BLOCK, Q + -Q % 8)
         blocks = size, max(1, min(GPU_QUERIES // (B * size), Q // size))
@@ -128,14 +132,25 @@ def _plain_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) 
 
 
 def _cudnn_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=CUDNN)
+
+
+def _cudnn_short(
+    q: jax.Array, k: jax.Array, v: jax.Array, query_starts: jax.Array, first: jax.Array, is_causal: bool
+) -> jax.Array:
+    Q, M = q.shape[1], k.shape[1]
+    q, (k, v) = _pad_tokens(q, 0, Q % 2), (_pad_tokens(x, 0, M % 2) for x in (k, v))  # cuDNN refuses odd lengths
+    visible = _visible(jnp.pad(query_starts, ((0, 0), (0, Q % 2))), first, M + M % 2)
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], is_causal=is_causal, implementation=CUDNN)[
+        :, :Q
+    ]
 
 
 def _cudnn_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     T = q.shape[1]
-    if T % 2:  # which cuDNN refuses; nothing looks at a token after the last
+    if T % 2:  # nothing looks at a token after the last
         q, k, v = (_pad_tokens(x, 0, 1) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")[:, :T]
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=CUDNN)[:, :T]
 
 
 def _cudnn_windowed(
