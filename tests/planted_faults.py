@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 UPDATES = "tests/stages/test_updates.py::test_two_updates_equal_the_method_written_out"
 WIRING = "tests/test_wiring.py"
 MODEL = "tests/model/test_model.py"
+SOFTMAX = "tests/model/test_softmax.py"
 OPTIMIZER = "tests/train/test_optimizer.py"
 QUALITY = "tests/evaluate/test_quality.py"
 CONVERT = "tests/weights/test_convert.py"
@@ -38,6 +39,35 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # Softmax attention.
+    Fault(
+        "softmax: a query sees the document before its own",
+        "model/softmax.py",
+        "return (key >= query_starts[..., None]) & (key <= query[:, None])",
+        "return (key >= query_starts[..., None] - 1) & (key <= query[:, None])",
+        f"{SOFTMAX}::test_plain_form[float32-1024-3-1-packed]",
+    ),
+    Fault(
+        "softmax: a window too narrow by a block",
+        "model/softmax.py",
+        "needed = jnp.max(ends - starts[:, :: window.queries])",
+        "needed = jnp.max(ends - starts[:, :: window.queries]) - window.queries",
+        f"{SOFTMAX}::test_form_of_gpus[packed-0]",
+    ),
+    Fault(
+        "softmax: a window's gradient at another place",
+        "model/softmax.py",
+        "place = plan.before + window.first_key(at)",
+        "place = window.first_key(at)",
+        f"{SOFTMAX}::test_form_of_gpus[packed-0]",
+    ),
+    Fault(
+        "softmax: blocks skipped as if the slice began the row",
+        "model/softmax.py",
+        "highest = (first + jnp.minimum(begins + block_q, Q) - 1) // block_k",
+        "highest = (jnp.minimum(begins + block_q, Q) - 1) // block_k",
+        f"{SOFTMAX}::test_slices_of_the_queries[splash-none]",
+    ),
     # Which layer gets which row.
     Fault(
         "walk: a kind's rows at the layers of another",

@@ -1,39 +1,69 @@
-"""The fused attention of GPU runs against the portable form, by `make test-gpu`: documents, padding, grouped heads."""
+"""The attention of GPU runs against plain JAX, by `make test-gpu`: documents, padding, grouped heads, slices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.model import attention
+from jaxhybrid.model.softmax import causal_attention
 
 pytestmark = pytest.mark.gpu
 
-SIZES = [(128, 4, 2, 64), (1000, 3, 1, 128), (257, 9, 3, 64), (11, 2, 1, 64)]  # odd lengths among them
+SIZES = [(128, 4, 2, 64), (1000, 3, 1, 128), (257, 9, 3, 64), (11, 2, 1, 64), (2600, 4, 1, 64)]  # odd ones among them
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("length", "heads", "groups", "width"), SIZES)
-def test_fused_equals_portable(packed, length, heads, groups, width):
+def documents(kind, length):
+    if kind == "none":
+        return None
+    if kind == "one":
+        return jnp.ones((2, length), jnp.int32)
+    if kind == "short":
+        return jnp.asarray(np.stack([np.arange(length) // 3, np.arange(length) // 7]) + 1, jnp.int32)
+    ids = np.repeat([0, 1, 1, 2, 0, 3, 3, 3, 4, 0], -(-length // 10))[:length]  # padding at both ends and between
+    return jnp.asarray(np.stack([ids, ids[::-1]]), jnp.int32)
+
+
+def compare(run, q, k, v, d_out, real):
     """Values and each gradient: both are bfloat16, so each is compared with float32 arithmetic on the same inputs."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, d_out = (jax.random.normal(key, (2, length, heads, width), jnp.bfloat16) for key in keys[:2])
-    k, v = (jax.random.normal(key, (2, length, groups, width), jnp.bfloat16) for key in keys[2:])
-    segments = None
-    if packed:  # documents of several lengths, padding on either side and between
-        ids = np.repeat([0, 1, 1, 2, 0, 3, 3, 3, 4, 0], -(-length // 10))[:length]
-        segments = jnp.asarray(np.stack([ids, np.roll(ids, 17)]), jnp.int32)
-        d_out = d_out * (segments != 0)[..., None, None]  # what padding gives is nobody's business
 
-    def run(q, k, v):
-        out, pull = jax.vjp(lambda *x: attention.causal_attention(*x, segments), q, k, v)
-        return out if segments is None else out * (segments != 0)[..., None, None], *pull(d_out.astype(out.dtype))
+    def both(q, k, v):
+        out, pull = jax.vjp(run, q, k, v)
+        return out * real, *pull((d_out * real).astype(out.dtype))  # what padding gives is nobody's business
 
-    fused = jax.jit(run)
+    fused = jax.jit(both)
     assert "cudnn" in fused.lower(q, k, v).as_text().lower()
     actual = fused(q, k, v)
-    expected = jax.jit(run)(*(x.astype(jnp.float32) for x in (q, k, v)))  # 32 bits take the portable form
+    expected = jax.jit(both)(*(x.astype(jnp.float32) for x in (q, k, v)))  # 32 bits take the plain form
     for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
         a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
         assert np.all(np.isfinite(a)), name
         assert np.abs(a - b).max() < 0.02 * np.abs(b).max(), name
+
+
+def inputs(length, heads, groups, width):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, d_out = (jax.random.normal(key, (2, length, heads, width), jnp.bfloat16) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, length, groups, width), jnp.bfloat16) for key in keys[2:])
+    return q, k, v, d_out
+
+
+@pytest.mark.parametrize("kind", ["none", "one", "short", "padded"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_fused_equals_plain(kind, sizes):
+    q, k, v, d_out = inputs(*sizes)
+    ids = documents(kind, sizes[0])
+    real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[..., None, None]
+    compare(lambda q, k, v: causal_attention(q, k, v, ids), q, k, v, d_out, real)
+
+
+@pytest.mark.parametrize("kind", ["none", "short", "padded"])
+def test_slices_of_the_queries(kind):
+    q, k, v, d_out = inputs(2600, 4, 1, 64)
+    ids = documents(kind, 2600)
+    place = jnp.int32(1300)
+    real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[:, 1300:, None, None]
+
+    def run(q, k, v):
+        return causal_attention(q, k, v, None, key_segment_ids=ids, first_query=place)
+
+    compare(run, q[:, 1300:], k, v, d_out[:, 1300:], real)

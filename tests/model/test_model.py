@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxhybrid.errors import TopologyError, WeightsError
-from jaxhybrid.model import attention
 from jaxhybrid.model.blueprint import bind
 from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.layers import Block, TokenContext, segment_positions
@@ -92,22 +91,6 @@ def test_bfloat16_is_near_float32(model, batch):
     high = logits(model, batch["tokens"], batch["segment_ids"])
     a, b = np.asarray(low, np.float64).ravel(), np.asarray(high, np.float64).ravel()
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
-
-
-@pytest.mark.parametrize("length", [10, 16, 17, 40])
-def test_attention_in_blocks_equals_attention_at_once(monkeypatch, length):
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (2, length, 4, 8))
-    k, v = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[1:])
-    segments = jnp.asarray(np.arange(length)[None] // 7 + 1).repeat(2, 0)
-
-    def run(q, k, v):
-        return jnp.sum(jnp.sin(attention.causal_attention(q, k, v, segments)))
-
-    whole = jax.value_and_grad(run, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
-    blocks = jax.value_and_grad(run, (0, 1, 2))(q, k, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), blocks, whole)
 
 
 @pytest.mark.parametrize("types", [(G, G, F, G, F, F), (F, F, G), (G,), (F, G, F, G)])

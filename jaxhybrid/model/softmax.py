@@ -1,0 +1,473 @@
+"""softmax(q k' / sqrt(K)) v over earlier tokens of the same document, in memory linear in the row.
+
+Only rows that are short make an array of tokens by tokens. On TPUs JAX's splash attention runs, on NVIDIA GPUs cuDNN,
+elsewhere and for 32 bits plain JAX. docs/attention.md has the figures, and what was tried besides.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+from jax.sharding import PartitionSpec as P
+from jaxhybrid_kernels.numerics import target_platform
+
+from jaxhybrid.model.layers import exact_dtype
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
+QUERY_BLOCK = 1024  # queries of a block of the plain form
+GPU_ROW = 2048  # keys up to which cuDNN gets one mask for all queries, and its gradient computes nothing again
+GPU_QUERY_BLOCK = 512
+GPU_QUERIES = 4096  # that one call of cuDNN should have at least, to fill the chip
+TPU_BLOCK = 512  # queries, and keys, of a block of splash attention
+TPU_LONG_BLOCK, TPU_LONG = 1024, 32768  # in longer rows: a table of all pairs of blocks is in scalar memory
+LANES = 128
+CUDNN: Literal["cudnn", "xla"] = "cudnn"
+
+# (q [N,Q,H,K], k and v [N,W,G,K], visible [N,Q,W]) -> [N,Q,H,K]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    key_segment_ids: jax.Array | None = None,
+    first_query: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k' / sqrt(K)) v over the keys of a query's document up to its own: [B,Q,H,K] in q's dtype.
+
+    For arrays of one device: call it without a mesh, or inside `jax.shard_map`.
+
+    Args:
+        q, k, v: [B,Q,H,K] and [B,M,G,K], G divides H.
+        segment_ids: [B,Q] or None: all one document. A document is one run of equal ids; so is padding.
+        key_segment_ids: [B,M], where keys are not those of the queries.
+        first_query: traced int32: the place of the first query on the keys' axis, at most M - Q. None: 0, and M is Q.
+    """
+    if key_segment_ids is None:
+        assert first_query is None or segment_ids is None, "queries that are a slice need the ids of all keys"
+        key_segment_ids = segment_ids
+    platform, short = target_platform(), q.dtype in (jnp.bfloat16, jnp.float16)
+    if platform == "gpu" and short and key_segment_ids is None and first_query is None:
+        return _cudnn_causal(q, k, v)
+    B, Q = q.shape[:2]
+    starts = _run_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
+    first = jnp.int32(0) if first_query is None else first_query
+    query_starts = starts if first_query is None else jax.lax.dynamic_slice_in_dim(starts, first, Q, 1)
+    q, k, v, starts, query_starts, first = _varying_alike(q, k, v, starts, query_starts, first)
+    if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0:
+        return splash_attention(q, k, v, query_starts, starts, first)
+    if platform == "gpu" and short and k.shape[1] <= GPU_ROW:
+        return _cudnn_short(q, k, v, query_starts, first, is_causal=first_query is None)
+    if platform == "gpu" and short:
+        size = min(GPU_QUERY_BLOCK, Q + -Q % 8)
+        blocks = size, max(1, min(GPU_QUERIES // (B * size), Q // size))
+        if first_query is None:
+            return _cudnn_documents(q, k, v, starts, first, blocks)
+        return _cudnn_windowed(q, k, v, query_starts, first, blocks)
+    if Q <= QUERY_BLOCK:
+        return _plain_masked(q, k, v, _visible(query_starts, first, k.shape[1]))
+    return windowed_attention(q, k, v, query_starts, first, attend=_plain_masked, size=QUERY_BLOCK, at_once=1)
+
+
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    cache_segment_ids: jax.Array | None,
+    first_query: jax.Array,
+) -> jax.Array:
+    """Of q [B,Q,H,K], whose own keys are in slots first_query, first_query+1, ... of the cache k, v [B,M,G,K]."""
+    visible = (jnp.arange(k.shape[1])[None, :] <= first_query + jnp.arange(q.shape[1])[:, None])[None]
+    if segment_ids is not None and cache_segment_ids is not None:
+        visible = visible & (segment_ids[:, :, None] == cache_segment_ids[:, None, :])
+    return _plain_masked(q, k, v, visible)
+
+
+def _run_starts(segment_ids: jax.Array) -> jax.Array:
+    """Where the run of equal ids began that each token is in, int32 [B,M]."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def _visible(query_starts: jax.Array, first: jax.Array, keys: int) -> jax.Array:
+    """[B,Q,keys]: the key is not before the query's document and not after the query."""
+    key = jnp.arange(keys, dtype=jnp.int32)
+    query = first + jnp.arange(query_starts.shape[1], dtype=jnp.int32)
+    return (key >= query_starts[..., None]) & (key <= query[:, None])
+
+
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays, all varying along every manual mesh axis along which any of them does."""
+    axes = frozenset[Any]().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    return [_varying_along(x, axes) for x in arrays]
+
+
+def _varying_along(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+# --- Plain JAX, and cuDNN ---------------------------------------------------------------------------------------------
+
+
+def _plain_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """q [N,Q,H,K], k and v [N,M,G,K], visible [N or 1,Q,M]; scores and softmax in float32."""
+    N, Q, H, K = q.shape
+    G = k.shape[2]
+    scores = jnp.einsum(
+        "bqgrk,bmgk->bgrqm", q.reshape(N, Q, G, H // G, K), k, preferred_element_type=exact_dtype(q.dtype)
+    )
+    scores = jnp.where(visible[:, None, None], scores * K**-0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrqm,bmgk->bqgrk", weights, v).reshape(N, Q, H, K)
+
+
+def _cudnn_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=CUDNN)
+
+
+def _cudnn_short(
+    q: jax.Array, k: jax.Array, v: jax.Array, query_starts: jax.Array, first: jax.Array, is_causal: bool
+) -> jax.Array:
+    Q, M = q.shape[1], k.shape[1]
+    q, (k, v) = _pad_tokens(q, 0, Q % 2), (_pad_tokens(x, 0, M % 2) for x in (k, v))  # cuDNN refuses odd lengths
+    visible = _visible(jnp.pad(query_starts, ((0, 0), (0, Q % 2))), first, M + M % 2)
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], is_causal=is_causal, implementation=CUDNN)[
+        :, :Q
+    ]
+
+
+def _cudnn_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    T = q.shape[1]
+    if T % 2:  # nothing looks at a token after the last
+        q, k, v = (_pad_tokens(x, 0, 1) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=CUDNN)[:, :T]
+
+
+def _cudnn_windowed(
+    q: jax.Array, k: jax.Array, v: jax.Array, query_starts: jax.Array, first: jax.Array, blocks: tuple[int, int]
+) -> jax.Array:
+    size, at_once = blocks
+    return windowed_attention(q, k, v, query_starts, first, attend=_cudnn_masked, size=size, at_once=at_once)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _cudnn_documents(
+    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, first: jax.Array, blocks: tuple[int, int]
+) -> jax.Array:
+    """Without a mask where every row is one document. The gradient computes the attention once more."""
+    return jax.lax.cond(jnp.all(starts == 0), *_cudnn_branches(starts, first, blocks), q, k, v)
+
+
+def _cudnn_branches(
+    starts: jax.Array, first: jax.Array, blocks: tuple[int, int]
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    return _cudnn_causal, lambda q, k, v: _cudnn_windowed(q, k, v, starts, first, blocks)
+
+
+def _cudnn_documents_forward(q: Any, k: Any, v: Any, starts: Any, first: Any, blocks: tuple[int, int]) -> Any:
+    return _cudnn_documents(q, k, v, starts, first, blocks), (q, k, v, starts, first)
+
+
+def _cudnn_documents_backward(blocks: tuple[int, int], saved: Any, d_out: jax.Array) -> Any:
+    *operands, starts, first = saved
+    pulls = [lambda *x, run=run: jax.vjp(run, *x)[1](d_out) for run in _cudnn_branches(starts, first, blocks)]
+    return *jax.lax.cond(jnp.all(starts == 0), *pulls, *operands), None, None
+
+
+_cudnn_documents.defvjp(_cudnn_documents_forward, _cudnn_documents_backward)
+
+
+def _pad_tokens(x: jax.Array, before: int, after: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)))
+
+
+# --- Blocks of queries against a window of the keys -------------------------------------------------------------------
+
+
+class _Window(NamedTuple):
+    """What a step hands to attention: `blocks` blocks of `queries`, each with `keys` keys up to its last query's."""
+
+    blocks: int
+    queries: int
+    keys: int
+    moves: bool = True  # False: the same keys for every step
+
+    def first_key(self, at: jax.Array) -> jax.Array:
+        """Of the first block of the step whose first query is at `at`."""
+        return at + self.queries - self.keys if self.moves else jnp.zeros_like(at)
+
+    @property
+    def span(self) -> int:
+        """The keys of all its blocks, which overlap."""
+        return (self.blocks - 1) * self.queries + self.keys
+
+
+class _Plan(NamedTuple):
+    attend: Attend
+    windows: tuple[_Window, ...]  # narrow to wide; the last holds all keys
+    before: int  # keys of padding before the first
+
+    @property
+    def step(self) -> int:
+        return self.windows[0].blocks * self.windows[0].queries
+
+
+def windowed_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_starts: jax.Array,
+    first: jax.Array,
+    *,
+    attend: Attend,
+    size: int,
+    at_once: int,
+) -> jax.Array:
+    """Of q [B,Q,H,K], at first, first+1, ... of the keys [B,M,G,K], each to those from query_starts [B,Q] to its own.
+
+    A step takes `at_once` blocks of `size` queries, and of windows with 2, 4, 8, ... times as many keys, or all keys,
+    the least that holds what they see. The gradient computes a step's attention once more.
+    """
+    Q, M, step = q.shape[1], k.shape[1], size * at_once
+    padding = -Q % step
+    after = padding + -(M + padding) % 8
+    windows = [_Window(at_once, size, 2 * size)]
+    while windows[-1].keys <= M // 2:
+        windows.append(windows[-1]._replace(keys=2 * windows[-1].keys))
+    windows[-1] = _Window(1, step, M + after, moves=False)
+    before = max((window.keys for window in windows[:-1]), default=0)
+    k, v = (_pad_tokens(x, before, after) for x in (k, v))
+    own = jnp.broadcast_to(first + jnp.arange(Q, Q + padding, dtype=jnp.int32), (q.shape[0], padding))
+    starts = jnp.concatenate([query_starts, own], axis=1)  # queries of the padding see themselves
+    return _windowed(_pad_tokens(q, 0, padding), k, v, starts, first, _Plan(attend, tuple(windows), before))[:, :Q]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _windowed(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, first: jax.Array, plan: _Plan) -> jax.Array:
+    def step(args: Any) -> jax.Array:
+        at, q, starts = args
+        run = [partial(_step, plan=plan, window=window) for window in plan.windows]
+        spans = [partial(_span, window=window, before=plan.before) for window in plan.windows]
+        branches = [lambda q, k, v, f=f, s=s: f(q, s(k, at), s(v, at), starts, at) for f, s in zip(run, spans)]
+        return jax.lax.switch(_which(plan, starts, at), branches, q, k, v)
+
+    return _joined(jax.lax.map(step, (_places(q, first, plan), _split(q, plan), _split(starts, plan))))
+
+
+def _windowed_forward(q: Any, k: Any, v: Any, starts: Any, first: Any, plan: _Plan) -> Any:
+    return _windowed(q, k, v, starts, first, plan), (q, k, v, starts, first)
+
+
+def _windowed_backward(plan: _Plan, saved: Any, d_out: jax.Array) -> Any:
+    q, k, v, starts, first = saved
+
+    def step(sums: Any, args: Any) -> Any:
+        at, q, starts, d_out = args
+
+        def pull(window: _Window, sums: Any, q: jax.Array, d_out: jax.Array) -> Any:
+            span = partial(_span, window=window, before=plan.before)
+            run = partial(_step, starts=starts, at=at, plan=plan, window=window)
+            d_q, *d_keys = jax.vjp(run, q, span(k, at), span(v, at))[1](d_out)
+            place = plan.before + window.first_key(at)
+            added = [span(total, at) + d.astype(total.dtype) for total, d in zip(sums, d_keys)]
+            return [jax.lax.dynamic_update_slice_in_dim(a, b, place, 1) for a, b in zip(sums, added)], d_q
+
+        return jax.lax.switch(_which(plan, starts, at), [partial(pull, w) for w in plan.windows], sums, q, d_out)
+
+    sums = [jnp.zeros_like(x, dtype=exact_dtype(x.dtype)) for x in (k, v)]
+    scanned = (_places(q, first, plan), *(_split(x, plan) for x in (q, starts, d_out)))
+    (d_k, d_v), d_q = jax.lax.scan(step, sums, scanned)
+    return _joined(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+_windowed.defvjp(_windowed_forward, _windowed_backward)
+
+
+def _step(
+    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, at: jax.Array, *, plan: _Plan, window: _Window
+) -> jax.Array:
+    """Of the queries at at, at+1, ... to their window's span of keys: [B,step,H,K]."""
+    B = q.shape[0]
+    blocks, queries, keys, _ = window
+
+    def per_block(x: jax.Array) -> jax.Array:
+        return x.reshape(B * blocks, queries, *x.shape[2:])
+
+    def windows(x: jax.Array) -> jax.Array:
+        parts = [jax.lax.slice_in_dim(x, b * queries, b * queries + keys, axis=1) for b in range(blocks)]
+        return jnp.stack(parts, axis=1).reshape(B * blocks, keys, *x.shape[2:])
+
+    shift = queries * jnp.arange(blocks, dtype=jnp.int32)[:, None, None]
+    query = at + shift + jnp.arange(queries, dtype=jnp.int32)[:, None]
+    key = window.first_key(at) + shift + jnp.arange(keys, dtype=jnp.int32)
+    visible = (key >= starts.reshape(B, blocks, queries, 1)) & (key <= query)
+    out = plan.attend(per_block(q), windows(k), windows(v), visible.reshape(B * blocks, queries, keys))
+    return out.reshape(q.shape)
+
+
+def _span(x: jax.Array, at: jax.Array, *, window: _Window, before: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, before + window.first_key(at), window.span, 1)
+
+
+def _which(plan: _Plan, starts: jax.Array, at: jax.Array) -> jax.Array:
+    """The first window that holds all that the step's queries see."""
+    window = plan.windows[0]
+    ends = at + window.queries * jnp.arange(1, window.blocks + 1, dtype=jnp.int32)
+    needed = jnp.max(ends - starts[:, :: window.queries])
+    return jnp.sum(needed > jnp.array([w.keys for w in plan.windows[:-1]], jnp.int32), dtype=jnp.int32)
+
+
+def _places(q: jax.Array, first: jax.Array, plan: _Plan) -> jax.Array:
+    return first + jnp.arange(0, q.shape[1], plan.step, dtype=jnp.int32)
+
+
+def _split(x: jax.Array, plan: _Plan) -> jax.Array:
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, plan.step, *x.shape[2:]), 1, 0)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+# --- Splash attention -------------------------------------------------------------------------------------------------
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_starts: jax.Array,
+    key_starts: jax.Array,
+    first: jax.Array,
+    *,
+    block: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Of q [B,Q,H,K], at first, first+1, ... of the keys [B,M,G,K], each to those from query_starts [B,Q] to its own.
+
+    key_starts [B,M] tells the documents of the keys. Pairs of blocks of which no query sees a key are skipped: those
+    in the future, and those of other documents. `interpret` is for CPUs.
+    """
+    Q, M = q.shape[1], k.shape[1]
+    block = block or (TPU_BLOCK if M <= TPU_LONG else TPU_LONG_BLOCK)
+    block_q, block_k = (min(block, length + -length % LANES) for length in (Q, M))
+    after_q, after_k = -Q % block_q, -M % block_k
+    # Tokens of the padding are of no document.
+    segments = splash.SegmentIds(
+        jnp.pad(query_starts, ((0, 0), (0, after_q)), constant_values=-1),
+        jnp.pad(key_starts, ((0, 0), (0, after_k)), constant_values=-2),
+    )
+    pairs = _seeing_blocks(query_starts, first, block_q, block_k, (M + after_k) // block_k)
+    places: Any = jnp.broadcast_to(first + jnp.arange(Q + after_q, dtype=jnp.int32), segments.q.shape)
+    by_key, by_query = (
+        MaskInfo(_nearest(pairs, axis), None, pairs.astype(jnp.int32)[:, None], None, places) for axis in (2, 1)
+    )
+    operands = _varying_alike(
+        *(
+            jnp.moveaxis(_pad_tokens(x, 0, n), 1, 2)
+            for x, n in ((q * q.shape[-1] ** -0.5, after_q), (k, after_k), (v, after_k))
+        )
+    )
+    out = _splash(*operands, segments, by_key, by_query, _Launch(block_q, block_k, interpret))
+    return jnp.moveaxis(out, 2, 1)[:, :Q]
+
+
+def _seeing_blocks(query_starts: jax.Array, first: jax.Array, block_q: int, block_k: int, count: int) -> jax.Array:
+    """bool [B,blocks of queries,blocks of keys]: a query of the one sees a key of the other."""
+    Q = query_starts.shape[1]
+    begins = jnp.arange(0, Q, block_q, dtype=jnp.int32)
+    lowest = query_starts[:, ::block_q] // block_k  # starts never fall along a row
+    highest = (first + jnp.minimum(begins + block_q, Q) - 1) // block_k
+    block = jnp.arange(count, dtype=jnp.int32)
+    return (block >= lowest[..., None]) & (block <= highest[:, None])
+
+
+def _nearest(pairs: jax.Array, axis: int) -> jax.Array:
+    """int32 [B,1,..]: the block of `axis` to have at hand at each pair: its own if it is seen, else the nearest seen.
+
+    The seen blocks are neighbours, so that nothing is loaded for a pair that is skipped.
+    """
+    count = pairs.shape[axis]
+    low = jnp.argmax(pairs, axis, keepdims=True)
+    high = count - 1 - jnp.argmax(jnp.flip(pairs, axis), axis, keepdims=True)
+    own = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, axis)
+    return jnp.clip(own, low, high).astype(jnp.int32)[:, None]
+
+
+def _not_later(query: jax.Array, key: jax.Array) -> jax.Array:
+    return query >= key
+
+
+class _Launch(NamedTuple):
+    block_q: int
+    block_k: int
+    interpret: bool
+
+    @property
+    def sizes(self) -> splash.BlockSizes:
+        q, k = self.block_q, self.block_k
+        return splash.BlockSizes(q, k, k, q, k, k, q, k)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _splash(q: Any, k: Any, v: Any, segments: Any, by_key: Any, by_query: Any, launch: _Launch) -> jax.Array:
+    return _splash_forward(q, k, v, segments, by_key, by_query, launch)[0]
+
+
+def _splash_forward(q: Any, k: Any, v: Any, segments: Any, by_key: Any, by_query: Any, launch: _Launch) -> Any:
+    def row(args: Any) -> Any:
+        q, k, v, segments, table = args
+        out, (logsumexp,) = splash._splash_attention_forward(
+            table, q, k, v, segments, None, splash.DEFAULT_MASK_VALUE, False, launch.sizes, None, True, _not_later,
+            interpret=launch.interpret,
+        )  # fmt: skip
+        return out, logsumexp
+
+    out, logsumexp = _row_by_row(row, q, k, v, segments, by_key)
+    return out, (q, k, v, segments, by_key, by_query, out, logsumexp)
+
+
+def _splash_backward(launch: _Launch, saved: Any, d_out: jax.Array) -> Any:
+    def row(args: Any) -> Any:
+        q, k, v, segments, by_key, by_query, out, logsumexp, d_out = args
+        saved = q, k, v, segments, None, out, logsumexp, by_key, by_query
+        return splash._splash_attention_bwd(
+            False,
+            splash.DEFAULT_MASK_VALUE,
+            False,
+            launch.sizes,
+            None,
+            _not_later,
+            None,
+            launch.interpret,
+            saved,
+            d_out,
+        )[3:6]
+
+    return *_row_by_row(row, *saved, d_out), None, None, None
+
+
+_splash.defvjp(_splash_forward, _splash_backward)
+
+
+def _row_by_row(run: Callable[[Any], Any], *batched: Any) -> Any:
+    """`run` of one row after the other, where `jax.shard_map` does not check along which axes values vary.
+
+    Splash attention does not say it of its results, so it is said here.
+    """
+    axes = jax.typeof(batched[0]).manual_axis_type.varying
+    if not axes:
+        return jax.lax.map(run, batched)
+    unchecked = jax.shard_map(lambda *x: jax.lax.map(run, x), in_specs=P(), out_specs=P(), check_vma=False)
+    return jax.tree.map(lambda x: _varying_along(x, axes), unchecked(*batched))

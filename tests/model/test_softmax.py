@@ -1,0 +1,235 @@
+"""Softmax attention in each of its forms against the formula in float64: values and each gradient."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxhybrid.model import softmax
+
+LIBTPU = Path(sys.prefix) / "tpu-compiler/libtpu/libtpu.so"
+BOUNDS = {"float32": 2e-6, "bfloat16": 1.5e-2}  # of the greatest value
+
+
+def documents(kind, length):
+    """int32 [2,length]: none, packed, or packed with padding in front and at the end."""
+    if kind == "none":
+        return None
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.integers(1, 7, (2, length)), axis=1)
+    ids[1] = np.arange(length) // 3 + 1
+    if kind == "padded":
+        ids[:, : length // 9], ids[0, -length // 7 :] = 0, 0
+    return jnp.asarray(ids, jnp.int32)
+
+
+def inputs(length, heads, groups, width, dtype):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, d_out = (jax.random.normal(key, (2, length, heads, width), dtype) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, length, groups, width), dtype) for key in keys[2:])
+    return q, k, v, d_out
+
+
+def formula(q, k, v, ids, first=0):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    key = np.arange(k.shape[1])
+    query = first + np.arange(q.shape[1])
+    visible = (key <= query[:, None])[None]
+    if ids is not None:
+        ids = np.asarray(ids)
+        visible = visible & (ids[:, query][:, :, None] == ids[:, None, :])
+    scores = jnp.einsum("bqhk,bmhk->bhqm", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -np.inf), axis=-1)
+    return jnp.einsum("bhqm,bmhk->bqhk", weights, v)
+
+
+def check(run, q, k, v, d_out, ids, first=0):
+    """`run` on the queries from `first` on; what it gives at padding is nobody's business."""
+    q, d_out = q[:, first:], d_out[:, first:]
+    real = np.ones((1, 1, 1, 1)) if ids is None else np.asarray(ids != 0)[:, first:, None, None]
+
+    def both(run, q, k, v, d_out):
+        out, pull = jax.vjp(run, q, k, v)
+        return jnp.where(real, out, 0), *pull(jnp.where(real, d_out, 0))
+
+    actual = jax.jit(partial(both, run))(q, k, v, d_out)
+    with jax.enable_x64(True):
+        exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, d_out))
+        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first)))(*exact)
+    for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
+        assert a.dtype == q.dtype, name
+        a, b = np.asarray(a, np.float64), np.asarray(b)
+        assert np.abs(a - b).max() <= BOUNDS[q.dtype.name] * np.abs(b).max(), name
+
+
+def on_gpu(monkeypatch, row=0):
+    """The GPU's form in small blocks, with XLA where cuDNN would be."""
+    for name, value in {"CUDNN": "xla", "GPU_ROW": row, "GPU_QUERY_BLOCK": 16, "GPU_QUERIES": 64}.items():
+        monkeypatch.setattr(softmax, name, value)
+    monkeypatch.setattr(softmax, "target_platform", lambda: "gpu")
+
+
+def splash(q, k, v, ids, first=0):
+    starts = jnp.zeros(k.shape[:2], jnp.int32) if ids is None else softmax._run_starts(ids)
+    first = jnp.int32(first)
+    query_starts = jax.lax.dynamic_slice_in_dim(starts, first, q.shape[1], 1)
+    return softmax.splash_attention(q, k, v, query_starts, starts, first, block=128, interpret=True)
+
+
+def sliced(q, k, v, ids, first):
+    return softmax.causal_attention(q, k, v, None, key_segment_ids=ids, first_query=jnp.int32(first))
+
+
+@pytest.mark.parametrize(("heads", "groups", "kind"), [(2, 2, "none"), (3, 1, "packed"), (8, 2, "padded")])
+@pytest.mark.parametrize("block", [16, 1024])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_form(monkeypatch, dtype, block, heads, groups, kind):
+    monkeypatch.setattr(softmax, "QUERY_BLOCK", block)
+    ids = documents(kind, 101)
+    check(lambda q, k, v: softmax.causal_attention(q, k, v, ids), *inputs(101, heads, groups, 8, dtype), ids)
+
+
+@pytest.mark.parametrize(("kind", "row"), [("packed", 0), ("padded", 0), ("one", 0), ("padded", 2048), ("none", 0)])
+def test_form_of_gpus(monkeypatch, kind, row):
+    on_gpu(monkeypatch, row)
+    ids = jnp.ones((2, 101), jnp.int32) if kind == "one" else documents(kind, 101)
+    check(lambda q, k, v: softmax.causal_attention(q, k, v, ids), *inputs(101, 6, 2, 8, "bfloat16"), ids)
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "width", "kind", "dtype"),
+    [
+        (300, 1, 1, 64, "packed", "float32"),
+        (256, 3, 1, 128, "none", "float32"),
+        (300, 4, 1, 64, "padded", "bfloat16"),
+    ],
+)
+def test_splash_attention(length, heads, groups, width, kind, dtype):
+    ids = documents(kind, length)
+    check(lambda q, k, v: splash(q, k, v, ids), *inputs(length, heads, groups, width, dtype), ids)
+
+
+@pytest.mark.parametrize("kind", ["none", "padded"])
+@pytest.mark.parametrize("form", ["plain", "blocks", "gpu", "short gpu", "splash"])
+def test_slices_of_the_queries(monkeypatch, form, kind):
+    """The last queries of a row, to all of its keys."""
+    length, first = (300, 130) if form == "splash" else (101, 37)
+    ids = documents(kind, length)
+    dtype = "bfloat16" if "gpu" in form else "float32"
+    if form == "blocks":
+        monkeypatch.setattr(softmax, "QUERY_BLOCK", 16)
+    if "gpu" in form:
+        on_gpu(monkeypatch, row=2048 if form == "short gpu" else 0)
+    run = splash if form == "splash" else sliced
+    check(lambda q, k, v: run(q, k, v, ids, first), *inputs(length, 2, 1, 64, dtype), ids, first)
+
+
+def test_slices_together_are_the_whole(monkeypatch):
+    """By devices that hold a part of the queries each, which checks what varies along the mesh, too."""
+    monkeypatch.setattr(softmax, "QUERY_BLOCK", 8)
+    q, k, v, _ = inputs(64, 2, 1, 8, "float32")
+    ids = documents("packed", 64)
+    whole = softmax.causal_attention(q, k, v, ids)
+    mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    split, rows = jax.P("data", "context"), jax.P("data")
+
+    def local(q, k, v, ids):
+        return sliced(q, k, v, ids, jax.lax.axis_index("context") * q.shape[1])
+
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(local, in_specs=(split, rows, rows, rows), out_specs=split)
+        arrays = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip((q, k, v, ids), (split, *(rows,) * 3))]
+        parts = jax.jit(run)(*arrays)
+        gradients = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(run(*x, arrays[3]))), (0, 1, 2)))(*arrays[:3])
+    expected = jax.grad(lambda *x: jnp.sum(jnp.sin(softmax.causal_attention(*x, ids))), (0, 1, 2))(q, k, v)
+    for a, b in zip((parts, *gradients), (whole, *expected)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_no_array_of_tokens_by_tokens(monkeypatch):
+    on_gpu(monkeypatch)
+    q, k, v, d_out = inputs(520, 2, 1, 8, "bfloat16")
+    ids = documents("packed", 520)
+
+    def both(q, k, v):
+        return jax.vjp(lambda *x: softmax.causal_attention(*x, None, key_segment_ids=ids), q, k, v)[1](d_out)
+
+    monkeypatch.setattr(softmax, "_cudnn_causal", lambda q, k, v: q)  # whose stand-in makes one
+    text = jax.jit(both).lower(q, k, v).as_text()
+    sizes = {part for shape in text.split("tensor<")[1:] for part in [tuple(shape.split(">")[0].split("x")[:-1])]}
+    large = [size for size in sizes if sum(int(n) >= 512 for n in size) > 1]
+    assert not large, large
+
+
+def test_blocks_that_see_nothing_of_each_other_are_skipped():
+    starts = softmax._run_starts(jnp.asarray([[1] * 5 + [2] * 7 + [3] * 4]))
+    pairs = softmax._seeing_blocks(starts, jnp.int32(0), 4, 4, 4)
+    np.testing.assert_array_equal(pairs[0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(softmax._nearest(pairs, 2)[0, 0], [[0] * 4, [0, 1, 1, 1], [1, 1, 2, 2], [3] * 4])
+    np.testing.assert_array_equal(
+        softmax._nearest(pairs, 1)[0, 0], [[0, 1, 2, 3], [1, 1, 2, 3], [1, 2, 2, 3], [1, 2, 2, 3]]
+    )
+
+
+@pytest.mark.skipif(not LIBTPU.exists(), reason="libtpu is not here: `make tpu-compiler`")
+def test_splash_attention_compiles_for_tpus():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_LIBRARY_PATH": str(LIBTPU),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [f"splash_mha_{name}" for name in ("dkv_segmented", "dq_segmented", "fwd_segmented")]
+    assert json.loads(done.stdout) == {"v5p:2x2x1": kernels, "v6e:2x2": kernels}
+
+
+def compile_for_tpus():
+    """Prints the kernels in the gradients of a context-parallel layer for v5p, and of odd lengths for v6e."""
+    import re
+
+    from jax.experimental import topologies
+
+    def compiled(mesh, context, length, heads, groups, width):
+        queries = jax.P("data", "context") if context else jax.P(("data", "context"))
+        rows = jax.P("data") if context else queries
+
+        def local(q, k, v, ids):
+            if not context:
+                return softmax.causal_attention(q, k, v, ids)
+            return sliced(q, k, v, ids, jax.lax.axis_index("context") * q.shape[1])
+
+        def array(spec, *shape, dtype=jnp.bfloat16):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+        run = jax.shard_map(local, in_specs=(queries, rows, rows, rows), out_specs=queries)
+        q = array(queries, 4, length, heads, width)
+        k = array(rows, 4, length, groups, width)
+        ids = array(rows, 4, length, dtype=jnp.int32)
+        total = jax.grad(lambda q, k, v, ids: jnp.sum(jax.checkpoint(run)(q, k, v, ids), dtype=jnp.float32), (0, 1, 2))
+        text = jax.jit(total).lower(q, k, k, ids).compile().as_text()
+        return set(re.findall(r"splash_mha_[a-z]+_segmented", text))
+
+    found = {}
+    for topology, *sizes in (("v5p:2x2x1", True, 2048, 6, 2, 128), ("v6e:2x2", False, 1001, 4, 4, 64)):
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        axis_types = (jax.sharding.AxisType.Explicit,) * 2
+        mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=axis_types, devices=devices)
+        with jax.set_mesh(mesh):
+            found[topology] = sorted(compiled(mesh, *sizes))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    compile_for_tpus()
