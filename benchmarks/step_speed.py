@@ -95,13 +95,14 @@ def main() -> None:
             for implementation in arguments.implementations:
                 linear.linear_attention = partial(linear_attention, implementation=implementation)
 
-                def trained(types: Any = types, name: str = name) -> Any:
+                def trained(frozen: Model, types: Any = types, name: str = name) -> Any:
                     student = convert(frozen, types, mixer, jax.random.key(1))
                     params = linear_mixers(student.params) if name == "align" else student.params
                     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
-                optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), jax.eval_shape(trained))
-                state = jax.jit(lambda trained=trained, optimizer=optimizer: start(trained(), optimizer))()
+                optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), jax.eval_shape(trained, frozen))
+                begin = jax.jit(lambda frozen, make=trained, optimizer=optimizer: start(make(frozen), optimizer))
+                state = begin(frozen)
                 step = partial(stage, config=config, optimizer=optimizer, **given)
                 seconds = seconds_per_step(step, state, frozen, batch, arguments.steps)
                 print(

@@ -135,3 +135,48 @@ def test_logits_of_a_split_model_equal_one_devices(teacher, batch):
         placed = jax.device_put(batch, batch_sharding(mesh))
         actual = jax.jit(forward)(on(teacher, mesh), placed["tokens"], placed["segment_ids"])
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def equations(jaxpr):
+    """Every equation of a program, those inside loops and branches too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for given in equation.params.values():
+            for part in given if isinstance(given, tuple) else (given,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def traced_distillation(vocab_size, sums):
+    """The equations that run on each device, of a step in bfloat16 on weights split eight ways."""
+    teacher = make_teacher(vocab_size=vocab_size)
+    hybrid = convert(teacher, (CONVOLVED.kind, F, F, CONVOLVED.kind), CONVOLVED, jax.random.key(1))
+    mesh = mesh_of((1, 4, 1, 2))
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(RATES, hybrid.params)
+        step = partial(distill_step, config=hybrid.config, optimizer=optimizer, sums=sums)
+        state = start(on(hybrid, mesh).params, optimizer)
+        batch = jax.device_put(make_batch(vocab_size, batch=4), batch_sharding(mesh))
+        program = jax.jit(step).trace(state, on(teacher.cast(jnp.bfloat16), mesh), batch).jaxpr
+    shards = [e for e in equations(program.jaxpr) if e.primitive.name == "shard_map"]
+    return [inner for e in shards for inner in equations(e.params["jaxpr"])], teacher.config
+
+
+def test_no_device_holds_a_whole_embedding_or_head():
+    found, config = traced_distillation(4096, jnp.float32)
+    largest = max(x.aval.size for e in found for x in e.outvars)
+    assert largest < config.vocab_size * config.hidden_size // 2
+
+
+@pytest.mark.parametrize("sums", [jnp.float32, jnp.bfloat16])
+def test_gradients_are_scattered_in_the_dtype_that_was_asked_for(sums):
+    """And each block's weights are, none summed whole: what is not split over `fsdp` is small."""
+    found, config = traced_distillation(64, sums)
+    scattered = [e.invars[0].aval for e in found if e.primitive.name == "reduce_scatter"]
+    weights = [x for x in scattered if x.ndim > 1 and x.shape[0] != 4 * 2 * 4 * 24 // 8]
+    assert {x.dtype for x in weights} == {jnp.dtype(sums)}
+    sizes = {x.size for x in weights}
+    assert config.hidden_size * config.intermediate_size in sizes
+    summed = [v.aval.size for e in found if e.primitive.name.startswith("psum") for v in e.outvars]
+    assert max(summed) < config.hidden_size * config.intermediate_size
