@@ -114,21 +114,27 @@ def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32, sha
 def _read_leaf(
     rows: list[FileTensor], stored: dict[str, StoredTensor], shape: tuple[int, ...], dtype: Any, sharding: Any
 ) -> jax.Array:
-    views = [row.layout.from_file(stored[row.name].view(), row.shape) for row in rows]
+    """One leaf, placed part by part: the host holds one part of it, and the pages of one tensor, at a time."""
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = index or (slice(None),) * len(shape)
-        if rows[0].row is None:
-            return np.ascontiguousarray(views[0][index].astype(dtype))
-        chosen = [view[index[1:]] for view in views[index[0]]]
-        out = np.empty((len(chosen), *chosen[0].shape), dtype)
-        for i, view in enumerate(chosen):
-            out[i] = view
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        stacked = rows[0].row is not None
+        out = np.empty([len(range(*one.indices(size))) for one, size in zip(index, shape)], dtype)
+        for place, row in zip(out if stacked else [out], rows[index[0]] if stacked else rows):
+            view = row.layout.from_file(stored[row.name].view(), row.shape)
+            place[...] = view[index[1:] if stacked else index]
         return out
 
     if sharding is None:
-        return jnp.asarray(part(None))
-    return jax.make_array_from_callback(shape, sharding, part)
+        return jax.block_until_ready(jax.device_put(part((slice(None),) * len(shape))))
+    keepers: dict[tuple[slice, ...], list[jax.Device]] = {}  # of one part: several where it is replicated
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        keepers.setdefault(index, []).append(device)
+    placed = []
+    for index, devices in keepers.items():
+        values = part(index)
+        placed += [jax.device_put(values, device) for device in devices]
+        jax.block_until_ready(placed)  # else more parts would be read while this one waits to be copied
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed, dtype=jnp.dtype(dtype))
 
 
 def _refuse_quantised(folder: Path, stored: dict[str, StoredTensor]) -> None:
