@@ -23,6 +23,11 @@ Position = dict[str, Any]  # JSON: where the batch iterator is, and whatever els
 _UNFINISHED = re.compile(r"\d+(\.draft)?(\.orbax-checkpoint-tmp.*)?")
 
 
+def steps_in(folder: Path) -> list[int]:
+    """Of the whole checkpoints in a folder, oldest first."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
+
 class Checkpoints:
     """The checkpoints in one folder, the newest `keep` kept. One has its step as its name only when it is whole."""
 
@@ -38,7 +43,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Of the whole checkpoints, oldest first."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        return steps_in(self.folder)
 
     @property
     def latest(self) -> int | None:
