@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from jaxhybrid.assembly import TRAINED, RunModels
 from jaxhybrid.checksums import write_result
@@ -284,20 +285,23 @@ class Pipeline:
 
         begin = partial(start, optimizer=optimizer)
         if steps_in(self.folder.stage(name) / "checkpoints"):  # it is read from there: nothing to be made and freed
-            state = self._placed(jax.eval_shape(begin, like))
+            state = self._abstract(begin, like)
         else:
             state = jax.jit(begin, donate_argnums=0)(make())
         state = train(state, on_host_batch, self.stream(name), self.folder.stage(name), settings, name)
         return state.params, figures
 
-    def _placed(self, abstract: Any) -> Any:
-        """Shapes as jax infers them, with their places on the mesh."""
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=jax.NamedSharding(self.mesh, x.sharding.spec if x.sharding else jax.P())
-            ),
-            abstract,
-        )
+    def _abstract(self, make: Callable[[Params], Any], like: Params) -> Any:
+        """What `make` gives, as shapes, types and places on the mesh."""
+        traced = jax.jit(make).trace(like)
+        kinds = {jax.memory.Space.Host: "pinned_host", jax.memory.Space.Device: "device"}
+        leaves = [
+            jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(self.mesh, x.sharding.spec, memory_kind=kinds[x.memory_space])
+            )
+            for x in traced.jaxpr.out_avals
+        ]
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
 
     def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
         figures = training_figures(read_metrics(self.folder.stage(name)))

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Dtype = Literal["bfloat16", "float32"]
+Optimizer = Literal["adamw", "adafactor"]
+Offload = Literal["none", "moments"]
 Schedule = Literal["constant", "cosine", "linear"]
 RankBy = Literal["heldout", "train"]
 UniformBy = Literal["last", "first"]
