@@ -50,7 +50,7 @@ def adamw():
 
 @pytest.mark.parametrize(
     ("settings", "bytes_each"),
-    [({}, 12), ({"moment_dtype": "bfloat16"}, 10), ({"optimizer": "adafactor"}, 4.1)],
+    [({}, 12), ({"moment_dtype": "bfloat16"}, 10), ({"optimizer": "adafactor"}, 4.03)],
 )  # fmt: skip
 def test_less_state_trains_as_well(settings, bytes_each, adamw):
     losses, state = train(**settings) if settings else adamw
