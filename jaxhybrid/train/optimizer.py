@@ -44,7 +44,8 @@ def make_optimizer(stage: StageConfig, params: Params) -> optax.GradientTransfor
 
 def _scale_by_moments(stage: StageConfig) -> optax.GradientTransformation:
     if stage.optimizer == "adafactor":
-        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        # Heads are an axis of their own, so that a head's width is the smaller side of a projection.
+        return optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=64), optax.clip_by_block_rms(1.0))
     return optax.scale_by_adam(
         b1=stage.betas[0], b2=stage.betas[1], eps=stage.eps, mu_dtype=jnp.dtype(stage.moment_dtype)
     )
