@@ -1,14 +1,17 @@
 """The models of a run: its teacher, and the students that its stages start from and leave."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxhybrid.errors import RunError
+from jaxhybrid.model.blueprint import Exact, Params, is_variable
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import param_shardings
 from jaxhybrid.model.transformer import Model, model_variables
@@ -17,70 +20,126 @@ from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.run import RunConfig, validate_against
 from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.weights.convert import convert, with_softmax_layers
-from jaxhybrid.weights.huggingface import load_teacher
+from jaxhybrid.weights.huggingface import ModelFiles, open_teacher
 
 TRAINED = ("distill", "finetune")  # the stages that leave a whole student
 
 
 class RunModels:
-    """Made from a run's config and what its finished stages left in `folder`; all on `mesh`."""
+    """Made from a run's config and what its finished stages left in `folder`; all on `mesh`.
+
+    Nothing is kept here but the frozen teacher, until `drop_teacher`.
+    """
 
     def __init__(self, config: RunConfig, folder: RunFolder, mesh: Mesh):
-        self.config, self.folder, self.mesh = config, folder, mesh
+        self.config, self.folder, self.mesh, self.dtype = config, folder, mesh, jnp.dtype(config.dtype)
 
     @cached_property
-    def teacher(self) -> Model:
-        """The teacher in float32, checked against the config."""
-        ignored = self.config.ignore_config_keys
-        teacher = load_teacher(self.config.teacher, ignore_config_keys=ignored, mesh=self.mesh)
-        validate_against(self.config, teacher.config)
-        return teacher
+    def teacher_files(self) -> ModelFiles:
+        """The teacher's folder, checked against the config; no weights are read."""
+        files = open_teacher(self.config.teacher, self.config.ignore_config_keys)
+        validate_against(self.config, files.config)
+        return files
+
+    @property
+    def teacher_config(self) -> ModelConfig:
+        return self.teacher_files.config
 
     @cached_property
     def frozen_teacher(self) -> Model:
         """The teacher in the compute dtype: what stages run it in."""
-        dtype = jnp.dtype(self.config.dtype)
-        if dtype == jnp.float32:
-            return self.teacher
-        return jax.jit(lambda teacher: teacher.cast(dtype))(self.teacher)
+        return Model(self._read_teacher(self.dtype), self.teacher_config, str(self.teacher_files.folder))
+
+    def drop_teacher(self) -> None:
+        """Frees its parameters; the next use reads them again."""
+        self.__dict__.pop("frozen_teacher", None)
+
+    def _read_teacher(self, dtype: Any, parts: Iterable[str] = ()) -> Params:
+        return self.teacher_files.read(dtype, param_shardings(self.teacher_variables, self.mesh), parts)
+
+    @property
+    def teacher_variables(self) -> Params:
+        return model_variables(self.teacher_config)
+
+    @cached_property
+    def _shares_values(self) -> bool:
+        """Whether the frozen teacher has the very values of the files."""
+        return self.dtype == jnp.float32 or self.teacher_files.types == {"BF16"}
+
+    def _file_values(self, parts: Iterable[str]) -> Params:
+        """Parts of the teacher as the files have them: the frozen teacher's own arrays, or float32 read for this."""
+        if self._shares_values:
+            return {part: self.frozen_teacher.params[part] for part in parts}
+        return self._read_teacher(jnp.float32, parts)
 
     @property
     def depth(self) -> int:
-        return self.teacher.config.num_layers
+        return self.teacher_config.num_layers
 
     @property
     def linear_types(self) -> tuple[str, ...]:
         return (self.config.mixer.kind,) * self.depth
 
     def student_config(self, types: Sequence[str]) -> ModelConfig:
-        mixer = self.config.mixer.to_model().resolve(self.teacher.config)
-        return replace(self.teacher.config, layer_types=tuple(types), mixer=mixer)
+        mixer = self.config.mixer.to_model().resolve(self.teacher_config)
+        return replace(self.teacher_config, layer_types=tuple(types), mixer=mixer)
 
-    def converted(self) -> Model:
-        """The all-linear student before any training. All but its mixers are the teacher's own arrays."""
-        types, mixer = self.linear_types, self.config.mixer.to_model()
-        config = self.student_config(types)
-        shardings = param_shardings(model_variables(config), self.mesh)["mixers"]
-        make = jax.jit(
-            lambda teacher, key: convert(teacher, types, mixer, key).params["mixers"], out_shardings=shardings
-        )
-        mixers = make(self.teacher, jax.random.key(self.config.seed))
-        return Model({**self.teacher.params, "mixers": mixers}, config, self.teacher.folder)
+    @property
+    def linear_config(self) -> ModelConfig:
+        """Of the all-linear student."""
+        return self.student_config(self.linear_types)
 
-    def aligned(self) -> Model:
-        """The all-linear student with its trained mixers."""
-        student = self.converted()
-        trained = self.folder.load_params("align", linear_mixers(student.params))
-        return Model({**student.params, "mixers": trained}, student.config, student.folder)
-
-    def hybrid(self) -> Model:
-        """The student to distill: the teacher, with aligned mixers wherever a layer is not kept softmax."""
+    @property
+    def hybrid_config(self) -> ModelConfig:
+        """Of the student with the selected layers softmax."""
         kept = self.folder.read("layers.json", "select")["softmax_layers"]
-        types = layer_types(self.depth, kept, self.config.mixer.kind)
-        return with_softmax_layers(self.aligned(), self.teacher, types)
+        return self.student_config(layer_types(self.depth, kept, self.config.mixer.kind))
 
-    def trained(self, stage: str | None = None) -> Model:
-        """The hybrid that the given stage, or the last one done, has left.
+    def abstract(self, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+        """Shapes, types and places of the parameters of a student."""
+
+        def leaf(variable: nnx.Variable, sharding: Any) -> jax.ShapeDtypeStruct:
+            kept = jnp.float32 if isinstance(variable, Exact) else dtype
+            return jax.ShapeDtypeStruct(variable.shape, kept, sharding=sharding)
+
+        declared = model_variables(config)
+        return jax.tree.map(leaf, declared, param_shardings(declared, self.mesh), is_leaf=is_variable)
+
+    def initial_mixers(self) -> Params:
+        """The linear mixers of every layer before any training."""
+        types, mixer, source = self.linear_types, self.config.mixer.to_model(), self.teacher_config
+        shardings = param_shardings(model_variables(self.linear_config), self.mesh)["mixers"]
+
+        def make(values: Params, key: jax.Array) -> Params:
+            return convert(Model(_masters(values), source), types, mixer, key).params["mixers"]
+
+        key = jax.random.key(self.config.seed)
+        return jax.jit(make, out_shardings=shardings)(self._file_values(["mixers"]), key)
+
+    def aligned_mixers(self) -> Params:
+        """The linear mixers of every layer as alignment left them."""
+        return self.folder.load_params("align", linear_mixers(self.abstract(self.linear_config)))
+
+    def candidates(self) -> Model:
+        """The all-linear student that candidates start from, with the teacher's attention of every layer beside it.
+
+        All but the linear mixers may be the frozen teacher's own arrays, in its dtype.
+        """
+        values = self._file_values(self.teacher_variables)
+        mixers = values["mixers"] | self.aligned_mixers()
+        return Model({**values, "mixers": mixers}, self.linear_config, str(self.teacher_files.folder))
+
+    def hybrid(self) -> Params:
+        """Float32 masters to distill: the teacher's, with aligned mixers wherever a layer is not kept softmax."""
+        config = self.hybrid_config
+        linear = Model({"mixers": self.aligned_mixers()}, self.linear_config)
+        attention = Model(self._file_values(["mixers"]), self.teacher_config)
+        mixers = with_softmax_layers(linear, attention, config.layer_types).params["mixers"]
+        params = self._file_values(part for part in self.teacher_variables if part != "mixers") | {"mixers": mixers}
+        return _masters(params) if self._shares_values else params
+
+    def trained(self, stage: str | None = None, dtype: Any = jnp.float32) -> Model:
+        """The hybrid that the given stage, or the last one done, has left; in `dtype`, but for what is `Exact`.
 
         Raises:
             RunError: it is not done.
@@ -88,5 +147,12 @@ class RunModels:
         stage = stage or next(filter(self.folder.is_done, reversed(TRAINED)), None)
         if stage is None:
             raise RunError(f"{self.folder.path} has no trained student yet. Run `jaxhybrid distill CONFIG` first.")
-        hybrid = self.hybrid()
-        return Model(self.folder.load_params(stage, hybrid.params), hybrid.config, hybrid.folder)
+        config = self.hybrid_config
+        params = self.folder.load_params(stage, self.abstract(config, dtype))
+        return Model(params, config, str(self.teacher_files.folder))
+
+
+@jax.jit
+def _masters(params: Params) -> Params:
+    """Float32 copies, which may be donated."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)

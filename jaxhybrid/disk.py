@@ -18,9 +18,7 @@ from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import StageConfig
 
-STATE_BYTES = 12  # of a parameter in a checkpoint: float32 master and two moments
 MASTER_BYTES = 4
-KEPT_CHECKPOINTS = 2  # of a stage, and one being written
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class DiskPlan:
             way_out = "score.keep_teacher_states=false keeps none and runs the teacher again for every layer"
             needs.append(Need("teacher states", settings.steps * batch, way_out))
         if settings.stop_when_stable:
-            bytes_each = STATE_BYTES * jnp.dtype(settings.kept_dtype).itemsize // MASTER_BYTES
+            bytes_each = settings.state_bytes * jnp.dtype(settings.kept_dtype).itemsize // MASTER_BYTES
             way_out = (
                 "score.kept_dtype=bfloat16 halves it; score.stop_when_stable=null needs none, and every layer then "
                 "takes all of score.tokens"
@@ -102,17 +100,15 @@ class DiskPlan:
             needs.append(Need(f"{candidates} waiting candidates", candidates * self.candidate * bytes_each, way_out))
         saves = settings.steps // settings.checkpoint_every
         if saves:
-            needs.append(_checkpoints("score", settings, self.candidate, saves, kept=1))
+            needs.append(_checkpoints("score", settings, self.candidate, saves))
         return needs
 
 
-def _checkpoints(
-    stage: str, settings: StageConfig, count: int, saves: int | None = None, kept: int = KEPT_CHECKPOINTS
-) -> Need:
+def _checkpoints(stage: str, settings: StageConfig, count: int, saves: int | None = None) -> Need:
     saves = math.ceil(settings.steps / settings.checkpoint_every) if saves is None else saves
-    present = min(saves, kept + 1)  # one is written before the oldest goes
+    present = min(saves, settings.keep_checkpoints + 1)  # one is written before the oldest goes
     way_out = f"{stage}.checkpoint_every={settings.steps} keeps one, and a stop costs more" if present > 1 else ""
-    return Need(f"{present} checkpoint{'s' * (present > 1)}", present * count * STATE_BYTES, way_out)
+    return Need(f"{present} checkpoint{'s' * (present > 1)}", present * count * settings.state_bytes, way_out)
 
 
 def require(name: str, needs: Sequence[Need], there: int, path: Path) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from jaxhybrid.assembly import TRAINED, RunModels
 from jaxhybrid.checksums import write_result
@@ -32,9 +33,10 @@ from jaxhybrid.selection.record import choice_record, merge_scores, scores_recor
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
-from jaxhybrid.stages.batch import Batch, Metrics
+from jaxhybrid.stages.batch import Metrics
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
+from jaxhybrid.train.checkpoint import steps_in
 from jaxhybrid.train.loop import HostBatch, train
 from jaxhybrid.train.metrics import read_metrics, training_figures
 from jaxhybrid.train.optimizer import TrainState, make_optimizer, start
@@ -66,8 +68,8 @@ class Pipeline:
     @cached_property
     def text(self) -> Text:
         """Training and held-out text, and the tokenizer; says once what stands round a document."""
-        teacher = self.models.teacher
-        text = open_text(self.config.data, teacher.folder, teacher.config.vocab_size)
+        teacher = self.models.teacher_files
+        text = open_text(self.config.data, str(teacher.folder), teacher.config.vocab_size)
         print(f"text: {text.vocabulary.describe()}")
         return text
 
@@ -88,7 +90,7 @@ class Pipeline:
     @cached_property
     def recall_tasks(self) -> list[RecallTask]:
         """The prompts of the recall probe; refuses those that the teacher cannot read."""
-        context = self.models.teacher.config.max_position_embeddings
+        context = self.models.teacher_config.max_position_embeddings
         return recall_tasks(self.text.vocabulary, self.config.evaluate.recall, context)
 
     # --- stages
@@ -121,14 +123,14 @@ class Pipeline:
         """Stage 1: the linear mixers of every layer learn the teacher's attention outputs."""
         if not self._begins("align"):
             return
-        settings, student, teacher = self.config.align, self.models.converted(), self.models.frozen_teacher
-        mixers = linear_mixers(student.params)
+        settings, student, teacher = self.config.align, self.models.linear_config, self.models.frozen_teacher
         rows = settings.batch_size // settings.gradient_accumulation
         tokens = min(settings.tokens_per_step, self.text.heldout.num_tokens)
         batch = place_batch(self.text.heldout_batches(settings.sequence_length, rows, tokens)[0], self.mesh)
-        measure = jax.jit(partial(align_loss, config=student.config, dtype=self.dtype))
-        before = np.asarray(measure(mixers, teacher, batch))
-        mixers, figures = self._train("align", mixers, partial(align_step, config=student.config))
+        measure = jax.jit(partial(align_loss, config=student, dtype=self.dtype))
+        before = np.asarray(measure(self.models.initial_mixers(), teacher, batch))
+        like, step = linear_mixers(self.models.abstract(student)), partial(align_step, config=student)
+        mixers, figures = self._train("align", like, self.models.initial_mixers, step, teacher)
         after = np.asarray(measure(mixers, teacher, batch))
         summary = figures | {
             "heldout_loss_before": float(before.mean()),
@@ -149,7 +151,7 @@ class Pipeline:
         began = time.perf_counter()
         compiled = score_candidates(
             self.models.frozen_teacher,
-            self.models.aligned(),
+            self.models.candidates(),
             self.config,
             lambda: self.stream("score"),
             self.text.heldout_batches(settings.sequence_length, settings.batch_size, settings.heldout_tokens),
@@ -201,20 +203,23 @@ class Pipeline:
         """Stage 2: KL to the teacher, all parameters."""
         if not self._begins("distill"):
             return
-        settings, student = self.config.distill, self.models.hybrid()
-        step = partial(distill_step, config=student.config, remat=settings.remat, chunk_tokens=settings.kl_chunk)
-        self._finish("distill", *self._train("distill", student.params, step))
+        settings, student = self.config.distill, self.models.hybrid_config
+        step = partial(distill_step, config=student, remat=settings.remat, chunk_tokens=settings.kl_chunk)
+        like = self.models.abstract(student)
+        self._finish("distill", *self._train("distill", like, self.models.hybrid, step, self.models.frozen_teacher))
 
     def finetune(self) -> None:
         """Stage 3: cross entropy, usually at a longer context."""
         if not self._begins("finetune"):
             return
-        settings, student = self.config.finetune, self.models.trained("distill")
+        self.models.drop_teacher()
+        student = self.models.hybrid_config
+        step = partial(finetune_step, config=student, remat=self.config.finetune.remat)
 
-        def step(state: TrainState, _: Model, batch: Batch, **given: Any) -> Any:
-            return finetune_step(state, batch, config=student.config, remat=settings.remat, **given)
+        def distilled() -> Params:
+            return self.models.trained("distill").params
 
-        self._finish("finetune", *self._train("finetune", student.params, step))
+        self._finish("finetune", *self._train("finetune", self.models.abstract(student), distilled, step))
 
     def evaluate(self) -> dict[str, Any]:
         """Teacher and students on held-out text and recall; written to `evaluation.json`."""
@@ -222,7 +227,7 @@ class Pipeline:
         chosen = (self.folder.path / "layers.json").exists()
         result = evaluation_record(
             {"teacher": self.models.frozen_teacher}
-            | {stage: self.models.trained(stage) for stage in TRAINED if self.folder.is_done(stage)},
+            | {stage: self.models.trained(stage, self.dtype) for stage in TRAINED if self.folder.is_done(stage)},
             settings,
             self.text.heldout_batches(settings.sequence_length, settings.batch_size, settings.heldout_tokens),
             self.recall_tasks,
@@ -243,14 +248,15 @@ class Pipeline:
         target = Path(folder or self.export_folder)
         refuse_to_replace(target, None, overwrite)  # before anything is loaded
         require("export", self.disk.needs("export"), 0, target)
-        student = jax.device_get(self.models.trained())
+        self.models.drop_teacher()
+        student = self.models.trained(dtype=jnp.dtype(settings.dtype))
         return export(student, target, settings.dtype, max_shard_bytes=settings.max_shard_bytes, overwrite=overwrite)
 
     # --- what stages begin and end with, and the training that three of them share
 
     @cached_property
     def disk(self) -> DiskPlan:
-        return DiskPlan(self.config, self.models.student_config(self.models.linear_types))
+        return DiskPlan(self.config, self.models.linear_config)
 
     def _begins(self, stage: str, candidates: Sequence[int] | None = None) -> bool:
         """Whether a stage is still to be done; then says what disk it takes, and refuses when less is free."""
@@ -259,23 +265,43 @@ class Pipeline:
         self.disk.require_stage(stage, self.folder.stage(stage), candidates)
         return True
 
-    def _train(self, name: str, params: Params, step: Callable[..., Any]) -> tuple[Params, dict[str, Any]]:
+    def _train(
+        self, name: str, like: Params, make: Callable[[], Params], step: Callable[..., Any], *frozen: Model
+    ) -> tuple[Params, dict[str, Any]]:
         """Trained parameters, and what the stage's record says beside what its metrics do.
 
-        step: takes state, teacher and batch, and by name `optimizer`, `dtype` and `sums`.
+        Args:
+            like: shapes and places of what is trained.
+            make: float32 masters to start from; nobody else's, for the state is made of them.
+            step: takes state, `frozen` and batch, and by name `optimizer`, `dtype` and `sums`.
         """
         settings: StageConfig = getattr(self.config, name)
         figures = {"mean_segment_tokens": self.segment_tokens(name)}
-        teacher = self.models.frozen_teacher
-        optimizer = make_optimizer(settings, params)
+        optimizer = make_optimizer(settings, like)
         compiled = jax.jit(partial(step, optimizer=optimizer, dtype=self.dtype, sums=self.sums), donate_argnums=0)
 
         def on_host_batch(state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
-            return compiled(state, teacher, place_batch(batch, self.mesh, settings.gradient_accumulation))
+            return compiled(state, *frozen, place_batch(batch, self.mesh, settings.gradient_accumulation))
 
-        begin = jax.jit(lambda params: start(jax.tree.map(jnp.copy, params), optimizer))
-        state = train(begin(params), on_host_batch, self.stream(name), self.folder.stage(name), settings, name)
+        begin = partial(start, optimizer=optimizer)
+        if steps_in(self.folder.stage(name) / "checkpoints"):  # it is read from there: nothing to be made and freed
+            state = self._abstract(begin, like)
+        else:
+            state = jax.jit(begin, donate_argnums=0)(make())
+        state = train(state, on_host_batch, self.stream(name), self.folder.stage(name), settings, name)
         return state.params, figures
+
+    def _abstract(self, make: Callable[[Params], Any], like: Params) -> Any:
+        """What `make` gives, as shapes, types and places on the mesh."""
+        traced = jax.jit(make).trace(like)
+        kinds = {jax.memory.Space.Host: "pinned_host", jax.memory.Space.Device: "device"}
+        leaves = [
+            jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(self.mesh, x.sharding.spec, memory_kind=kinds[x.memory_space])
+            )
+            for x in traced.jaxpr.out_avals
+        ]
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
 
     def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
         figures = training_figures(read_metrics(self.folder.stage(name)))

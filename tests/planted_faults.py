@@ -22,6 +22,7 @@ MODEL = "tests/model/test_model.py"
 SOFTMAX = "tests/model/test_softmax.py"
 OPTIMIZER = "tests/train/test_optimizer.py"
 QUALITY = "tests/evaluate/test_quality.py"
+LIFETIMES = "tests/test_lifetimes.py"
 CONVERT = "tests/weights/test_convert.py"
 SCORING = "tests/selection/test_kl_guided.py"
 PACKING = "tests/export/test_packing.py"
@@ -230,31 +231,53 @@ FAULTS = [
     # Where a stage starts from, and on which text it is measured.
     Fault(
         "candidates from the unaligned student",
-        "pipeline.py",
-        "            self.models.aligned(),\n",
-        "            self.models.converted(),\n",
+        "assembly.py",
+        'values["mixers"] | self.aligned_mixers()',
+        'values["mixers"] | self.initial_mixers()',
         WIRING,
     ),
     Fault(
         "distillation from unaligned mixers",
         "assembly.py",
-        "return with_softmax_layers(self.aligned(), self.teacher, types)",
-        "return with_softmax_layers(self.converted(), self.teacher, types)",
+        'Model({"mixers": self.aligned_mixers()}',
+        'Model({"mixers": self.initial_mixers()}',
         WIRING,
     ),
     Fault(
         "finetuning from the undistilled student",
         "pipeline.py",
-        'self.config.finetune, self.models.trained("distill")',
-        "self.config.finetune, self.models.hybrid()",
+        'return self.models.trained("distill").params',
+        "return self.models.hybrid()",
         WIRING,
     ),
     Fault(
         "evaluation of the undistilled student",
         "pipeline.py",
-        "{stage: self.models.trained(stage) for",
-        "{stage: self.models.hybrid() for",
+        "{stage: self.models.trained(stage, self.dtype) for",
+        "{stage: Model(self.models.hybrid(), self.models.hybrid_config) for",
         WIRING,
+    ),
+    # What is in memory.
+    Fault(
+        "masters from the rounded teacher",
+        "assembly.py",
+        'return self.dtype == jnp.float32 or self.teacher_files.types == {"BF16"}',
+        "return True",
+        f"{LIFETIMES}::test_students_start_from_the_values_of_the_files",
+    ),
+    Fault(
+        "finetuning beside the teacher",
+        "pipeline.py",
+        "self.models.drop_teacher()\n        student = self.models.hybrid_config",
+        "student = self.models.hybrid_config",
+        f"{LIFETIMES}::test_finetuning_holds_one_state_and_no_teacher",
+    ),
+    Fault(
+        "the loaded student beside the state",
+        "pipeline.py",
+        "state = jax.jit(begin, donate_argnums=0)(make())",
+        "state = jax.jit(begin)(own := make())",
+        f"{LIFETIMES}::test_finetuning_holds_one_state_and_no_teacher",
     ),
     Fault(
         "held-out text is training text",

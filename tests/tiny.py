@@ -42,7 +42,7 @@ def write_tokenizer(folder: Path, form: str | None = None) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
 
 
-def write_teacher(folder: Path, layers: int = 3) -> Path:
+def write_teacher(folder: Path, layers: int = 3, dtype: str = "float32") -> Path:
     """A random Llama with the tokenizer above, which has no BOS."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
@@ -60,7 +60,7 @@ def write_teacher(folder: Path, layers: int = 3) -> Path:
         tie_embeddings=True,
     )
     params = jax.jit(lambda key: random_params(config, key))(jax.random.key(7))
-    save_weights(jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params), config, folder, jnp.float32)
+    save_weights(jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params), config, folder, jnp.dtype(dtype))
     hf = config_to_hf(config) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(hf))
     return folder

@@ -133,7 +133,7 @@ def _train_candidate(
             stream = _Numbered(batches())
             state = train(
                 kept.restore(stream), step, stream, folder, settings, label,
-                until=steps, keep_checkpoints=1, keep_last=False, measure=measure,
+                until=steps, keep_last=False, measure=measure,
             )  # fmt: skip
             if steps < settings.steps:  # after the last round the score is all that is kept
                 kept.save(state, stream)

@@ -11,6 +11,8 @@ from jaxhybrid.settings.types import (
     Count,
     Dtype,
     Fraction,
+    Offload,
+    Optimizer,
     Positive,
     RematPolicy,
     Schedule,
@@ -37,6 +39,11 @@ class StageConfig(Section):
     final_learning_rate: Annotated[float, Field(ge=0)] = about(0.0, "learning rate at the end of linear and cosine")
     schedule: Schedule = about("constant", "course of the learning rate after warmup")
     warmup_steps: Annotated[int, Field(ge=0)] = about(50, "steps of linear warmup from 0")
+    optimizer: Optimizer = about(
+        "adamw", "adafactor: second moments as rows and columns, no first ones, and betas and eps are not used"
+    )
+    moment_dtype: Dtype = about("float32", "type of AdamW's first moments, rounded at every step in bfloat16")
+    offload: Offload = free("none", "moments: the optimizer's moments lie in the host's memory between updates")
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(as_tuple)] = about((0.9, 0.95), "AdamW's moment decays")
     eps: Positive = about(1e-8, "AdamW's epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = about(
@@ -49,6 +56,7 @@ class StageConfig(Section):
         "its input, a third more time; offload: so, with the inputs in the host's memory",
     )
     checkpoint_every: Count = free(500, "steps between checkpoints")
+    keep_checkpoints: Count = free(2, "newest checkpoints that stay; one more is being written")
     log_every: Count = free(10, "steps between lines of metrics.jsonl")
 
     @property
@@ -58,6 +66,13 @@ class StageConfig(Section):
     @property
     def steps(self) -> int:
         return self.tokens // self.tokens_per_step
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one parameter in a checkpoint: its float32 master and its moments, at most."""
+        if self.optimizer == "adafactor":
+            return 5  # 4 and a little
+        return 10 if self.moment_dtype == "bfloat16" else 12
 
     @property
     def rates(self) -> dict[str, tuple[float, float]]:
@@ -163,6 +178,7 @@ class ScoreConfig(KlStageConfig):
 
     tokens: Count = about(200_000_000, "training tokens of each candidate")
     heldout_tokens: Count = about(1_000_000, "held-out tokens of each evaluation")
+    keep_checkpoints: Count = free(1, "newest checkpoints of a candidate that stay")
     evaluate_every: Count = about(100, "steps between evaluations, the points of the importance curve")
     keep_teacher_states: bool = free(
         True,
@@ -178,6 +194,8 @@ class ScoreConfig(KlStageConfig):
 
     @model_validator(mode="after")
     def _check_stability(self) -> "ScoreConfig":
+        if self.offload != "none" and self.kept_dtype != "float32":
+            raise ValueError(f"offload {self.offload} does not go with kept_dtype {self.kept_dtype}; drop one of them")
         window = self.stop_when_stable.window_tokens if self.stop_when_stable else None
         between = self.evaluate_every * self.tokens_per_step
         if window is not None and not 2 * between <= window < self.tokens:

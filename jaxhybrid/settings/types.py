@@ -7,6 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from jaxhybrid.model.config import Remat
 
 Dtype = Literal["bfloat16", "float32"]
+Optimizer = Literal["adamw", "adafactor"]
+Offload = Literal["none", "moments"]
 Schedule = Literal["constant", "cosine", "linear"]
 RankBy = Literal["heldout", "train"]
 UniformBy = Literal["last", "first"]

@@ -20,10 +20,14 @@ from jaxhybrid.train.optimizer import TrainState, update
 
 
 def candidate_params(student: Model, teacher: Model, layer: jax.Array) -> Params:
-    """The all-linear student's parameters, plus the teacher's attention of `layer` (traced) as a stack of one."""
-    attention = teacher.params["mixers"][FULL_ATTENTION]
+    """The all-linear student's parameters, plus the teacher's attention of `layer` (traced) as a stack of one; float32.
+
+    The attention is the student's where it has that of all layers beside its own mixers, else the teacher's.
+    """
+    attention = (teacher.params["mixers"] | student.params["mixers"])[FULL_ATTENTION]
     row = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, layer, 1), attention)
-    return {**student.params, "mixers": {**student.params["mixers"], FULL_ATTENTION: row}}
+    params = {**student.params, "mixers": {**student.params["mixers"], FULL_ATTENTION: row}}
+    return jax.tree.map(lambda w: w.astype(jnp.float32), params)
 
 
 def score_step(

@@ -1,6 +1,7 @@
 """Checkpoints of a stage: the training state and the place in the data, written together in the background (orbax)."""
 
 import errno
+import json
 import os
 import re
 import warnings
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxhybrid.checksums import MANIFEST, verify, write_manifest
@@ -21,6 +24,11 @@ from jaxhybrid.train.earlier import LAYOUT, from_earlier_layout, in_earlier_layo
 Position = dict[str, Any]  # JSON: where the batch iterator is, and whatever else going on from here needs
 
 _UNFINISHED = re.compile(r"\d+(\.draft)?(\.orbax-checkpoint-tmp.*)?")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Of the whole checkpoints in a folder, oldest first."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 
 
 class Checkpoints:
@@ -38,7 +46,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Of the whole checkpoints, oldest first."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        return steps_in(self.folder)
 
     @property
     def latest(self) -> int | None:
@@ -49,8 +57,12 @@ class Checkpoints:
         """Starts writing; returns once the arrays are copied, or with `wait` once the checkpoint is on disk."""
         self.wait()
         draft = self.folder / f"{step}.draft"
+        positions = of_all(position)
+        custom: dict[str, Any] = {"position": positions[0]}
+        if any(one != positions[0] for one in positions):  # a stream's: documents are dealt out to processes
+            custom["positions"] = positions
         with orbax_errors(self.folder):
-            saving = ocp.save_async(draft.absolute(), state, custom_metadata=_metadata(position=position))
+            saving = ocp.save_async(draft.absolute(), state, custom_metadata=_metadata(**custom))
         self._writing = self._thread.submit(self._commit, step, draft, saving)
         if wait:
             self.wait()
@@ -73,11 +85,12 @@ class Checkpoints:
             DamageError: there is no other one.
             RunError: there is none at all, or it does not fit `like`.
         """
-        if not self.steps:
+        steps = of_all(self.steps)[0]
+        if not steps:
             raise RunError(f"{self.folder} has no checkpoint.")
         faults: dict[int, DamageError] = {}
         way_out = f"Delete the folder {self.folder} to start over."
-        for step in reversed(self.steps):
+        for step in reversed(steps):
             try:
                 state, position = self._read(step, like)
             except DamageError as error:
@@ -85,7 +98,7 @@ class Checkpoints:
                 continue
             except RunError as error:
                 raise RunError(f"{error}. {way_out}") from error
-            for damaged, fault in faults.items():
+            for damaged, fault in faults.items() if self._writes else ():
                 aside = _set_aside(self.folder / str(damaged))
                 warnings.warn(f"{fault}: set aside as {aside}; going on from step {step}.", stacklevel=2)
             return state, position
@@ -96,7 +109,8 @@ class Checkpoints:
         state, metadata = read_tree(self.folder / str(step), like)
         if "position" not in metadata:
             raise DamageError(f"{self.folder / str(step)} lacks its place in the data")
-        return state, metadata["position"]
+        positions = metadata.get("positions", [])
+        return state, positions[jax.process_index()] if len(positions) == jax.process_count() else metadata["position"]
 
     def wait(self) -> None:
         """Until what is being written is on disk."""
@@ -115,7 +129,8 @@ def write_tree(folder: Path, tree: Any) -> None:
     """Arrays and their checksums, in place of what `folder` holds."""
     with orbax_errors(folder):
         ocp.save(folder.absolute(), tree, overwrite=True, custom_metadata=_metadata())
-    write_manifest(folder)
+    if jax.process_index() == 0:
+        write_manifest(folder)
 
 
 def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -126,8 +141,10 @@ def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         RunError: the arrays are other ones than those of `like`.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    whole = verify(folder)
-    with _unreadable(folder, whole):
+    with _same_for_all():
+        whole = jax.process_index() == 0 and verify(folder)
+    whole = of_all(whole)[0]
+    with _same_for_all(), _unreadable(folder, whole):
         metadata = ocp.metadata(folder.absolute()).custom_metadata or {}
         if not whole and MANIFEST in metadata:
             raise DamageError(f"{folder / MANIFEST} is gone")
@@ -139,6 +156,29 @@ def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     if not whole:
         warnings.warn(f"{folder} has no checksums: an earlier version wrote it. It is read unverified.", stacklevel=2)
     return tree, metadata
+
+
+def of_all(value: Any) -> list[Any]:
+    """This JSON value as each process has it, in their order. All processes call it together."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
+    return [json.loads(bytes(row)) for row in rows]
+
+
+@contextmanager
+def _same_for_all() -> Iterator[None]:
+    """Damage that one process finds is raised by all of them, so that they take the same way out."""
+    fault = None
+    try:
+        yield
+    except DamageError as error:
+        fault = error
+    found = [text for text in of_all(fault and str(fault)) if text]
+    if found:
+        raise fault or DamageError(found[0])
 
 
 def _metadata(**custom: Any) -> dict[str, Any]:

@@ -39,7 +39,6 @@ def train(
     label: str,
     *,
     until: int | None = None,
-    keep_checkpoints: int = 2,
     keep_last: bool = True,
     measure: Callable[[Any, int], dict[str, Any] | None] | None = None,
 ) -> Any:
@@ -50,7 +49,6 @@ def train(
         step: one update on a host batch; its metrics hold at least `loss` and `gradient_norm`.
         label: what the progress bar and a stop call the training.
         until: the step to end after; None: the stage's last.
-        keep_checkpoints: how many of the newest stay.
         keep_last: whether a checkpoint is written after the last step, too.
         measure: called after an update with (state, updates done); what it returns is recorded (held-out losses, say).
 
@@ -59,7 +57,7 @@ def train(
         Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
     """
     until = stage.steps if until is None else until
-    checkpoints = Checkpoints(folder / "checkpoints", keep_checkpoints)
+    checkpoints = Checkpoints(folder / "checkpoints", stage.keep_checkpoints)
     unrecorded: list[Metrics] = []  # of the steps since the last record
     if checkpoints.latest is not None:
         state, position = checkpoints.restore(state)

@@ -1,4 +1,4 @@
-"""AdamW with two parameter groups, the field's schedules, and the state a stage trains."""
+"""AdamW or Adafactor with two parameter groups, the field's schedules, and the state a stage trains."""
 
 import math
 from dataclasses import dataclass
@@ -23,22 +23,48 @@ class TrainState:
 
 
 def make_optimizer(stage: StageConfig, params: Params) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW per group, as the stage's settings have it.
+    """Clip by global norm, then AdamW or Adafactor per group, as the stage's settings have it.
 
     Args:
         params: the tree whose leaves are put into groups; values are not read.
     """
 
-    def adamw(peak: float, final: float) -> optax.GradientTransformation:
+    def of_group(peak: float, final: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_adam(b1=stage.betas[0], b2=stage.betas[1], eps=stage.eps),
+            _scale_by_moments(stage),
             _decayed_weights(stage.weight_decay),
             optax.scale_by_learning_rate(schedule(stage, peak, final)),
         )
 
-    groups = {name: adamw(*rates) for name, rates in stage.rates.items()}
+    groups = {name: of_group(*rates) for name, rates in stage.rates.items()}
     clip = optax.identity() if stage.clip_norm is None else optax.clip_by_global_norm(stage.clip_norm)
-    return optax.chain(clip, optax.partition(groups, parameter_groups(params)))
+    optimizer = optax.chain(clip, optax.partition(groups, parameter_groups(params)))
+    return _offloaded(optimizer) if stage.offload == "moments" else optimizer
+
+
+def _scale_by_moments(stage: StageConfig) -> optax.GradientTransformation:
+    if stage.optimizer == "adafactor":
+        # Heads are an axis of their own, so that a head's width is the smaller side of a projection.
+        return optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=64), optax.clip_by_block_rms(1.0))
+    return optax.scale_by_adam(
+        b1=stage.betas[0], b2=stage.betas[1], eps=stage.eps, mu_dtype=jnp.dtype(stage.moment_dtype)
+    )
+
+
+def _offloaded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same with its state in the host's memory; it comes to the devices while an update is made. For jit."""
+
+    def put(state: Any, space: Any) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)  # counts stay on the device
+
+    def init(params: Params) -> Any:
+        return put(optimizer.init(params), jax.memory.Space.Host)
+
+    def update(gradients: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        updates, state = optimizer.update(gradients, put(state, jax.memory.Space.Device), params)
+        return updates, put(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(init, update)
 
 
 def parameter_groups(params: Params) -> Params:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,7 @@ def load_teacher(
         ConfigError: the config has something this package cannot represent.
         WeightsError: the folder is missing, damaged, or does not match its config.
     """
-    folder = _resolve(path_or_id)
-    config = hf_to_config(read_table(folder / "config.json"), ignore_config_keys)
-    return _load(folder, config, dtype, mesh, shardings)
+    return _load(open_teacher(path_or_id, ignore_config_keys), dtype, mesh, shardings)
 
 
 def load_student(
@@ -68,26 +67,60 @@ def load_student(
 ) -> Model:
     """A hybrid that `export` wrote; arguments and errors as for `load_teacher`."""
     path = _resolve(folder)
-    return _load(path, hf_to_student_config(read_table(path / "config.json")), dtype, mesh, shardings)
+    return _load(_open(path, hf_to_student_config(read_table(path / "config.json"))), dtype, mesh, shardings)
 
 
-def _load(folder: Path, config: ModelConfig, dtype: Any, mesh: Mesh | None, shardings: Params | None) -> Model:
+def _load(files: "ModelFiles", dtype: Any, mesh: Mesh | None, shardings: Params | None) -> Model:
     if mesh is not None:
         if shardings is not None:
             raise ConfigError("Both mesh and shardings were given; pass one of them.")
-        shardings = param_shardings(model_variables(config), mesh)
+        shardings = param_shardings(model_variables(files.config), mesh)
+    return Model(files.read(dtype, shardings), files.config, str(files.folder))
+
+
+def open_teacher(path_or_id: str | os.PathLike[str], ignore_config_keys: Iterable[str] = ()) -> "ModelFiles":
+    """What `load_teacher` reads from, checked as far as it can be without reading the weights."""
+    folder = _resolve(path_or_id)
+    return _open(folder, hf_to_config(read_table(folder / "config.json"), ignore_config_keys))
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A folder whose tensors are those that its config asks for."""
+
+    folder: Path
+    config: ModelConfig
+    stored: dict[str, StoredTensor]
+    entries: list[FileTensor]
+
+    @property
+    def types(self) -> set[str]:
+        """safetensors' names of the types that the parameters have in the files."""
+        return {self.stored[entry.name].dtype for entry in self.entries}
+
+    def read(self, dtype: Any = jnp.float32, shardings: Params | None = None, parts: Iterable[str] = ()) -> Params:
+        """The parameter tree, one leaf at a time, or only these of its top-level `parts`.
+
+        With shardings every process reads only what its devices keep.
+        """
+        by_path: dict[tuple[str, ...], list[FileTensor]] = {}
+        for entry in self.entries:
+            by_path.setdefault(entry.path, []).append(entry)
+        declared = model_variables(self.config)
+        declared = {part: declared[part] for part in parts or declared}
+
+        def read(path: Any, variable: nnx.Variable, sharding: Any = None) -> jax.Array:
+            rows = sorted(by_path[tuple(key.key for key in path)], key=lambda entry: entry.row or 0)
+            kept = jnp.float32 if isinstance(variable, Exact) else dtype
+            return _read_leaf(rows, self.stored, variable.shape, kept, sharding)
+
+        rest = () if shardings is None else ({part: shardings[part] for part in declared},)
+        return jax.tree_util.tree_map_with_path(read, declared, *rest, is_leaf=is_variable)
+
+
+def _open(folder: Path, config: ModelConfig) -> ModelFiles:
+    """Raises WeightsError: a tensor is quantised, missing, unexpected, or of another shape than the config says."""
     _check_tokenizer(folder, config)
-    return Model(read_params(folder, config, dtype, shardings), config, str(folder))
-
-
-def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32, shardings: Params | None = None) -> Params:
-    """The parameter tree of `config` from the safetensors of `folder`, one leaf at a time.
-
-    With shardings every process reads only the parts its devices keep.
-
-    Raises:
-        WeightsError: a tensor is quantised, missing, unexpected, or of another shape than the config says.
-    """
     stored, entries = stored_tensors(folder), file_tensors(config)
     _refuse_quantised(folder, stored)
     _check_names(folder, stored, entries, config)
@@ -98,37 +131,33 @@ def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32, sha
                 f"{entry.name} in {stored[entry.name].file} has shape {list(found)}, expected {list(expected)} "
                 "from config.json; weights and config do not belong together."
             )
-    by_path: dict[tuple[str, ...], list[FileTensor]] = {}
-    for entry in entries:
-        by_path.setdefault(entry.path, []).append(entry)
-
-    def read(path: Any, variable: nnx.Variable, sharding: Any = None) -> jax.Array:
-        rows = sorted(by_path[tuple(key.key for key in path)], key=lambda entry: entry.row or 0)
-        kept = jnp.float32 if isinstance(variable, Exact) else dtype
-        return _read_leaf(rows, stored, variable.shape, kept, sharding)
-
-    rest = () if shardings is None else (shardings,)
-    return jax.tree_util.tree_map_with_path(read, model_variables(config), *rest, is_leaf=is_variable)
+    return ModelFiles(folder, config, stored, entries)
 
 
 def _read_leaf(
     rows: list[FileTensor], stored: dict[str, StoredTensor], shape: tuple[int, ...], dtype: Any, sharding: Any
 ) -> jax.Array:
-    views = [row.layout.from_file(stored[row.name].view(), row.shape) for row in rows]
+    """One leaf, placed part by part: the host holds one part of it, and the pages of one tensor, at a time."""
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = index or (slice(None),) * len(shape)
-        if rows[0].row is None:
-            return np.ascontiguousarray(views[0][index].astype(dtype))
-        chosen = [view[index[1:]] for view in views[index[0]]]
-        out = np.empty((len(chosen), *chosen[0].shape), dtype)
-        for i, view in enumerate(chosen):
-            out[i] = view
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        stacked = rows[0].row is not None
+        out = np.empty([len(range(*one.indices(size))) for one, size in zip(index, shape)], dtype)
+        for place, row in zip(out if stacked else [out], rows[index[0]] if stacked else rows):
+            view = row.layout.from_file(stored[row.name].view(), row.shape)
+            place[...] = view[index[1:] if stacked else index]
         return out
 
     if sharding is None:
-        return jnp.asarray(part(None))
-    return jax.make_array_from_callback(shape, sharding, part)
+        return jax.block_until_ready(jax.device_put(part((slice(None),) * len(shape))))
+    keepers: dict[tuple[slice, ...], list[jax.Device]] = {}  # of one part: several where it is replicated
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        keepers.setdefault(index, []).append(device)
+    placed = []
+    for index, devices in keepers.items():
+        values = part(index)
+        placed += [jax.device_put(values, device) for device in devices]
+        jax.block_until_ready(placed)  # else more parts would be read while this one waits to be copied
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed, dtype=jnp.dtype(dtype))
 
 
 def _refuse_quantised(folder: Path, stored: dict[str, StoredTensor]) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.files import read_json
@@ -20,7 +18,8 @@ from jaxhybrid.files import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F64": np.float64, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}  # as a file orders them
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class StoredTensor:
     offset: int  # bytes from the start of the file
 
     def view(self) -> np.ndarray:
-        """The tensor as a read-only memory map.
+        """The tensor as a read-only memory map; its pages are given back when the last view of it goes.
 
         Raises:
             WeightsError: the values are of a quantised or integer type.
@@ -97,39 +96,36 @@ def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             yield name, StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
 
 
-def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes one file, laid out as transformers expects, readable as the user's other new files are."""
-    path.touch()
-    mode = path.stat().st_mode  # the library leaves its files readable by their owner only
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk among others; the text tells which it was
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error from error
-    path.chmod(mode)
+def file_order(types: Mapping[str, np.dtype]) -> list[str]:
+    """The order in which a file holds its tensors: by type, then by name, as the safetensors library has it."""
+    return sorted(types, key=lambda name: ([*NAMES].index(types[name]), name))
 
 
 def stream_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], rows: Callable[[str], Iterable[np.ndarray]]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    types: Mapping[str, np.dtype],
+    rows: Callable[[str], Iterable[np.ndarray]],
 ) -> None:
-    """The same file for float32 tensors that need not be in memory together.
+    """Writes one file, byte for byte the library's, of tensors that need not be in memory together.
 
-    rows: gives the values of one tensor in order, in pieces.
+    rows: gives the values of one tensor in order, in pieces; asked in `file_order`.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers expects it
     end = 0
-    for name, shape in sorted(shapes.items()):
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    order = file_order(types)
+    for name in order:
+        start, end = end, end + types[name].itemsize * math.prod(shapes[name])
+        header[name] = {"dtype": NAMES[types[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(shapes):
+        for name in order:
             before = stream.tell()
             for piece in rows(name):
-                stream.write(np.ascontiguousarray(piece, "<f4").data)
-            assert stream.tell() - before == 4 * math.prod(shapes[name]), name
+                stream.write(np.ascontiguousarray(piece, types[name]).reshape(-1).view(np.uint8).data)
+            assert stream.tell() - before == types[name].itemsize * math.prod(shapes[name]), name
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -1,19 +1,27 @@
-"""Parameters -> safetensors with Hugging Face names, one file's worth of tensors in memory at a time."""
+"""Parameters -> safetensors with Hugging Face names, one tensor on the host at a time."""
 
 import json
+import math
 import os
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.weights.names import FileTensor, file_tensors
-from jaxhybrid.weights.safetensors import INDEX_FILE, SINGLE_FILE, write_safetensors
+from jaxhybrid.weights.safetensors import INDEX_FILE, SINGLE_FILE, file_order, stream_safetensors
+
+PIECE_BYTES = 1 << 26  # put into the file's layout at once
 
 
 def save_weights(
@@ -39,9 +47,7 @@ def save_weights(
     writer = jax.process_index() == 0
     try:
         for name, shard in zip(names, shards):
-            tensors = {entry.name: _to_file(params, entry, np.dtype(dtype)) for entry in shard}
-            if writer:
-                write_safetensors(_draft(folder, name), tensors)
+            _write(_draft(folder, name), params, shard, np.dtype(dtype))
         if writer:
             _put_in_place(folder, names, shards, np.dtype(dtype))
     finally:
@@ -66,33 +72,65 @@ def _plan(entries: list[FileTensor], dtype: np.dtype, max_shard_bytes: int) -> l
     return shards
 
 
+def _dtype(entry: FileTensor, dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if entry.float32 else dtype
+
+
 def _bytes(entry: FileTensor, dtype: np.dtype) -> int:
-    return int(np.prod(entry.file_shape)) * (4 if entry.float32 else dtype.itemsize)
+    return math.prod(entry.file_shape) * _dtype(entry, dtype).itemsize
 
 
-def _to_file(params: Params, entry: FileTensor, dtype: np.dtype) -> np.ndarray:
-    """One tensor on the host as it lies in the file."""
+def _write(path: Path, params: Params, shard: list[FileTensor], dtype: np.dtype) -> None:
+    """One file, by the first process; the others give it their parts."""
+    entries = {entry.name: entry for entry in shard}
+    types = {entry.name: _dtype(entry, dtype) for entry in shard}
+    if jax.process_index() == 0:
+        shapes = {entry.name: entry.file_shape for entry in shard}
+        stream_safetensors(path, shapes, types, lambda name: _to_file(params, entries[name], types[name]))
+    else:
+        for name in file_order(types):
+            _whole(params, entries[name], types[name])
+
+
+def _to_file(params: Params, entry: FileTensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """One tensor as it lies in the file, in pieces along its first axis."""
+    value = entry.layout.to_file(np.asarray(_whole(params, entry, dtype)))
+    step = max(PIECE_BYTES * len(value) // max(value.nbytes, 1), 1)
+    for start in range(0, len(value), step):
+        yield value[start : start + step]
+
+
+def _whole(params: Params, entry: FileTensor, dtype: np.dtype) -> Any:
+    """One tensor in the type of the file, in an array of its own that this process can read.
+
+    Of its own, for a jax.Array keeps what has been read of it on the host. All processes make it together.
+    """
     leaf: Any = params
     for key in entry.path:
         leaf = leaf[key]
-    value = leaf if entry.row is None else _row(leaf, entry.row)
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        value = multihost_utils.process_allgather(value, tiled=True)
-    if tuple(value.shape) != entry.shape:
+    shape = leaf.shape if entry.row is None else leaf.shape[1:]
+    if tuple(shape) != entry.shape:
         raise WeightsError(
-            f"{'.'.join(entry.path)} holds {list(value.shape)} per layer, its config says {list(entry.shape)}."
+            f"{'.'.join(entry.path)} holds {list(shape)} per layer, its config says {list(entry.shape)}."
         )
-    return np.ascontiguousarray(entry.layout.to_file(np.asarray(value)).astype(np.float32 if entry.float32 else dtype))
+    if not isinstance(leaf, jax.Array):
+        return (leaf if entry.row is None else leaf[entry.row]).astype(dtype)
+    value = _copy(leaf, entry.row, dtype)
+    if value.is_fully_addressable:
+        return value
+    return _replicate(value.sharding.mesh)(value).addressable_data(0)
 
 
-@jax.jit
-def _traced_row(leaf: jax.Array, row: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False)
+@partial(jax.jit, static_argnums=2)
+def _copy(leaf: jax.Array, row: int | None, dtype: np.dtype) -> jax.Array:
+    """A leaf, or one layer of a stacked one. The row is traced, so one small program serves every layer."""
+    value = leaf if row is None else jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False)
+    return jnp.copy(value) if value.dtype == dtype else value.astype(dtype)
 
 
-def _row(leaf: Any, row: int) -> Any:
-    """One layer of a stacked leaf. The index is traced, so one small program serves every layer."""
-    return _traced_row(leaf, row) if isinstance(leaf, jax.Array) else leaf[row]
+@cache
+def _replicate(mesh: Mesh) -> Any:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def _shard_name(index: int, count: int) -> str:

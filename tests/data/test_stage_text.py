@@ -36,7 +36,7 @@ def opened(tmp_path, tokenizer_folder):
     def run(*overrides):
         pipeline = Pipeline(load_config(tmp_path / "config.yaml", overrides))
         teacher = SimpleNamespace(folder=str(tokenizer_folder), config=SimpleNamespace(vocab_size=60))
-        vars(pipeline.models)["teacher"] = teacher
+        vars(pipeline.models)["teacher_files"] = teacher
         return pipeline
 
     return run

@@ -29,7 +29,7 @@ def opened(tmp_path):
     def run(*overrides):
         (tmp_path / "run" / "config.yaml").unlink(missing_ok=True)
         opened = Pipeline(load_config(tmp_path / "config.yaml", [f"run_dir={tmp_path / 'run'}", *overrides]))
-        vars(opened.models)["teacher"] = SimpleNamespace(config=SimpleNamespace(num_layers=4))
+        vars(opened.models)["teacher_files"] = SimpleNamespace(config=SimpleNamespace(num_layers=4))
         return opened
 
     return run
@@ -75,7 +75,7 @@ def test_uniform_keeps_the_layers_that_are_asked_for(opened, setting, kept):
 def test_scoring_is_told_when_to_stop_and_by_what(opened, monkeypatch, settings, rule):
     told = []
     monkeypatch.setattr(module, "score_candidates", lambda teacher, student, config, *_: told.append(config) or {})
-    monkeypatch.setattr(RunModels, "aligned", lambda self: None)
+    monkeypatch.setattr(RunModels, "candidates", lambda self: None)
     monkeypatch.setattr(Pipeline, "segment_tokens", lambda self, name: 12.5)
     run = opened("select.budget=2", "select.rank_by=train", settings)
     vars(run.models)["frozen_teacher"] = None

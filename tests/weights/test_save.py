@@ -207,15 +207,15 @@ def test_a_failed_write_leaves_the_old_weights(tmp_path, monkeypatch):
     calls = []
     from jaxhybrid.weights import save
 
-    real = save.write_safetensors
+    real = save.stream_safetensors
 
-    def full_disk(path, tensors):
+    def full_disk(path, *content):
         calls.append(path)
         if len(calls) == 3:
             raise OSError("No space left on device")
-        real(path, tensors)
+        real(path, *content)
 
-    monkeypatch.setattr(save, "write_safetensors", full_disk)
+    monkeypatch.setattr(save, "stream_safetensors", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_weights(random_params(config, 5), config, tmp_path, max_shard_bytes=20_000)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}

@@ -16,6 +16,7 @@ from jaxhybrid.families import FAMILIES
 from jaxhybrid.model.blueprint import is_variable
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import forward, model_variables
+from jaxhybrid.weights import huggingface
 from jaxhybrid.weights.huggingface import load_teacher
 from tests.families.test_config import PASSED_OVER
 from tests.weights.conftest import make_torch_model
@@ -175,20 +176,21 @@ def test_a_tree_of_shardings_also_over_layers_and_heads(saved):
         load_teacher(folder, mesh=mesh, shardings=shardings)
 
 
-def test_only_the_shards_of_a_process_are_read(saved, monkeypatch):
-    """A device that keeps an eighth of a leaf makes an eighth of it on the host."""
+@pytest.mark.parametrize(("shape", "share"), [({"fsdp": 8}, 1 / 8), ({"fsdp": 2, "data": 4}, 1 / 2)])
+def test_only_the_shards_of_a_process_are_read_and_each_once(saved, monkeypatch, shape, share):
+    """A device that keeps an eighth of a leaf makes an eighth of it on the host; copies of a part are made of one."""
     folder = saved(make_torch_model())
     made = []
-    real = jax.make_array_from_callback
 
-    def spy(shape, sharding, callback):
-        def counted(index):
-            part = callback(index)
-            made.append(part.size / np.prod(shape))
-            return part
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(np, name)
 
-        return real(shape, sharding, counted)
+        def empty(self, *arguments):
+            made.append(np.empty(*arguments))
+            return made[-1]
 
-    monkeypatch.setattr(jax, "make_array_from_callback", spy)
-    load_teacher(folder, mesh=make_mesh(fsdp=8))
-    assert set(made) == {1 / 8}
+    monkeypatch.setattr(huggingface, "np", Spy())
+    params = load_teacher(folder, mesh=make_mesh(**shape)).params
+    parts = [int(leaf.size * share) for leaf in jax.tree.leaves(params) for _ in range(int(1 / share))]
+    assert sorted(part.size for part in made) == sorted(parts)

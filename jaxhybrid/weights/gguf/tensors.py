@@ -46,7 +46,8 @@ def write_weights(model: GgufModel, config: dict[str, Any], path: Path) -> None:
         else:
             yield split_halves(model.values(sources[name]), heads)
 
-    stream_safetensors(path, {name: model.shape(tensor) for name, tensor in sources.items()}, rows)
+    shapes = {name: model.shape(tensor) for name, tensor in sources.items()}
+    stream_safetensors(path, shapes, dict.fromkeys(shapes, np.dtype(np.float32)), rows)
 
 
 def _sources(model: GgufModel, config: dict[str, Any]) -> dict[str, str]:

@@ -117,7 +117,7 @@ def test_what_takes_a_teacher_takes_a_gguf_file(small, tmp_path):
     (answer,) = complete(str(file), ["anna has"], 5, chat=True)
     assert isinstance(answer, str)
     with Pipeline(load_config(write_config(tmp_path / "config.yaml", file))) as pipeline:
-        teacher = pipeline.models.teacher
+        teacher = pipeline.models.frozen_teacher
     assert teacher.config.family == "qwen2"
     student = convert(teacher, ("full_attention", "gated_deltanet"), GatedDeltaNetConfig(), jax.random.key(0))
     exported = export(student, tmp_path / "export")

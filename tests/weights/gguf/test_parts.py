@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGUFReader
@@ -170,7 +171,9 @@ def test_a_conversion_that_fails_leaves_nothing(number, file, cache, monkeypatch
 def test_streamed_safetensors_are_the_librarys_bytes(tmp_path):
     rng = np.random.default_rng(0)
     shapes = {"model.b": (3, 5), "model.a": (7,), "lm_head": (4, 2), "model.layers.10": (2,), "model.layers.9": (3,)}
-    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    stream_safetensors(tmp_path / "streamed", shapes, lambda name: np.array_split(tensors[name], 2))
+    types = {name: np.dtype(jnp.bfloat16 if "layers" in name else np.float32) for name in shapes}
+    types["lm_head"] = np.dtype(np.float16)
+    tensors = {name: rng.standard_normal(shape).astype(types[name]) for name, shape in shapes.items()}
+    stream_safetensors(tmp_path / "streamed", shapes, types, lambda name: np.array_split(tensors[name], 2))
     save_file(tensors, tmp_path / "saved", metadata={"format": "pt"})
     assert (tmp_path / "streamed").read_bytes() == (tmp_path / "saved").read_bytes()
