@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxhybrid import hosts
 from jaxhybrid.checksums import MANIFEST, verify, write_manifest
 from jaxhybrid.errors import DamageError, RunError
 from jaxhybrid.files import make_folder, remove, storage_errors
@@ -28,7 +30,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = make_folder(folder), keep
-        self._writes = jax.process_index() == 0  # names; every process writes its own arrays
+        self._writes = hosts.is_first()  # names; every process writes its own arrays
         for path in self.folder.iterdir() if self._writes else ():  # what a killed process left
             if _UNFINISHED.fullmatch(path.name) and not path.name.isdecimal():
                 remove(path)
@@ -37,13 +39,13 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Of the whole checkpoints, oldest first."""
+        """Of the whole checkpoints, oldest first, as this process sees them."""
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
-        return self.steps[-1] if self.steps else None
+        """Step of the newest whole checkpoint, as the first process sees it."""
+        return hosts.by_first(lambda: max(self.steps, default=None), "newest checkpoint")
 
     def save(self, step: int, state: Any, position: Position, *, wait: bool = False) -> None:
         """Starts writing; returns once the arrays are copied, or with `wait` once the checkpoint is on disk."""
@@ -73,11 +75,12 @@ class Checkpoints:
             DamageError: there is no other one.
             RunError: there is none at all, or it does not fit `like`.
         """
-        if not self.steps:
+        steps = hosts.by_first(lambda: self.steps, "checkpoints")
+        if not steps:
             raise RunError(f"{self.folder} has no checkpoint.")
         faults: dict[int, DamageError] = {}
         way_out = f"Delete the folder {self.folder} to start over."
-        for step in reversed(self.steps):
+        for step in reversed(steps):
             try:
                 state, position = self._read(step, like)
             except DamageError as error:
@@ -86,7 +89,7 @@ class Checkpoints:
             except RunError as error:
                 raise RunError(f"{error}. {way_out}") from error
             for damaged, fault in faults.items():
-                aside = _set_aside(self.folder / str(damaged))
+                aside = hosts.by_first(partial(_set_aside, self.folder / str(damaged)), "set aside")
                 warnings.warn(f"{fault}: set aside as {aside}; going on from step {step}.", stacklevel=2)
             return state, position
         found = "; ".join(map(str, faults.values()))
@@ -104,6 +107,7 @@ class Checkpoints:
         if writing is not None:
             with orbax_errors(self.folder):
                 writing.result()
+            hosts.barrier("checkpoint written")
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -115,7 +119,7 @@ def write_tree(folder: Path, tree: Any) -> None:
     """Arrays and their checksums, in place of what `folder` holds."""
     with orbax_errors(folder):
         ocp.save(folder.absolute(), tree, overwrite=True, custom_metadata=_metadata())
-    write_manifest(folder)
+    hosts.by_first(lambda: write_manifest(folder), "checksums")
 
 
 def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -126,7 +130,7 @@ def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         RunError: the arrays are other ones than those of `like`.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    whole = verify(folder)
+    whole = hosts.by_first(lambda: verify(folder), "verify")
     with _unreadable(folder, whole):
         metadata = ocp.metadata(folder.absolute()).custom_metadata or {}
         if not whole and MANIFEST in metadata:
@@ -146,9 +150,9 @@ def _metadata(**custom: Any) -> dict[str, Any]:
     return {**custom, MANIFEST: True, "layout": LAYOUT}
 
 
-def _set_aside(path: Path) -> Path:
+def _set_aside(path: Path) -> str:
     names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f"-{n}" for n in range(2, 100))))
-    return path.rename(next(name for name in names if not name.exists()))
+    return str(path.rename(next(name for name in names if not name.exists())))
 
 
 @contextmanager
