@@ -83,7 +83,7 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
             initialization_timeout=JOIN_SECONDS + 60,  # ours speaks first
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-        jax.devices()  # all processes do it together
+        multihost_utils.sync_global_devices("joined")  # their devices reach each other, and do so from now on
     except ValueError as error:
         raise RunError(f"The processes cannot be joined: {error}") from error
     finally:
