@@ -168,7 +168,7 @@ def test_processes_of_different_configs_are_refused(whole, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_processes_tell_each_other(tmp_path):
+def test_processes_tell_each_other_and_stop_together_between_loops(tmp_path):
     done = joined(
         tmp_path / "logs",
         """
@@ -190,26 +190,19 @@ try: hosts.require_shared(own)
 except RunError as error: assert "process 1 (" in str(error) and "not the same folder" in str(error)
 else: sys.exit(9)
 hosts.say(f"said by {me}")
-""",
-    )
-    assert [process.returncode for process in done] == [0, 0], [*map(last_lines, done)]
-    assert "said by 0" in done[0].stdout
-    assert "said" not in done[1].stdout
 
-
-def test_sigterm_between_loops_stops_all_processes(tmp_path):
-    done = joined(
-        tmp_path / "logs",
-        """
 from jaxhybrid.train.interrupt import Interrupted, stop_between
+stop_between("align")
 if me == 1: os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(3)
 try:
-    for stage in ("align", "score", "distill"): stop_between(stage)
+    for stage in ("score", "distill", "finetune"): stop_between(stage)
 except Interrupted as error: hosts.leave(error.exit_code, error)
 """,
     )
     assert [process.returncode for process in done] == [143, 143], [*map(last_lines, done)]
+    assert "said by 0" in done[0].stdout
+    assert "said" not in done[1].stdout
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
