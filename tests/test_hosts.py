@@ -104,8 +104,8 @@ def close(ours, theirs):
     """Equal to rounding: the devices' sums are in another order."""
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            close(ours[key], value)
+        for key in theirs.keys() - {"checksum"}:
+            close(ours[key], theirs[key])
     elif isinstance(theirs, list):
         assert len(ours) == len(theirs)
         for own, value in zip(ours, theirs):
