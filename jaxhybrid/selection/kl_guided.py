@@ -249,7 +249,13 @@ class _Programs:
             return local_rows(self._teacher(self.teacher, place_batch(batch, self.mesh)))
 
         kept = name == "heldout" or self.settings.keep_teacher_states
-        hidden = self.cache(name, batches, len(batch["tokens"])).get(index, compute) if kept else compute()
+        if not kept:
+            return {**batch, "teacher_hidden": compute()}
+
+        def everywhere(found: bool) -> bool:
+            return all(hosts.gather(found, f"states of {name} {index}"))
+
+        hidden = self.cache(name, batches, len(batch["tokens"])).get(index, compute, everywhere)
         return {**batch, "teacher_hidden": np.asarray(hidden)}
 
     def heldout_kl(self, params: Any, layer: jax.Array, heldout: Sequence[HostBatch]) -> float:
