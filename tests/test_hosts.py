@@ -1,6 +1,7 @@
 """Runs of two processes: what one process gives, written once; stopped, failing and disagreeing together."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from jaxhybrid import hosts
 from jaxhybrid.train.loop import go_to, place_of
 from tests.runs import START, exported, read, records
 
+GLOO = re.compile(r"\[Gloo\]|peer ranks")  # what JAX's collectives on CPUs print, from several threads
 # One process compiles for both. JAX's key of a program has the devices as its process sees them, which would forbid it.
 SHARED_PROGRAMS = """
 from jax._src import cache_key
@@ -154,7 +156,7 @@ def test_two_processes_stopped_on_the_way_give_what_one_gives(whole, tmp_path):
     assert "evaluation" not in resumed[1].stdout
     assert "exported to" in resumed[0].stdout
     for done in (stopped[1], resumed[1]):
-        assert not [line for line in done.stdout.splitlines() if "Gloo" not in line and line.strip()]
+        assert not [line for line in done.stdout.splitlines() if line.strip() and not GLOO.search(line)]
         assert "tok/s" not in done.stderr
 
 
