@@ -3,11 +3,12 @@
 import json
 import logging
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,14 +35,50 @@ ModelFolder = Annotated[
 ]
 
 
-@contextmanager
-def pipeline(config: Path, overrides: list[str] | None) -> Iterator["Pipeline"]:  # type: ignore[name-defined] # noqa: F821
-    settings = read_settings(config, overrides)
-    # Imported here so that --help and config errors do not wait for JAX.
-    from jaxhybrid.pipeline import Pipeline
+Opened = Any  # a Pipeline
 
-    with Pipeline(settings) as opened:
-        yield opened
+
+def verb(work: Callable[..., None]) -> Callable[..., None]:
+    """A command over an open pipeline: `work` takes it and options of its own; all such verbs have the options here."""
+
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        coordinator: Annotated[
+            str | None,
+            typer.Option(
+                envvar=["JAXHYBRID_COORDINATOR", "JAX_COORDINATOR_ADDRESS"],
+                help="HOST:PORT of the first of several processes; TPU pods, GKE and Slurm tell by themselves.",
+            ),
+        ] = None,
+        processes: Annotated[
+            int | None,
+            typer.Option(
+                envvar="JAXHYBRID_PROCESSES", min=1, help="How many processes; 1: by itself, whatever is there."
+            ),
+        ] = None,
+        process: Annotated[
+            int | None, typer.Option(envvar="JAXHYBRID_PROCESS", min=0, help="Which one this is, from 0.")
+        ] = None,
+        **options: Any,
+    ) -> None:
+        settings = read_settings(config, overrides)
+        # Imported here so that --help and config errors do not wait for JAX.
+        from jaxhybrid import hosts
+
+        hosts.initialize(coordinator, processes, process)
+        from jaxhybrid.pipeline import Pipeline
+
+        with Pipeline(settings) as opened:
+            work(opened, **options)
+
+    common = [p for p in signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+    _, *own = signature(work).parameters.values()
+    first, second, *rest = common
+    parameters = [first, second, *own, *rest]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return app.command(work.__name__, help=work.__doc__)(command)
 
 
 def read_settings(config: Path, overrides: list[str] | None) -> "RunConfig":  # type: ignore[name-defined] # noqa: F821
@@ -57,33 +94,29 @@ def read_settings(config: Path, overrides: list[str] | None) -> "RunConfig":  # 
     return load_config(config / "config.yaml", [folder, *(overrides or [])])
 
 
-@app.command()
+@verb
 def run(
-    config: Config,
-    overrides: Overrides = None,
+    p: Opened,
     reuse: Annotated[
         list[Path] | None,
         typer.Option(help="Take finished align and score stages over from another run folder, where settings agree."),
     ] = None,
 ) -> None:
     """All stages in order, skipping what is done."""
-    with pipeline(config, overrides) as p:
-        for other in reuse or []:
-            p.reuse(other)
-        p.run()
+    for other in reuse or []:
+        p.reuse(other)
+    p.run()
 
 
-@app.command()
-def align(config: Config, overrides: Overrides = None) -> None:
+@verb
+def align(p: Opened) -> None:
     """Stage 1: linear mixers learn to give the teacher's attention outputs."""
-    with pipeline(config, overrides) as p:
-        p.align()
+    p.align()
 
 
-@app.command()
+@verb
 def score(
-    config: Config,
-    overrides: Overrides = None,
+    p: Opened,
     candidates: Annotated[
         str,
         typer.Option(
@@ -95,54 +128,50 @@ def score(
     ] = None,
 ) -> None:
     """Importance of each layer: KL to the teacher when that layer alone is softmax."""
-    with pipeline(config, overrides) as p:
-        for other in merge or []:
-            p.merge_scores(other)
-        p.score(parse_candidates(candidates, p.models.depth))
+    for other in merge or []:
+        p.merge_scores(other)
+    p.score(parse_candidates(candidates, p.models.depth))
 
 
-@app.command()
-def select(config: Config, overrides: Overrides = None) -> None:
+@verb
+def select(p: Opened) -> None:
     """The layers that stay softmax, by the scores or a baseline; writes layers.json."""
-    with pipeline(config, overrides) as p:
-        p.select()
+    p.select()
 
 
-@app.command()
-def distill(config: Config, overrides: Overrides = None) -> None:
+@verb
+def distill(p: Opened) -> None:
     """Stage 2: the hybrid learns the teacher's distribution (KL)."""
-    with pipeline(config, overrides) as p:
-        p.distill()
+    p.distill()
 
 
-@app.command()
-def finetune(config: Config, overrides: Overrides = None) -> None:
+@verb
+def finetune(p: Opened) -> None:
     """Stage 3: cross entropy, usually at a longer context."""
-    with pipeline(config, overrides) as p:
-        p.finetune()
+    p.finetune()
 
 
-@app.command()
-def evaluate(config: Config, overrides: Overrides = None) -> None:
+@verb
+def evaluate(p: Opened) -> None:
     """Perplexity, KL and recall of teacher and student; writes evaluation.json and prints a table."""
+    from jaxhybrid import hosts
     from jaxhybrid.report import evaluation_table
 
-    with pipeline(config, overrides) as p:
-        print(evaluation_table(p.evaluate()))
+    hosts.say(evaluation_table(p.evaluate()))
 
 
-@app.command()
+@verb
 def export(
-    config: Config,
-    overrides: Overrides = None,
+    p: Opened,
     to: Annotated[str, typer.Option(help="Folder to write; default export.folder or RUN/export.")] = "",
     overwrite: Annotated[
         bool, typer.Option(help="Replace the folder whatever it holds; without it, only an earlier export.")
     ] = False,
 ) -> None:
     """A Hugging Face folder that plain transformers loads."""
-    with pipeline(config, overrides) as p:
-        print(f"exported to {p.export(to or None, overwrite)}")
+    from jaxhybrid import hosts
+
+    hosts.say(f"exported to {p.export(to or None, overwrite)}")
 
 
 @app.command()
@@ -275,5 +304,27 @@ def main() -> None:
     try:
         app()
     except JaxHybridError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+        if not error.shared or _hosts().is_first():
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            print("error: the log of the first process says why all of them end", file=sys.stderr)
+        _leave(getattr(error, "exit_code", 2), error)
+    except SystemExit as end:  # typer's, of a whole command too
+        if end.code:
+            _leave(end.code, end)
+        raise
+    except BaseException as error:
+        traceback.print_exc()
+        _leave(1, error)
+
+
+def _hosts() -> Any:
+    from jaxhybrid import hosts
+
+    return hosts
+
+
+def _leave(code: Any, error: BaseException) -> None:
+    if "jaxhybrid.hosts" in sys.modules:
+        _hosts().leave(code, error)
+    sys.exit(code)

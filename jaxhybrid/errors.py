@@ -4,6 +4,8 @@
 class JaxHybridError(Exception):
     """Base of every error that is the input's fault, not the program's."""
 
+    shared = False  # raised by every process of a run on many hosts; the first one's log is then enough
+
 
 class ConfigError(JaxHybridError):
     """A setting is unknown, of the wrong type, or contradicts another."""

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from jaxhybrid import hosts
 from jaxhybrid.assembly import TRAINED, RunModels
 from jaxhybrid.checksums import write_result
 from jaxhybrid.data import BatchIterator, Text, mean_segment_tokens, open_text
@@ -26,10 +26,11 @@ from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.report import evaluation_table, notes, write_report
-from jaxhybrid.run_folder import RunFolder
+from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
 from jaxhybrid.selection.kl_guided import score_candidates
 from jaxhybrid.selection.ranking import Scores, read_scores
 from jaxhybrid.selection.record import choice_record, merge_scores, scores_record
+from jaxhybrid.settings.compare import flat
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
@@ -37,6 +38,7 @@ from jaxhybrid.stages.batch import Metrics
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.train.checkpoint import steps_in
+from jaxhybrid.train.interrupt import stop_between
 from jaxhybrid.train.loop import HostBatch, train
 from jaxhybrid.train.metrics import read_metrics, training_figures
 from jaxhybrid.train.optimizer import TrainState, make_optimizer, start
@@ -50,6 +52,8 @@ class Pipeline:
 
     def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None):
         self.config = config
+        hosts.agree(flat(config), "configs")
+        hosts.agree(package_versions() | {"jaxhybrid's files": source_digest()}, "versions")
         self.folder = RunFolder.open(config)
         self.mesh = make_mesh(**config.mesh.sizes, devices=devices)
         self.models = RunModels(config, self.folder, self.mesh)
@@ -67,25 +71,36 @@ class Pipeline:
 
     @cached_property
     def text(self) -> Text:
-        """Training and held-out text, and the tokenizer; says once what stands round a document."""
+        """Training and held-out text, and the tokenizer; says once what stands round a document.
+
+        Raises:
+            RunError: hosts have read other text.
+        """
         teacher = self.models.teacher_files
         text = open_text(self.config.data, str(teacher.folder), teacher.config.vocab_size)
-        print(f"text: {text.vocabulary.describe()}")
+        hosts.agree(text.fingerprints(), "text")
+        hosts.say(f"text: {text.vocabulary.describe()}")
         return text
 
     def stream(self, name: str) -> BatchIterator:
-        """A stage's training batches from their start; stages see different orders."""
-        seed = self.config.seed * 1000 + 1 + STAGES.index(name)
-        return self.text.training_batches(getattr(self.config, name), seed)
+        """A stage's training batches from their start, this process's rows; stages see different orders."""
+        return self.text.training_batches(getattr(self.config, name), self._seed(name))
 
     def segment_tokens(self, name: str) -> float:
         """Mean length of a segment in a stage's first batches; said, for it bounds the context that is trained."""
         stage: StageConfig = getattr(self.config, name)
-        with closing(self.stream(name)) as stream:
-            count = max(1, min(SAMPLED_TOKENS // stage.tokens_per_step, stage.steps))
-            mean = round(mean_segment_tokens(islice(stream, count)), 1)
-        print(notes.segments(name, stage, mean))
+        count, text = max(1, min(SAMPLED_TOKENS // stage.tokens_per_step, stage.steps)), self.text
+
+        def measure() -> float:
+            with closing(text.training_batches(stage, self._seed(name), host=(0, 1))) as batches:
+                return round(mean_segment_tokens(islice(batches, count)), 1)
+
+        mean = hosts.by_first(measure, f"segments of {name}")
+        hosts.say(notes.segments(name, stage, mean))
         return mean
+
+    def _seed(self, name: str) -> int:
+        return self.config.seed * 1000 + 1 + STAGES.index(name)
 
     @cached_property
     def recall_tasks(self) -> list[RecallTask]:
@@ -98,8 +113,13 @@ class Pipeline:
     def run(self) -> None:
         """Everything that is missing, in order, then the table and the paths."""
         # Refused now, not after hours of training.
-        refuse_to_replace(self.export_folder, None, overwrite=False)
-        self.disk.require_run(self.folder.path, [stage for stage in STAGES if not self.folder.is_done(stage)])
+        disk, undone = self.disk, [stage for stage in STAGES if not self.folder.is_done(stage)]
+
+        def refuse() -> None:
+            refuse_to_replace(self.export_folder, None, overwrite=False)
+            disk.require_run(self.folder.path, undone)
+
+        hosts.by_first(refuse, "disk of the run")
         _ = self.recall_tasks
         self.align()
         if self.config.select.method == "kl_guided":
@@ -107,17 +127,15 @@ class Pipeline:
         self.select()
         self.distill()
         self.finetune()
-        print(evaluation_table(self.evaluate()))
+        hosts.say(evaluation_table(self.evaluate()))
         exported = self.export()
-        print(notes.end_of_run(self.config, exported, write_report(self.folder.path)))
+        report = hosts.by_first(lambda: str(write_report(self.folder.path)), "report")
+        hosts.say(notes.end_of_run(self.config, exported, Path(report)))
 
     def reuse(self, other: Path) -> None:
         """Takes over what another run has finished and this one would repeat; says what, and what not and why."""
-        if jax.process_index() == 0:
-            for stage, outcome in self.folder.reuse(other).items():
-                print(f"reuse: {stage} {outcome}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"reuse {other}")
+        for stage, outcome in hosts.by_first(lambda: self.folder.reuse(other), f"reuse {other}").items():
+            hosts.say(f"reuse: {stage} {outcome}")
 
     def align(self) -> None:
         """Stage 1: the linear mixers of every layer learn the teacher's attention outputs."""
@@ -139,7 +157,7 @@ class Pipeline:
             "heldout_layer_loss_after": after.tolist(),
         }
         self._finish("align", mixers, summary)
-        print(notes.alignment(before.mean(), after.mean()))
+        hosts.say(notes.alignment(before.mean(), after.mean()))
 
     def score(self, candidates: Sequence[int] | None = None) -> None:
         """Importance of every layer, or of some of them; the last one to be scored completes `scores.json`."""
@@ -147,7 +165,9 @@ class Pipeline:
             return
         settings, folder, layers = self.config.score, self.folder.stage("score"), range(self.models.depth)
         segment_tokens = self.segment_tokens("score")
-        begun_before = any((folder / name).exists() for name in ("scores", "candidates"))
+        begun_before = hosts.by_first(
+            lambda: any((folder / name).exists() for name in ("scores", "candidates")), "scoring was begun"
+        )
         began = time.perf_counter()
         compiled = score_candidates(
             self.models.frozen_teacher,
@@ -160,13 +180,19 @@ class Pipeline:
             layers if candidates is None else candidates,
         )
         seconds = time.perf_counter() - began
-        print(f"score: programs compiled for all candidates: {compiled}")
-        missing = [i for i in layers if not (folder / "scores" / f"{i:03d}.json").exists()]
+        hosts.say(f"score: programs compiled for all candidates: {compiled}")
+        missing = hosts.by_first(
+            lambda: [i for i in layers if not (folder / "scores" / f"{i:03d}.json").exists()], "missing scores"
+        )
         if missing:
-            print(f"score: layers {missing} are still to be scored")
+            hosts.say(f"score: layers {missing} are still to be scored")
             return
-        self.write_scores()
-        tokens = sum(c.heldout[-1][0] for c in self.scores().candidates)
+
+        def complete() -> int:
+            self.write_scores()
+            return sum(c.heldout[-1][0] for c in self.scores().candidates)
+
+        tokens = hosts.by_first(complete, "complete the scores")
         self.folder.finish(
             "score",
             {
@@ -182,7 +208,8 @@ class Pipeline:
 
     def merge_scores(self, other: Path) -> None:
         """Takes over the finished candidates of another run of the same config (scored on another machine, say)."""
-        merge_scores(self.folder.stage("score") / "scores", self.config, other)
+        folder = self.folder.stage("score") / "scores"
+        hosts.by_first(lambda: merge_scores(folder, self.config, other), f"merge {other}")
 
     def scores(self) -> Scores:
         return read_scores(self.folder.stage("score") / "scores", self.models.depth)
@@ -192,11 +219,17 @@ class Pipeline:
 
     def select(self) -> tuple[int, ...]:
         """The layers that stay softmax; written to `layers.json` with what the choice rests on."""
-        record = choice_record(self.config, self.models.depth, self.scores)
-        if record["method"] == "kl_guided":
-            self.write_scores()  # those of another run were ranked as that one has it
-        write_result(self.folder.path / "layers.json", record)
-        print(notes.choice(record))
+        depth = self.models.depth
+
+        def choose() -> dict[str, Any]:
+            record = choice_record(self.config, depth, self.scores)
+            if record["method"] == "kl_guided":
+                self.write_scores()  # those of another run were ranked as that one has it
+            write_result(self.folder.path / "layers.json", record)
+            return record
+
+        record = hosts.by_first(choose, "select")
+        hosts.say(notes.choice(record))
         return tuple(record["softmax_layers"])
 
     def distill(self) -> None:
@@ -223,8 +256,9 @@ class Pipeline:
 
     def evaluate(self) -> dict[str, Any]:
         """Teacher and students on held-out text and recall; written to `evaluation.json`."""
+        stop_between("evaluating")
         settings = self.config.evaluate
-        chosen = (self.folder.path / "layers.json").exists()
+        chosen = hosts.by_first((self.folder.path / "layers.json").exists, "layers are chosen")
         result = evaluation_record(
             {"teacher": self.models.frozen_teacher}
             | {stage: self.models.trained(stage, self.dtype) for stage in TRAINED if self.folder.is_done(stage)},
@@ -235,7 +269,7 @@ class Pipeline:
             mesh=self.mesh,
             dtype=self.dtype,
         )
-        write_result(self.folder.path / "evaluation.json", result)
+        hosts.by_first(lambda: write_result(self.folder.path / "evaluation.json", result), "write the evaluation")
         return result
 
     @property
@@ -244,10 +278,15 @@ class Pipeline:
 
     def export(self, folder: str | None = None, overwrite: bool = False) -> Path:
         """The Hugging Face folder of the trained student. `overwrite` replaces what is no earlier export, too."""
-        settings = self.config.export
+        stop_between("the export")
+        settings, disk = self.config.export, self.disk
         target = Path(folder or self.export_folder)
-        refuse_to_replace(target, None, overwrite)  # before anything is loaded
-        require("export", self.disk.needs("export"), 0, target)
+
+        def refuse() -> None:
+            refuse_to_replace(target, None, overwrite)
+            require("export", disk.needs("export"), 0, target)
+
+        hosts.by_first(refuse, "disk of the export")  # before the student is loaded
         self.models.drop_teacher()
         student = self.models.trained(dtype=jnp.dtype(settings.dtype))
         return export(student, target, settings.dtype, max_shard_bytes=settings.max_shard_bytes, overwrite=overwrite)
@@ -262,7 +301,9 @@ class Pipeline:
         """Whether a stage is still to be done; then says what disk it takes, and refuses when less is free."""
         if self.folder.is_done(stage):
             return False
-        self.disk.require_stage(stage, self.folder.stage(stage), candidates)
+        stop_between(stage)
+        disk = self.disk
+        hosts.by_first(lambda: disk.require_stage(stage, self.folder.stage(stage), candidates), f"disk of {stage}")
         return True
 
     def _train(
@@ -284,7 +325,10 @@ class Pipeline:
             return compiled(state, *frozen, place_batch(batch, self.mesh, settings.gradient_accumulation))
 
         begin = partial(start, optimizer=optimizer)
-        if steps_in(self.folder.stage(name) / "checkpoints"):  # it is read from there: nothing to be made and freed
+        checkpoints = self.folder.stage(name) / "checkpoints"
+        if hosts.by_first(
+            lambda: steps_in(checkpoints), "checkpoints"
+        ):  # read from there: nothing to be made and freed
             state = self._abstract(begin, like)
         else:
             state = jax.jit(begin, donate_argnums=0)(make())
@@ -304,5 +348,5 @@ class Pipeline:
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
 
     def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
-        figures = training_figures(read_metrics(self.folder.stage(name)))
+        figures = hosts.by_first(lambda: training_figures(read_metrics(self.folder.stage(name))), "figures")
         self.folder.finish(name, summary | figures | {"peak_memory_bytes": peak_memory_bytes()}, params)

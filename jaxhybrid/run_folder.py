@@ -7,6 +7,7 @@ runs/NAME/
   export/  report/
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 
+from jaxhybrid import hosts
 from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.errors import RunError
 from jaxhybrid.files import draft_of, make_folder, remove, storage_errors, write_json, write_text
@@ -38,12 +40,19 @@ class RunFolder:
 
     @staticmethod
     def open(config: RunConfig) -> "RunFolder":
-        """The folder of this config, made if it is new.
+        """The folder of this config, made if it is new. On many hosts all of them must see it.
 
         Raises:
-            RunError: it holds results of a config that gives others; names the keys that differ.
+            RunError: it holds results of a config that gives others; names the keys that differ. Or hosts do not see
+                it.
         """
-        path = make_folder(folder_of(config))
+        folder = RunFolder(folder_of(config))
+        hosts.by_first(lambda: folder._prepare(config), "open the run folder")
+        hosts.require_shared(folder.path)
+        return folder
+
+    def _prepare(self, config: RunConfig) -> None:
+        path = make_folder(self.path)
         recorded = path / "config.yaml"
         if recorded.exists() and any((path / stage).exists() for stage in STAGES):
             earlier = load_config(recorded, [])
@@ -58,23 +67,26 @@ class RunFolder:
         write_text(recorded, to_yaml(config))
         if not (path / "versions.json").exists():
             write_json(path / "versions.json", versions())
-        folder = RunFolder(path)
-        for stage in filter(folder.is_done, STAGES):
-            folder._clear(stage)  # where a process was killed while it did
-        return folder
+        for stage in filter(self.is_done, STAGES):
+            self._clear(stage)  # where a process was killed while it did
 
     def stage(self, name: str) -> Path:
         return self.path / name
 
     def is_done(self, stage: str) -> bool:
-        return (self.stage(stage) / "done.json").exists()
+        """Whether a stage is finished, as the first process sees it."""
+        return hosts.by_first((self.stage(stage) / "done.json").exists, f"{stage} is done")
 
     def finish(self, stage: str, summary: dict[str, Any], params: Params | None = None) -> None:
         """Writes a stage's parameters and marks it done; its checkpoints are then not needed any more, and removed."""
         if params is not None:
             write_tree(self.stage(stage) / "params", params)
-        write_result(self.stage(stage) / "done.json", summary)
-        self._clear(stage)
+
+        def mark() -> None:
+            write_result(self.stage(stage) / "done.json", summary)
+            self._clear(stage)
+
+        hosts.by_first(mark, f"finish {stage}")
 
     def _clear(self, stage: str) -> None:
         """Removes what a finished stage does not need any more."""
@@ -96,9 +108,13 @@ class RunFolder:
     def read(self, name: str, made_by: str) -> Any:
         """A JSON result of the run, or an error naming the verb that makes it."""
         path = self.path / name
-        if not path.exists():
-            raise RunError(f"{path} does not exist yet. Run `jaxhybrid {made_by} {self.path}`.")
-        return read_result(path, f"Run `jaxhybrid {made_by} {self.path}` again.")
+
+        def read() -> Any:
+            if not path.exists():
+                raise RunError(f"{path} does not exist yet. Run `jaxhybrid {made_by} {self.path}`.")
+            return read_result(path, f"Run `jaxhybrid {made_by} {self.path}` again.")
+
+        return hosts.by_first(read, f"read {name}")
 
     def reuse(self, other: Path) -> dict[str, str]:
         """Takes over the finished align and score stages of another run, where the settings they depend on agree.
@@ -166,11 +182,28 @@ def _copy(finished: Path, target: Path) -> None:
 
 def versions() -> dict[str, str]:
     """What the run was made with."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    devices = jax.devices()
+    return {
+        **package_versions(),
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Of what may change results."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # used from a source tree that is not installed
             found[package] = "not installed"
-    devices = jax.devices()
-    return found | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
+    return found
+
+
+def source_digest() -> str:
+    """Of this package's Python files: checkouts of one version may differ."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -64,7 +64,18 @@ class Workshop:
         )
 
     def start(self, *arguments: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:
-        environment = {
+        return subprocess.run(
+            [sys.executable, "-c", f"{START}{before}\nmain()", *map(str, arguments)],
+            env=os.environ | self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
             "XLA_FLAGS": XLA_FLAGS,
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
@@ -72,14 +83,6 @@ class Workshop:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        return subprocess.run(
-            [sys.executable, "-c", f"{START}{before}\nmain()", *map(str, arguments)],
-            env=os.environ | environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
 
     def finish(self, *arguments: str | Path) -> str:
         """Starts a process that must succeed; what it printed."""

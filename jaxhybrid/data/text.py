@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxhybrid import hosts
 from jaxhybrid.data.batches import BatchIterator, HeldoutBatches, training_batches
 from jaxhybrid.data.sources import open_source
 from jaxhybrid.data.split import take_heldout, without
 from jaxhybrid.data.streaming import TokenStream
 from jaxhybrid.data.tokens import TokenDataset, open_tokens
 from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
+from jaxhybrid.model.partition import ROWS, own_share
 from jaxhybrid.settings.run import DataConfig
 from jaxhybrid.settings.stages import StageConfig
 
@@ -21,23 +23,44 @@ class Text:
     vocabulary: Vocabulary
     separate_documents: bool  # in a row, they do not see each other
 
-    def training_batches(self, stage: StageConfig, seed: int) -> BatchIterator:
-        """This process's batches of a stage, from their start."""
-        train, host = self.train.at_least(stage.min_document_tokens or 1), (jax.process_index(), jax.process_count())
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that is read; equal where the same text was read the same way."""
+        return {
+            "training text": self.train.fingerprint,
+            "held-out text": self.heldout.fingerprint,
+            "tokenizer": self.vocabulary.fingerprint,
+        }
+
+    def training_batches(self, stage: StageConfig, seed: int, host: tuple[int, int] | None = None) -> BatchIterator:
+        """This process's batches of a stage, from their start; or those of process `host[0]` of `host[1]`."""
+        train, host = self.train.at_least(stage.min_document_tokens or 1), host or _this_host()
         return training_batches(
             train, stage.sequence_length, stage.batch_size, seed, *host, separate_documents=self.separate_documents
         )
 
     def heldout_batches(self, sequence_length: int, batch_size: int, tokens: int) -> HeldoutBatches:
         """This process's batches of the first `tokens` held-out tokens."""
-        host = jax.process_index(), jax.process_count()
         return HeldoutBatches(
-            self.heldout, sequence_length, batch_size, tokens, *host, separate_documents=self.separate_documents
+            self.heldout, sequence_length, batch_size, tokens, *_this_host(), separate_documents=self.separate_documents
         )
 
 
+def _this_host() -> tuple[int, int]:
+    """Which share of a batch's rows is this process's, and how many shares there are."""
+    mesh = jax.sharding.get_mesh()
+    return (jax.process_index(), jax.process_count()) if mesh.empty else own_share(mesh, *ROWS)
+
+
 def open_text(config: DataConfig, teacher_folder: str, vocab_size: int, progress: bool = True) -> Text:
-    """Opens, and on first use tokenises, everything that `config` names. Raises DataError."""
+    """Opens, and on first use tokenises, everything that `config` names. Raises DataError.
+
+    Of many hosts the first one goes ahead: the others find what it has fetched and tokenised, where they see its disk.
+    """
+    with hosts.first_in_turn("text"):
+        return _open_text(config, teacher_folder, vocab_size, progress and hosts.is_first())
+
+
+def _open_text(config: DataConfig, teacher_folder: str, vocab_size: int, progress: bool) -> Text:
     vocabulary = load_vocabulary(
         config.tokenizer or teacher_folder, vocab_size, config.document_end_token, config.prepend_bos
     )

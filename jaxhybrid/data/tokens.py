@@ -97,8 +97,7 @@ def open_tokens(
     """Tokens of `source`, from the cache folder or tokenised now (a progress bar on a terminal).
 
     A document over `max_document_tokens` is split into pieces that count as documents of their own, or cut and the rest
-    left out. On a pod every host that has its own disk tokenises for itself; hosts that share `cache_dir` may all do
-    the work, the first to finish is kept.
+    left out. Processes that do it at the same time may share `cache_dir`; the first to finish is kept.
 
     A cache that is damaged is made again, with a warning: now, or when the damaged part is first read.
 

@@ -6,10 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
+from jaxhybrid import hosts
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export.card import base_model_name, model_card
 from jaxhybrid.families import student_config_to_hf
@@ -76,13 +75,13 @@ def export(
         raise ConfigError("The mixer's qkv_bias or qk_norm is unset; export a student that `convert` made.")
     target = Path(folder).expanduser().absolute()
     source = Path(model.folder) if model.folder else None
-    refuse_to_replace(target, source, overwrite)
+    hosts.by_first(lambda: refuse_to_replace(target, source, overwrite), "refuse to replace")
 
     source_config = _table(source, "config.json")
     base = base_model_name(source, source_config)
     config = _config(model.config, source_config, base, dtype)
     generation_config = _generation_config(model.config, source, source_config)
-    writer = jax.process_index() == 0
+    writer = hosts.is_first()
     make_folder(target.parent, WAY_OUT)
     with storage_errors(target, WAY_OUT), draft_of(target) as draft:
         draft.mkdir()
@@ -96,8 +95,7 @@ def export(
         save_weights(model.params, model.config, draft, jnp.dtype(dtype), max_shard_bytes)
         if writer:
             _put_in_place(draft, target)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"export {target}")
+    hosts.barrier(f"export {target}")
     return target
 
 

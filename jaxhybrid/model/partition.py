@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -96,6 +97,24 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, 
         raise TopologyError(f"mesh {told} needs {fixed} devices, there are {len(devices)}.")
     kinds = (AxisType.Explicit,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+
+
+def own_share(mesh: Any, *axes: str) -> tuple[int, int]:
+    """(which, of how many) equal parts along mesh axes this process's devices hold. Processes may hold the same.
+
+    Raises:
+        TopologyError: they hold no such part.
+    """
+    devices = np.moveaxis(mesh.devices, [MESH_AXES.index(axis) for axis in axes], range(len(axes)))
+    places = devices.reshape(_product(mesh.shape[axis] for axis in axes), -1)
+    process = jax.process_index()
+    own = [number for number, row in enumerate(places) if any(device.process_index == process for device in row)]
+    if not own or len(places) % len(own) or own[0] % len(own) or own != list(range(own[0], own[0] + len(own))):
+        raise TopologyError(
+            f"Process {process} holds parts {own} of {len(places)} along {axes} of the mesh, no part of equal ones; "
+            "choose axes of which one process has a power of two of devices."
+        )
+    return own[0] // len(own), len(places) // len(own)
 
 
 # --- how arrays lie

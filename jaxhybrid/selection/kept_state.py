@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhybrid import hosts
 from jaxhybrid.files import remove
 from jaxhybrid.train.checkpoint import Checkpoints
-from jaxhybrid.train.loop import Batches
+from jaxhybrid.train.loop import Batches, go_to, place_of
 from jaxhybrid.train.optimizer import TrainState
 
 
@@ -32,19 +33,23 @@ class KeptState:
     def restore(self, stream: Batches) -> TrainState:
         """The state to go on from, with `stream` at its next batch; the loop may have a newer one of this round."""
         start = self._begin()
-        if not self.step or Checkpoints(self._within).steps[-1:] > [self.step]:
+        step = self.step
+        if not step or (Checkpoints(self._within).latest or 0) > step:
             return start
-        remove(self._within)  # left by a process that was killed between `save`'s two acts
+        self._remove_within()  # left by a process that was killed between `save`'s two acts
         state, position = self._kept.restore(_like_rounded(start) if self._rounds else start)
-        stream.set_state(position["batches"])
+        go_to(position["batches"], stream)
         return _unrounded(state, start) if self._rounds else state
 
     def save(self, state: TrainState, stream: Batches) -> None:
         step = int(state.step)
         if self._rounds:
             state = _rounded(state, self._begin())
-        self._kept.save(step, state, {"batches": stream.get_state()}, wait=True)
-        remove(self._within)
+        self._kept.save(step, state, {"batches": place_of(stream)}, wait=True)
+        self._remove_within()
+
+    def _remove_within(self) -> None:
+        hosts.by_first(lambda: remove(self._within), "remove checkpoints of the round")
 
 
 def _half(x: Any) -> Any:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxhybrid import hosts
 from jaxhybrid.checksums import read_result
 from jaxhybrid.errors import ConfigError, DamageError, DivergenceError
 from jaxhybrid.files import remove
+from jaxhybrid.model.partition import own_share
 from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.selection.kept_state import KeptState
 from jaxhybrid.selection.ranking import SCORE_AGAIN, CandidateScore, Curve, read_scores, write_score
@@ -22,11 +24,12 @@ from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_c
 from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import ScoreConfig
+from jaxhybrid.stages.batch import Batch, token_mask
 from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
 from jaxhybrid.train.loop import Batches, HostBatch, train
 from jaxhybrid.train.metrics import read_metrics
 from jaxhybrid.train.optimizer import make_optimizer, start
-from jaxhybrid.train.placement import local_rows, place_batch
+from jaxhybrid.train.placement import local_part, place_batch
 
 
 def score_candidates(
@@ -57,7 +60,7 @@ def score_candidates(
     rule = config.score.stop_when_stable
     if rule is not None and len(candidates) < depth:
         raise ConfigError("Stopping when the ranking is stable needs all candidates in one process; drop --candidates.")
-    remove_caches(folder, candidates)
+    hosts.by_first(lambda: remove_caches(folder, candidates), "remove caches")
     programs = _Programs(teacher, student, config, mesh, folder, candidates)
     best, rounds = layers_in_budget(config.select.budget, depth), rounds_of(config.score)
     for position, steps in enumerate(rounds):
@@ -67,14 +70,14 @@ def score_candidates(
             if score is None or score.heldout[-1][0] < steps * config.score.tokens_per_step:
                 _train_candidate(programs, layer, rounds[: position + 1], batches, heldout, label)
             if position + 1 == len(rounds):  # else the next round goes on from there
-                remove(programs.candidate_folder(layer))
+                programs.remove_candidate(layer)
         last = position + 1 == len(rounds)
-        if rule and not last and read_scores(folder / "scores", depth).is_stable(rule, best, config.select.rank_by):
+        if rule and not last and hosts.by_first(lambda: _is_stable(config, folder, depth, best), "is stable"):
             lasted = f"{rule.window} rounds" if rule.window else f"{rule.window_tokens:,} tokens"
-            print(f"The top {best} layers have not moved for {lasted}: stopping.")
+            hosts.say(f"The top {best} layers have not moved for {lasted}: stopping.")
             break
     for layer in candidates:
-        remove(programs.candidate_folder(layer))
+        programs.remove_candidate(layer)
     programs.close()
     return programs.compiled()
 
@@ -88,10 +91,16 @@ def rounds_of(settings: ScoreConfig) -> list[int]:
     return [*range(every * (window + 1), settings.steps, every * rule.every), settings.steps]
 
 
+def _is_stable(config: RunConfig, folder: Path, depth: int, best: int) -> bool:
+    rule = config.score.stop_when_stable
+    return rule is not None and read_scores(folder / "scores", depth).is_stable(rule, best, config.select.rank_by)
+
+
 def _read_score(folder: Path, layer: int) -> CandidateScore | None:
     """What a candidate was given at the end of a round, if one has ended."""
     file = folder / "scores" / f"{layer:03d}.json"
-    return CandidateScore.from_json(read_result(file, SCORE_AGAIN)) if file.exists() else None
+    found = hosts.by_first(lambda: read_result(file, SCORE_AGAIN) if file.exists() else None, f"score of {layer}")
+    return None if found is None else CandidateScore.from_json(found)
 
 
 def _train_candidate(
@@ -142,16 +151,26 @@ def _train_candidate(
         run()
     except DamageError as error:
         warnings.warn(f"{error} The candidate of layer {layer} starts over.", stacklevel=2)
-        remove(folder)
+        programs.remove_candidate(layer)
         run()
-    records = read_metrics(folder)
-    heldout_curve: Curve = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
-    score = CandidateScore(
-        layer,
-        train=[(r["tokens"], r["loss"]) for r in records if "loss" in r],
-        heldout=[(0, untrained), *heldout_curve],
-    )
-    write_score(programs.folder / "scores", score)
+
+    def record() -> None:
+        records = read_metrics(folder)
+        heldout_curve: Curve = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
+        score = CandidateScore(
+            layer,
+            train=[(r["tokens"], r["loss"]) for r in records if "loss" in r],
+            heldout=[(0, untrained), *heldout_curve],
+        )
+        write_score(programs.folder / "scores", score)
+
+    hosts.by_first(record, f"write the score of {layer}")
+
+
+def _kl_and_tokens(params: Any, layer: jax.Array, batch: Batch, teacher_head: jax.Array, **static: Any) -> Any:
+    """Both over all processes' rows."""
+    tokens = jnp.sum(token_mask(batch["segment_ids"]))
+    return candidate_kl(params, layer, batch, teacher_head, **static), tokens
 
 
 class _Numbered:
@@ -193,7 +212,7 @@ class _Programs:
         sums, remat = jnp.dtype(config.mesh.sums), self.settings.remat
         step = partial(score_step, optimizer=optimizer, remat=remat, sums=sums, **static)
         self.step = jax.jit(step, donate_argnums=0)
-        self._heldout = jax.jit(partial(candidate_kl, **static))
+        self._heldout = jax.jit(partial(_kl_and_tokens, **static))
         self._teacher = jax.jit(
             lambda teacher, batch: hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=self.dtype)
         )
@@ -203,13 +222,17 @@ class _Programs:
     def candidate_folder(self, layer: int) -> Path:
         return self.folder / "candidates" / f"{layer:03d}"
 
-    def cache(self, name: str, batches: int) -> TeacherCache:
+    def remove_candidate(self, layer: int) -> None:
+        hosts.by_first(lambda: remove(self.candidate_folder(layer)), f"remove candidate {layer}")
+
+    def cache(self, name: str, batches: int, rows: int) -> TeacherCache:
+        """This process's own, for its `rows` of each batch."""
         if name not in self._caches:
             self._caches[name] = TeacherCache(
                 cache_path(self.folder, name, self.candidates, jax.process_index()),
                 batches,
-                self.settings.batch_size // jax.process_count(),
-                self.settings.sequence_length,
+                rows,
+                self.settings.sequence_length // own_share(self.mesh, "context")[1],
                 self.teacher.config.hidden_size,
                 self.dtype,
             )
@@ -224,19 +247,26 @@ class _Programs:
         """The batch with `teacher_hidden` added, computed the first time this batch is seen by any candidate."""
 
         def compute() -> np.ndarray:
-            return local_rows(self._teacher(self.teacher, place_batch(batch, self.mesh)))
+            return local_part(self._teacher(self.teacher, place_batch(batch, self.mesh)))
 
         kept = name == "heldout" or self.settings.keep_teacher_states
-        hidden = self.cache(name, batches).get(index, compute) if kept else compute()
+        if not kept:
+            return {**batch, "teacher_hidden": compute()}
+
+        def everywhere(found: bool) -> bool:
+            return all(hosts.gather(found, f"states of {name} {index}"))
+
+        hidden = self.cache(name, batches, len(batch["tokens"])).get(index, compute, everywhere)
         return {**batch, "teacher_hidden": np.asarray(hidden)}
 
     def heldout_kl(self, params: Any, layer: jax.Array, heldout: Sequence[HostBatch]) -> float:
         """Mean KL in nats per token over the held-out batches."""
-        total, tokens = 0.0, 0
+        total, tokens = 0.0, 0.0
         for index, own in enumerate(heldout):
             batch = self.with_teacher("heldout", index, own, len(heldout))
-            total += float(self._heldout(params, layer, place_batch(batch, self.mesh), self.teacher_head))
-            tokens += int(np.count_nonzero(batch["segment_ids"]))
+            kl, count = self._heldout(params, layer, place_batch(batch, self.mesh), self.teacher_head)
+            total += float(kl)
+            tokens += float(count)
         if not math.isfinite(total):
             raise DivergenceError(
                 f"The held-out KL of the candidate of layer {int(layer)} is {total}. Lower score.learning_rate and "

@@ -70,15 +70,20 @@ class TeacherCache:
             np.where(np.fromfile(present, np.uint8) == 0, ABSENT, UNSUMMED).tofile(sums)
             present.unlink()
 
-    def get(self, index: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """Hidden states of batch `index`, [rows,T,D]; `compute()` gives them the first time."""
+    def get(
+        self, index: int, compute: Callable[[], np.ndarray], everywhere: Callable[[bool], bool] = bool
+    ) -> np.ndarray:
+        """Hidden states of batch `index`, [rows,T,D]; `compute()` gives them the first time.
+
+        everywhere: told whether this process has them, says whether all do; `compute` needs all of them.
+        """
         known, present = self._sums[index], checksum(self._states[index])
-        if known == present:
-            return np.asarray(self._states[index])
-        if known != UNSUMMED:
-            if known != ABSENT:
-                warnings.warn(f"Batch {index} of {self.path} does not match its checksum. {AGAIN}", stacklevel=4)
+        if known not in (present, ABSENT, UNSUMMED):
+            warnings.warn(f"Batch {index} of {self.path} does not match its checksum. {AGAIN}", stacklevel=4)
+        if not everywhere(bool(known in (present, UNSUMMED))):
             self._states[index] = compute()
+        elif known == present:
+            return np.asarray(self._states[index])
         with storage_errors(self.path):
             self._states.flush()
             self._sums[index] = checksum(self._states[index])

@@ -24,11 +24,16 @@ def differences(a: RunConfig, b: RunConfig, sections: Collection[str] | None = N
     return [f"{key}: {shown(old[key])} -> {shown(new[key])}" for key in old if old[key] != new[key]]
 
 
-def _binding(config: RunConfig, sections: Collection[str] | None) -> dict[str, Any]:
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of every setting."""
+    return _binding(config, None, binding=False)
+
+
+def _binding(config: RunConfig, sections: Collection[str] | None, binding: bool = True) -> dict[str, Any]:
     """Dotted key -> value of every setting that affects results; an absent section gives nulls."""
     values: dict[str, Any] = {}
     tree = config.model_dump(mode="json")
-    for key, field in fields(RunConfig, binding=True):
+    for key, field in fields(RunConfig, binding=binding):
         if sections is not None and key.partition(".")[0] not in sections:
             continue
         value: Any = tree

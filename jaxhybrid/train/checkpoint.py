@@ -1,21 +1,20 @@
 """Checkpoints of a stage: the training state and the place in the data, written together in the background (orbax)."""
 
 import errno
-import json
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxhybrid import hosts
 from jaxhybrid.checksums import MANIFEST, verify, write_manifest
 from jaxhybrid.errors import DamageError, RunError
 from jaxhybrid.files import make_folder, remove, storage_errors
@@ -36,7 +35,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = make_folder(folder), keep
-        self._writes = jax.process_index() == 0  # names; every process writes its own arrays
+        self._writes = hosts.is_first()  # names; every process writes its own arrays
         for path in self.folder.iterdir() if self._writes else ():  # what a killed process left
             if _UNFINISHED.fullmatch(path.name) and not path.name.isdecimal():
                 remove(path)
@@ -45,24 +44,20 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Of the whole checkpoints, oldest first."""
+        """Of the whole checkpoints, oldest first, as this process sees them."""
         return steps_in(self.folder)
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
-        return self.steps[-1] if self.steps else None
+        """Step of the newest whole checkpoint, as the first process sees it."""
+        return hosts.by_first(lambda: max(self.steps, default=None), "newest checkpoint")
 
     def save(self, step: int, state: Any, position: Position, *, wait: bool = False) -> None:
         """Starts writing; returns once the arrays are copied, or with `wait` once the checkpoint is on disk."""
         self.wait()
         draft = self.folder / f"{step}.draft"
-        positions = of_all(position)
-        custom: dict[str, Any] = {"position": positions[0]}
-        if any(one != positions[0] for one in positions):  # a stream's: documents are dealt out to processes
-            custom["positions"] = positions
         with orbax_errors(self.folder):
-            saving = ocp.save_async(draft.absolute(), state, custom_metadata=_metadata(**custom))
+            saving = ocp.save_async(draft.absolute(), state, custom_metadata=_metadata(position=position))
         self._writing = self._thread.submit(self._commit, step, draft, saving)
         if wait:
             self.wait()
@@ -85,7 +80,7 @@ class Checkpoints:
             DamageError: there is no other one.
             RunError: there is none at all, or it does not fit `like`.
         """
-        steps = of_all(self.steps)[0]
+        steps = hosts.by_first(lambda: self.steps, "checkpoints")
         if not steps:
             raise RunError(f"{self.folder} has no checkpoint.")
         faults: dict[int, DamageError] = {}
@@ -98,8 +93,8 @@ class Checkpoints:
                 continue
             except RunError as error:
                 raise RunError(f"{error}. {way_out}") from error
-            for damaged, fault in faults.items() if self._writes else ():
-                aside = _set_aside(self.folder / str(damaged))
+            for damaged, fault in faults.items():
+                aside = hosts.by_first(partial(_set_aside, self.folder / str(damaged)), "set aside")
                 warnings.warn(f"{fault}: set aside as {aside}; going on from step {step}.", stacklevel=2)
             return state, position
         found = "; ".join(map(str, faults.values()))
@@ -109,8 +104,7 @@ class Checkpoints:
         state, metadata = read_tree(self.folder / str(step), like)
         if "position" not in metadata:
             raise DamageError(f"{self.folder / str(step)} lacks its place in the data")
-        positions = metadata.get("positions", [])
-        return state, positions[jax.process_index()] if len(positions) == jax.process_count() else metadata["position"]
+        return state, metadata["position"]
 
     def wait(self) -> None:
         """Until what is being written is on disk."""
@@ -118,6 +112,7 @@ class Checkpoints:
         if writing is not None:
             with orbax_errors(self.folder):
                 writing.result()
+            hosts.barrier("checkpoint written")
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -129,8 +124,7 @@ def write_tree(folder: Path, tree: Any) -> None:
     """Arrays and their checksums, in place of what `folder` holds."""
     with orbax_errors(folder):
         ocp.save(folder.absolute(), tree, overwrite=True, custom_metadata=_metadata())
-    if jax.process_index() == 0:
-        write_manifest(folder)
+    hosts.by_first(lambda: write_manifest(folder), "checksums")
 
 
 def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -141,9 +135,7 @@ def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         RunError: the arrays are other ones than those of `like`.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    with _same_for_all():
-        whole = jax.process_index() == 0 and verify(folder)
-    whole = of_all(whole)[0]
+    whole = hosts.by_first(lambda: verify(folder), "verify")
     with _same_for_all(), _unreadable(folder, whole):
         metadata = ocp.metadata(folder.absolute()).custom_metadata or {}
         if not whole and MANIFEST in metadata:
@@ -158,14 +150,9 @@ def read_tree(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     return tree, metadata
 
 
-def of_all(value: Any) -> list[Any]:
-    """This JSON value as each process has it, in their order. All processes call it together."""
-    if jax.process_count() == 1:
-        return [value]
-    text = json.dumps(value).encode()
-    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
-    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
-    return [json.loads(bytes(row)) for row in rows]
+def _metadata(**custom: Any) -> dict[str, Any]:
+    """What orbax keeps beside the arrays; from the manifest's name in it follows that there was one."""
+    return {**custom, MANIFEST: True, "layout": LAYOUT}
 
 
 @contextmanager
@@ -176,19 +163,14 @@ def _same_for_all() -> Iterator[None]:
         yield
     except DamageError as error:
         fault = error
-    found = [text for text in of_all(fault and str(fault)) if text]
+    found = [text for text in hosts.gather(fault and str(fault), "damage") if text]
     if found:
         raise fault or DamageError(found[0])
 
 
-def _metadata(**custom: Any) -> dict[str, Any]:
-    """What orbax keeps beside the arrays; from the manifest's name in it follows that there was one."""
-    return {**custom, MANIFEST: True, "layout": LAYOUT}
-
-
-def _set_aside(path: Path) -> Path:
+def _set_aside(path: Path) -> str:
     names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f"-{n}" for n in range(2, 100))))
-    return path.rename(next(name for name in names if not name.exists()))
+    return str(path.rename(next(name for name in names if not name.exists())))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxhybrid import hosts
 from jaxhybrid.errors import DivergenceError
 from jaxhybrid.files import make_folder, storage_errors
 from jaxhybrid.settings.stages import StageConfig
@@ -61,7 +62,7 @@ def train(
     unrecorded: list[Metrics] = []  # of the steps since the last record
     if checkpoints.latest is not None:
         state, position = checkpoints.restore(state)
-        batches.set_state(position["batches"])
+        go_to(position["batches"], batches)
         unrecorded = position["unrecorded"]
     done = int(state.step)
     if done >= until:
@@ -71,7 +72,7 @@ def train(
     recorder = Recorder(folder, resume_step=done, total_tokens=until * size, done_tokens=done * size, label=label)
     pending: deque[_Pending] = deque()
     recorded, clock = done, time.perf_counter()
-    with closing(checkpoints), closing(recorder), StopSignals() as stop:
+    with closing(checkpoints), closing(recorder), StopSignals() as stop, hosts.failures_reported():
         while done < until:
             batch = next(batches)
             state, metrics = step(state, batch)
@@ -79,7 +80,7 @@ def train(
             pending.append(_Pending(done, batch, metrics))
             measured = measure(state, done) if measure else None
             last = done == until
-            signal = stop.received  # one that comes from here on is for the next step
+            signal = stop.asked()  # one that comes from here on is for the next step
             save = done % stage.checkpoint_every == 0 or signal is not None or (last and keep_last)
             record = bool(measured) or last or done % stage.log_every == 0
             if record or save:
@@ -98,15 +99,27 @@ def train(
                 clock = time.perf_counter()  # measuring is not training
             if save:
                 # With the metrics not yet recorded, so that the records do not depend on when a run is stopped.
-                position = {"batches": batches.get_state(), "unrecorded": unrecorded}
+                position = {"batches": place_of(batches), "unrecorded": unrecorded}
                 checkpoints.save(done, state, position, wait=signal is not None)
-            if signal is not None and not last:
+            if signal is not None:
                 raise Interrupted(
                     f"{label} stopped by signal {signal} after step {done} of {until}; "
                     f"checkpoint {checkpoints.folder / str(done)} is written. Run the same command again to go on.",
                     signal,
                 )
     return state
+
+
+def place_of(batches: Batches) -> dict[str, Any]:
+    """Where the stream is; where each process's is, when they differ as those of a streaming source do."""
+    states = hosts.gather(batches.get_state(), "place in the data")
+    return states[0] if states.count(states[0]) == len(states) else {"of_each_process": states}
+
+
+def go_to(place: dict[str, Any], batches: Batches) -> None:
+    """Sets the stream to what `place_of` gave. A stream of another number of processes refuses it."""
+    states = place.get("of_each_process", [place])
+    batches.set_state(states[jax.process_index() % len(states)])
 
 
 @dataclass(frozen=True)
@@ -126,15 +139,18 @@ def _read(pending: deque[_Pending], folder: Path, checkpoints: Checkpoints) -> l
         values = {name: np.asarray(jax.device_get(value), np.float64) for name, value in item.metrics.items()}
         bad = [name for name in ("loss", "gradient_norm") if not np.isfinite(values[name])]
         if bad:
-            path = make_folder(folder) / f"bad-batch-{item.step}.npz"
+            name = f"bad-batch-{item.step}" + (f"-{jax.process_index()}" if hosts.count() > 1 else "")
+            path = make_folder(folder) / f"{name}.npz"
             with storage_errors(path):
                 np.savez(path, **item.batch)  # type: ignore[arg-type]  # numpy's stub takes array names for options
             checkpoints.wait()
             step = checkpoints.latest
             saved = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
-            raise DivergenceError(
+            error = DivergenceError(
                 f"{bad[0]} is {values[bad[0]]} at step {item.step}; its batch is saved as {path}; {saved}. "
                 "Lower the learning rate or clip_norm, or look at the batch; then run the same command again."
             )
+            error.shared = True  # metrics are the same everywhere
+            raise error
         read.append({name: value.tolist() for name, value in values.items()})
     return read

@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from jaxhybrid import hosts
 from jaxhybrid.checksums import seal, unseal
 from jaxhybrid.errors import DamageError
 from jaxhybrid.files import make_folder, storage_errors, write_text
@@ -62,9 +63,24 @@ def training_figures(records: list[Record]) -> Record:
 
 
 class Recorder:
-    """Records of one stage. Opening it again at a step forgets what was recorded after that step."""
+    """Records of one stage. Opening it again at a step forgets what was recorded after that step.
+
+    On many hosts the first process records; those of the others do nothing.
+    """
 
     def __init__(self, folder: Path, *, resume_step: int, total_tokens: int, done_tokens: int, label: str):
+        self._writes = hosts.is_first()
+        self.bar = tqdm(
+            total=total_tokens,
+            initial=done_tokens,
+            desc=label,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not self._writes,
+        )
+        if not self._writes:
+            return
         make_folder(folder)
         kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
         write_text(folder / "metrics.jsonl", "".join(map(_line, kept)))
@@ -72,11 +88,10 @@ class Recorder:
         with storage_errors(folder):
             self._file: TextIO = self._path.open("a")
             self._board = _Board(make_folder(folder / "tensorboard"), resume_step + 1)
-        self.bar = tqdm(
-            total=total_tokens, initial=done_tokens, desc=label, unit="tok", unit_scale=True, dynamic_ncols=True
-        )
 
     def write(self, record: Record) -> None:
+        if not self._writes:
+            return
         with storage_errors(self._path):
             self._file.write(_line(record))
             self._file.flush()
@@ -89,6 +104,8 @@ class Recorder:
 
     def close(self) -> None:
         self.bar.close()
+        if not self._writes:
+            return
         with storage_errors(self._path), closing(self._file):
             self._board.close()
 

@@ -5,32 +5,49 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.partition import batch_sharding, rows_sharding
+from jaxhybrid.model.partition import ROWS, batch_sharding, own_share, rows_sharding
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
     """This process's rows of a global batch, split over the mesh; with several microbatches as [A,B,...].
 
+    Where a process holds a part of the tokens of its rows, an array may have those alone, as `local_part` gives them.
+
     Raises:
         TopologyError: the rows do not divide over microbatches and devices, or the tokens of a row over devices.
     """
-    rows = next(iter(batch.values())).shape[0] * jax.process_count()
-    devices, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    (part, parts), (slot, slots) = own_share(mesh, *ROWS), own_share(mesh, "context")
+    own_rows, length = batch["tokens"].shape
+    rows, context = own_rows * parts, mesh.shape["context"]
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (microbatches * devices):
         raise TopologyError(
             f"batch_size={rows} does not divide over {microbatches} microbatches x {devices} devices of data x fsdp; "
             f"use a multiple of {microbatches * devices}, or give some of the devices to mesh.context."
         )
+    if length % context:
+        raise TopologyError(f"Rows of {length} tokens do not divide over mesh.context={context}.")
+    rows, own_rows = rows // microbatches, own_rows // microbatches
 
     def place(x: np.ndarray) -> jax.Array:
-        if x.ndim > 1 and x.shape[1] % context:
-            raise TopologyError(f"Rows of {x.shape[1]} tokens do not divide over mesh.context={context}.")
-        if microbatches == 1:
-            return jax.make_array_from_process_local_data(batch_sharding(mesh), x)
-        x = x.reshape(microbatches, -1, *x.shape[1:])
-        return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), x)
+        x = x.reshape(microbatches, own_rows, *x.shape[1:])
+        first_token = 0 if x.shape[2] == length else slot * (length // slots)
+
+        def own(index: tuple[slice, ...]) -> np.ndarray:
+            micro, row, token, *rest = index if microbatches > 1 else (slice(None), *index)
+            values = x[(micro, _from(row, part * own_rows), _from(token, first_token), *rest)]
+            return values if microbatches > 1 else values[0]
+
+        shape = (microbatches, rows, length, *x.shape[3:])[0 if microbatches > 1 else 1 :]
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, leading=int(microbatches > 1)), own)
 
     return {name: place(x) for name, x in batch.items()}
+
+
+def _from(wanted: slice, first: int) -> slice:
+    """A slice of the whole, in what begins at `first` of it."""
+    start = wanted.start or 0
+    return slice(start - first, None if wanted.stop is None else wanted.stop - first)
 
 
 def place_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -42,8 +59,8 @@ def place_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: place(x) for name, x in batch.items()}
 
 
-def local_rows(array: jax.Array) -> np.ndarray:
-    """The rows of a batch [B,T,...] that this process holds, in order."""
+def local_part(array: jax.Array) -> np.ndarray:
+    """The rows of a batch [B,T,...], and of them the tokens, that this process holds."""
     rows: dict[int, dict[int, np.ndarray]] = {}
     for shard in array.addressable_shards:
         row, token = (index.start or 0 for index in shard.index[:2])

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxhybrid import hosts
 from jaxhybrid.errors import ConfigError, WeightsError
 from jaxhybrid.families import hf_to_config, hf_to_student_config
 from jaxhybrid.model.blueprint import Exact, Params, is_variable
@@ -239,6 +240,11 @@ def _padding_token(folder: Path) -> str | None:
 
 def _resolve(path_or_id: str | os.PathLike[str]) -> Path:
     """A local folder with the files of the model, fetched from the hub when it is a hub id."""
+    with hosts.first_in_turn("model files"):
+        return _local_folder(path_or_id)
+
+
+def _local_folder(path_or_id: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_id)
     if name.startswith(DEMO_PREFIX):
         return demo_teacher_folder(name)

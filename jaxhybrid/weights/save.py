@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxhybrid import hosts
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
@@ -44,7 +44,7 @@ def save_weights(
     entries = file_tensors(config)
     shards = _plan(entries, np.dtype(dtype), max_shard_bytes)
     names = [_shard_name(i, len(shards)) for i in range(len(shards))]
-    writer = jax.process_index() == 0
+    writer = hosts.is_first()
     try:
         for name, shard in zip(names, shards):
             _write(_draft(folder, name), params, shard, np.dtype(dtype))
@@ -54,8 +54,7 @@ def save_weights(
         if writer:
             for name in (*names, INDEX_FILE):
                 _draft(folder, name).unlink(missing_ok=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"weights written to {folder}")  # then every process may read them
+    hosts.barrier("weights written")  # then every process may read them
 
 
 def _plan(entries: list[FileTensor], dtype: np.dtype, max_shard_bytes: int) -> list[list[FileTensor]]:

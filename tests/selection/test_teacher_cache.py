@@ -38,6 +38,20 @@ def test_states_are_computed_once(tmp_path):
     assert fill(tmp_path / "a.bin") == 0
 
 
+def test_states_are_computed_by_all_processes_or_none(tmp_path):
+    teacher, told = Teacher(), []
+
+    def not_everywhere(found):
+        told.append(found)
+        return False
+
+    cache = TeacherCache(tmp_path / "a.bin", BATCHES, *SHAPE, np.dtype(jnp.bfloat16))
+    for _ in range(2):
+        np.testing.assert_array_equal(cache.get(1, lambda: teacher(1), not_everywhere), STATES[1])
+    assert told == [False, True]
+    assert teacher.runs == 2
+
+
 def test_every_damage_is_found_and_mended(tmp_path):
     fill(tmp_path / "a.bin")
     for path, harm in harms(tmp_path, seed=6):
