@@ -33,7 +33,8 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1)
         x = x.reshape(microbatches, own_rows, *x.shape[1:])
         first_token = 0 if x.shape[2] == length else slot * (length // slots)
 
-        def own(index: tuple[slice, ...]) -> np.ndarray:
+        def own(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             micro, row, token, *rest = index if microbatches > 1 else (slice(None), *index)
             values = x[(micro, _from(row, part * own_rows), _from(token, first_token), *rest)]
             return values if microbatches > 1 else values[0]
