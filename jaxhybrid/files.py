@@ -41,7 +41,19 @@ def storage_errors(path: Path, way_out: str = GO_ON) -> Iterator[None]:
         raise
 
 
+def bucket_trouble(path: str | Path) -> str | None:
+    """Why nothing is written to `path`, if it names object storage: as a Path it would be a folder called `gs:`."""
+    if not any(re.fullmatch(r"[a-z][a-z0-9+.-]+:", part) for part in Path(path).parts):
+        return None
+    return (
+        f"{path} names object storage, where nothing is written by itself. Mount the bucket (gcsfuse, Mountpoint for "
+        "S3) or use a disk that all hosts share, and name the folder there"
+    )
+
+
 def make_folder(path: Path, way_out: str = GO_ON) -> Path:
+    if trouble := bucket_trouble(path):
+        raise RunError(f"{trouble}.")
     with storage_errors(path, way_out):
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -173,6 +173,8 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
             "distill: final_mixer_learning_rate 1.0 is above mixer_learning_rate 0.0001.",
         ),
         (["mesh.data=-1"], "mesh: data and fsdp are both -1; only one axis can take the rest of the devices."),
+        (["run_dir=gs://bucket/run"], "run_dir: gs://bucket/run names object storage"),
+        (["export.folder=s3://bucket/out"], "export.folder: s3://bucket/out names object storage"),
         (["mesh.tensor=-1"], "mesh: tensor is -1; give a positive number."),
         (["mesh.data=0"], "mesh: data is 0; give a positive number, or -1 for the rest of the devices."),
         (["select.method=explicit"], "select: layers is None with method 'explicit'"),

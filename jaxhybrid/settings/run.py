@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jaxhybrid.errors import ConfigError
+from jaxhybrid.files import bucket_trouble
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.settings.budget import Budget, check_layers, layers_in_budget
 from jaxhybrid.settings.mixer import MixerSettings
@@ -198,6 +199,13 @@ class RunConfig(Section):
                 self.data.check_least(getattr(self, stage).min_document_tokens)
             except ValueError as error:
                 raise ValueError(f"{stage}.{error}") from error
+        for key, path in (
+            ("run_dir", self.run_dir),
+            ("data.cache_dir", self.data.cache_dir),
+            ("export.folder", self.export.folder),
+        ):
+            if trouble := bucket_trouble(path or ""):
+                raise ValueError(f"{key}: {trouble}")
         for section in ("score", "evaluate"):
             wanted = getattr(self, section).heldout_tokens
             if self.data.heldout is None and wanted > self.data.heldout_tokens:
