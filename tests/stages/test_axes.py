@@ -104,7 +104,12 @@ def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
 
 
 @pytest.mark.parametrize(
-    ("shape", "mixer"), [((1, 2, 4, 1), FEW_STATES), ((2, 1, 2, 2), CONVOLVED), ((1, 2, 2, 2), GLAConfig())]
+    ("shape", "mixer"),
+    [
+        ((1, 2, 4, 1), FEW_STATES),
+        ((2, 1, 2, 2), CONVOLVED),
+        *(pytest.param(shape, GLAConfig(), marks=slow) for shape in (*ALONE, *PAIRS)),
+    ],
 )
 def test_decoding_on_a_mesh_equals_one_device(shape, mixer):
     """Logits and state after a prompt and after one more token; heads that are fewer than devices lie there twice."""
