@@ -100,7 +100,12 @@ def arguments_of(stage: str, teacher: ModelConfig, mesh: Any, given: argparse.Na
     width = teacher.hidden_size
     batch["teacher_hidden"] = jax.ShapeDtypeStruct((*shape, width), jnp.bfloat16, sharding=sharding)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
-    return partial(score_step, **common), (state, layer, batch, jax.eval_shape(lambda: Model(frozen, teacher).head))
+    return partial(score_step, **common), (
+        state,
+        layer,
+        batch,
+        jax.eval_shape(lambda p: Model(p, teacher).head, frozen),
+    )
 
 
 def _in_bfloat16(params: Any) -> Any:

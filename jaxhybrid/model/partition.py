@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -96,7 +97,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, 
     elif fixed != len(devices):
         raise TopologyError(f"mesh {told} needs {fixed} devices, there are {len(devices)}.")
     kinds = (AxisType.Explicit,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    return Mesh(_placed(sizes, devices), MESH_AXES, axis_types=kinds)
+
+
+def _placed(sizes: dict[str, int], devices: Any) -> np.ndarray:
+    """The devices in the shape of the mesh, neighbours near each other; slices of a multislice run along `data`."""
+    shape, slices = tuple(sizes.values()), len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:  # a mesh axis may be half of one of the torus: 32 x 2 of 4 x 4 x 4
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes["data"] % slices:
+        raise TopologyError(
+            f"mesh data={sizes['data']} does not divide over {slices} slices; use a multiple of {slices}."
+        )
+    inside, across = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def own_share(mesh: Any, *axes: str) -> tuple[int, int]:

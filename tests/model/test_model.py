@@ -155,7 +155,7 @@ def test_a_width_that_does_not_divide_is_named(teacher):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"intermediate_size": 45}, r"gate_proj.*: 45 does not divide over tensor=2"),
+        ({"intermediate_size": 45}, r"mlp.*: 45 does not divide over tensor=2"),
         ({"num_heads": 3, "num_kv_heads": 3}, r"k_proj.*: 3 does not divide over tensor=2"),
     ],
 )

@@ -100,7 +100,7 @@ def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
         np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
     moments = jax.tree.leaves(actual.optimizer)
     on_one = sum(x.addressable_shards[0].data.nbytes for x in moments)
-    assert on_one < 1.5 * sum(x.nbytes for x in moments) / np.prod(shape[1:])
+    assert on_one < 1.5 * sum(x.nbytes for x in moments) / (shape[1] * shape[3])
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,8 @@ def test_gradients_are_scattered_in_the_dtype_that_was_asked_for(sums):
     """And each block's weights are, none summed whole: what is not split over `fsdp` is small."""
     found, config = traced_distillation(64, sums)
     scattered = [e.invars[0].aval for e in found if e.primitive.name == "reduce_scatter"]
-    weights = [x for x in scattered if x.ndim > 1 and x.shape[0] != 4 * 2 * 4 * 24 // 8]
+    # Beside them: keys and values of split rows, and the hidden states' gradient, summed over the head's columns.
+    weights = [x for x in scattered if x.ndim < 4 and x.shape[0] != 4 * 24]
     assert {x.dtype for x in weights} == {jnp.dtype(sums)}
     sizes = {x.size for x in weights}
     assert config.hidden_size * config.intermediate_size in sizes

@@ -41,7 +41,7 @@ def is_matrix(variable):
     """Read off the declaration: two axes or more in one layer, a vector of every head counting as one; what sets gates
     and decays stays float32."""
     axes = [axis for axis in variable.out_sharding if axis != "layers"]
-    width = "heads" in axes and "head_dim" in axes
+    width = "head_dim" in axes and not {"heads", "kv_heads"}.isdisjoint(axes)
     return len(axes) - width > 1 and not isinstance(variable, Exact)
 
 
