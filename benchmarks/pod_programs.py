@@ -61,7 +61,7 @@ def devices_of(topology: str) -> list[Any]:
     if name in ("v4", "v5p", "tpu7x"):
         wrap = (all(side % 4 == 0 for side in sides),) * len(sides)
     else:
-        wrap = tuple(side == 16 for side in sides)
+        wrap = (*(side == 16 for side in sides), False)
     more = {"chip_config_name": "megacore"} if name == "v4" else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, wrap=wrap, **more).devices
 
