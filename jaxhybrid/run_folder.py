@@ -20,7 +20,7 @@ import jax
 from jaxhybrid import hosts
 from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.errors import RunError
-from jaxhybrid.files import draft_of, make_folder, remove, storage_errors, write_json, write_text
+from jaxhybrid.files import draft_of, make_folder, remove, remove_stale, storage_errors, write_json, write_text
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.settings.compare import UPSTREAM, differences, fingerprint
 from jaxhybrid.settings.read import load_config, to_yaml
@@ -53,6 +53,7 @@ class RunFolder:
 
     def _prepare(self, config: RunConfig) -> None:
         path = make_folder(self.path)
+        remove_stale(path / hosts.MARK)
         recorded = path / "config.yaml"
         if recorded.exists() and any((path / stage).exists() for stage in STAGES):
             earlier = load_config(recorded, [])
