@@ -89,6 +89,10 @@ class RunFolder:
 
         hosts.by_first(mark, f"finish {stage}")
 
+    def reopen(self, stage: str) -> None:
+        """Marks a stage as not done any more."""
+        (self.stage(stage) / "done.json").unlink()
+
     def _clear(self, stage: str) -> None:
         """Removes what a finished stage does not need any more."""
         for pattern in PASSING:

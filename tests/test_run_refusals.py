@@ -19,9 +19,10 @@ from jaxhybrid.cli import main, read_settings
 from jaxhybrid.errors import RunError
 from jaxhybrid.export.folder import export
 from jaxhybrid.files import storage_errors, write_json
+from jaxhybrid.pipeline import Pipeline
 from jaxhybrid.report import write_report
 from jaxhybrid.run_folder import RunFolder
-from jaxhybrid.selection.ranking import CandidateScore
+from jaxhybrid.selection.ranking import CandidateScore, write_score
 from jaxhybrid.selection.teacher_cache import TeacherCache
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.train.checkpoint import Checkpoints
@@ -240,6 +241,19 @@ def test_what_a_finished_stage_does_not_need_is_removed(made, workshop):
     RunFolder.open(load_config(workshop.config, [f"run_dir={folder.path}"]))
     assert not any(path.exists() for path in left)
     assert (folder.stage("align") / "params").exists()
+
+
+def test_a_score_that_was_deleted_is_to_be_scored_again(made, monkeypatch):
+    folder = made("run")
+    for layer in range(3):
+        write_score(folder.stage("score") / "scores", CandidateScore(layer, [(512, 2.0)], [(0, 2.0), (512, 1.0)]))
+    done = []
+    monkeypatch.setattr(Pipeline, "_begins", lambda self, *_: done.append(self.folder.is_done("score")))
+    pipeline = Pipeline(load_config(folder.path / "config.yaml", []))
+    pipeline.score()
+    (folder.stage("score") / "scores" / "001.json").unlink()
+    pipeline.score()
+    assert done == [True, False]
 
 
 @pytest.mark.parametrize(
