@@ -19,7 +19,7 @@ import jax
 
 from jaxhybrid import hosts
 from jaxhybrid.checksums import read_result, write_result
-from jaxhybrid.errors import RunError
+from jaxhybrid.errors import ConfigError, DamageError, RunError
 from jaxhybrid.files import draft_of, make_folder, remove, remove_stale, storage_errors, write_json, write_text
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.settings.compare import UPSTREAM, differences, fingerprint
@@ -56,7 +56,13 @@ class RunFolder:
         remove_stale(path / hosts.MARK)
         recorded = path / "config.yaml"
         if recorded.exists() and any((path / stage).exists() for stage in STAGES):
-            earlier = load_config(recorded, [])
+            try:
+                earlier = load_config(recorded, [])
+            except ConfigError as error:
+                reason = str(error).splitlines()[0]
+                raise DamageError(
+                    f"{recorded} is damaged ({reason}). Delete it to go on with the settings of this command."
+                ) from error
             if fingerprint(earlier) != fingerprint(config):
                 changed = "\n".join(f"  {line}" for line in differences(earlier, config))
                 raise RunError(

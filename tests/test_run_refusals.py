@@ -166,6 +166,12 @@ def test_the_folder_of_another_config(workshop, made, refused):
     refused("score", workshop.config, f"run_dir={run}-2", "seed=1", "--merge", run, parts=["seed: 0 -> 1"])
 
 
+def test_a_recorded_config_that_cannot_be_read(workshop, made, refused):
+    folder = made("run").path
+    (folder / "config.yaml").write_text("align: {tokens: -1}")
+    refused("run", workshop.config, f"run_dir={folder}", parts=[f"{folder / 'config.yaml'} is damaged", "Delete it"])
+
+
 def test_an_older_run_goes_on_with_the_text_it_began_with(workshop, made, refused):
     """Its config.yaml has other values than a config that is silent now gets; see test_vocabulary for their meaning."""
     run = made("run", "data.prepend_bos=false", "data.document_end_token=").path
