@@ -142,6 +142,8 @@ def close(ours, theirs):
         assert len(ours) == len(theirs)
         for own, value in zip(ours, theirs):
             close(own, value)
+    elif isinstance(theirs, np.ndarray):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     elif isinstance(theirs, float):
         assert ours == pytest.approx(theirs, rel=3e-5, abs=1e-7)
     else:
