@@ -354,6 +354,9 @@ class Pipeline:
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
 
     def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
-        records = hosts.by_first(lambda: read_metrics(self.folder.stage(name)), "records")
-        figures = training_figures(records) | {"records": len(records)}
+        def figures_of_all() -> dict[str, Any]:
+            records = read_metrics(self.folder.stage(name))
+            return training_figures(records) | {"records": len(records)}
+
+        figures = hosts.by_first(figures_of_all, "figures")
         self.folder.finish(name, summary | figures | {"peak_memory_bytes": peak_memory_bytes()}, params)

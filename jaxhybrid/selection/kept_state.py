@@ -11,7 +11,7 @@ from jaxhybrid import hosts
 from jaxhybrid.files import remove
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.loop import Batches, go_to, place_of, restore_records
-from jaxhybrid.train.metrics import read_metrics
+from jaxhybrid.train.metrics import Record, read_metrics
 from jaxhybrid.train.optimizer import TrainState
 
 
@@ -48,7 +48,8 @@ class KeptState:
         step = int(state.step)
         if self._rounds:
             state = _rounded(state, self._begin())
-        records = hosts.by_first(lambda: read_metrics(self._folder), "records of the round")
+        records: list[Record] = []  # the first process alone needs them
+        hosts.by_first(lambda: records.extend(read_metrics(self._folder)), "records of the round")
         self._kept.save(step, state, {"batches": place_of(stream), "records": records}, wait=True)
         self._remove_within()
 
