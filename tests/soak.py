@@ -65,6 +65,7 @@ class Harm:
     act: int = 0  # on files of the run, counted from the beginning of the phase; 0: by the clock
     seconds: float = 0.0
     seed: int = 0  # of what else there is to choose
+    written: str = ""  # the group of files that one is damaged of; any
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ def check_end(harm: Harm, ended: Ended) -> None:
 def damage(harm: Harm, run: Path) -> str:
     """Cuts a file of the run short, or flips a bit of it; which."""
     rng = random.Random(harm.seed)
-    groups = [sorted({path for pattern in patterns for path in run.glob(pattern)}) for patterns in WRITTEN.values()]
+    chosen = [WRITTEN[harm.written]] if harm.written else WRITTEN.values()
+    groups = [sorted({path for pattern in patterns for path in run.glob(pattern)}) for patterns in chosen]
     groups = [[path for path in group if path.is_file() and path.stat().st_size] for group in groups]
     if not any(groups):
         return "nothing is written yet"
