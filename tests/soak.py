@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,9 @@ class Soak:
         for harm in harms:
             count = next(c for c in counts if harm.kind in KINDS[c])
             ended, line = self._until(run, count, harm, line)
+            if not ended.struck:  # it was at its end before
+                harm = replace(harm, act=1)
+                ended, line = self._until(run, count, harm, line)
             check_end(harm, ended)
             hit = damage(harm, run) if harm.kind in ("cut", "flip") else ""
             self.number += 1
