@@ -5,7 +5,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 UV_FETCH := $(filter .uv/bin/uv,$(UV))
 
-.PHONY: demo test test-kernels test-slow test-versions test-faults test-gpu lint bench bench-kernels setup tpu-compiler environments
+.PHONY: demo test soak test-kernels test-slow test-versions test-faults test-gpu lint bench bench-kernels setup tpu-compiler environments
 
 demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid, in minutes, on a CPU
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
@@ -14,6 +14,10 @@ demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid,
 test: ## the test suite
 	@$(MAKE) --no-print-directory setup tpu-compiler environments EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
+
+soak: ## a run that is killed, stopped, damaged or without disk at random moments, and must end as if it were not
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval"
+	$(RUN) python -m tests.soak $(ARGS)
 
 test-kernels: ## every form of the kernels: interpreted, lowered for GPUs, compiled for TPUs
 	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"

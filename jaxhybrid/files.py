@@ -18,6 +18,7 @@ GO_ON = (
     "choose another run_dir; nothing is lost up to the last checkpoint: run the same command again to go on"  # of a run
 )
 _number = itertools.count()  # of the drafts this process has made
+_open: set[str] = set()  # those that it is at work on
 
 
 @contextmanager
@@ -68,22 +69,29 @@ def make_folder(path: Path, way_out: str = GO_ON) -> Path:
 def draft_of(path: Path) -> Iterator[Path]:
     """Where to write `path` before it gets its name: beside it, hidden, this process's own. Gone when the block ends.
 
-    What processes of this machine that were killed have left of `path` is removed first.
+    What processes of this machine that were killed have left of `path` is removed.
     """
-    _remove_stale(path)
+    remove_stale(path)
     draft = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{next(_number)}.tmp")
+    _open.add(draft.name)
     try:
         yield draft
     finally:
         remove(draft)
+        remove_stale(path)  # now that another `path` stands
+        _open.discard(draft.name)
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
+    """Removes drafts of `path` whose processes are gone. In containers each process may have the same number."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)-\d+\.(tmp|old)")
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         found = pattern.fullmatch(entry.name)
+        if not found or entry.with_suffix(".tmp").name in _open:
+            continue
+        ours = int(found[1]) == os.getpid()
         # An earlier `path` put aside is removed only once another one stands.
-        if found and not is_running(int(found[1])) and (found[2] == "tmp" or path.exists()):
+        if (ours or not is_running(int(found[1]))) and (found[2] == "tmp" or path.exists()):
             remove(entry)
 
 

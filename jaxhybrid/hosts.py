@@ -31,6 +31,7 @@ HEARTBEAT_SECONDS = 60  # without a sign of life a process counts as dead, and J
 GRACE_SECONDS = 10  # for a process to end by itself after another one has failed
 VISIBLE_SECONDS = 30  # for a new file to be seen by the other hosts
 FOREVER_MS = 7 * 24 * 3600 * 1000  # one host may tokenise for days; who dies meanwhile is found by the heartbeat
+MARK = "seen-by-all"  # in a run folder
 FAILED, LEFT = "jaxhybrid/failed", "jaxhybrid/left/"
 
 _exchanges = itertools.count()
@@ -248,7 +249,7 @@ def require_shared(folder: Path) -> None:
         return
 
     def write() -> str:
-        path = folder / f".seen-by-all-{platform.node()}-{os.getpid()}"
+        path = folder / f".{MARK}.{platform.node()}-{os.getpid()}-0.tmp"  # as drafts are called
         path.touch()
         return path.name
 

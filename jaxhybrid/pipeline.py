@@ -161,6 +161,8 @@ class Pipeline:
 
     def score(self, candidates: Sequence[int] | None = None) -> None:
         """Importance of every layer, or of some of them; the last one to be scored completes `scores.json`."""
+        if self.folder.is_done("score") and self._unscored():  # some were damaged, and deleted
+            hosts.by_first(lambda: self.folder.reopen("score"), "score again")
         if not self._begins("score", candidates):
             return
         settings, folder, layers = self.config.score, self.folder.stage("score"), range(self.models.depth)
@@ -181,10 +183,7 @@ class Pipeline:
         )
         seconds = time.perf_counter() - began
         hosts.say(f"score: programs compiled for all candidates: {compiled}")
-        missing = hosts.by_first(
-            lambda: [i for i in layers if not (folder / "scores" / f"{i:03d}.json").exists()], "missing scores"
-        )
-        if missing:
+        if missing := self._unscored():
             hosts.say(f"score: layers {missing} are still to be scored")
             return
 
@@ -205,6 +204,13 @@ class Pipeline:
                 "peak_memory_bytes": peak_memory_bytes(),
             },
         )
+
+    def _unscored(self) -> list[int]:
+        """Layers without a score."""
+        files = {
+            layer: self.folder.stage("score") / "scores" / f"{layer:03d}.json" for layer in range(self.models.depth)
+        }
+        return hosts.by_first(lambda: [layer for layer, file in files.items() if not file.exists()], "missing scores")
 
     def merge_scores(self, other: Path) -> None:
         """Takes over the finished candidates of another run of the same config (scored on another machine, say)."""
@@ -348,5 +354,9 @@ class Pipeline:
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
 
     def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
-        figures = hosts.by_first(lambda: training_figures(read_metrics(self.folder.stage(name))), "figures")
+        def figures_of_all() -> dict[str, Any]:
+            records = read_metrics(self.folder.stage(name))
+            return training_figures(records) | {"records": len(records)}
+
+        figures = hosts.by_first(figures_of_all, "figures")
         self.folder.finish(name, summary | figures | {"peak_memory_bytes": peak_memory_bytes()}, params)

@@ -19,8 +19,8 @@ import jax
 
 from jaxhybrid import hosts
 from jaxhybrid.checksums import read_result, write_result
-from jaxhybrid.errors import RunError
-from jaxhybrid.files import draft_of, make_folder, remove, storage_errors, write_json, write_text
+from jaxhybrid.errors import ConfigError, DamageError, RunError
+from jaxhybrid.files import draft_of, make_folder, remove, remove_stale, storage_errors, write_json, write_text
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.settings.compare import UPSTREAM, differences, fingerprint
 from jaxhybrid.settings.read import load_config, to_yaml
@@ -53,9 +53,16 @@ class RunFolder:
 
     def _prepare(self, config: RunConfig) -> None:
         path = make_folder(self.path)
+        remove_stale(path / hosts.MARK)
         recorded = path / "config.yaml"
         if recorded.exists() and any((path / stage).exists() for stage in STAGES):
-            earlier = load_config(recorded, [])
+            try:
+                earlier = load_config(recorded, [])
+            except ConfigError as error:
+                reason = str(error).splitlines()[0]
+                raise DamageError(
+                    f"{recorded} is damaged ({reason}). Delete it to go on with the settings of this command."
+                ) from error
             if fingerprint(earlier) != fingerprint(config):
                 changed = "\n".join(f"  {line}" for line in differences(earlier, config))
                 raise RunError(
@@ -87,6 +94,10 @@ class RunFolder:
             self._clear(stage)
 
         hosts.by_first(mark, f"finish {stage}")
+
+    def reopen(self, stage: str) -> None:
+        """Marks a stage as not done any more."""
+        (self.stage(stage) / "done.json").unlink()
 
     def _clear(self, stage: str) -> None:
         """Removes what a finished stage does not need any more."""

@@ -24,15 +24,15 @@ def harmed(path: Path, harm: Callable[[bytes], bytes | None]) -> Iterator[None]:
         path.write_bytes(whole)
 
 
-def flipped(path: Path, rng: np.random.Generator) -> AbstractContextManager[None]:
+def flip(whole: bytes, rng: np.random.Generator) -> bytes:
     """One bit is another one, at a random place."""
+    data = bytearray(whole)
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    return bytes(data)
 
-    def flip(whole: bytes) -> bytes:
-        data = bytearray(whole)
-        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        return bytes(data)
 
-    return harmed(path, flip)
+def flipped(path: Path, rng: np.random.Generator) -> AbstractContextManager[None]:
+    return harmed(path, lambda whole: flip(whole, rng))
 
 
 def cut(path: Path) -> AbstractContextManager[None]:

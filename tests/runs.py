@@ -4,11 +4,13 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from jaxhybrid.train.metrics import read_metrics
@@ -128,3 +130,27 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of every file."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def close(ours, theirs):
+    """Equal to rounding: the devices' sums are in another order."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs.keys() - {"checksum"}:
+            close(ours[key], theirs[key])
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for own, value in zip(ours, theirs):
+            close(own, value)
+    elif isinstance(theirs, np.ndarray):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=3e-5, abs=1e-7)
+    else:
+        assert ours == theirs
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]

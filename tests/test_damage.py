@@ -174,7 +174,10 @@ def test_every_damage_to_records_is_found(tmp_path):
             # The last end of line: that record was not whole yet. Or the checksum's name: that record has none.
             assert [{key: record[key] for key in whole[0]} for record in read] == whole[: len(read)]
             assert len(read) >= 2
-    assert all(f"{path}, line " in message and "Delete that line" in message for message in messages)
+    assert all(f"{path}, line " in message and f"Delete the folder {tmp_path}" in message for message in messages)
     assert len(messages) > 2 * FLIPS
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamageError, match=rf"{path} has 2 records and had 3\. Delete the folder {tmp_path}"):
+        read_metrics(tmp_path, 3)
     path.write_text('{"step": 1, "loss": 2.0}\n')  # without checksums
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]

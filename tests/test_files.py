@@ -37,12 +37,20 @@ def test_drafts_of_killed_processes_are_removed(tmp_path, dead):
     ]
     leave(tmp_path, stale, *others)
     with draft_of(path) as draft:
-        assert not (tmp_path / stale).exists()
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(others)
         draft.mkdir()
         draft.rename(path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(["export", *others])
-    with draft_of(path):
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(["export", *others[:3]])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(["export", *others[:3]])
+
+
+def test_drafts_of_a_killed_process_with_our_number_are_removed(tmp_path):
+    """In a container every process may have it."""
+    ours = f"{platform.node()}-{os.getpid()}"
+    with draft_of(tmp_path / "export") as open_one:
+        open_one.mkdir()
+        leave(tmp_path, f".export.{ours}-9999999.tmp")
+        with draft_of(tmp_path / "export"):
+            assert [path.name for path in tmp_path.iterdir()] == [open_one.name]
 
 
 def test_a_draft_is_gone_after_an_error(tmp_path):

@@ -3,18 +3,19 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jaxhybrid import hosts
+from jaxhybrid.run_folder import RunFolder
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.train.loop import go_to, place_of
-from tests.runs import START, exported, read, records
+from tests.runs import START, close, exported, free_port, read, records
+from tests.tiny import write_config
 
 GLOO = re.compile(r"\[Gloo\]|peer ranks")  # what JAX's collectives on CPUs print, from several threads
 # One process compiles for both. JAX's key of a program has the devices as its process sees them, which would forbid it.
@@ -75,12 +76,6 @@ def together(
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
-
-
 def joined(folder: Path, code: str, begin: str = JOINED) -> list[subprocess.CompletedProcess[str]]:
     """Two processes of one device each, joined, that run `code`."""
     port = free_port()
@@ -100,22 +95,6 @@ def start_two(whole, folder: Path, *arguments: str | Path, own=((), ()), before=
 
 def last_lines(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr[-4000:]
-
-
-def close(ours, theirs):
-    """Equal to rounding: the devices' sums are in another order."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key in theirs.keys() - {"checksum"}:
-            close(ours[key], theirs[key])
-    elif isinstance(theirs, list):
-        assert len(ours) == len(theirs)
-        for own, value in zip(ours, theirs):
-            close(own, value)
-    elif isinstance(theirs, float):
-        assert ours == pytest.approx(theirs, rel=3e-5, abs=1e-7)
-    else:
-        assert ours == theirs
 
 
 def test_two_processes_stopped_on_the_way_give_what_one_gives(whole, tmp_path):
@@ -142,10 +121,7 @@ def test_two_processes_stopped_on_the_way_give_what_one_gives(whole, tmp_path):
     for stage in ("align", "score", "distill", "finetune"):
         ours, theirs = read(run / stage / "done.json"), read(whole.run / stage / "done.json")
         assert ours["mean_segment_tokens"] == theirs["mean_segment_tokens"]
-    ours, theirs = exported(run), exported(whole.run)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5, err_msg=name)
+    close(exported(run), exported(whole.run))
     assert (run / "report" / "index.html").exists()
 
     # Written and said once, and nothing left over.
@@ -260,3 +236,16 @@ def test_a_stream_goes_on_where_this_process_was(monkeypatch, states):
     monkeypatch.setattr("jax.process_index", lambda: 1)
     go_to(place, stream)
     assert stream.state == states[1]
+
+
+def test_the_mark_of_a_killed_process_is_removed(tmp_path, monkeypatch):
+    config = load_config(write_config(tmp_path / "config.yaml", tmp_path / "teacher"), [])
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda *given, **options: None)
+        RunFolder.open(config)
+    run = tmp_path / "run"
+    (mark,) = run.glob(".*")
+    mark.rename(run / mark.name.replace(str(os.getpid()), "999999999"))
+    RunFolder.open(config)
+    assert not list(run.glob(".*"))

@@ -1,9 +1,6 @@
-"""Whole runs from the command line: done once, stopped and gone on with, spread over processes, partly taken over."""
+"""Whole runs from the command line: done once, again, spread over processes, partly taken over."""
 
-import os
-import random
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -12,8 +9,6 @@ from orbax.checkpoint import v1 as ocp
 from jaxhybrid.weights.huggingface import load_student
 from tests.runs import exported, read, records, snapshot
 
-# Every write beyond 60 kB into a file fails, whichever library does it; a checkpoint of align is larger.
-FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
 STAGES = ("align", "score", "distill", "finetune")
 
 
@@ -87,49 +82,6 @@ def test_the_same_command_again_trains_nothing(whole, tmp_path):
     assert {stage: snapshot(run / stage) for stage in STAGES} == before
     assert "tok/s" not in again.stderr  # no stage's progress
     assert_same_results(run, whole.run)
-
-
-def test_killed_terminated_and_damaged_a_run_goes_on_to_the_same_numbers(whole, tmp_path):
-    run = tmp_path / "run"
-    command = ("run", whole.config, f"run_dir={run}")
-    rng = random.Random(5)
-    moments = (("align", "align"), ("score layer 1", "score"), ("distill", "distill"))
-    for label, stage in moments:
-        # Most of a stage's steps lie behind the recorded one, so that the moment falls into that stage.
-        killed = whole.interrupt(label, rng.choice([2, 3, 4]), signal.SIGKILL, rng.uniform(0, 0.1), *command)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr[-4000:]
-        assert (run / stage).is_dir()
-        assert not (run / stage / "done.json").exists()
-        assert not (run / "export").exists()
-        if stage == "align":
-            full = whole.start(*command, before=FULL_DISK)
-            assert full.returncode == 2, full.stderr[-4000:]
-            assert "Traceback" not in full.stderr
-            error = full.stderr[full.stderr.index("error: ") :]
-            assert error.startswith(f"error: {run / 'align' / 'checkpoints'}")
-            assert "run the same command again" in error
-            assert len(error.splitlines()) == 1
-            assert not (run / "align" / "done.json").exists()
-    stopped = whole.interrupt("finetune", 2, signal.SIGTERM, 0.0, *command)
-    assert stopped.returncode == 143, stopped.stderr[-4000:]
-    assert "Traceback" not in stopped.stderr
-    message = stopped.stderr.splitlines()[-1]
-    step = int(message.split("after step ")[1].split()[0])
-    assert f"checkpoint {run / 'finetune' / 'checkpoints' / str(step)} is written" in message
-    newest = run / "finetune" / "checkpoints" / str(step)
-    assert newest.is_dir()
-    with next((newest / "state" / "ocdbt.process_0" / "d").iterdir()).open("r+b") as data:
-        data.seek(-100, os.SEEK_END)
-        byte = data.read(1)[0]
-        data.seek(-100, os.SEEK_END)
-        data.write(bytes([byte ^ 1]))
-
-    resumed = whole.start(*command)
-    assert resumed.returncode == 0, resumed.stderr[-4000:]
-    assert "does not match its checksum: set aside" in resumed.stderr
-    assert "going on from step 2." in resumed.stderr
-    assert_same_results(run, whole.run)
-    assert read(run / "score" / "done.json")["tokens_per_second"] is None  # no one process did all of it
 
 
 def test_candidates_scored_in_two_folders_are_merged(whole, tmp_path):

@@ -19,9 +19,10 @@ from jaxhybrid.cli import main, read_settings
 from jaxhybrid.errors import RunError
 from jaxhybrid.export.folder import export
 from jaxhybrid.files import storage_errors, write_json
+from jaxhybrid.pipeline import Pipeline
 from jaxhybrid.report import write_report
 from jaxhybrid.run_folder import RunFolder
-from jaxhybrid.selection.ranking import CandidateScore
+from jaxhybrid.selection.ranking import CandidateScore, write_score
 from jaxhybrid.selection.teacher_cache import TeacherCache
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.train.checkpoint import Checkpoints
@@ -165,6 +166,12 @@ def test_the_folder_of_another_config(workshop, made, refused):
     refused("score", workshop.config, f"run_dir={run}-2", "seed=1", "--merge", run, parts=["seed: 0 -> 1"])
 
 
+def test_a_recorded_config_that_cannot_be_read(workshop, made, refused):
+    folder = made("run").path
+    (folder / "config.yaml").write_text("align: {tokens: -1}")
+    refused("run", workshop.config, f"run_dir={folder}", parts=[f"{folder / 'config.yaml'} is damaged", "Delete it"])
+
+
 def test_an_older_run_goes_on_with_the_text_it_began_with(workshop, made, refused):
     """Its config.yaml has other values than a config that is silent now gets; see test_vocabulary for their meaning."""
     run = made("run", "data.prepend_bos=false", "data.document_end_token=").path
@@ -240,6 +247,19 @@ def test_what_a_finished_stage_does_not_need_is_removed(made, workshop):
     RunFolder.open(load_config(workshop.config, [f"run_dir={folder.path}"]))
     assert not any(path.exists() for path in left)
     assert (folder.stage("align") / "params").exists()
+
+
+def test_a_score_that_was_deleted_is_to_be_scored_again(made, monkeypatch):
+    folder = made("run")
+    for layer in range(3):
+        write_score(folder.stage("score") / "scores", CandidateScore(layer, [(512, 2.0)], [(0, 2.0), (512, 1.0)]))
+    done = []
+    monkeypatch.setattr(Pipeline, "_begins", lambda self, *_: done.append(self.folder.is_done("score")))
+    pipeline = Pipeline(load_config(folder.path / "config.yaml", []))
+    pipeline.score()
+    (folder.stage("score") / "scores" / "001.json").unlink()
+    pipeline.score()
+    assert done == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,9 @@ class TokenFile:
         return checksum(_block(self._ids, block)) == self._checksums[block]
 
     def _replace(self, block: int) -> None:
+        self._open()
+        if self._is_whole(block):  # another process has made the file again
+            return
         warnings.warn(
             f"{self.path} is damaged: block {block} of {len(self._verified)} does not match its checksum. "
             "The text is tokenised again.",
@@ -72,6 +75,9 @@ class TokenFile:
         assert self._checksums is not None
         if not np.array_equal(self._make_again(), self._checksums):
             raise DataError(f"{self.path} was damaged, and its text gives other tokens now. Start a new run.")
+        self._open()
+
+    def _open(self) -> None:
         self._ids = np.memmap(self.path, self.dtype, "r")
         self._verified = np.zeros(len(self._verified), bool)
 

@@ -24,7 +24,7 @@ from jaxhybrid.data.sources import Source
 from jaxhybrid.data.token_file import TokenFile, block_checksums
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import DamageError, DataError, RunError
-from jaxhybrid.files import draft_of, make_folder, remove, storage_errors
+from jaxhybrid.files import draft_of, make_folder, storage_errors
 
 FORMAT = 1  # of the cache folder; raised when old folders must not be read
 WAY_OUT = "set data.cache_dir to another folder"
@@ -114,8 +114,9 @@ def open_tokens(
             unfinished.mkdir()
             _write(unfinished, source, vocabulary, max_document_tokens, long_documents, progress)
             if again:
-                remove(folder)
-            _rename(unfinished, folder)
+                _put_into(folder, unfinished)
+            else:
+                _rename(unfinished, folder)
 
     def read() -> TokenDataset:
         return _read(folder, source.name, lambda: make(again=True))
@@ -137,6 +138,13 @@ def _rename(unfinished: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
+
+
+def _put_into(folder: Path, unfinished: Path) -> None:
+    """File by file, so that other processes that read the cache, or mend it as well, find each one at any time."""
+    make_folder(folder, WAY_OUT)
+    for file in sorted(unfinished.iterdir()):
+        file.replace(folder / file.name)
 
 
 def _write(

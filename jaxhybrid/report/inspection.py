@@ -93,7 +93,8 @@ def _evaluation(path: Path) -> Found:
 def _stage(reader: _Reader, folder: Path, settings: Found) -> Found:
     """State and figures of one stage; `steps` is how many it is to take, `step` how many are recorded."""
     summary = reader.read(folder / "done.json", lambda path: read_result(path) | {})
-    records = reader.read(folder / "metrics.jsonl", lambda path: read_metrics(path.parent)) or []
+    count = (summary or {}).get("records")
+    records = reader.read(folder / "metrics.jsonl", lambda path: read_metrics(path.parent, count)) or []
     figures = summary or training_figures(records)
     begun = "begun" if folder.exists() else "not begun"
     found = {

@@ -125,4 +125,4 @@ def _read(path: Path) -> Any:
 def _read_stage(folder: Path) -> StageResult:
     summary = _read(folder / "done.json")
     status = "done" if summary is not None else "started" if folder.exists() else "not run"
-    return StageResult(folder.name, status, summary or {}, read_metrics(folder))
+    return StageResult(folder.name, status, summary or {}, read_metrics(folder, (summary or {}).get("records")))

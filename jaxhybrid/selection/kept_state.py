@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxhybrid import hosts
 from jaxhybrid.files import remove
 from jaxhybrid.train.checkpoint import Checkpoints
-from jaxhybrid.train.loop import Batches, go_to, place_of
+from jaxhybrid.train.loop import Batches, go_to, place_of, restore_records
+from jaxhybrid.train.metrics import Record, read_metrics
 from jaxhybrid.train.optimizer import TrainState
 
 
@@ -23,6 +24,7 @@ class KeptState:
 
     def __init__(self, folder: Path, dtype: Any, begin: Callable[[], TrainState]):
         self._kept, self._within = Checkpoints(folder / "kept", keep=1), folder / "checkpoints"
+        self._folder = folder
         self._rounds, self._begin = dtype != jnp.float32, begin
 
     @property
@@ -39,13 +41,16 @@ class KeptState:
         self._remove_within()  # left by a process that was killed between `save`'s two acts
         state, position = self._kept.restore(_like_rounded(start) if self._rounds else start)
         go_to(position["batches"], stream)
+        restore_records(self._folder, position)
         return _unrounded(state, start) if self._rounds else state
 
     def save(self, state: TrainState, stream: Batches) -> None:
         step = int(state.step)
         if self._rounds:
             state = _rounded(state, self._begin())
-        self._kept.save(step, state, {"batches": place_of(stream)}, wait=True)
+        records: list[Record] = []  # the first process alone needs them
+        hosts.by_first(lambda: records.extend(read_metrics(self._folder)), "records of the round")
+        self._kept.save(step, state, {"batches": place_of(stream), "records": records}, wait=True)
         self._remove_within()
 
     def _remove_within(self) -> None:

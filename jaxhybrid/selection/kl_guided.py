@@ -147,15 +147,10 @@ def _train_candidate(
             if steps < settings.steps:  # after the last round the score is all that is kept
                 kept.save(state, stream)
 
-    try:
-        run()
-    except DamageError as error:
-        warnings.warn(f"{error} The candidate of layer {layer} starts over.", stacklevel=2)
-        programs.remove_candidate(layer)
-        run()
-
     def record() -> None:
         records = read_metrics(folder)
+        if not records or records[-1]["step"] != rounds[-1] or "heldout_kl" not in records[-1]:
+            raise DamageError(f"{folder / 'metrics.jsonl'} has lost its end.")
         heldout_curve: Curve = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
         score = CandidateScore(
             layer,
@@ -164,7 +159,16 @@ def _train_candidate(
         )
         write_score(programs.folder / "scores", score)
 
-    hosts.by_first(record, f"write the score of {layer}")
+    def run_and_record() -> None:
+        run()
+        hosts.by_first(record, f"write the score of {layer}")
+
+    try:
+        run_and_record()
+    except DamageError as error:
+        warnings.warn(f"{error} The candidate of layer {layer} starts over.", stacklevel=2)
+        programs.remove_candidate(layer)
+        run_and_record()
 
 
 def _kl_and_tokens(params: Any, layer: jax.Array, batch: Batch, teacher_head: jax.Array, **static: Any) -> Any:

@@ -17,7 +17,7 @@ from jaxhybrid.files import make_folder, storage_errors
 from jaxhybrid.settings.stages import StageConfig
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.train.interrupt import Interrupted, StopSignals
-from jaxhybrid.train.metrics import Recorder
+from jaxhybrid.train.metrics import Recorder, write_metrics
 
 HostBatch = dict[str, np.ndarray]
 Metrics = dict[str, Any]  # of one update: float64 numbers, or nested lists of them
@@ -64,6 +64,7 @@ def train(
         state, position = checkpoints.restore(state)
         go_to(position["batches"], batches)
         unrecorded = position["unrecorded"]
+        restore_records(folder, position)
     done = int(state.step)
     if done >= until:
         checkpoints.close()
@@ -98,8 +99,12 @@ def train(
                 recorder.write({"step": done, "tokens": done * size, **measured})
                 clock = time.perf_counter()  # measuring is not training
             if save:
-                # With the metrics not yet recorded, so that the records do not depend on when a run is stopped.
-                position = {"batches": place_of(batches), "unrecorded": unrecorded}
+                # With all metrics, recorded or not yet: they depend neither on when a run is stopped nor on one file.
+                position = {
+                    "batches": place_of(batches),
+                    "unrecorded": unrecorded,
+                    "records": list(recorder.records),
+                }
                 checkpoints.save(done, state, position, wait=signal is not None)
             if signal is not None:
                 raise Interrupted(
@@ -108,6 +113,12 @@ def train(
                     signal,
                 )
     return state
+
+
+def restore_records(folder: Path, position: dict[str, Any]) -> None:
+    """Writes the records that came with a checkpoint to their file; a checkpoint of an earlier version has none."""
+    if "records" in position and hosts.is_first():
+        write_metrics(folder, position["records"])
 
 
 def place_of(batches: Batches) -> dict[str, Any]:

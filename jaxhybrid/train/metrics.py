@@ -19,27 +19,38 @@ from jaxhybrid.files import make_folder, storage_errors, write_text
 Record = dict[str, Any]  # {"step": 12, "tokens": 4096, "loss": ...}: plain numbers and short lists of them
 
 
-def read_metrics(folder: Path) -> list[Record]:
+def read_metrics(folder: Path, count: int | None = None) -> list[Record]:
     """The records of `folder/metrics.jsonl`, oldest first; none if there is no file.
 
+    Args:
+        count: how many a finished stage has written; None where that is not known.
+
     Raises:
-        DamageError: a line is not what was written; names it.
+        DamageError: a line is not what was written, or some are lost; names it.
     """
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
+    way_out = f"Delete the folder {folder} to train that stage again, or the file to go on without its records."
     lines = path.read_bytes().splitlines(keepends=True)
     # A killed process may leave half a last line; it belongs to a step that will be run again.
     whole = [line for line in lines if line.endswith(b"\n")]
-    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
+    records = [_parsed(line, f"{path}, line {number}", way_out) for number, line in enumerate(whole, 1)]
+    if count is not None and len(records) != count:
+        raise DamageError(f"{path} has {len(records)} records and had {count}. {way_out}")
+    return records
+
+
+def write_metrics(folder: Path, records: list[Record]) -> None:
+    """`folder/metrics.jsonl`, in place of what there is."""
+    write_text(folder / "metrics.jsonl", "".join(map(_line, records)))
 
 
 def _line(record: Record) -> str:
     return json.dumps(seal(record), allow_nan=False) + "\n"
 
 
-def _parsed(line: bytes, where: str) -> Record:
-    way_out = "Delete that line to go on without it, or the folder to start over."
+def _parsed(line: bytes, where: str, way_out: str) -> Record:
     try:
         record = json.loads(line)
     except ValueError as error:  # not JSON, or not even text
@@ -70,6 +81,7 @@ class Recorder:
 
     def __init__(self, folder: Path, *, resume_step: int, total_tokens: int, done_tokens: int, label: str):
         self._writes = hosts.is_first()
+        self.records: list[Record] = []  # on the first process, from the stage's first step on
         self.bar = tqdm(
             total=total_tokens,
             initial=done_tokens,
@@ -82,8 +94,9 @@ class Recorder:
         if not self._writes:
             return
         make_folder(folder)
-        kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
-        write_text(folder / "metrics.jsonl", "".join(map(_line, kept)))
+        if resume_step:
+            self.records = [record for record in read_metrics(folder) if record["step"] <= resume_step]
+        write_metrics(folder, self.records)
         self._path = folder / "metrics.jsonl"
         with storage_errors(folder):
             self._file: TextIO = self._path.open("a")
@@ -97,6 +110,7 @@ class Recorder:
             self._file.flush()
             numbers = {name: x for name, x in record.items() if name != "step" and isinstance(x, int | float)}
             self._board.write(record["step"], numbers)
+        self.records.append(record)
 
     def advance(self, tokens: int, **shown: float) -> None:
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)

@@ -137,6 +137,22 @@ def test_a_damaged_block_is_found_when_it_is_read_and_not_before(source, vocabul
         dataset.document(2)
 
 
+def test_processes_that_find_the_same_damage_mend_it_once(source, vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_file, "BLOCK_BYTES", 4)
+    open_tokens(source, vocabulary, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    intact = (folder / "tokens.bin").read_bytes()
+    (folder / "tokens.bin").write_bytes(intact[:-1] + b"?")
+    first, second = (open_tokens(source, vocabulary, tmp_path / "cache") for _ in range(2))
+    there = folder.stat().st_ino
+    with pytest.warns(UserWarning, match="block 6"):
+        expected = documents(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert documents(second) == expected
+    assert folder.stat().st_ino == there  # never gone
+
+
 def test_a_cache_without_checksums_is_read_with_a_note(source, vocabulary, tmp_path):
     whole = open_tokens(source, vocabulary, tmp_path / "cache")
     (folder,) = (tmp_path / "cache").iterdir()

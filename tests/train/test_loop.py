@@ -15,6 +15,7 @@ from jaxhybrid.train.interrupt import Interrupted
 from jaxhybrid.train.loop import train
 from jaxhybrid.train.metrics import Recorder, read_metrics
 from jaxhybrid.train.optimizer import make_optimizer, start, update
+from tests.harms import cut, flipped, gone
 from tests.tiny import training
 
 STAGE = training(20, tokens=200, sequence_length=10, checkpoint_every=6, log_every=4)
@@ -55,6 +56,22 @@ def problem():
 def run(folder, before=None):
     state, step = problem()
     return train(state, step, Stream(before), folder, STAGE, "align")
+
+
+@pytest.mark.parametrize("harm", [cut, gone, lambda path: flipped(path, np.random.default_rng(0))])
+def test_records_come_back_with_the_checkpoint_whatever_became_of_their_file(tmp_path, harm):
+    run(tmp_path / "whole")
+
+    def stop(position):
+        if position == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "harmed", stop)
+    with harm(tmp_path / "harmed" / "metrics.jsonl"):
+        run(tmp_path / "harmed")
+        found = read_metrics(tmp_path / "harmed")
+    assert without_speed(found) == without_speed(read_metrics(tmp_path / "whole"))
 
 
 def without_speed(records):
