@@ -6,6 +6,7 @@ from typing import Any
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import StageConfig
 
+COSTS = {"forward_tokens": "forward", "trained_tokens": "in training"}
 FEW_TOKENS = 10_000_000  # below this, distillation has only begun
 
 
@@ -20,7 +21,11 @@ def alignment(before: float, after: float) -> str:
 
 def choice(record: dict[str, Any]) -> str:
     """Of `layers.json`."""
-    return f"select: {record['method']} keeps layers {record['softmax_layers']} softmax"
+    kept = f"select: {record['method']} keeps layers {record['softmax_layers']} softmax"
+    cost, last = record["cost"], record.get("rounds", [{}])[-1]
+    reached = f", KL {last['kl']:.4f} without training" if "kl" in last else ""
+    spent = [f"{cost[name]:,} tokens {what}" for name, what in COSTS.items() if cost[name]]
+    return f"{kept}{reached}" + (f" ({' and '.join(spent)}, {cost['flops']:.1e} FLOPs)" if spent else "")
 
 
 def end_of_run(config: RunConfig, exported: Path, page: Path) -> str:

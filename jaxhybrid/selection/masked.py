@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,8 @@ class MaskedStudent:
             texts: this process's rows; as many batches of each text.
         """
         self.teacher, self.mesh, self.dtype = teacher, mesh, dtype
-        self.student = jax.jit(lambda student: student.cast(dtype))(student)
+        self._cast = jax.jit(lambda student: student.cast(dtype))
+        self.student = self._cast(student)
         self.shares, self._host = zip(*texts)
         self.batches, self.depth = len(self._host[0]), student.config.num_layers
         assert {len(batches) for batches in self._host} == {self.batches}
@@ -78,6 +80,12 @@ class MaskedStudent:
                 "align.learning_rate."
             )
         return value
+
+    def of(self, student: Model) -> "MaskedStudent":
+        """The same text, teacher and programs with other parameters of the student."""
+        other = copy(self)
+        other.student, other._kls = self._cast(student), {}
+        return other
 
     def tokens(self, batches: int | None = None) -> int:
         """Tokens of the first so many batches on all processes, padding included."""
