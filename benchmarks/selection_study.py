@@ -115,7 +115,7 @@ class Study:
         count = -(-options.tokens // (size * length))
         if count >= len(batches):
             raise SystemExit(
-                f"error: --tokens {options.tokens:,} leave none of {len(batches)} held-out batches of {size} x {length} "
+                f"error: --tokens {options.tokens:,} leave none of the {len(batches)} held-out batches of {size} rows "
                 "to compare on. Give more held-out rows, fewer --tokens or a smaller --batch-size."
             )
         self.measure = {"tokens": count * size * length, "sequence_length": length, "batch_size": size}
@@ -294,7 +294,7 @@ def run(study: Study, options: argparse.Namespace) -> None:
         f"{study.config.teacher}, {len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}: "
         f"{options.budget} of {study.depth} layers softmax. Chosen on {chosen.tokens():,} held-out tokens, compared on "
         f"{compared.tokens():,} others; all linear {linear[0]:.4f} and {linear[1]:.4f} nats. "
-        f"Distilled on {options.distill_tokens:,} tokens. FLOPs: 2 x parameters x tokens; seconds: to choose, with what had to be compiled for it."
+        f"Distilled on {options.distill_tokens:,} tokens. FLOPs: 2 x parameters x tokens; seconds: with compilation."
     )
     say(header)
     named = [(f"random:seed={seed}", None) for seed in range(options.random)]

@@ -66,17 +66,9 @@ def write_report(run_folder: Path) -> Path:
 
 
 FIGURES = {
-    "recall",
-    "kept_curve",
-    "layer_importance",
-    "importance",
-    "candidate_curves",
-    "stability",
-    "layer_losses",
-    "align",
-    "distill",
-    "finetune",
-}
+    "recall", "importance", "candidate_curves", "stability", "layer_importance", "kept_curve", "layer_losses", "align",
+    "distill", "finetune",
+}  # fmt: skip
 
 
 def _figures(results: Results) -> dict[str, tuple[Figure, str]]:

@@ -235,9 +235,8 @@ def kept_curve(rounds: Sequence[dict[str, Any]]) -> Figure:
         _legend_above(axes)
     _log_if_positive(axes, kls)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(
-        "softmax layers (number at a point: the layer " + ("dropped)" if counts[0] > counts[-1] else "kept)")
-    )
+    done = "made linear" if counts[0] > counts[-1] else "kept"
+    axes.set_xlabel(f"softmax layers (number at a point: the layer {done})")
     axes.set_ylabel("KL without training\n(nats per token)")
     return figure
 

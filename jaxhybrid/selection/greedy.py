@@ -1,6 +1,5 @@
 """Greedy search over sets of softmax layers by true KL: the round that all of its forms consist of."""
 
-import math
 from collections.abc import Callable
 
 from jaxhybrid.selection.choice import Given
@@ -82,7 +81,7 @@ class Search:
         if first is None or number + 1 >= self._expected:
             return measure.batches
         least = measure.batches_of(first)
-        return math.ceil(least * (measure.batches / least) ** (number / (self._expected - 1)) - 1e-9)
+        return round(least * (measure.batches / least) ** (number / (self._expected - 1)))
 
 
 def _round(

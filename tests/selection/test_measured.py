@@ -169,6 +169,20 @@ class Made:
         return batches * ROWS * LENGTH
 
 
+def test_the_closest_are_scored_again_and_the_best_of_them_is_taken():
+    """On few tokens 2 is best, 0 next and 1 last; on all 1 is best, then 0."""
+    few, every = {0: 1.0, 1: 1.1, 2: 0.9, 3: 2.0}, {0: 0.7, 1: 0.5, 2: 0.8, 3: 0.1}
+
+    def choose(rescore):
+        made = Made(lambda kept: 3.0)
+        made.kl = lambda kept, batches=4: 3.0 if not kept else sum((every if batches == 4 else few)[i] for i in kept)
+        settings = {"first_tokens": ROWS * LENGTH, "rescore": rescore}
+        return select(made, method="greedy_kl", budget=2, greedy_kl=settings).rounds[1]
+
+    assert (choose(1)["layer"], choose(2)["layer"], choose(3)["layer"]) == (2, 0, 1)
+    assert choose(3)["kl"] == 0.5
+
+
 def test_swaps_leave_a_place_that_greedy_cannot():
     """0 is best alone, but 1 and 2 together are better than 0 with any other."""
     values = {frozenset(): 5.0, frozenset({0}): 2.0, frozenset({1, 2}): 0.5}
