@@ -234,7 +234,7 @@ def test_eight_devices_choose_as_one(models, student):
     with jax.set_mesh(mesh):
         many = measured(models, devices=8)
         assert many.mesh.size == 8
-        chosen = {name: select(many, method=name, budget=3) for name in ("greedy_kl", "perplexity", "cosine")}
+        chosen = {name: select(many, method=name, budget=3) for name in ("greedy_kl", "cosine")}
     for name, ours in chosen.items():
         one = select(student, method=name, budget=3)
         assert ours.layers == one.layers
