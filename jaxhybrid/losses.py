@@ -41,6 +41,12 @@ def alignment_loss(target_BTD: jax.Array, output_BTD: jax.Array, mask_BT: jax.Ar
     return jnp.sum(distance_BT * mask_BT)
 
 
+def squared_error(target_BTD: jax.Array, output_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Sum over unmasked tokens of the mean squared difference over D."""
+    difference = target_BTD.astype(jnp.float32) - output_BTD.astype(jnp.float32)
+    return jnp.sum(jnp.mean(difference * difference, axis=-1) * mask_BT)
+
+
 def linear_kl(
     student_hidden_BTD: jax.Array,
     student_head_DS: jax.Array,

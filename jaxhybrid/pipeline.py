@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,27 @@ from jax.sharding import NamedSharding
 
 from jaxhybrid import hosts
 from jaxhybrid.assembly import TRAINED, RunModels
-from jaxhybrid.checksums import write_result
+from jaxhybrid.checksums import MANIFEST, file_checksum, write_result
 from jaxhybrid.data import BatchIterator, Text, mean_segment_tokens, open_text
 from jaxhybrid.disk import DiskPlan, require
-from jaxhybrid.evaluate.recall_prompts import RecallTask, recall_tasks
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.evaluate.recall_prompts import RecallTask, answer_batches, recall_task, recall_tasks
 from jaxhybrid.evaluate.record import evaluation_record
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
-from jaxhybrid.model.blueprint import Params
-from jaxhybrid.model.partition import make_mesh
-from jaxhybrid.model.transformer import Model
+from jaxhybrid.model.blueprint import Params, count_parameters
+from jaxhybrid.model.partition import ROWS, make_mesh, own_share
+from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
+from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.kl_guided import score_candidates
+from jaxhybrid.selection.masked import MaskedStudent, Texts
+from jaxhybrid.selection.methods import METHODS, choose
 from jaxhybrid.selection.ranking import Scores, read_scores
 from jaxhybrid.selection.record import choice_record, merge_scores, scores_record
-from jaxhybrid.settings.compare import flat
+from jaxhybrid.selection.rounds import RoundLog
+from jaxhybrid.settings.compare import fingerprint, flat
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
@@ -122,7 +127,7 @@ class Pipeline:
         hosts.by_first(refuse, "disk of the run")
         _ = self.recall_tasks
         self.align()
-        if self.config.select.method == "kl_guided":
+        if METHODS[self.config.select.method].needs == "scores":
             self.score()
         self.select()
         self.distill()
@@ -225,18 +230,73 @@ class Pipeline:
 
     def select(self) -> tuple[int, ...]:
         """The layers that stay softmax; written to `layers.json` with what the choice rests on."""
-        depth = self.models.depth
+        measures = METHODS[self.config.select.method].needs == "student"
+        given = Given(
+            self.models.depth,
+            self.config.select,
+            scores=self.scores,
+            layer_losses=lambda: self.folder.read("align/done.json", "align")["heldout_layer_loss_after"],
+            student=cache(self._masked_student),
+            log=self._rounds() if measures else RoundLog(),
+        )
+        measured = choose(given) if measures else None  # by all processes
 
-        def choose() -> dict[str, Any]:
-            record = choice_record(self.config, depth, self.scores)
-            if record["method"] == "kl_guided":
+        def decide() -> dict[str, Any]:
+            choice = measured or choose(given)
+            record = choice_record(choice, given, self.config, self.teacher_parameters)
+            if METHODS[record["method"]].needs == "scores":
                 self.write_scores()  # those of another run were ranked as that one has it
             write_result(self.folder.path / "layers.json", record)
             return record
 
-        record = hosts.by_first(choose, "select")
+        record = hosts.by_first(decide, "select")
         hosts.say(notes.choice(record))
         return tuple(record["softmax_layers"])
+
+    @cached_property
+    def teacher_parameters(self) -> int:
+        return count_parameters(model_variables(self.models.teacher_config))
+
+    def _rounds(self) -> RoundLog:
+        """Of this selection, from where it was left."""
+        aligned = self.folder.stage("align") / "params" / MANIFEST
+
+        def key() -> dict[str, Any]:
+            settings = fingerprint(self.config, ("seed", "teacher", "dtype", "mixer", "data", "align", "select"))
+            return {"settings": settings, "aligned": file_checksum(aligned) if aligned.exists() else None}
+
+        return RoundLog(self.folder.path / "select" / "rounds.json", hosts.by_first(key, "key of the rounds"))
+
+    def _masked_student(self) -> MaskedStudent:
+        chunk, student = self.config.select.measure.kl_chunk, self.models.candidates()
+        teacher, texts = self.models.frozen_teacher, self._measured_texts()
+        return MaskedStudent(teacher, student, texts, self.mesh, self.dtype, chunk)
+
+    def _measured_texts(self) -> Texts:
+        """This process's rows of what `select.measure` names, and of recall prompts if they are to count."""
+        select, measure = self.config.select, self.config.select.measure
+        batches: Sequence[HostBatch]
+        if measure.source == "heldout":
+            batches = self.text.heldout_batches(measure.sequence_length, measure.batch_size, measure.tokens)
+        else:
+            sizes = {"sequence_length": measure.sequence_length, "batch_size": measure.batch_size}
+            seed = self.config.seed * 1000 + 1 + len(STAGES)
+            with closing(self.text.training_batches(self.config.align.model_copy(update=sizes), seed)) as stream:
+                batches = list(islice(stream, measure.batches))
+        share = select.greedy_kl.recall if select.method == "greedy_kl" else 0.0
+        if not share:
+            return [(1.0, batches)]
+        prompts = len(batches) * measure.batch_size
+        # Of another seed than those of the evaluation.
+        task = recall_task(self.text.vocabulary, select.greedy_kl.recall_pairs, prompts=prompts, seed=1)
+        context = self.models.teacher_config.max_position_embeddings
+        if task.tokens.shape[1] > context:
+            raise ConfigError(
+                f"select.greedy_kl.recall_pairs {task.pairs}: prompts take {task.tokens.shape[1]} tokens, the teacher "
+                f"has a context of {context}. Ask for fewer pairs."
+            )
+        asked = answer_batches(task, measure.batch_size, *own_share(self.mesh, *ROWS))
+        return [(1.0 - share, batches), (share, asked)]
 
     def distill(self) -> None:
         """Stage 2: KL to the teacher, all parameters."""

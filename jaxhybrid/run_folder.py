@@ -4,6 +4,7 @@ runs/NAME/
   config.yaml  versions.json
   align/ score/ distill/ finetune/     metrics.jsonl, tensorboard/; checkpoints/ on the way, params/ and done.json after
   scores.json  layers.json  evaluation.json
+  select/rounds.json                   of a selection that measures
   export/  report/
 """
 

@@ -26,6 +26,7 @@ QUALITY = "tests/evaluate/test_quality.py"
 LIFETIMES = "tests/test_lifetimes.py"
 CONVERT = "tests/weights/test_convert.py"
 SCORING = "tests/selection/test_kl_guided.py"
+MEASURED = "tests/selection/test_measured.py"
 PACKING = "tests/export/test_packing.py"
 RECALL = "tests/evaluate/test_recall.py"
 ANSWERS = "tests/evaluate/test_answers.py"
@@ -577,10 +578,31 @@ FAULTS = [
     ),
     Fault(
         "layers ranked by held-out KL whatever is asked for",
-        "selection/record.py",
-        "rank_by=settings.rank_by",
-        'rank_by="heldout"',
+        "selection/methods/kl_guided.py",
+        "scores.importance(given.settings.rank_by)",
+        'scores.importance("heldout")',
         "tests/selection/test_stage.py",
+    ),
+    Fault(
+        "greedy: each layer measured alone in every round",
+        "selection/methods/greedy_kl.py",
+        "layer: search.kept | {layer} for layer",
+        "layer: frozenset({layer}) for layer",
+        f"{MEASURED}::test_greedy_search_is_that_over_separate_hybrids",
+    ),
+    Fault(
+        "greedy: the best on few tokens is taken",
+        "selection/greedy.py",
+        "layer = _lowest(best)[0]\n            found",
+        "layer = _lowest(scores)[0]\n            found",
+        f"{MEASURED}::test_the_closest_are_scored_again",
+    ),
+    Fault(
+        "masked student: the mask upside down",
+        "selection/masked.py",
+        "return np.isin(np.arange(self.depth), list(kept))",
+        "return ~np.isin(np.arange(self.depth), list(kept))",
+        f"{MEASURED}::test_the_mask_gives_the_kl_of_a_hybrid_of_its_own",
     ),
     Fault(
         "a stage reads short documents",

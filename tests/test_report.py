@@ -367,3 +367,42 @@ def test_labels_at_line_ends_do_not_overlap(places):
 
 def test_labels_with_room_stay_and_crowded_ones_spread_both_ways():
     assert _spread([0.2, 0.5, 0.5, 0.9], 0.1) == pytest.approx([0.2, 0.45, 0.55, 0.9])
+
+
+def round_of(action, layer, kept, kl, **more):
+    scores = {str(i): kl + i for i in range(3)}
+    return {"action": action, "layer": layer, "kept": kept, "kl": kl, "tokens": 2048, "scores": scores} | more
+
+
+def test_a_greedy_choice_is_shown_round_by_round(tmp_path):
+    rounds = [
+        round_of("start", None, [], 0.88),
+        round_of("keep", 3, [3], 0.51, rescored={"3": 0.51, "2": 0.52}),
+        round_of("keep", 1, [1, 3], 0.3217),
+        round_of("swap", 2, [1, 2], 0.3105, out=3),
+    ]
+    flops = "2 x parameters x tokens"
+    cost = {"forward_tokens": 12_288, "trained_tokens": 0, "flops": 3.3e9, "flops_are": flops}
+    write(tmp_path / "config.yaml", "name: g\nselect: {method: greedy_kl}\n")
+    chosen = {"method": "greedy_kl", "budget": 2, "softmax_layers": [1, 2], "rounds": rounds, "cost": cost}
+    write(tmp_path / "layers.json", chosen)
+    page = write_report(tmp_path)
+    assert figures(tmp_path) == {"kept_curve"}
+    scores = section(page, "scores")
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", scores, re.S)[1:]]
+    assert rows[1] == ["keep", "3", "1", "0.5100", "3", "2,048", "2"]
+    assert rows[3] == ["swap", "2 for 3", "2", "0.3105", "3", "2,048", "-"]
+    assert "12,288 tokens forward and 0 in training, 3.3e+09 FLOPs (2 x parameters" in scores
+    assert "The choice by greedy_kl needs no scores" in scores
+
+
+def test_a_ranking_without_scores_is_drawn(tmp_path):
+    write(tmp_path / "config.yaml", "name: r\nselect: {method: cosine}\n")
+    importance = {str(i): 0.1 * i for i in range(4)}
+    rounds = [{"action": "rank", "scores": importance, "tokens": 10, "forward_tokens": 20}]
+    chosen = {"method": "cosine", "budget": 1, "softmax_layers": [3], "importance": importance, "rounds": rounds}
+    write(tmp_path / "layers.json", chosen)
+    page = write_report(tmp_path)
+    assert figures(tmp_path) == {"layer_importance"}
+    assert "What cosine measured" in section(page, "scores")
+    assert re.findall(r'class="softmax">(\d+)<', section(page, "layers")) == ["3"]

@@ -10,7 +10,7 @@ from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
-from jaxhybrid.settings.compare import UPSTREAM, differences, fingerprint
+from jaxhybrid.settings.compare import UPSTREAM, _binding, differences, fingerprint
 from jaxhybrid.settings.fields import describe
 from jaxhybrid.settings.mixer import MixerSettings
 from jaxhybrid.settings.read import load_config, to_yaml
@@ -178,6 +178,21 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         (["mesh.tensor=-1"], "mesh: tensor is -1; give a positive number."),
         (["mesh.data=0"], "mesh: data is 0; give a positive number, or -1 for the rest of the devices."),
         (["select.method=explicit"], "select: layers is None with method 'explicit'"),
+        (["select.method=greedy"], "select.method is 'greedy' (str); it should be 'kl_guided', 'uniform'"),
+        (["select.greedy_kl.rescored=2"], "Unknown setting 'select.greedy_kl.rescored'. Did you mean"),
+        (["select.greedy_kl.rescore=0"], "select.greedy_kl.rescore is 0 (int); it should be greater than 0."),
+        (
+            ["select.greedy_kl.recall=1.5"],
+            "select.greedy_kl.recall is 1.5 (float); it should be less than or equal to 1.",
+        ),
+        (
+            ["select.method=removal", "select.removal.first_tokens=65_536"],
+            "select: removal.first_tokens 65,536 are more than the 32,768 of measure.tokens.",
+        ),
+        (
+            ["select.method=greedy_kl", "select.measure.tokens=3_000_000"],
+            "select.measure.tokens 3,000,000 are more than the 2,000,000 that data.heldout_tokens takes out of train",
+        ),
         (["select.layers=[1]"], "select: layers is (1,) with method 'kl_guided'"),
         (["select.method=explicit", "select.layers=[1, 1]"], "select: layers [1, 1] must be different ones"),
         (
@@ -307,6 +322,21 @@ def test_settings_of_an_earlier_version_mean_what_they_meant(load):
     assert config.data.min_document_tokens is config.finetune.min_document_tokens is None
     assert config.evaluate.recall.filler == (0,)
     assert differences(config, load("score.stop_when_stable={window: 3}")) == []
+
+
+def test_settings_of_another_method_of_selection_do_not_count(load):
+    others = load("select.greedy_kl.swaps=true", "select.measure.tokens=1024", "select.removal.rescore=5")
+    assert fingerprint(others) == fingerprint(load())
+    assert differences(load(), others) == []
+    greedy = [load("select.method=greedy_kl", *more) for more in ((), ("select.removal.rescore=5",))]
+    assert fingerprint(greedy[0]) == fingerprint(greedy[1]) != fingerprint(load())
+    assert differences(load(), greedy[0]) == ["select.method: kl_guided -> greedy_kl"]
+    less = load("select.method=greedy_kl", "select.measure.tokens=1024", "select.measure.kl_chunk=64")
+    assert differences(greedy[0], less) == ["select.measure.tokens: 32_768 -> 1_024"]
+    keys = {f"select.{name}" for name in ("method", "budget", "layers", "seed", "uniform", "rank_by")}
+    assert (
+        _binding(load(), {"select"}).keys() == keys
+    )  # as before methods had sections: fingerprints are what they were
 
 
 def test_a_stage_depends_on_what_comes_before_it_alone(load):

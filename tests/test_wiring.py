@@ -4,6 +4,7 @@ A stage that began with the wrong parameters, read the wrong text or counted the
 and export; only its figures would be others.
 """
 
+import shutil
 from functools import partial
 
 import jax
@@ -20,7 +21,7 @@ from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from jaxhybrid.weights.huggingface import load_teacher
 from tests.oracles import plain_alignment
-from tests.runs import read, records
+from tests.runs import read, records, snapshot
 
 F, G = FULL_ATTENTION, GatedDeltaNetConfig.kind
 RTOL = 2e-4  # float32 programs of two forms
@@ -147,3 +148,32 @@ def test_no_held_out_document_is_trained_on(pieces):
     )
     assert held
     assert not held & train
+
+
+def test_greedy_selection_is_of_aligned_hybrids_on_the_held_out_text(pieces, whole, tmp_path):
+    """By the verb, after align alone: no scores are asked for."""
+    run = tmp_path / "run"
+    shutil.copytree(whole.run / "align", run / "align")
+    sizes = "select.measure={tokens: 500, sequence_length: 64, batch_size: 8}"
+    output = whole.finish("select", whole.config, f"run_dir={run}", "select.method=greedy_kl", "select.budget=2", sizes)
+    layers, heldout = read(run / "layers.json"), list(HeldoutBatches(pieces.text.heldout, 64, 8, 500))
+    kl = lambda kept: mean_kl(pieces.teacher, pieces.hybrid(kept), heldout)  # noqa: E731
+    singles = {str(layer): kl([layer]) for layer in range(3)}
+    start, first, second = layers["rounds"]
+    assert start["kl"] == pytest.approx(kl([]), rel=RTOL)
+    assert first["scores"] == pytest.approx(singles, rel=RTOL)
+    assert str(first["layer"]) == min(singles, key=singles.get)
+    assert second["kl"] == pytest.approx(kl(layers["softmax_layers"]), rel=RTOL)
+    assert layers["other_budgets"] == {"1": [first["layer"]], "2": layers["softmax_layers"]}
+    parameters = sum(x.size for x in jax.tree.leaves(pieces.teacher.params))
+    tokens = 8 * 64 * (2 + 3 + 2)
+    assert (layers["cost"]["forward_tokens"], layers["cost"]["flops"]) == (tokens, 2 * parameters * tokens)
+    assert layers["provenance"]["measure"]["source"] == "heldout"
+    assert f"select: keeps layer {first['layer']}:" in output
+    before = snapshot(run / "select")
+    changed = f"select.method=greedy_kl select.budget=2 {sizes.replace('tokens: 500', 'tokens: 400')}"
+    assert f"keeps layer {first['layer']}:" not in whole.finish("select", run)  # every round is there
+    assert snapshot(run / "select") == before
+    refused = whole.start("select", whole.config, f"run_dir={run}", *changed.split(" ", 2))
+    assert refused.returncode == 2
+    assert "select.measure.tokens: 500 -> 400" in refused.stderr

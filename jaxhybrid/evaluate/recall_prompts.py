@@ -120,6 +120,22 @@ def recall_task(
     )
 
 
+def answer_batches(task: RecallTask, batch_size: int, part: int = 0, parts: int = 1) -> list[dict[str, np.ndarray]]:
+    """Batches of whole prompts, `tokens`, `segment_ids` and `counted`: 1 where a token of an answer comes next.
+
+    Of each batch's rows, those of part `part` of `parts`.
+    """
+    counted = np.zeros(task.tokens.shape, np.float32)
+    prompt, question, token = np.nonzero(task.answers != -1)
+    counted[prompt, task.places[prompt, question] + token] = 1
+    seen = (np.arange(task.tokens.shape[1]) < task.lengths[:, None]).astype(np.int32)
+    arrays, share = {"tokens": task.tokens, "segment_ids": seen, "counted": counted}, batch_size // parts
+    return [
+        {name: array[first : first + share] for name, array in arrays.items()}
+        for first in range(part * share, len(task.tokens), batch_size)
+    ]
+
+
 def _draw(rng: random.Random, pairs: int) -> tuple[list[str], list[str], list[int]]:
     """Names and numbers in the order of the list, and the order in which they are asked.
 

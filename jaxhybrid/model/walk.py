@@ -36,6 +36,7 @@ POLICIES = {
 
 # (norm x [B,T,D], mixer, context, extra) -> (mixed [B,T,D], result)
 Mix = Callable[[jax.Array, Any, TokenContext, Any], tuple[jax.Array, Any]]
+Watch = Callable[[jax.Array, jax.Array], Any]  # (x before a block, x after it) -> result
 
 
 def walk(
@@ -50,6 +51,7 @@ def walk(
     by_run: bool = False,
     remat: Remat = "none",
     sums: Any = jnp.float32,
+    watch: Watch | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """x [B,T,D] through all blocks: x + mixed, then + mlp, where (mixed, result) = mix(norm x, mixer, context, extra).
 
@@ -61,13 +63,14 @@ def walk(
             matrix products, too. `offload`: x between the blocks, in the host's memory. Where kinds share a scan, with
             `block`, `mix` must close over no array: its gradient is taken when the scan's own arrays are gone.
         sums: dtype in which devices add up the gradients of their shared weights.
+        watch: gives a layer's result in place of `mix`, from what goes into its block and what comes out.
 
     Returns:
         x after the last block, and by kind the stacked results. Where kinds share a scan there are no extras and no
         results: a `lax.switch` would have to make them for every kind.
     """
     results: dict[str, list[Any]] = {kind: [] for kind in config.layer_types}
-    blocks = _Blocks(config, mix, remat, sums, x.dtype)
+    blocks = _Blocks(config, mix, remat, sums, x.dtype, watch)
     for start, stop in _runs(config.layer_types) if by_run else [(0, config.num_layers)]:
         kinds, which = _choice(config.layer_types[start:stop], softmax)
         stacks, shared = {}, {}
@@ -108,6 +111,7 @@ class _Blocks:
     remat: Remat
     sums: Any
     dtype: Any
+    watch: Watch | None = None
 
     def of(self, kind: str, *, in_switch: bool = False) -> BlockFunction:
         """The block of layers of one kind."""
@@ -115,7 +119,8 @@ class _Blocks:
         def block(_: Any, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any) -> Any:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
             mixed, result = self._mixed(kind, block.input_norm(x), context, rows, own, marked=in_switch)
-            return block.add_mlp(x + mixed), result
+            after = block.add_mlp(x + mixed)
+            return after, result if self.watch is None else self.watch(x, after)
 
         return block if in_switch else self._recomputed(block)
 

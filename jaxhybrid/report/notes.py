@@ -6,6 +6,7 @@ from typing import Any
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import StageConfig
 
+COSTS = {"forward_tokens": "forward", "trained_tokens": "in training"}
 FEW_TOKENS = 10_000_000  # below this, distillation has only begun
 
 
@@ -20,17 +21,23 @@ def alignment(before: float, after: float) -> str:
 
 def choice(record: dict[str, Any]) -> str:
     """Of `layers.json`."""
-    return f"select: {record['method']} keeps layers {record['softmax_layers']} softmax"
+    kept = f"select: {record['method']} keeps layers {record['softmax_layers']} softmax"
+    cost, last = record["cost"], record.get("rounds", [{}])[-1]
+    reached = f", KL {last['kl']:.4f} without training" if "kl" in last else ""
+    spent = [f"{cost[name]:,} tokens {what}" for name, what in COSTS.items() if cost[name]]
+    return f"{kept}{reached}" + (f" ({' and '.join(spent)}, {cost['flops']:.1e} FLOPs)" if spent else "")
 
 
 def end_of_run(config: RunConfig, exported: Path, page: Path) -> str:
     """Where the results are and, of a run far below the papers' budget, what it can and cannot show."""
     places = f"exported to {exported}\nreport: {page}"
-    distilled, scored = config.distill.tokens, config.score.tokens
+    distilled, choice = config.distill.tokens, ""
     if distilled >= FEW_TOKENS:
         return places
+    if config.select.method == "kl_guided":
+        choice = f"It scored each layer on {config.score.tokens:,}, they on 200 million: the choice is mostly noise.\n"
     return (
-        f"\nThis run distilled on {distilled:,} tokens and scored each layer on {scored:,}; the papers use 600 and 200 "
-        "million.\nIt shows that every stage works, that the losses fall, and that the export loads. It does not show\n"
-        f"how good such a hybrid is, and the choice of layers is mostly noise: judge neither by this table.\n\n{places}"
+        f"\nThis run distilled on {distilled:,} tokens; the papers use 600 million.\n{choice}"
+        "It shows that every stage works, that the losses fall, and that the export loads. It does not show\n"
+        f"how good such a hybrid is: do not judge it by this table.\n\n{places}"
     )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from jaxhybrid.files import draft_of, make_folder, storage_errors
 from jaxhybrid.report import plots
 from jaxhybrid.report.results import Results, StageResult, budget_label, read_results
-from jaxhybrid.report.table import evaluation_rows, recall_refusals, recall_rows
+from jaxhybrid.report.table import ROUND_COLUMNS, evaluation_rows, recall_refusals, recall_rows, round_row
 from jaxhybrid.settings.stages import STAGES
 
 LOSS = {
@@ -65,7 +65,10 @@ def write_report(run_folder: Path) -> Path:
     return page
 
 
-FIGURES = {"recall", "importance", "candidate_curves", "stability", "layer_losses", "align", "distill", "finetune"}
+FIGURES = {
+    "recall", "importance", "candidate_curves", "stability", "layer_importance", "kept_curve", "layer_losses", "align",
+    "distill", "finetune",
+}  # fmt: skip
 
 
 def _figures(results: Results) -> dict[str, tuple[Figure, str]]:
@@ -82,6 +85,13 @@ def _figures(results: Results) -> dict[str, tuple[Figure, str]]:
         )
         if budgets := {name: rows for name, rows in results.stability().items() if rows}:
             figures["stability"] = plots.stability(budgets), "Overlap of the chosen sets over training tokens"
+    elif results.layers and "importance" in results.layers:
+        figures["layer_importance"] = (
+            plots.layer_importance(results.layers["importance"], results.kept),
+            f"What {results.layers['method']} measured for each layer",
+        )
+    if results.rounds:
+        figures["kept_curve"] = plots.kept_curve(results.rounds), "KL by the number of softmax layers"
     aligned = results.stages["align"].summary
     if "heldout_layer_loss_after" in aligned:
         figures["layer_losses"] = (
@@ -116,6 +126,9 @@ def _render(results: Results, pictures: dict[str, Picture]) -> str:
         depth=results.depth,
         layers=results.layers,
         other_budgets=_other_budgets(results),
+        cost=(results.layers or {}).get("cost"),
+        round_columns=ROUND_COLUMNS,
+        round_rows=list(map(round_row, results.rounds)),
         evaluation=results.evaluation,
         evaluation_header=header,
         evaluation_rows=rows,

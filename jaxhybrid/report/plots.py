@@ -207,6 +207,40 @@ def training_curve(points: Points, loss: str) -> Figure:
     return figure
 
 
+def layer_importance(importance: dict[str, float], kept: Sequence[int]) -> Figure:
+    """What a method measured for each layer; higher: more worth keeping."""
+    figure, axes = _figure(3.3)
+    layers = [int(layer) for layer in importance]
+    colours = [SOFTMAX if layer in kept else LINEAR for layer in layers]
+    axes.bar(layers, list(importance.values()), width=0.75, color=colours)
+    axes.set_xlim(-0.7, max(layers) + 0.7)
+    _layer_axis(axes)
+    axes.set_ylabel("importance")
+    _legend_above(axes, [Patch(color=SOFTMAX, label="kept softmax"), Patch(color=LINEAR, label="made linear")])
+    return figure
+
+
+def kept_curve(rounds: Sequence[dict[str, Any]]) -> Figure:
+    """KL by the number of softmax layers over the rounds of a greedy search, each with the layer it kept or dropped."""
+    figure, axes = _figure(3.6)
+    steps = [found for found in rounds if found["action"] in ("start", "keep", "drop")]
+    counts, kls = [len(found["kept"]) for found in steps], [found["kl"] for found in steps]
+    axes.plot(counts, kls, color=BLUE, marker="o", markersize=5)
+    for found, count, kl in zip(steps[1:], counts[1:], kls[1:]):
+        axes.annotate(f"{found['layer']}", (count, kl), (0, 6), textcoords="offset points", ha="center", fontsize=10)
+    swapped = [found for found in rounds if found["action"] == "swap"]
+    if swapped:
+        last = swapped[-1]
+        axes.plot([len(last["kept"])], [last["kl"]], "D", color=VERMILLION, label="after swaps")
+        _legend_above(axes)
+    _log_if_positive(axes, kls)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    done = "made linear" if counts[0] > counts[-1] else "kept"
+    axes.set_xlabel(f"softmax layers (number at a point: the layer {done})")
+    axes.set_ylabel("KL without training\n(nats per token)")
+    return figure
+
+
 def layer_losses(before: Sequence[float], after: Sequence[float]) -> Figure:
     """Held-out alignment loss of each layer before and after training."""
     figure, axes = _figure(3.3)

@@ -56,10 +56,18 @@ class Results:
         return self.layers["softmax_layers"] if self.layers else []
 
     @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """Of a greedy selection, as `layers.json` has them."""
+        found = (self.layers or {}).get("rounds", [])
+        return [] if found and found[0]["action"] == "rank" else found
+
+    @property
     def depth(self) -> int | None:
         """Layers of the model, where a result tells."""
         if self.scores:
             return len(self.scores.candidates)
+        if self.layers and "importance" in self.layers:
+            return len(self.layers["importance"])
         return len(self.stages["align"].summary.get("heldout_layer_loss_before", [])) or None
 
     @property

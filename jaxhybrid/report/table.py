@@ -74,6 +74,23 @@ def recall_label(task: dict[str, Any]) -> str:
     return f"{task['pairs']} pairs" + (f" + {filler:,}" if filler else "")
 
 
+ROUND_COLUMNS = ("round", "layer", "softmax layers", "KL", "sets compared", "on tokens", "again on all")
+
+
+def round_row(found: dict[str, Any]) -> list[str]:
+    """One round of a greedy selection under `ROUND_COLUMNS`; a value it lacks is '-'."""
+    layer = "-" if found["layer"] is None else str(found["layer"])
+    return [
+        found["action"],
+        f"{layer} for {found['out']}" if "out" in found else layer,
+        str(len(found["kept"])),
+        f"{found['kl']:.4f}",
+        f"{len(found['scores'])}",
+        f"{found['tokens']:,}",
+        str(len(found["rescored"])) if "rescored" in found else "-",
+    ]
+
+
 def evaluation_table(result: dict[str, Any]) -> str:
     """Teacher and students in aligned columns: perplexity and KL to the teacher (nats per token), then recall."""
     parts = [_aligned(*evaluation_rows(result), left=1)]

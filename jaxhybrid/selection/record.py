@@ -1,18 +1,19 @@
 """What a run records of scores and the choice they lead to, and scores brought in from another run."""
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.errors import RunError
-from jaxhybrid.selection.methods import select_layers
+from jaxhybrid.selection.choice import Choice, Given
+from jaxhybrid.selection.methods import METHODS, choose
 from jaxhybrid.selection.ranking import Scores
 from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.compare import differences, fingerprint
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.select import SECTIONS
 from jaxhybrid.settings.types import RankBy
 
 
@@ -32,35 +33,58 @@ def scores_record(scores: Scores, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def choice_record(config: RunConfig, depth: int, scores: Callable[[], Scores]) -> dict[str, Any]:
-    """`layers.json`: the layers of `depth` that stay softmax, what the choice rests on, and that of other budgets.
+def choice_record(choice: Choice, given: Given, config: RunConfig, parameters: int) -> dict[str, Any]:
+    """`layers.json`: the layers that stay softmax, what the choice rests on and took, and that of other budgets.
 
-    scores: asked only by the method that goes by them.
+    parameters: of the teacher, for the cost.
     """
-    settings = config.select
-    choose = partial(
-        select_layers,
-        settings.method,
-        depth,
-        layers=settings.layers or (),
-        seed=settings.seed,
-        uniform_by=settings.uniform,
-        scores=scores,
-        rank_by=settings.rank_by,
-    )
-    layers = list(choose(settings.budget))
-    record: dict[str, Any] = {"method": settings.method, "budget": settings.budget, "softmax_layers": layers}
+    settings, by = config.select, config.select.rank_by
+    record: dict[str, Any] = {
+        "method": settings.method,
+        "budget": settings.budget,
+        "softmax_layers": list(choice.layers),
+    }
     if settings.method == "kl_guided":
-        measured, by = scores(), settings.rank_by
+        record |= {"rank_by": by, "stability": given.scores().stability(len(choice.layers), by)}
+    if choice.importance is not None:
         record |= {
-            "rank_by": by,
-            "ranking": measured.ranking(by),
-            "importance": _importance(measured, by),
-            "stability": measured.stability(len(layers), by),
+            "ranking": list(choice.order),
+            "importance": {str(layer): value for layer, value in choice.importance.items()},
         }
+    if choice.rounds:
+        record["rounds"] = choice.rounds
+    record |= {"cost": _cost(choice, parameters), "provenance": _provenance(config)}
     if settings.method != "explicit":
-        record["other_budgets"] = {str(budget): list(choose(budget)) for budget in config.score.budgets}
+        others = {str(budget): _other(choice, given, budget) for budget in config.score.budgets}
+        record["other_budgets"] = {budget: layers for budget, layers in others.items() if layers is not None}
     return record
+
+
+def _other(choice: Choice, given: Given, budget: int | float) -> list[int] | None:
+    """What the method would keep for another budget, where it is known without measuring anew."""
+    count = layers_in_budget(budget, given.depth)
+    if count in choice.nested:
+        return sorted(choice.order[:count])
+    if METHODS[given.settings.method].needs == "nothing":
+        return list(choose(replace(given, settings=given.settings.model_copy(update={"budget": count}))).layers)
+    return None
+
+
+def _cost(choice: Choice, parameters: int) -> dict[str, Any]:
+    forward, trained = choice.forward_tokens, choice.trained_tokens
+    return {
+        "forward_tokens": forward,
+        "trained_tokens": trained,
+        "flops": 2 * parameters * forward + 6 * parameters * trained,
+        "flops_are": "2 x parameters x tokens of forward passes, 6 x of training; attention itself is not in it",
+    }
+
+
+def _provenance(config: RunConfig) -> dict[str, Any]:
+    """What the choice was made from."""
+    settings = config.select.model_dump(mode="json")
+    read = {name: settings[name] for name in SECTIONS.get(config.select.method, ())}
+    return {"needs": METHODS[config.select.method].needs, **read}
 
 
 def _importance(scores: Scores, by: RankBy) -> dict[str, float]:

@@ -21,7 +21,8 @@ def fingerprint(config: RunConfig, sections: Collection[str] | None = None) -> s
 def differences(a: RunConfig, b: RunConfig, sections: Collection[str] | None = None) -> list[str]:
     """`key: value of a -> value of b` for every setting that affects results and differs."""
     old, new = _binding(a, sections), _binding(b, sections)
-    return [f"{key}: {shown(old[key])} -> {shown(new[key])}" for key in old if old[key] != new[key]]
+    shared = [key for key in old if key in new]  # a section that only one method reads: the method says it
+    return [f"{key}: {shown(old[key])} -> {shown(new[key])}" for key in shared if old[key] != new[key]]
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -30,11 +31,15 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def _binding(config: RunConfig, sections: Collection[str] | None, binding: bool = True) -> dict[str, Any]:
-    """Dotted key -> value of every setting that affects results; an absent section gives nulls."""
+    """Dotted key -> value of every setting that affects results; an absent section gives nulls, one that the method of
+    selection does not read gives nothing."""
     values: dict[str, Any] = {}
     tree = config.model_dump(mode="json")
+    idle = tuple(f"select.{name}." for name in config.select.idle) if binding else ()
     for key, field in fields(RunConfig, binding=binding):
         if sections is not None and key.partition(".")[0] not in sections:
+            continue
+        if key.startswith(idle):
             continue
         value: Any = tree
         for part in key.split("."):

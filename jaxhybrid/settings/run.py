@@ -8,10 +8,11 @@ from pydantic import Field, field_validator, model_validator
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.files import bucket_trouble
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.settings.budget import Budget, check_layers, layers_in_budget
+from jaxhybrid.settings.budget import check_layers, layers_in_budget
 from jaxhybrid.settings.mixer import MixerSettings
+from jaxhybrid.settings.select import SelectConfig
 from jaxhybrid.settings.stages import STAGES, AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig
-from jaxhybrid.settings.types import Count, Counts, Dtype, Ints, Names, RankBy, Section, Sources, UniformBy, about, free
+from jaxhybrid.settings.types import Count, Counts, Dtype, Ints, Names, Section, Sources, about, free
 
 
 class DataConfig(Section):
@@ -84,40 +85,6 @@ class MeshConfig(Section):
                 raise ValueError(f"{name} is {size}; give a positive number{rest}")
         if self.data == self.fsdp == -1:
             raise ValueError("data and fsdp are both -1; only one axis can take the rest of the devices")
-        return self
-
-
-class SelectConfig(Section):
-    """Which layers keep softmax attention."""
-
-    method: Literal["kl_guided", "uniform", "random", "explicit"] = about(
-        "kl_guided", "how the softmax layers are chosen"
-    )
-    budget: Budget = about(0.25, "softmax layers: how many (4), or a share of the depth, rounded half up (0.25)")
-    layers: Ints | None = about(None, "the softmax layers of method explicit, from 0")
-    seed: int = about(0, "seed of method random")
-    uniform: UniformBy = about(
-        "last", "layer that method uniform keeps of each group; papers: last for Llama-3.2, first for Qwen2.5"
-    )
-    rank_by: RankBy = about(
-        "heldout", "KL that ranks layers for kl_guided and stop_when_stable: on held-out text or at the last steps"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _budget_of_layers(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("method") == "explicit" and isinstance(data.get("layers"), list | tuple):
-            return {"budget": len(data["layers"]), **data}
-        return data
-
-    @model_validator(mode="after")
-    def _check(self) -> "SelectConfig":
-        if (self.method == "explicit") != (self.layers is not None):
-            raise ValueError(
-                f"layers is {self.layers} with method {self.method!r}; layers belongs to method 'explicit' alone"
-            )
-        if self.layers is not None and (len(set(self.layers)) != len(self.layers) or self.budget != len(self.layers)):
-            raise ValueError(f"layers {list(self.layers)} must be different ones and as many as budget {self.budget}")
         return self
 
 
@@ -206,11 +173,13 @@ class RunConfig(Section):
         ):
             if trouble := bucket_trouble(path or ""):
                 raise ValueError(f"{key}: {trouble}")
-        for section in ("score", "evaluate"):
-            wanted = getattr(self, section).heldout_tokens
+        heldout = {f"{name}.heldout_tokens": getattr(self, name).heldout_tokens for name in ("score", "evaluate")}
+        if "measure" not in self.select.idle and self.select.measure.source == "heldout":
+            heldout["select.measure.tokens"] = self.select.measure.tokens
+        for key, wanted in heldout.items():
             if self.data.heldout is None and wanted > self.data.heldout_tokens:
                 raise ValueError(
-                    f"{section}.heldout_tokens {wanted:,} are more than the {self.data.heldout_tokens:,} that "
+                    f"{key} {wanted:,} are more than the {self.data.heldout_tokens:,} that "
                     "data.heldout_tokens takes out of train; raise that, or give data.heldout"
                 )
         return self
@@ -225,8 +194,10 @@ def validate_against(config: RunConfig, model: ModelConfig) -> None:
     if config.select.layers:
         check_layers(config.select.layers, depth)
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.
-    for section in ("align", "score", "distill", "evaluate"):
-        length = getattr(config, section).sequence_length
+    lengths = {name: getattr(config, name).sequence_length for name in ("align", "score", "distill", "evaluate")}
+    if "measure" not in config.select.idle:
+        lengths["select.measure"] = config.select.measure.sequence_length
+    for section, length in lengths.items():
         if length > model.max_position_embeddings:
             raise ConfigError(
                 f"{section}.sequence_length {length} is beyond the {model.max_position_embeddings} tokens of context "

@@ -5,6 +5,7 @@ but the loss. A layer's gradient is therefore local, and is taken inside the for
 of another layer is kept, so memory beyond parameters does not grow with depth.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from jaxhybrid.model.transformer import Model, embed, token_context
 from jaxhybrid.model.walk import collect, spread, walk
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
 from jaxhybrid.train.optimizer import TrainState, update
+
+Distance = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def align_step(
@@ -63,7 +66,7 @@ def alignment_gradients(
     tokens = count_tokens(batch)
 
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:
-        return _beside_teacher(mixers, teacher, micro, tokens, config, dtype, sums, gradients=True)
+        return _beside_teacher(mixers, teacher, micro, tokens, config, dtype, sums, alignment_loss, gradients=True)
 
     losses, total = accumulate(gradients, batch)
     count = losses.shape[0]
@@ -71,10 +74,20 @@ def alignment_gradients(
 
 
 def align_loss(
-    mixers: Params, teacher: Model, batch: Batch, *, config: ModelConfig, dtype: Any = jnp.bfloat16
+    mixers: Params,
+    teacher: Model,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    dtype: Any = jnp.bfloat16,
+    distance: Distance = alignment_loss,
 ) -> jax.Array:
-    """The loss of each linear layer [n], without gradients: for held-out text and for comparing initial values."""
-    return _beside_teacher(mixers, teacher, batch, count_tokens(batch), config, dtype, jnp.float32, gradients=False)[0]
+    """The loss of each linear layer [n], without gradients: for held-out text and for comparing initial values.
+
+    distance: (target, output, mask) -> its sum over tokens.
+    """
+    tokens = count_tokens(batch)
+    return _beside_teacher(mixers, teacher, batch, tokens, config, dtype, jnp.float32, distance, gradients=False)[0]
 
 
 def _beside_teacher(
@@ -85,6 +98,7 @@ def _beside_teacher(
     config: ModelConfig,
     dtype: Any,
     sums: Any,
+    distance: Distance,
     gradients: bool,
 ) -> tuple[jax.Array, Params]:
     ((kind, stack),) = mixers.items()
@@ -92,7 +106,7 @@ def _beside_teacher(
     stacked, mesh = variables(linear, config, len(jax.tree.leaves(stack)[0])), active_mesh()
     own_specs = P() if mesh is None else param_specs(stacked, mesh)
     is_split = spec != P(BATCH_AXES, None)
-    run = partial(_beside_own_teacher, teacher.config, config, kind, dtype, sums, is_split, gradients)
+    run = partial(_beside_own_teacher, teacher.config, config, kind, dtype, sums, distance, is_split, gradients)
     arguments, found = (
         (teacher.params, stack, batch["tokens"], batch["segment_ids"], tokens),
         own_specs if gradients else P(),
@@ -107,6 +121,7 @@ def _beside_own_teacher(
     kind: str,
     dtype: Any,
     sums: Any,
+    distance: Distance,
     is_split: bool,
     gradients: bool,
     params: Params,
@@ -126,7 +141,7 @@ def _beside_own_teacher(
         def loss(own: Params) -> jax.Array:
             with jax.named_scope(kind):
                 mixer = bind(linear, config, gather(variables(linear, config), own, dtype, sums))
-                return total(alignment_loss(target, mixer(normed, context)[0], mask), *BATCH_AXES) / tokens
+                return total(distance(target, mixer(normed, context)[0], mask), *BATCH_AXES) / tokens
 
         def measure(own: Params) -> Any:
             return jax.value_and_grad(loss)(own) if gradients else (loss(own), None)

@@ -79,14 +79,30 @@ def candidate_kl(
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
     """KL(teacher || candidate) summed over the tokens of a batch that holds `teacher_hidden`."""
-    softmax = jnp.arange(config.num_layers) == layer
+    softmax, mask = jnp.arange(config.num_layers) == layer, token_mask(batch["segment_ids"])
+    return masked_kl(
+        Model(params, config), softmax, batch, mask, teacher_head,
+        dtype=dtype, remat=remat, sums=sums, chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+
+
+def masked_kl(
+    student: Model,
+    softmax: jax.Array,
+    batch: Batch,
+    mask: jax.Array,
+    teacher_head: jax.Array,
+    *,
+    dtype: Any = jnp.bfloat16,
+    remat: Remat = "none",
+    sums: Any = jnp.float32,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> jax.Array:
+    """KL(teacher || student) summed over the tokens where `mask` [B,T] is 1, of a batch that holds `teacher_hidden`.
+
+    The layers that are softmax in the all-linear `student` are a traced choice: see `hidden_states`.
+    """
     text = batch["tokens"], batch["segment_ids"]
-    hidden, head = outputs(Model(params, config), *text, softmax=softmax, dtype=dtype, remat=remat, sums=sums)
-    return linear_kl(
-        hidden,
-        head,
-        batch["teacher_hidden"].astype(dtype),
-        teacher_head.astype(dtype),
-        token_mask(batch["segment_ids"]),
-        chunk_tokens=chunk_tokens,
-    )
+    hidden, head = outputs(student, *text, softmax=softmax, dtype=dtype, remat=remat, sums=sums)
+    states = batch["teacher_hidden"].astype(dtype)
+    return linear_kl(hidden, head, states, teacher_head.astype(dtype), mask, chunk_tokens=chunk_tokens)

@@ -14,7 +14,7 @@ from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate import recall as probe
 from jaxhybrid.evaluate.recall import compare_recall, recall
 from jaxhybrid.evaluate.recall_figures import THIRDS, chance, interval, recall_figures
-from jaxhybrid.evaluate.recall_prompts import NAMES, RecallTask, recall_task, recall_tasks
+from jaxhybrid.evaluate.recall_prompts import NAMES, RecallTask, answer_batches, recall_task, recall_tasks
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, forward, model_variables
 from jaxhybrid.settings.run import RecallConfig
@@ -103,6 +103,19 @@ def test_prose_is_as_long_as_asked_for_and_changes_nothing_else():
     added = longer.lengths - plain.lengths - again
     assert ((added > 320) & (added <= 400)).all()
     assert len({text.split("\n\n")[2] for text in texts(longer, letters())}) == 10
+
+
+def test_batches_of_prompts_count_where_an_answer_comes_next():
+    task = recall_task(letters(), 3, prompts=8)
+    halves = [answer_batches(task, 4, part, 2) for part in range(2)]
+    assert [[len(batch["tokens"]) for batch in half] for half in halves] == [[2, 2], [2, 2]]
+    rows = [0, 1, 4, 5, 2, 3, 6, 7]  # of the first half's batches, then of the second's
+    arrays = {name: np.concatenate([batch[name] for half in halves for batch in half]) for name in halves[0][0]}
+    np.testing.assert_array_equal(arrays["tokens"], task.tokens[rows])
+    np.testing.assert_array_equal(arrays["segment_ids"].sum(1), task.lengths[rows])
+    for tokens, counted, row in zip(arrays["tokens"], arrays["counted"], rows):
+        answers = task.answers[row]
+        np.testing.assert_array_equal(tokens[np.flatnonzero(counted) + 1], answers[answers != -1])
 
 
 def test_prompts_never_change():

@@ -30,6 +30,7 @@ def opened(tmp_path):
         (tmp_path / "run" / "config.yaml").unlink(missing_ok=True)
         opened = Pipeline(load_config(tmp_path / "config.yaml", [f"run_dir={tmp_path / 'run'}", *overrides]))
         vars(opened.models)["teacher_files"] = SimpleNamespace(config=SimpleNamespace(num_layers=4))
+        vars(opened)["teacher_parameters"] = 10
         return opened
 
     return run

@@ -1,0 +1,106 @@
+"""Greedy search over sets of softmax layers by true KL: the round that all of its forms consist of."""
+
+from collections.abc import Callable
+
+from jaxhybrid.selection.choice import Given
+from jaxhybrid.selection.masked import MaskedStudent
+from jaxhybrid.selection.rounds import Round
+from jaxhybrid.settings.select import RemovalConfig
+
+Kept = frozenset[int]
+
+
+class Search:
+    """A set that gets better, or less bad, by the best of the options of every round."""
+
+    def __init__(self, given: Given, settings: RemovalConfig, kept: Kept, rounds: int):
+        self._given, self._settings, self._expected = given, settings, rounds
+        self.rounds: list[Round] = []
+
+        def compute() -> Round:
+            student = given.student()
+            kl, tokens = student.kl(kept), student.tokens()
+            return _round("start", None, kept, kl, tokens, {}, 2 * tokens)  # the teacher's pass and the set's
+
+        self._take(compute)
+
+    @property
+    def kept(self) -> Kept:
+        return frozenset(self.rounds[-1]["kept"])
+
+    @property
+    def kl(self) -> float:
+        """Of the set, on all tokens."""
+        return self.rounds[-1]["kl"]
+
+    def step(self, action: str, options: dict[int, Kept]) -> int:
+        """Takes the option, by layer, whose set has the lowest KL; ties go to the lower layer."""
+        few = self._batches(len(self.rounds) - 1)
+
+        def compute() -> Round:
+            student = self._given.student()
+            scores, best, tokens = self._compare(student, options, few)
+            layer = _lowest(best)[0]
+            found = _round(action, layer, options[layer], best[layer], student.tokens(few), scores, tokens)
+            return found if few == student.batches else found | {"rescored": _by_name(best)}
+
+        return self._take(compute)["layer"]
+
+    def swap(self, out: int, options: dict[int, Kept]) -> int | None:
+        """Takes the best option in place of the set, if its KL is lower. Each option has not `out`, but its layer."""
+        kept, kl, few = self.kept, self.kl, self._batches(self._expected)
+
+        def compute() -> Round:
+            student = self._given.student()
+            scores, best, tokens = self._compare(student, options, few)
+            layer = _lowest(best)[0]
+            measured = student.tokens(few), scores, tokens
+            if best[layer] < kl:
+                return _round("swap", layer, options[layer], best[layer], *measured) | {"out": out}
+            return _round("swap", None, kept, kl, *measured) | {"out": out}
+
+        return self._take(compute)["layer"]
+
+    def _take(self, compute: Callable[[], Round]) -> Round:
+        self.rounds.append(self._given.log.round(compute))
+        return self.rounds[-1]
+
+    def _compare(
+        self, student: MaskedStudent, options: dict[int, Kept], few: int
+    ) -> tuple[dict[int, float], dict[int, float], int]:
+        """(KL of every option on `few` batches, of the closest ones on all, tokens that took)."""
+        scores = {layer: student.kl(kept, few) for layer, kept in options.items()}
+        closest = _lowest(scores)[: self._settings.rescore]
+        best = {layer: student.kl(options[layer]) for layer in closest}
+        more = student.tokens() - student.tokens(few)
+        return scores, best, len(options) * student.tokens(few) + len(best) * more
+
+    def _batches(self, number: int) -> int:
+        """Of round `number`: from the first one's to all of them in the last, by equal factors."""
+        measure, first = self._given.settings.measure, self._settings.first_tokens
+        if first is None or number + 1 >= self._expected:
+            return measure.batches
+        least = measure.batches_of(first)
+        return round(least * (measure.batches / least) ** (number / (self._expected - 1)))
+
+
+def _round(
+    action: str, layer: int | None, kept: Kept, kl: float, tokens: int, scores: dict[int, float], forward_tokens: int
+) -> Round:
+    return {
+        "action": action,
+        "layer": layer,
+        "kept": sorted(kept),
+        "kl": kl,
+        "tokens": tokens,
+        "scores": _by_name(scores),
+        "forward_tokens": forward_tokens,
+    }
+
+
+def _by_name(scores: dict[int, float]) -> dict[str, float]:
+    return {str(layer): value for layer, value in scores.items()}
+
+
+def _lowest(scores: dict[int, float]) -> list[int]:
+    return sorted(scores, key=lambda layer: (scores[layer], layer))

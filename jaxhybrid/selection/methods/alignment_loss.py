@@ -1,0 +1,7 @@
+"""Addition scored in stage 1: the layers whose mixers are furthest from their attention when alignment ends."""
+
+from jaxhybrid.selection.choice import Choice, Given, ranked
+
+
+def choose(given: Given, count: int) -> Choice:
+    return ranked({layer: float(loss) for layer, loss in enumerate(given.layer_losses())}, count)

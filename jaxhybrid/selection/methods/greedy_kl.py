@@ -1,0 +1,34 @@
+"""From the aligned all-linear student, the layer that lowers KL(teacher, student) most stays softmax, and again.
+
+No candidate is trained. Every round measures the sets that differ from the best one so far by one layer.
+"""
+
+from jaxhybrid.selection.choice import Choice, Given
+from jaxhybrid.selection.greedy import Search
+
+
+def choose(given: Given, count: int) -> Choice:
+    settings, depth = given.settings.greedy_kl, given.depth
+    search = Search(given, settings, frozenset(), count)
+    order: list[int] = []
+    while len(order) < count and not (order and settings.stop_kl and search.kl <= settings.stop_kl):
+        options = {layer: search.kept | {layer} for layer in range(depth) if layer not in search.kept}
+        order.append(search.step("keep", options))
+    moved = settings.swaps and _exchange(search, order, depth)
+    least = len(order) if moved else 1
+    return Choice(tuple(sorted(order)), tuple(order), range(least, len(order) + 1), rounds=search.rounds)
+
+
+def _exchange(search: Search, order: list[int], depth: int) -> bool:
+    """Exchanges layers of `order` until no exchange of one lowers the KL; whether any did."""
+    moved, unchanged, place = False, 0, 0
+    while unchanged < len(order) and len(order) < depth:
+        out, kept = order[place], search.kept
+        options = {layer: kept - {out} | {layer} for layer in range(depth) if layer not in kept}
+        layer = search.swap(out, options)
+        if layer is None:
+            unchanged += 1
+        else:
+            order[place], unchanged, moved = layer, 1, True
+        place = (place + 1) % len(order)
+    return moved

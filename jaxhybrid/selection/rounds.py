@@ -1,0 +1,62 @@
+"""The rounds of a method that measures: written as they end, so that a method that was stopped goes on after them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxhybrid import hosts
+from jaxhybrid.checksums import read_result, write_result
+from jaxhybrid.train.interrupt import stop_between
+
+# One comparison of sets, as layers.json has it (keys of `scores` and `rescored` are layers as text):
+#   action          start, keep, drop or swap; rank: a score for each layer, no set
+#   layer, out      what it kept or dropped; for a swap what came in (null: nothing was better) for `out`
+#   kept, kl        the set after it, ascending, and its KL in nats per token on all tokens
+#   scores, tokens  each option's KL (rank: importance) on so many tokens
+#   rescored        the closest options' KL on all tokens, where `tokens` are fewer
+#   forward_tokens  tokens that went through a model for it
+Round = dict[str, Any]
+
+
+class RoundLog:
+    """Rounds in `file`, if one is given. `key` says what they depend on: rounds of another key are not gone on with."""
+
+    def __init__(self, file: Path | None = None, key: dict[str, Any] | None = None):
+        self._file, self._key = file, key or {}
+        self._rounds: list[Round] = hosts.by_first(self._read, "rounds of the selection")
+        self._next = 0
+
+    def round(self, compute: Callable[[], Round]) -> Round:
+        """The next round, as it was written or by `compute`. All processes take the first one's numbers."""
+        if self._next == len(self._rounds):
+            stop_between(f"round {self._next} of the selection")
+            found = compute()
+            self._rounds.append(hosts.by_first(lambda: self._write(found), f"round {self._next} of the selection"))
+            hosts.say(_told(self._rounds[-1]))
+        self._next += 1
+        return self._rounds[self._next - 1]
+
+    def _read(self) -> list[Round]:
+        if self._file is None or not self._file.exists():
+            return []
+        found = read_result(self._file, "Delete it to select again.")
+        return found["rounds"] if found["key"] == self._key else []
+
+    def _write(self, found: Round) -> Round:
+        if self._file is not None:
+            write_result(self._file, {"key": self._key, "rounds": [*self._rounds, found]})
+        return found
+
+
+def _told(found: Round) -> str:
+    if found["action"] == "rank":
+        return f"select: {len(found['scores'])} layers measured on {found['tokens']:,} tokens"
+    done = {
+        "start": "from",
+        "keep": f"keeps layer {found['layer']}:",
+        "drop": f"makes layer {found['layer']} linear:",
+        "swap": f"{found['layer']} in place of {found.get('out')}:",
+    }[found["action"]]
+    if found["action"] == "swap" and found["layer"] is None:
+        done = f"nothing in place of {found['out']}:"
+    return f"select: {done} {len(found['kept'])} layers softmax, KL {found['kl']:.4f}"
