@@ -167,7 +167,8 @@ def check_end(harm: Harm, ended: Ended) -> None:
     expected = {"kill": {-9}, "cut": {-9}, "flip": {-9}, "term": {143, -15, 2}, "term-one": {143, -15, 2}, "full": {2}}
     if harm.kind in expected and not set(ended.codes) <= {0, *expected[harm.kind]}:
         raise Failed(f"exit codes {ended.codes} after {harm.kind}:\n" + "\n".join(text[-3000:] for text in ended.err))
-    if harm.kind in ("term", "full", "term-one") and any("Traceback" in text for text in ended.err):
+    # Not after `full`: orbax has threads that print theirs, and a fault of ours is exit code 1.
+    if harm.kind in ("term", "term-one") and any("Traceback" in text for text in ended.err):
         raise Failed(f"a traceback after {harm.kind}:\n" + "\n".join(text[-3000:] for text in ended.err))
     if harm.kind == "full" and any(ended.codes) and "again" not in ended.errors[0]:
         raise Failed(f"no way out after {harm.kind}: {ended.errors}")

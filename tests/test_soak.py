@@ -5,8 +5,8 @@ from tests.soak import Harm, Soak, compare
 HARMS = [
     Harm("full", "align", act=50, seed=2),
     Harm("kill", "score", act=130),
-    Harm("term", "distill", act=60),
-    Harm("flip", "finetune", act=50, seed=1, written="checkpoint"),
+    Harm("term", "distill", act=30),
+    Harm("flip", "finetune", act=60, seed=1, written="checkpoint"),
 ]
 
 

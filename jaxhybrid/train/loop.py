@@ -112,6 +112,11 @@ def train(
                     f"checkpoint {checkpoints.folder / str(done)} is written. Run the same command again to go on.",
                     signal,
                 )
+    if stop.received is not None and not hosts.are_joined():  # while the last step was recorded or saved
+        raise Interrupted(
+            f"{label} stopped by signal {stop.received} after its last step. Run the same command again to go on.",
+            stop.received,
+        )
     return state
 
 

@@ -133,6 +133,22 @@ def test_a_signal_while_a_step_is_recorded_waits_for_the_next_one(tmp_path, unin
     np.testing.assert_array_equal(state.params["blocks"]["w"], uninterrupted[0].params["blocks"]["w"])
 
 
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, uninterrupted, monkeypatch):
+    write = Recorder.write
+
+    def write_and_terminate(self, record):
+        write(self, record)
+        if record["step"] == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "write", write_and_terminate)
+        with pytest.raises(Interrupted, match="signal 15 after its last step"):
+            run(tmp_path)
+    state = run(tmp_path)
+    np.testing.assert_array_equal(state.params["blocks"]["w"], uninterrupted[0].params["blocks"]["w"])
+
+
 def test_a_loss_that_is_not_finite_names_step_batch_and_checkpoint(tmp_path):
     state, step = problem()
 
