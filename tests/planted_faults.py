@@ -595,7 +595,7 @@ FAULTS = [
         "selection/greedy.py",
         "layer = _lowest(best)[0]\n            found",
         "layer = _lowest(scores)[0]\n            found",
-        f"{MEASURED}::test_the_closest_are_scored_again",
+        f"{MEASURED}::test_the_closest_are_scored_again_and_the_best_of_them_is_taken",
     ),
     Fault(
         "masked student: the mask upside down",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from jaxhybrid import hosts
 from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.masked import MaskedStudent
 from jaxhybrid.selection.rounds import Round
@@ -69,7 +70,9 @@ class Search:
         self, student: MaskedStudent, options: dict[int, Kept], few: int
     ) -> tuple[dict[int, float], dict[int, float], int]:
         """(KL of every option on `few` batches, of the closest ones on all, tokens that took)."""
-        scores = {layer: student.kl(kept, few) for layer, kept in options.items()}
+        kls = [student.kl(kept, few) for kept in options.values()]
+        # What is measured next must be the same on all processes.
+        scores = dict(zip(options, hosts.broadcast(kls, "scores of a round")))
         closest = _lowest(scores)[: self._settings.rescore]
         best = {layer: student.kl(options[layer]) for layer in closest}
         more = student.tokens() - student.tokens(few)
