@@ -52,9 +52,9 @@ FAULTS = [
     ),
     Fault(
         "mesh: keys of a split row without their place",
-        "model/attention.py",
-        "first_query=context.first_token,",
-        "first_query=context.first_token * 0,",
+        "model/transformer.py",
+        'first = axis_index("context") * T if is_split else jnp.int32(0)',
+        'first = 0 * axis_index("context") if is_split else jnp.int32(0)',
         f"{AXES}::test_devices_together_equal_one[distill-shape0-60-mixer0]",
     ),
     Fault(
