@@ -75,7 +75,7 @@ def arguments_of(stage: str, teacher: ModelConfig, mesh: Any, given: argparse.Na
     config = ModelConfig(
         **{**vars(teacher), "layer_types": layer_types(depth, kept, mixer.kind), "mixer": mixer}
     )  # fmt: skip
-    student, frozen = abstract_params(config, mesh), _in_bfloat16(abstract_params(teacher, mesh))
+    student, frozen = abstract_params(config, mesh), abstract_params(teacher, mesh, jnp.bfloat16)
     if stage == "align":
         student = linear_mixers(student)
     if stage == "score":
@@ -106,10 +106,6 @@ def arguments_of(stage: str, teacher: ModelConfig, mesh: Any, given: argparse.Na
         batch,
         jax.eval_shape(lambda p: Model(p, teacher).head, frozen),
     )
-
-
-def _in_bfloat16(params: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), params)
 
 
 def on_a_chip(tree: Any) -> int:

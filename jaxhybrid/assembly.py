@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxhybrid.errors import RunError
-from jaxhybrid.model.blueprint import Exact, Params, is_variable
+from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import param_shardings
-from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.model.transformer import Model, abstract_params, model_variables
 from jaxhybrid.run_folder import RunFolder
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.run import RunConfig, validate_against
@@ -95,16 +94,6 @@ class RunModels:
         kept = self.folder.read("layers.json", "select")["softmax_layers"]
         return self.student_config(layer_types(self.depth, kept, self.config.mixer.kind))
 
-    def abstract(self, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
-        """Shapes, types and places of the parameters of a student."""
-
-        def leaf(variable: nnx.Variable, sharding: Any) -> jax.ShapeDtypeStruct:
-            kept = jnp.float32 if isinstance(variable, Exact) else dtype
-            return jax.ShapeDtypeStruct(variable.shape, kept, sharding=sharding)
-
-        declared = model_variables(config)
-        return jax.tree.map(leaf, declared, param_shardings(declared, self.mesh), is_leaf=is_variable)
-
     def initial_mixers(self) -> Params:
         """The linear mixers of every layer before any training."""
         types, mixer, source = self.linear_types, self.config.mixer.to_model(), self.teacher_config
@@ -118,7 +107,7 @@ class RunModels:
 
     def aligned_mixers(self) -> Params:
         """The linear mixers of every layer as alignment left them."""
-        return self.folder.load_params("align", linear_mixers(self.abstract(self.linear_config)))
+        return self.folder.load_params("align", linear_mixers(abstract_params(self.linear_config, self.mesh)))
 
     def candidates(self) -> Model:
         """The all-linear student that candidates start from, with the teacher's attention of every layer beside it.
@@ -148,7 +137,7 @@ class RunModels:
         if stage is None:
             raise RunError(f"{self.folder.path} has no trained student yet. Run `jaxhybrid distill CONFIG` first.")
         config = self.hybrid_config
-        params = self.folder.load_params(stage, self.abstract(config, dtype))
+        params = self.folder.load_params(stage, abstract_params(config, self.mesh, dtype))
         return Model(params, config, str(self.teacher_files.folder))
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.model.decode import decode, initial_decode_state
-from jaxhybrid.model.partition import BATCH_AXES, on_shards, rows_sharding
+from jaxhybrid.model.partition import BATCH_AXES, on_shards, row_devices, rows_sharding
 from jaxhybrid.model.transformer import Model
 
 
@@ -51,7 +51,7 @@ def generate(
             worst = min(prompt) if min(prompt) < 0 else max(prompt)
             raise DataError(f"Prompt {number} has token {worst}; the vocabulary has {model.config.vocab_size}.")
     mesh = jax.sharding.get_mesh()
-    devices = 1 if mesh.empty else mesh.size // mesh.shape["tensor"]
+    devices = 1 if mesh.empty else row_devices(mesh)
     rows = -(-len(prompts) // devices) * devices
     longest = -(-max(len(prompt) for prompt in prompts) // length_multiple) * length_multiple
     tokens = np.zeros((rows, longest), np.int32)

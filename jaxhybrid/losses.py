@@ -27,6 +27,7 @@ from jaxhybrid.model.partition import (
     largest,
     on_shards,
     scattered,
+    splits_tokens,
     total,
 )
 
@@ -91,7 +92,7 @@ def next_token_targets(tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple
         return targets, ((segments == following) & (segments != 0)).astype(jnp.float32)
 
     spec = batch_spec(tokens_BT)
-    is_split = spec != P(BATCH_AXES, None)
+    is_split = splits_tokens(spec)
     return on_shards(shift, (tokens_BT, segment_ids_BT), (spec, spec), (spec, spec))
 
 

@@ -25,7 +25,7 @@ from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.blueprint import Params, count_parameters
 from jaxhybrid.model.partition import ROWS, make_mesh, own_share
-from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.model.transformer import Model, abstract_params, model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
 from jaxhybrid.selection.choice import Given
@@ -152,7 +152,7 @@ class Pipeline:
         batch = place_batch(self.text.heldout_batches(settings.sequence_length, rows, tokens)[0], self.mesh)
         measure = jax.jit(partial(align_loss, config=student, dtype=self.dtype))
         before = np.asarray(measure(self.models.initial_mixers(), teacher, batch))
-        like, step = linear_mixers(self.models.abstract(student)), partial(align_step, config=student)
+        like, step = linear_mixers(abstract_params(student, self.mesh)), partial(align_step, config=student)
         mixers, figures = self._train("align", like, self.models.initial_mixers, step, teacher)
         after = np.asarray(measure(mixers, teacher, batch))
         summary = figures | {
@@ -304,7 +304,7 @@ class Pipeline:
             return
         settings, student = self.config.distill, self.models.hybrid_config
         step = partial(distill_step, config=student, remat=settings.remat, chunk_tokens=settings.kl_chunk)
-        like = self.models.abstract(student)
+        like = abstract_params(student, self.mesh)
         self._finish("distill", *self._train("distill", like, self.models.hybrid, step, self.models.frozen_teacher))
 
     def finetune(self) -> None:
@@ -318,7 +318,7 @@ class Pipeline:
         def distilled() -> Params:
             return self.models.trained("distill").params
 
-        self._finish("finetune", *self._train("finetune", self.models.abstract(student), distilled, step))
+        self._finish("finetune", *self._train("finetune", abstract_params(student, self.mesh), distilled, step))
 
     def evaluate(self) -> dict[str, Any]:
         """Teacher and students on held-out text and recall; written to `evaluation.json`."""

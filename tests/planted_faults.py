@@ -516,8 +516,8 @@ FAULTS = [
     Fault(
         "recall: logits rounded before the choice",
         "model/head.py",
-        "logits = jnp.dot(hidden_ND, self.weight, preferred_element_type=exact)",
-        "logits = jnp.dot(hidden_ND, self.weight).astype(exact)",
+        "logits = jnp.dot(hidden_ND, self.weight, preferred_element_type=exact_dtype(hidden_ND.dtype))",
+        "logits = jnp.dot(hidden_ND, self.weight).astype(exact_dtype(hidden_ND.dtype))",
         ANSWERS,
     ),
     Fault(

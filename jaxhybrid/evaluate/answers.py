@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.model.head import chosen, gathered, in_chunks, log_partition, most_likely, own_columns, own_tokens
-from jaxhybrid.model.partition import BATCH_AXES, active_mesh, head_spec, on_shards
+from jaxhybrid.model.partition import BATCH_AXES, active_mesh, head_spec, on_shards, row_devices
 from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.train.placement import place_rows
 
@@ -30,7 +30,7 @@ def read_answers(
         rows: read at once, rounded up to a multiple of the devices; the last ones are filled up with earlier ones.
     """
     mesh = jax.sharding.get_mesh()
-    devices = 1 if mesh.empty else mesh.size // mesh.shape["tensor"]
+    devices = 1 if mesh.empty else row_devices(mesh)
     rows = -(-rows // devices) * devices
     at = np.where(answers == NO_TOKEN, 0, places[..., None] + np.arange(answers.shape[2]))
     seen = np.arange(tokens.shape[1]) <= at.max((1, 2))[:, None]

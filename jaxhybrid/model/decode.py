@@ -1,6 +1,5 @@
 """Running a model token by token: a key/value cache for softmax layers, a constant-size state for linear ones."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from jaxhybrid.model.config import ModelConfig, layers_of_kind
 from jaxhybrid.model.head import gathered, own_columns, whole
 from jaxhybrid.model.layers import TokenContext, segment_positions
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.partition import BATCH_AXES, active_mesh, differing, head_spec, mesh_axes, on_shards
+from jaxhybrid.model.partition import BATCH_AXES, active_mesh, differing, head_spec, mesh_axes, on_shards, row_devices
 from jaxhybrid.model.rope import rotary_tables
 from jaxhybrid.model.transformer import Model, embed, final_norm
 from jaxhybrid.model.walk import walk
@@ -29,7 +28,7 @@ def initial_decode_state(config: ModelConfig, batch: int, capacity: int, dtype: 
     On a mesh the rows are split over `data`, `fsdp` and `context`, and heads over `tensor`.
     """
     mesh = active_mesh()
-    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    devices = 1 if mesh is None else row_devices(mesh)
     if batch % devices:
         raise TopologyError(f"{batch} rows do not divide over the {devices} devices of {BATCH_AXES}; add rows.")
     specs = _state_specs(config)

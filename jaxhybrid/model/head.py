@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxhybrid.model.layers import exact_dtype
 from jaxhybrid.model.partition import (
     SHARDS,
     axis_index,
@@ -35,8 +36,7 @@ class Columns(NamedTuple):
     def logits(self, hidden_ND: jax.Array, vocab_size: int) -> jax.Array:
         """[N,s], in float32 or wider, of tokens that all sharers hold alike (`gathered`)."""
         with jax.named_scope("head"):
-            exact = jnp.promote_types(hidden_ND.dtype, jnp.float32)
-            logits = jnp.dot(hidden_ND, self.weight, preferred_element_type=exact)
+            logits = jnp.dot(hidden_ND, self.weight, preferred_element_type=exact_dtype(hidden_ND.dtype))
         is_padded = self.weight.shape[1] * shards() * axis_size("tensor") > vocab_size
         return jnp.where(self.numbers < vocab_size, logits, NO_WORD) if is_padded else logits
 

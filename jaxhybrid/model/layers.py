@@ -143,9 +143,13 @@ def exact_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
+    """Where the run of equal ids began that each token is in, [B,T] int32."""
+    index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
 def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
     """Position of each token inside its own segment, [B,T] int32, starting at 0."""
-    index = jnp.arange(segment_ids_BT.shape[1])[None]
-    changed = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    start = jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
-    return (index - start).astype(jnp.int32)
+    return jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32) - segment_starts(segment_ids_BT)

@@ -11,7 +11,8 @@ on each device's own shards (`on_shards`, a `jax.shard_map`), so that every coll
 Outside, and without a mesh, the functions here that stand for collectives do nothing.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,7 +59,7 @@ class ShardingRules:
 
     def _places(self, size: int, axis: str | None, sizes: dict[str, int], name: str, shape: Any) -> Any:
         places: tuple[str, ...] = getattr(self, axis) if axis else ()
-        count = _product(sizes[place] for place in places)
+        count = math.prod(sizes[place] for place in places)
         if size % count:
             if axis == "vocab" or (axis == "kv_heads" and count % size == 0):
                 return None
@@ -68,13 +69,6 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
-
-
-def _product(sizes: Iterable[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, devices: Any = None) -> Mesh:
@@ -89,7 +83,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, 
     if len(rest) > 1 or (rest and rest[0] not in ROWS):
         raise TopologyError(f"mesh: {', '.join(rest)} are -1; only one of data and fsdp can take the rest.")
     told = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != -1)
-    fixed = _product(size for size in sizes.values() if size != -1)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     if rest:
         if fixed < 1 or len(devices) % fixed:
             raise TopologyError(f"{len(devices)} devices do not divide by the {fixed} of mesh {told}.")
@@ -120,7 +114,7 @@ def own_share(mesh: Any, *axes: str) -> tuple[int, int]:
         TopologyError: they hold no such part.
     """
     devices = np.moveaxis(mesh.devices, [MESH_AXES.index(axis) for axis in axes], range(len(axes)))
-    places = devices.reshape(_product(mesh.shape[axis] for axis in axes), -1)
+    places = devices.reshape(math.prod(mesh.shape[axis] for axis in axes), -1)
     process = jax.process_index()
     own = [number for number, row in enumerate(places) if any(device.process_index == process for device in row)]
     if not own or len(places) % len(own) or own[0] % len(own) or own != list(range(own[0], own[0] + len(own))):
@@ -170,6 +164,22 @@ def batch_spec(x: jax.Array) -> P:
         if spec and spec[0] == BATCH_AXES:
             return P(BATCH_AXES, None)
     return P(ROWS, "context")
+
+
+def splits_tokens(spec: P) -> bool:
+    """Whether the batch that `batch_spec` told this of has the tokens of a row on several devices."""
+    return spec != P(BATCH_AXES, None)
+
+
+def row_devices(mesh: Any) -> int:
+    """Devices that whole rows are split over."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def active_specs(declared: Params) -> Params | P:
+    """`param_specs` on the active mesh."""
+    mesh = active_mesh()
+    return P() if mesh is None else param_specs(declared, mesh)
 
 
 def head_spec(width: int, vocab_size: int) -> P:
@@ -245,7 +255,7 @@ def own_heads(heads: int) -> int:
 
 def shards() -> int:
     """Devices that a weight is gathered from."""
-    return _product(map(axis_size, SHARDS))
+    return math.prod(map(axis_size, SHARDS))
 
 
 def axis_index(*axes: str) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jax.sharding import PartitionSpec as P
 from jaxhybrid_kernels.numerics import target_platform
 
-from jaxhybrid.model.layers import exact_dtype
+from jaxhybrid.model.layers import exact_dtype, segment_starts
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
 QUERY_BLOCK = 1024  # queries of a block of the plain form
@@ -57,7 +57,7 @@ def causal_attention(
     if platform == "gpu" and short and key_segment_ids is None and first_query is None:
         return _cudnn_causal(q, k, v)
     B, Q = q.shape[:2]
-    starts = _run_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
+    starts = segment_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
     first = jnp.int32(0) if first_query is None else first_query
     query_starts = starts if first_query is None else jax.lax.dynamic_slice_in_dim(starts, first, Q, 1)
     q, k, v, starts, query_starts, first = _varying_alike(q, k, v, starts, query_starts, first)
@@ -89,13 +89,6 @@ def cached_attention(
     if segment_ids is not None and cache_segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == cache_segment_ids[:, None, :])
     return _plain_masked(q, k, v, visible)
-
-
-def _run_starts(segment_ids: jax.Array) -> jax.Array:
-    """Where the run of equal ids began that each token is in, int32 [B,M]."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 def _visible(query_starts: jax.Array, first: jax.Array, keys: int) -> jax.Array:

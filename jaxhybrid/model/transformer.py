@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxhybrid.model.blueprint import Params, cast, check_names, initialize, is_variable, variables
+from jaxhybrid.model.blueprint import Exact, Params, cast, check_names, initialize, is_variable, variables
 from jaxhybrid.model.config import ModelConfig, Remat, layers_of_kind
 from jaxhybrid.model.head import gathered, own_columns, whole
 from jaxhybrid.model.layers import (
@@ -34,8 +34,7 @@ from jaxhybrid.model.layers import (
 )
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import (
-    BATCH_AXES,
-    active_mesh,
+    active_specs,
     axis_index,
     axis_size,
     batch_spec,
@@ -44,7 +43,7 @@ from jaxhybrid.model.partition import (
     joined,
     on_shards,
     param_shardings,
-    param_specs,
+    splits_tokens,
 )
 from jaxhybrid.model.rope import rotary_tables
 from jaxhybrid.model.walk import walk
@@ -70,8 +69,7 @@ class Model:
     @property
     def specs(self) -> Params | P:
         """How the parameters are split over the active mesh; errors as `declared` and `param_specs`."""
-        declared, mesh = self.declared, active_mesh()
-        return P() if mesh is None else param_specs(declared, mesh)
+        return active_specs(self.declared)
 
     @property
     def declared(self) -> Params:
@@ -104,15 +102,15 @@ def model_variables(config: ModelConfig) -> Params:
     return _tree(config, lambda part, rows: variables(part, config, rows))
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
-    """Shapes and shardings on a mesh without values, to compile ahead of time."""
+def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """Shapes, types and shardings on a mesh without values; what is declared `Exact` is float32."""
+
+    def leaf(variable: nnx.Variable, sharding: Any) -> jax.ShapeDtypeStruct:
+        kept = jnp.float32 if isinstance(variable, Exact) else dtype
+        return jax.ShapeDtypeStruct(variable.shape, kept, sharding=sharding)
+
     declared = model_variables(config)
-    return jax.tree.map(
-        lambda variable, sharding: jax.ShapeDtypeStruct(variable.shape, jnp.float32, sharding=sharding),
-        declared,
-        param_shardings(declared, mesh),
-        is_leaf=is_variable,
-    )
+    return jax.tree.map(leaf, declared, param_shardings(declared, mesh), is_leaf=is_variable)
 
 
 def random_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -176,9 +174,9 @@ def hidden_states(
 
     def local(params: Params, tokens: jax.Array, segments: Any, positions: Any, softmax: Any) -> jax.Array:
         own = Model(params, model.config)
-        context = token_context(model.config, tokens, segments, positions, split=spec != P(BATCH_AXES, None))
+        context = token_context(model.config, tokens, segments, positions, split=splits_tokens(spec))
         x = embed(own, tokens, dtype)
-        x, _ = walk(params, model.config, x, context, _mix, softmax=softmax, remat=remat, sums=sums)
+        x, _ = walk(params, model.config, x, context, mix_alone, softmax=softmax, remat=remat, sums=sums)
         return final_norm(own, x, sums)
 
     spec = batch_spec(tokens_BT)
@@ -186,7 +184,8 @@ def hidden_states(
     return on_shards(local, arguments, (model.specs, spec, spec, spec, P()), spec)
 
 
-def _mix(normed: jax.Array, mixer: Any, context: TokenContext, _: None) -> tuple[jax.Array, None]:
+def mix_alone(normed: jax.Array, mixer: Any, context: TokenContext, _: None) -> tuple[jax.Array, None]:
+    """For `walk`: the mixer's output and nothing beside it."""
     return mixer(normed, context)[0], None
 
 

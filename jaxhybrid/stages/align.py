@@ -19,7 +19,7 @@ from jaxhybrid.model.blueprint import Params, bind, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.layers import TokenContext
 from jaxhybrid.model.mixers import LINEAR_MIXERS
-from jaxhybrid.model.partition import BATCH_AXES, active_mesh, batch_spec, gather, on_shards, param_specs, total
+from jaxhybrid.model.partition import BATCH_AXES, active_specs, batch_spec, gather, on_shards, splits_tokens, total
 from jaxhybrid.model.transformer import Model, embed, token_context
 from jaxhybrid.model.walk import collect, spread, walk
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
@@ -103,15 +103,12 @@ def _beside_teacher(
 ) -> tuple[jax.Array, Params]:
     ((kind, stack),) = mixers.items()
     spec, linear = batch_spec(batch["tokens"]), LINEAR_MIXERS[kind]
-    stacked, mesh = variables(linear, config, len(jax.tree.leaves(stack)[0])), active_mesh()
-    own_specs = P() if mesh is None else param_specs(stacked, mesh)
-    is_split = spec != P(BATCH_AXES, None)
+    own_specs = active_specs(variables(linear, config, len(jax.tree.leaves(stack)[0])))
+    is_split = splits_tokens(spec)
     run = partial(_beside_own_teacher, teacher.config, config, kind, dtype, sums, distance, is_split, gradients)
-    arguments, found = (
-        (teacher.params, stack, batch["tokens"], batch["segment_ids"], tokens),
-        own_specs if gradients else P(),
-    )
-    losses, found = on_shards(run, arguments, (teacher.specs, own_specs, spec, spec, P()), (P(), found))
+    arguments = teacher.params, stack, batch["tokens"], batch["segment_ids"], tokens
+    results = P(), own_specs if gradients else P()
+    losses, found = on_shards(run, arguments, (teacher.specs, own_specs, spec, spec, P()), results)
     return losses, {kind: found} if gradients else {}
 
 

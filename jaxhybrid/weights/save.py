@@ -83,7 +83,7 @@ def _write(path: Path, params: Params, shard: list[FileTensor], dtype: np.dtype)
     """One file, by the first process; the others give it their parts."""
     entries = {entry.name: entry for entry in shard}
     types = {entry.name: _dtype(entry, dtype) for entry in shard}
-    if jax.process_index() == 0:
+    if hosts.is_first():
         shapes = {entry.name: entry.file_shape for entry in shard}
         stream_safetensors(path, shapes, types, lambda name: _to_file(params, entries[name], types[name]))
     else:

@@ -1,11 +1,7 @@
 """Softmax attention in each of its forms against the formula in float64: values and each gradient."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxhybrid.model import softmax
+from jaxhybrid.model.layers import segment_starts
+from tests.tpu import needs_libtpu, printed_with_compiler
 
-LIBTPU = Path(sys.prefix) / "tpu-compiler/libtpu/libtpu.so"
 BOUNDS = {"float32": 2e-6, "bfloat16": 1.5e-2}  # of the greatest value
 
 
@@ -77,7 +74,7 @@ def on_gpu(monkeypatch, row=0):
 
 
 def splash(q, k, v, ids, first=0):
-    starts = jnp.zeros(k.shape[:2], jnp.int32) if ids is None else softmax._run_starts(ids)
+    starts = jnp.zeros(k.shape[:2], jnp.int32) if ids is None else segment_starts(ids)
     first = jnp.int32(first)
     query_starts = jax.lax.dynamic_slice_in_dim(starts, first, q.shape[1], 1)
     return softmax.splash_attention(q, k, v, query_starts, starts, first, block=128, interpret=True)
@@ -169,7 +166,7 @@ def test_no_array_of_tokens_by_tokens(monkeypatch):
 
 
 def test_blocks_that_see_nothing_of_each_other_are_skipped():
-    starts = softmax._run_starts(jnp.asarray([[1] * 5 + [2] * 7 + [3] * 4]))
+    starts = segment_starts(jnp.asarray([[1] * 5 + [2] * 7 + [3] * 4]))
     pairs = softmax._seeing_blocks(starts, jnp.int32(0), 4, 4, 4)
     np.testing.assert_array_equal(pairs[0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
     np.testing.assert_array_equal(softmax._nearest(pairs, 2)[0, 0], [[0] * 4, [0, 1, 1, 1], [1, 1, 2, 2], [3] * 4])
@@ -178,21 +175,10 @@ def test_blocks_that_see_nothing_of_each_other_are_skipped():
     )
 
 
-@pytest.mark.skipif(not LIBTPU.exists(), reason="libtpu is not here: `make tpu-compiler`")
+@needs_libtpu
 def test_splash_attention_compiles_for_tpus():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_LIBRARY_PATH": str(LIBTPU),
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-    }
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
     kernels = [f"splash_mha_{name}" for name in ("dkv_segmented", "dq_segmented", "fwd_segmented")]
-    assert json.loads(done.stdout) == {"v5p:2x2x1": kernels, "v6e:2x2": kernels}
+    assert printed_with_compiler(__file__) == {"v5p:2x2x1": kernels, "v6e:2x2": kernels}
 
 
 def compile_for_tpus():

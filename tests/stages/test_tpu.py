@@ -1,31 +1,14 @@
 """The alignment step compiled for a TPU slice, on a machine without one: the linear layers' kernels are in it."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
-import pytest
-
-LIBTPU = Path(sys.prefix) / "tpu-compiler/libtpu/libtpu.so"
+from tests.tpu import needs_libtpu, printed_with_compiler
 
 
-@pytest.mark.skipif(not LIBTPU.exists(), reason="libtpu is not here: `make tpu-compiler`")
+@needs_libtpu
 def test_alignment_step_compiles_with_kernels():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_LIBRARY_PATH": str(LIBTPU),
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-    }
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == ["linear_attention_backward", "linear_attention_forward"]
+    assert printed_with_compiler(__file__) == ["linear_attention_backward", "linear_attention_forward"]
 
 
 def compile_alignment_step():
