@@ -79,20 +79,16 @@ class RunModels:
     def linear_types(self) -> tuple[str, ...]:
         return (self.config.mixer.kind,) * self.depth
 
-    def student_config(self, types: Sequence[str]) -> ModelConfig:
-        mixer = self.config.mixer.to_model().resolve(self.teacher_config)
-        return replace(self.teacher_config, layer_types=tuple(types), mixer=mixer)
-
     @property
     def linear_config(self) -> ModelConfig:
         """Of the all-linear student."""
-        return self.student_config(self.linear_types)
+        return student_config(self.config, self.teacher_config, ())
 
     @property
     def hybrid_config(self) -> ModelConfig:
         """Of the student with the selected layers softmax."""
         kept = self.folder.read("layers.json", "select")["softmax_layers"]
-        return self.student_config(layer_types(self.depth, kept, self.config.mixer.kind))
+        return student_config(self.config, self.teacher_config, kept)
 
     def initial_mixers(self) -> Params:
         """The linear mixers of every layer before any training."""
@@ -139,6 +135,12 @@ class RunModels:
         config = self.hybrid_config
         params = self.folder.load_params(stage, abstract_params(config, self.mesh, dtype))
         return Model(params, config, str(self.teacher_files.folder))
+
+
+def student_config(config: RunConfig, teacher: ModelConfig, softmax_layers: Sequence[int]) -> ModelConfig:
+    """Of the teacher's student in which these layers are softmax."""
+    mixer = config.mixer.to_model().resolve(teacher)
+    return replace(teacher, layer_types=layer_types(teacher.num_layers, softmax_layers, mixer.kind), mixer=mixer)
 
 
 @jax.jit

@@ -271,6 +271,27 @@ def inspect(
         print_run(found)
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The slice, as v5p:4x4x4 (chips along its sides; v4, v5e, v5p, v6e, tpu7x). May be repeated."
+        ),
+    ] = None,
+    stages: Annotated[list[str] | None, typer.Option("--stage", help="This stage alone. May be repeated.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Stages compiled at a time; each takes 2 to 4 GiB.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """What a run would take on chips that are not here: memory, exchanges."""
+    settings = read_settings(config, overrides)
+    from jaxhybrid.plan import print_plan
+
+    print_plan(settings, topology or [], stages or [], jobs, as_json)
+
+
 @app.command("settings")
 def settings_() -> None:
     """Every setting of a config, with type, default and meaning."""

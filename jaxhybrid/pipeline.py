@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jaxhybrid import hosts
 from jaxhybrid.assembly import TRAINED, RunModels
@@ -24,8 +23,9 @@ from jaxhybrid.evaluate.record import evaluation_record
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.blueprint import Params, count_parameters
+from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import ROWS, make_mesh, own_share
-from jaxhybrid.model.transformer import Model, abstract_params, model_variables
+from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
 from jaxhybrid.selection.choice import Given
@@ -38,10 +38,9 @@ from jaxhybrid.selection.rounds import RoundLog
 from jaxhybrid.settings.compare import fingerprint, flat
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
-from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
+from jaxhybrid.stages.align import align_loss
 from jaxhybrid.stages.batch import Metrics
-from jaxhybrid.stages.distill import distill_step
-from jaxhybrid.stages.finetune import finetune_step
+from jaxhybrid.stages.programs import abstract_state, stage_step, trained_params
 from jaxhybrid.train.checkpoint import steps_in
 from jaxhybrid.train.interrupt import stop_between
 from jaxhybrid.train.loop import HostBatch, train
@@ -62,7 +61,7 @@ class Pipeline:
         self.folder = RunFolder.open(config)
         self.mesh = make_mesh(**config.mesh.sizes, devices=devices)
         self.models = RunModels(config, self.folder, self.mesh)
-        self.dtype, self.sums = jnp.dtype(config.dtype), jnp.dtype(config.mesh.sums)
+        self.dtype = jnp.dtype(config.dtype)
 
     def __enter__(self) -> "Pipeline":
         self._active = jax.set_mesh(self.mesh)
@@ -152,8 +151,7 @@ class Pipeline:
         batch = place_batch(self.text.heldout_batches(settings.sequence_length, rows, tokens)[0], self.mesh)
         measure = jax.jit(partial(align_loss, config=student, dtype=self.dtype))
         before = np.asarray(measure(self.models.initial_mixers(), teacher, batch))
-        like, step = linear_mixers(abstract_params(student, self.mesh)), partial(align_step, config=student)
-        mixers, figures = self._train("align", like, self.models.initial_mixers, step, teacher)
+        mixers, figures = self._train("align", student, self.models.initial_mixers, teacher)
         after = np.asarray(measure(mixers, teacher, batch))
         summary = figures | {
             "heldout_loss_before": float(before.mean()),
@@ -302,10 +300,8 @@ class Pipeline:
         """Stage 2: KL to the teacher, all parameters."""
         if not self._begins("distill"):
             return
-        settings, student = self.config.distill, self.models.hybrid_config
-        step = partial(distill_step, config=student, remat=settings.remat, chunk_tokens=settings.kl_chunk)
-        like = abstract_params(student, self.mesh)
-        self._finish("distill", *self._train("distill", like, self.models.hybrid, step, self.models.frozen_teacher))
+        student = self.models.hybrid_config
+        self._finish("distill", *self._train("distill", student, self.models.hybrid, self.models.frozen_teacher))
 
     def finetune(self) -> None:
         """Stage 3: cross entropy, usually at a longer context."""
@@ -313,12 +309,11 @@ class Pipeline:
             return
         self.models.drop_teacher()
         student = self.models.hybrid_config
-        step = partial(finetune_step, config=student, remat=self.config.finetune.remat)
 
         def distilled() -> Params:
             return self.models.trained("distill").params
 
-        self._finish("finetune", *self._train("finetune", abstract_params(student, self.mesh), distilled, step))
+        self._finish("finetune", *self._train("finetune", student, distilled))
 
     def evaluate(self) -> dict[str, Any]:
         """Teacher and students on held-out text and recall; written to `evaluation.json`."""
@@ -373,19 +368,19 @@ class Pipeline:
         return True
 
     def _train(
-        self, name: str, like: Params, make: Callable[[], Params], step: Callable[..., Any], *frozen: Model
+        self, name: str, student: ModelConfig, make: Callable[[], Params], *frozen: Model
     ) -> tuple[Params, dict[str, Any]]:
         """Trained parameters, and what the stage's record says beside what its metrics do.
 
         Args:
-            like: shapes and places of what is trained.
             make: float32 masters to start from; nobody else's, for the state is made of them.
-            step: takes state, `frozen` and batch, and by name `optimizer`, `dtype` and `sums`.
+            frozen: what the stage's step is given beside its state and a batch.
         """
         settings: StageConfig = getattr(self.config, name)
         figures = {"mean_segment_tokens": self.segment_tokens(name)}
+        like = trained_params(name, student, self.models.teacher_config, self.mesh)
         optimizer = make_optimizer(settings, like)
-        compiled = jax.jit(partial(step, optimizer=optimizer, dtype=self.dtype, sums=self.sums), donate_argnums=0)
+        compiled = stage_step(name, self.config, student, optimizer)
 
         def on_host_batch(state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
             return compiled(state, *frozen, place_batch(batch, self.mesh, settings.gradient_accumulation))
@@ -395,23 +390,11 @@ class Pipeline:
         if hosts.by_first(
             lambda: steps_in(checkpoints), "checkpoints"
         ):  # read from there: nothing to be made and freed
-            state = self._abstract(begin, like)
+            state = abstract_state(optimizer, like, self.mesh)
         else:
             state = jax.jit(begin, donate_argnums=0)(make())
         state = train(state, on_host_batch, self.stream(name), self.folder.stage(name), settings, name)
         return state.params, figures
-
-    def _abstract(self, make: Callable[[Params], Any], like: Params) -> Any:
-        """What `make` gives, as shapes, types and places on the mesh."""
-        traced = jax.jit(make).trace(like)
-        kinds = {jax.memory.Space.Host: "pinned_host", jax.memory.Space.Device: "device"}
-        leaves = [
-            jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(self.mesh, x.sharding.spec, memory_kind=kinds[x.memory_space])
-            )
-            for x in traced.jaxpr.out_avals
-        ]
-        return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
 
     def _finish(self, name: str, params: Params, summary: dict[str, Any]) -> None:
         def figures_of_all() -> dict[str, Any]:

@@ -213,9 +213,9 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def source_digest() -> str:
-    """Of this package's Python files: checkouts of one version may differ."""
+def source_digest(package: Path = Path(__file__).parent) -> str:
+    """Of a package's Python files, this one's unless another is named: checkouts of one version may differ."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

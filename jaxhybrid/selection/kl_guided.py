@@ -25,7 +25,8 @@ from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import ScoreConfig
 from jaxhybrid.stages.batch import Batch, token_mask
-from jaxhybrid.stages.score import candidate_kl, candidate_params, score_step
+from jaxhybrid.stages.programs import stage_step, trained_params
+from jaxhybrid.stages.score import candidate_kl, candidate_params
 from jaxhybrid.train.loop import Batches, HostBatch, train
 from jaxhybrid.train.metrics import read_metrics
 from jaxhybrid.train.optimizer import make_optimizer, start
@@ -205,17 +206,14 @@ class _Programs:
         self.teacher, self.student, self.settings, self.mesh = teacher, student, config.score, mesh
         self.folder, self.candidates, self.dtype = folder, candidates, jnp.dtype(config.dtype)
         assert not student.config.softmax_layers
-        abstract = jax.eval_shape(candidate_params, student, teacher, jnp.int32(0))
-        optimizer = make_optimizer(self.settings, abstract)
+        optimizer = make_optimizer(self.settings, trained_params("score", student.config, teacher.config, mesh))
         static: dict[str, Any] = {
             "config": student.config,
             "dtype": self.dtype,
             "chunk_tokens": self.settings.kl_chunk,
         }
         self.begin = jax.jit(lambda own, teacher, layer: start(candidate_params(own, teacher, layer), optimizer))
-        sums, remat = jnp.dtype(config.mesh.sums), self.settings.remat
-        step = partial(score_step, optimizer=optimizer, remat=remat, sums=sums, **static)
-        self.step = jax.jit(step, donate_argnums=0)
+        self.step = stage_step("score", config, student.config, optimizer)
         self._heldout = jax.jit(partial(_kl_and_tokens, **static))
         self._teacher = jax.jit(
             lambda teacher, batch: hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=self.dtype)

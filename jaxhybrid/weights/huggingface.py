@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from jaxhybrid.model.blueprint import Exact, Params, is_variable
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import param_shardings
 from jaxhybrid.model.transformer import Model, model_variables
-from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder
+from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder, gguf_file
+from jaxhybrid.weights.gguf.config import hugging_face_config
 from jaxhybrid.weights.gguf.folder import gguf_folder
+from jaxhybrid.weights.gguf.model import open_gguf
 from jaxhybrid.weights.gguf.source import is_gguf
 from jaxhybrid.weights.names import FileTensor, file_tensors
 from jaxhybrid.weights.safetensors import DTYPES, StoredTensor, read_table, stored_tensors
@@ -83,6 +86,26 @@ def open_teacher(path_or_id: str | os.PathLike[str], ignore_config_keys: Iterabl
     """What `load_teacher` reads from, checked as far as it can be without reading the weights."""
     folder = _resolve(path_or_id)
     return _open(folder, hf_to_config(read_table(folder / "config.json"), ignore_config_keys))
+
+
+def teacher_keys(path_or_id: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keys of a teacher's config.json, of which a hub id is asked for that file alone; no weights are needed.
+
+    Raises:
+        WeightsError: there is no such file.
+    """
+    name = os.fspath(path_or_id)
+    if name.startswith(DEMO_PREFIX):
+        name = str(gguf_file())
+    if Path(name).expanduser().is_dir():
+        return read_table(Path(name).expanduser() / "config.json")
+    if is_gguf(name):
+        return hugging_face_config(open_gguf(name))
+    _check_hub_id(name)
+    with _hub_errors(name):
+        from huggingface_hub import hf_hub_download
+
+        return read_table(Path(hf_hub_download(name, "config.json")))
 
 
 @dataclass(frozen=True)
@@ -258,18 +281,26 @@ def _local_folder(path_or_id: str | os.PathLike[str]) -> Path:
         return gguf_folder(name)
     if folder.suffix in (".safetensors", ".bin", ".pt") or folder.is_file():
         raise WeightsError(f"{name} is a file; name the folder that holds it and its config.json.")
+    _check_hub_id(name)
+    with _hub_errors(name):
+        from huggingface_hub import snapshot_download
+
+        # Folders inside a repository hold other formats of the same weights.
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
+
+
+def _check_hub_id(name: str) -> None:
     if not HUB_ID.fullmatch(name):
         raise WeightsError(f"{name} is neither a folder nor a hub id of the form owner/name.")
-    return _fetch(name)
 
 
-def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turns what the hub raises into an error that names the model and the way out."""
     from huggingface_hub.errors import HFValidationError
 
     try:
-        # Folders inside a repository hold other formats of the same weights.
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
+        yield
     except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
         raise WeightsError(
             f"{name} is not a local folder and could not be fetched from the hub: {error}. "

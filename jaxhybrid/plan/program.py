@@ -1,0 +1,95 @@
+"""A stage's step, traced for chips that are not here: what it is given, what its devices exchange, and its key."""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxhybrid.assembly import student_config
+from jaxhybrid.families import hf_to_config
+from jaxhybrid.model.transformer import Model, abstract_params
+from jaxhybrid.plan.collectives import received
+from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.stages.align import linear_mixers
+from jaxhybrid.stages.programs import stage_program
+
+# Numbers such as learning rates and the course of a schedule: they change no size and no time.
+_FLOAT = re.compile(r"dense<(?!0\.0+e\+00>|1\.0+e\+00>)[-+.\de]+> : tensor<f32>")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One stage of one config.
+
+    Attributes:
+        teacher: the keys of its config.json.
+        softmax_layers: of the hybrid; `align` and `score` have none.
+    """
+
+    stage: str
+    config: RunConfig
+    teacher: dict[str, Any]
+    softmax_layers: tuple[int, ...]
+
+
+class Program:
+    """The step that a run compiles for `request`, traced with `mesh` active."""
+
+    def __init__(self, request: Request, mesh: Mesh):
+        self.request, self.mesh = request, mesh
+        config, stage = request.config, request.stage
+        teacher = hf_to_config(request.teacher, config.ignore_config_keys)
+        kept = () if stage in ("align", "score") else request.softmax_layers
+        self.teacher, self.student = teacher, student_config(config, teacher, kept)
+        step, self.arguments = stage_program(stage, config, self.student, teacher, mesh)
+        self.traced = step.trace(*self.arguments)
+
+    @cached_property
+    def lowered(self) -> Any:
+        return self.traced.lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
+
+    @property
+    def key(self) -> str:
+        """Of the lowered program: programs of one key take the same time and memory."""
+        text = _FLOAT.sub("dense<number> : tensor<f32>", self.lowered.as_text())
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def given_bytes(self) -> dict[str, int]:
+        """What lies on one device when the step is called, by kind."""
+        state, *rest = self.arguments
+        frozen = [x.params if isinstance(x, Model) else x for x in rest if not isinstance(x, dict)]
+        batches = [x for x in rest if isinstance(x, dict)]
+        kinds = {"parameters": state.params, "optimizer": state.optimizer, "teacher": frozen, "batch": batches}
+        return {kind: bytes_of_a_device(tree) for kind, tree in kinds.items()}
+
+    @property
+    def held_bytes(self) -> int:
+        """What lies on one device while the stage runs and is not given to the step: scoring's teacher, which makes the
+        states, and the mixers that candidates start from. A teacher whose files are in float32 is held once more so."""
+        if self.request.stage != "score":
+            return 0
+        teacher = abstract_params(self.teacher, self.mesh, self.request.config.dtype)
+        mixers = linear_mixers(abstract_params(self.student, self.mesh))
+        return bytes_of_a_device([teacher, mixers])
+
+    @property
+    def received_bytes(self) -> list[dict[str, Any]]:
+        """What one device receives in a step, by kind of collective and mesh axes."""
+        found = received(self.traced.jaxpr.jaxpr, dict(self.mesh.shape))
+        return [{"kind": kind, "axes": list(axes), "bytes": amount} for (kind, axes), amount in sorted(found.items())]
+
+
+def bytes_of_a_device(tree: Any) -> int:
+    """Of abstract arrays, what lies in a device's own memory."""
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(
+        math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in leaves
+        if x.sharding is None or x.sharding.memory_kind != "pinned_host"
+    )

@@ -1,0 +1,88 @@
+"""`python -m jaxhybrid.plan.worker ANSWER`: compiles the step of the request on stdin; see `compiler.in_worker`.
+
+A program that was compiled before is not compiled again: its figures are in the cache under its key, whatever else
+has changed.
+"""
+
+import json
+import re
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxhybrid.errors import JaxHybridError
+from jaxhybrid.files import write_json
+from jaxhybrid.model.partition import make_mesh
+from jaxhybrid.plan.cache import Cache
+from jaxhybrid.plan.compiler import out_of_memory
+from jaxhybrid.plan.program import Program, Request
+from jaxhybrid.plan.topology import Topology
+from jaxhybrid.settings.read import parse_config
+
+
+def figures(request: Request, topology: Topology, cache: Cache) -> dict[str, Any]:
+    """Of the traced program, and under `compiled` those of the compiler."""
+    mesh = make_mesh(**request.config.mesh.sizes, devices=topology.devices())
+    with jax.set_mesh(mesh):
+        program = Program(request, mesh)
+        found: dict[str, Any] = {
+            "mesh": dict(mesh.shape),
+            "given": program.given_bytes,
+            "held": program.held_bytes,
+            "received": program.received_bytes,
+        }
+        versions = {name: version(name) for name in ("jax", "jaxlib")} | {"libtpu": libtpu_version(mesh)}
+        key = {"program": program.key, "topology": str(topology), **versions}
+        found["compiled"] = cache.get(key, lambda: compiled_figures(program))
+    return found
+
+
+def libtpu_version(mesh: jax.sharding.Mesh) -> str:
+    """Of the compiler that the mesh's devices come with."""
+    told = mesh.devices.flat[0].client.platform_version
+    found = re.search(r"Built on .*? cl/\d+", told.replace("\n", " "))
+    return found[0] if found else " ".join(told.split())
+
+
+def compiled_figures(program: Program) -> dict[str, Any]:
+    """What the compiler says of memory, in bytes of a device; or what it needs where that is not there."""
+    began = time.process_time()
+    found: dict[str, Any] = {}
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = out_of_memory(str(error))
+        if sizes is None:
+            raise
+        found["out_of_memory"] = {"needed": sizes[0], "available": sizes[1], "text": str(error)[:4000]}
+    else:
+        memory = compiled.memory_analysis()
+        found["memory"] = {
+            name.removesuffix("_size_in_bytes").removesuffix("_in_bytes"): getattr(memory, name)
+            for name in dir(memory)
+            if name.endswith("_in_bytes")
+        }
+    found["compile_cpu_seconds"] = round(time.process_time() - began, 1)
+    found["process_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    return found
+
+
+def main() -> None:
+    given = json.load(sys.stdin)
+    try:
+        request = Request(
+            given["stage"], parse_config(given["config"]), given["teacher"], tuple(given["softmax_layers"])
+        )
+        answer = figures(request, Topology.parse(given["topology"]), Cache(Path(given["cache"])))
+    except JaxHybridError as error:
+        answer = {"error": str(error)}
+    write_json(Path(sys.argv[1]), answer)
+
+
+if __name__ == "__main__":
+    main()
