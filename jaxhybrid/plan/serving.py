@@ -1,0 +1,85 @@
+"""What a sequence takes in memory while it is generated, by its length: the teacher's and the hybrid's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxhybrid.model.blueprint import count_parameters
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.mixers import MIXERS
+from jaxhybrid.model.transformer import model_variables
+from jaxhybrid.plan.planned import Planned
+
+LENGTHS = (1024, 4096, 16384, 65536, 131072)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Bytes of one sequence.
+
+    Attributes:
+        token: that a softmax layer adds for each token.
+        state: of a linear layer, whatever the length.
+        softmax_layers, depth: of the hybrid.
+        weights: of the hybrid in the run's compute dtype.
+    """
+
+    token: int
+    state: int
+    softmax_layers: int
+    depth: int
+    weights: int
+
+    def teacher(self, length: int) -> int:
+        return self.depth * self.token * length
+
+    def hybrid(self, length: int) -> int:
+        return self.softmax_layers * self.token * length + (self.depth - self.softmax_layers) * self.state
+
+    @property
+    def smaller_from(self) -> int:
+        """The length from which on the hybrid takes no more memory than the teacher."""
+        return -(-self.state // self.token)
+
+    @property
+    def faster_from(self) -> int:
+        """The length from which on a step moves no more bytes: a cache is read, a state is read and written."""
+        return -(-2 * self.state // self.token)
+
+
+def serving(planned: Planned) -> Serving:
+    """By what the mixers keep in decoding, K/V caches in the run's compute dtype and states in float32."""
+    dtype, hybrid = jnp.dtype(planned.config.dtype), planned.hybrid
+    one, two = (_state_bytes(FULL_ATTENTION, hybrid, length, dtype) for length in (1, 2))
+    assert hybrid.mixer is not None
+    return Serving(
+        token=two - one,
+        state=_state_bytes(hybrid.mixer.kind, hybrid, 1, dtype),
+        softmax_layers=len(hybrid.softmax_layers),
+        depth=hybrid.num_layers,
+        weights=count_parameters(model_variables(hybrid)) * dtype.itemsize,
+    )
+
+
+def _state_bytes(kind: str, config: ModelConfig, capacity: int, dtype: Any) -> int:
+    state = jax.eval_shape(lambda: MIXERS[kind].initial_state(config, 1, capacity, dtype))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def as_json(planned: Planned, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+    """For programs."""
+    found = serving(planned)
+    return {
+        "kv_bytes_per_token_and_softmax_layer": found.token,
+        "state_bytes_per_linear_layer": found.state,
+        "hybrid_weights_bytes": found.weights,
+        "smaller_from_tokens": found.smaller_from,
+        "faster_from_tokens": found.faster_from,
+        "sequences": [
+            {"tokens": length, "teacher_bytes": found.teacher(length), "hybrid_bytes": found.hybrid(length)}
+            for length in lengths
+        ],
+    }
