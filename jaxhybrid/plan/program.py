@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxhybrid_kernels.numerics import target_platform
 
 from jaxhybrid.assembly import student_config
 from jaxhybrid.families import hf_to_config
 from jaxhybrid.model.transformer import Model, abstract_params
-from jaxhybrid.plan.collectives import received
+from jaxhybrid.plan.collectives import Exchange, exchanges
+from jaxhybrid.plan.operations import Branches, Operation, operations
+from jaxhybrid.plan.work import Work, work
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.stages.programs import stage_program
@@ -41,7 +44,7 @@ class Program:
     """The step that a run compiles for `request`, traced with `mesh` active."""
 
     def __init__(self, request: Request, mesh: Mesh):
-        self.request, self.mesh = request, mesh
+        self.request, self.mesh, self.platform = request, mesh, target_platform()
         config, stage = request.config, request.stage
         teacher = hf_to_config(request.teacher, config.ignore_config_keys)
         kept = () if stage in ("align", "score") else request.softmax_layers
@@ -51,7 +54,7 @@ class Program:
 
     @cached_property
     def lowered(self) -> Any:
-        return self.traced.lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
+        return self.traced.lower(lowering_platforms=(self.platform,))
 
     @property
     def key(self) -> str:
@@ -78,11 +81,25 @@ class Program:
         mixers = linear_mixers(abstract_params(self.student, self.mesh))
         return bytes_of_a_device([teacher, mixers])
 
+    @cached_property
+    def operations(self) -> list[Operation]:
+        types, depth = self.student.layer_types, self.student.num_layers
+        shares = [types.count(kind) / depth for kind in dict.fromkeys(types)]
+        if self.request.stage == "score":  # linear, and the candidate's one softmax layer
+            shares = [1 - 1 / depth, 1 / depth]
+        branches = Branches(self.platform, depth, shares)
+        return list(operations(self.traced.jaxpr.jaxpr, branches))
+
     @property
-    def received_bytes(self) -> list[dict[str, Any]]:
-        """What one device receives in a step, by kind of collective and mesh axes."""
-        found = received(self.traced.jaxpr.jaxpr, dict(self.mesh.shape))
-        return [{"kind": kind, "axes": list(axes), "bytes": amount} for (kind, axes), amount in sorted(found.items())]
+    def exchanges(self) -> list[Exchange]:
+        return exchanges(self.operations, dict(self.mesh.shape))
+
+    @property
+    def work(self) -> Work:
+        """With the update, which reads and writes what is trained and its optimizer's state, and reads gradients."""
+        given, counted = self.given_bytes, work(self.operations)
+        update = 2 * (given["parameters"] + given["optimizer"]) + given["parameters"]
+        return Work(counted.flops, counted.moved + update)
 
 
 def bytes_of_a_device(tree: Any) -> int:

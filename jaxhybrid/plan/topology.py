@@ -5,9 +5,11 @@ figures are NVIDIA's data sheets, dense. Interconnect is what a chip sends, and 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from jaxhybrid.errors import ConfigError
 
@@ -107,6 +109,18 @@ class Topology:
         wrap = (*self.wrap, *(False,) * (3 - len(self.sides)))
         described = topologies.get_topology_desc(platform="tpu", topology_name=str(self), wrap=wrap, **more)
         return list(described.devices)
+
+    def links(self, mesh: Any, axes: Sequence[str]) -> dict[str, float]:
+        """How the devices along mesh axes are joined: `count`, the links on which one device receives at a time, two
+        for each side of the torus along which its group goes round and one for others; `longest`, the most devices of
+        the group along a side."""
+        group = np.moveaxis(mesh.devices, [mesh.axis_names.index(axis) for axis in axes], range(len(axes)))
+        members = group.reshape(math.prod(mesh.shape[axis] for axis in axes), -1)[:, 0]
+        spans = [len({device.coords[side] for device in members}) for side in range(len(self.sides))]
+        rings = [span == side and wraps for span, side, wraps in zip(spans, self.sides, self.wrap)]
+        count = sum(1 + ring for span, ring in zip(spans, rings) if span > 1)
+        # The two devices of a chip share its links; a pair on one chip has a way of its own, taken as one link.
+        return {"count": max(count, 1) / (self.chip.devices if count else 1), "longest": max(spans)}
 
 
 def _slice_trouble(chip: Chip, sides: Sides) -> str | None:

@@ -9,6 +9,7 @@ import re
 import resource
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def figures(request: Request, topology: Topology, cache: Cache) -> dict[str, Any
             "mesh": dict(mesh.shape),
             "given": program.given_bytes,
             "held": program.held_bytes,
-            "received": program.received_bytes,
+            "exchanges": [asdict(part) | {"links": topology.links(mesh, part.axes)} for part in program.exchanges],
+            "flops": program.work.flops,
+            "moved": program.work.moved,
         }
         versions = {name: version(name) for name in ("jax", "jaxlib")} | {"libtpu": libtpu_version(mesh)}
         key = {"program": program.key, "topology": str(topology), **versions}
