@@ -10,7 +10,7 @@ from jaxhybrid.plan import serving, surgery
 from jaxhybrid.plan.cache import cache_folder
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.plan.steps import stage_figures
-from jaxhybrid.plan.table import model_screen, steps_table
+from jaxhybrid.plan.table import model_screen, slice_tables
 from jaxhybrid.plan.topology import Topology
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import STAGES
@@ -34,6 +34,6 @@ def print_plan(config: RunConfig, topologies: Sequence[str], stages: Sequence[st
         figures = stage_figures(planned, topology, stages or STAGES, cache_folder(), jobs, tell)
         found["topologies"][str(topology)] = figures
         if not as_json:
-            print(f"\n{topology}\n\n{steps_table(figures, topology)}", flush=True)
+            print(f"\n{slice_tables(planned, figures, topology)}", flush=True)
     if as_json:
         print(json.dumps(found, indent=2))

@@ -1,9 +1,11 @@
-"""What a stage's step takes of one device, by kind, and whether it is there."""
+"""What a stage's step takes of one device, by kind, whether it is there, and what to change where it is not."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxhybrid.plan.topology import Topology
+from jaxhybrid.settings.stages import StageConfig
 
 GIB = 2**30
 
@@ -21,14 +23,15 @@ class Memory:
 
     @staticmethod
     def of(figures: dict[str, Any], topology: Topology) -> "Memory":
-        """Of the worker's figures. Where the compiler found no room, `all` is what it says is needed."""
+        """Of the worker's figures.
+
+        `all` is the compiler's peak, by which it accepts a program, and where it found no room what it says is needed:
+        both count the arguments. What it calls temporary is more than that in programs with loops, and is not used.
+        """
         given, held, compiled = figures["given"], figures["held"], figures["compiled"]
         known = sum(given.values()) + held
-        if "memory" in compiled:
-            memory = compiled["memory"]
-            all_ = memory["argument"] + memory["output"] - memory["alias"] + memory["temp"] + held
-        else:
-            all_ = compiled["out_of_memory"]["needed"] + held
+        peak = compiled["memory"]["peak_memory"] if "memory" in compiled else compiled["out_of_memory"]["needed"]
+        all_ = peak + held
         return Memory(
             given["parameters"] / GIB,
             given["optimizer"] / GIB,
@@ -41,3 +44,27 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.all <= self.usable
+
+
+def advice(stage: str, settings: StageConfig, memory: Memory, mesh: Mapping[str, int]) -> str:
+    """What makes a step that does not fit smaller, the likeliest first."""
+    state = memory.parameters + memory.optimizer
+    rows = settings.batch_size // settings.gradient_accumulation // (mesh["data"] * mesh["fsdp"])
+    ways = []
+    if rows > 1 and memory.beside > memory.usable / 8:
+        ways.append(f"{stage}.gradient_accumulation={2 * settings.gradient_accumulation} halves the rows at a time")
+    elif rows == 1 and memory.beside > memory.usable / 8:
+        ways.append(f"a device has one row already: mesh.context={2 * mesh['context']} splits rows")
+    if stage != "align" and settings.remat in ("none", "dots"):
+        ways.append(f"{stage}.remat=block keeps less for the backward pass")
+    elif stage != "align" and settings.remat == "block":
+        ways.append(f"{stage}.remat=offload keeps blocks' inputs in the host's memory")
+    if memory.optimizer > memory.usable / 8:
+        ways.append(
+            f"{stage}.moment_dtype=bfloat16, {stage}.offload=moments or {stage}.optimizer=adafactor make the optimizer "
+            "smaller"
+        )
+    if state + memory.teacher > memory.usable / 2 or not ways:
+        ways.append("a larger slice, or mesh.tensor, leaves each device less of the weights")
+    over = memory.all - memory.usable
+    return f"{stage} needs {over:.2f} GiB more than there are: " + "; ".join(ways) + "."

@@ -8,11 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxhybrid_kernels.numerics import target_platform
 
 from jaxhybrid.assembly import student_config
 from jaxhybrid.families import hf_to_config
+from jaxhybrid.model.partition import SHARDS
 from jaxhybrid.model.transformer import Model, abstract_params
 from jaxhybrid.plan.collectives import Exchange, exchanges
 from jaxhybrid.plan.operations import Branches, Operation, operations
@@ -93,6 +95,18 @@ class Program:
     @property
     def exchanges(self) -> list[Exchange]:
         return exchanges(self.operations, dict(self.mesh.shape))
+
+    @property
+    def least_received(self) -> float:
+        """Bytes that no such split of the weights avoids: each model gathered once for a pass over it in the compute
+        dtype, and gradients scattered once in `mesh.sums`."""
+        shards = math.prod(self.mesh.shape[axis] for axis in SHARDS)
+        split = shards * self.mesh.shape["tensor"]
+        frozen = [x.params for x in self.arguments if isinstance(x, Model)]
+        trained, teacher = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (self.arguments[0].params, frozen))
+        config, passes = self.request.config, 1 if self.request.stage == "align" else 2
+        compute, sums = jnp.dtype(config.dtype).itemsize, jnp.dtype(config.mesh.sums).itemsize
+        return (shards - 1) / split * ((passes * compute + sums) * trained + compute * teacher)
 
     @property
     def work(self) -> Work:

@@ -1,10 +1,11 @@
 """The whole recipe: tokens, steps, hours and disk of every stage, scoring included."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxhybrid.disk import DiskPlan, total
+from jaxhybrid.model.blueprint import count_parameters
+from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.selection.kl_guided import rounds_of
 from jaxhybrid.selection.methods import METHODS
@@ -16,15 +17,22 @@ class StageCost:
     """Of one stage, all its steps.
 
     Attributes:
-        steps: most and fewest; they differ where scoring may end early.
-        teacher_steps: of scoring, forward passes of the teacher over a batch.
+        steps: at most, of all candidates where it is scoring.
+        fewest_steps: where scoring may end early.
+        tokens_per_step: padding included.
+        teacher_passes: of scoring, batches that the teacher reads.
         disk: bytes at most while it runs.
     """
 
-    tokens: tuple[int, int]
-    steps: tuple[int, int]
-    teacher_steps: int
+    steps: int
+    fewest_steps: int
+    tokens_per_step: int
+    teacher_passes: int
     disk: int
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
 
 
 def recipe(planned: Planned) -> dict[str, StageCost]:
@@ -35,22 +43,18 @@ def recipe(planned: Planned) -> dict[str, StageCost]:
     for stage in STAGES:
         settings: StageConfig = getattr(config, stage)
         most = fewest = settings.steps
-        teacher_steps = 0
+        teacher_passes = 0
         if stage == "score":
             if METHODS[config.select.method].needs != "scores":
                 continue
             heldout = math.ceil(config.score.heldout_tokens / settings.tokens_per_step)
-            teacher_steps = heldout + settings.steps * (1 if config.score.keep_teacher_states else depth)
+            teacher_passes = heldout + settings.steps * (1 if config.score.keep_teacher_states else depth)
             most, fewest = depth * most, depth * rounds_of(config.score)[0]
-        found[stage] = StageCost(
-            tokens=(most * settings.tokens_per_step, fewest * settings.tokens_per_step),
-            steps=(most, fewest),
-            teacher_steps=teacher_steps,
-            disk=total(disk.needs(stage)),
-        )
+        found[stage] = StageCost(most, fewest, settings.tokens_per_step, teacher_passes, total(disk.needs(stage)))
     return found
 
 
-def hours(costs: Mapping[str, StageCost], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Of all steps of each stage at so many seconds a step."""
-    return {stage: cost.steps[0] * seconds[stage] / 3600 for stage, cost in costs.items() if stage in seconds}
+def teacher_pass_flops(planned: Planned) -> float:
+    """Of one token through the teacher's layers, its attention itself left out."""
+    declared = model_variables(planned.teacher)
+    return 2.0 * (count_parameters(declared["blocks"]) + count_parameters(declared["mixers"]))

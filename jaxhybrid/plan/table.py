@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from jaxhybrid.disk import size_text
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.plan.memory import GIB, Memory
+from jaxhybrid.plan.memory import GIB, Memory, advice
 from jaxhybrid.plan.planned import Planned
+from jaxhybrid.plan.recipe import recipe, teacher_pass_flops
+from jaxhybrid.plan.roofline import EFFICIENCY, tpu_roofline
 from jaxhybrid.plan.serving import LENGTHS, serving
 from jaxhybrid.plan.surgery import OPEN, surgery
 from jaxhybrid.plan.topology import Topology
@@ -85,20 +88,103 @@ def serving_table(planned: Planned) -> str:
 
 # --- a slice
 
+Figures = Mapping[str, dict[str, Any]]  # by stage
 
-def steps_table(figures: Mapping[str, dict[str, Any]], topology: Topology) -> str:
-    """A line for every stage: GiB of one device, and what it receives in a step."""
+
+def slice_tables(planned: Planned, figures: Figures, topology: Topology) -> str:
+    """Memory, exchanges, time of a step and of the whole recipe on one slice."""
+    mesh = next(iter(figures.values()))["mesh"]
+    sizes = ", ".join(f"{axis}: {size}" for axis, size in mesh.items() if size > 1) or "one device"
+    devices = f"{topology.chips} chips" + (f" of {topology.chip.devices} devices" if topology.chip.devices > 1 else "")
+    parts = [
+        f"{topology}, {devices}, mesh {sizes}. Memory in GiB of a device:",
+        memory_table(figures, topology),
+        *advices(planned, figures, topology),
+        "What a device receives in a step, in GiB:",
+        exchange_table(figures),
+        f"Time of a step in ms, by arithmetic: products at the peak of {topology.chip.tflops:,} TFLOP/s a chip, "
+        f"memory, links; expected is the largest of them with products at {EFFICIENCY:.0%} of the peak, an assumption:",
+        time_table(planned, figures, topology),
+        recipe_table(planned, figures, topology),
+    ]
+    return "\n\n".join(parts)
+
+
+def memory_table(figures: Figures, topology: Topology) -> str:
     rows = []
     for stage, found in figures.items():
         memory = Memory.of(found, topology)
-        kinds: dict[str, float] = {}
-        for part in found["received"]:
-            kinds[part["kind"]] = kinds.get(part["kind"], 0) + part["bytes"] / GIB
-        told = ", ".join(f"{kind} {amount:.2f}" for kind, amount in kinds.items())
         parts = (memory.parameters, memory.optimizer, memory.teacher, memory.beside, memory.all)
-        rows.append([stage, *(f"{part:.2f}" for part in parts), "yes" if memory.fits else "NO", told])
-    return markdown(
-        ["stage", "params", "optimizer", "teacher", "beside", f"all, of {topology.chip.usable_gib:.2f}", "fits",
-         "received, GiB"],
-        rows,
-    )  # fmt: skip
+        rows.append([stage, *(f"{part:.2f}" for part in parts), "yes" if memory.fits else "NO"])
+    all_ = f"all, of {topology.chip.usable_gib:.2f}"
+    return markdown(["stage", "parameters", "optimizer", "teacher", "beside", all_, "fits"], rows)
+
+
+def advices(planned: Planned, figures: Figures, topology: Topology) -> list[str]:
+    """What to change, for the stages that do not fit."""
+    memories = {stage: Memory.of(found, topology) for stage, found in figures.items()}
+    return [
+        advice(stage, getattr(planned.config, stage), memory, figures[stage]["mesh"])
+        for stage, memory in memories.items()
+        if not memory.fits
+    ]
+
+
+def exchange_table(figures: Figures) -> str:
+    kinds = ("gather", "scatter", "reduce", "exchange")
+    rows = []
+    for stage, found in figures.items():
+        amounts = dict.fromkeys(kinds, 0.0)
+        for part in found["exchanges"]:
+            amounts[part["kind"]] += part["received"] / GIB
+        least = found["least_received"] / GIB
+        share = f"{sum(amounts.values()) / least:.2f}" if least else "0"
+        rows.append([stage, *(f"{amounts[kind]:.2f}" for kind in kinds), share])
+    return markdown(["stage", *kinds, "/ least"], rows)
+
+
+def time_table(planned: Planned, figures: Figures, topology: Topology) -> str:
+    rows = []
+    for stage, found in figures.items():
+        line = tpu_roofline(found, topology.chip)
+        tokens = getattr(planned.config, stage).tokens_per_step
+        parts = (line.math, line.memory, line.links, line.expected)
+        milliseconds = [f"{1000 * part:,.1f}" for part in parts]
+        teraflops = sum(found["flops"].values()) * topology.device_count / 1e12
+        rows.append([stage, f"{teraflops:,.0f}", *milliseconds, line.bound, f"{tokens / line.expected:,.0f}"])
+    head = ["stage", "TFLOP a step", "products", "memory", "links", "expected", "bound by", "tokens/s"]
+    return markdown(head, rows)
+
+
+def recipe_table(planned: Planned, figures: Figures, topology: Topology) -> str:
+    """Of the stages that a run has, those in `figures`."""
+    rows, most, fewest = [], 0.0, 0.0
+    for stage, cost in recipe(planned).items():
+        if stage not in figures:
+            continue
+        line = tpu_roofline(figures[stage], topology.chip)
+        read = cost.teacher_passes * cost.tokens_per_step * teacher_pass_flops(planned)
+        reading = read / (topology.chips * topology.chip.tflops * 1e12 * EFFICIENCY)
+        hours = (cost.steps * line.expected + reading) / 3600
+        fewest += (cost.fewest_steps * line.expected + reading) / 3600
+        most += hours
+        numbers = f"{cost.tokens / 1e6:,.0f}", f"{cost.steps:,}", f"{hours:,.2f}", f"{hours * topology.chips:,.0f}"
+        rows.append(
+            [
+                stage,
+                f"{cost.tokens / 1e6:,.0f}",
+                steps,
+                f"{hours:,.2f}",
+                f"{hours * topology.chips:,.0f}",
+                size_text(cost.disk),
+            ]
+        )
+    early = f"; {fewest:,.1f} hours where scoring ends as early as it may" if fewest < most else ""
+    return "\n\n".join(
+        [
+            "The recipe, at the expected time of a step:",
+            markdown(["stage", "million tokens", "steps", "hours", "chip-hours", "disk at most"], rows),
+            f"Together {most:,.1f} hours, {most * topology.chips:,.0f} chip-hours{early}. Not in it: tokenising, compiling, "
+            "checkpoints, evaluation, and selection by methods that measure.",
+        ]
+    )

@@ -36,6 +36,7 @@ def figures(request: Request, topology: Topology, cache: Cache) -> dict[str, Any
             "given": program.given_bytes,
             "held": program.held_bytes,
             "exchanges": [asdict(part) | {"links": topology.links(mesh, part.axes)} for part in program.exchanges],
+            "least_received": program.least_received,
             "flops": program.work.flops,
             "moved": program.work.moved,
         }
