@@ -169,22 +169,13 @@ def recipe_table(planned: Planned, figures: Figures, topology: Topology) -> str:
         fewest += (cost.fewest_steps * line.expected + reading) / 3600
         most += hours
         numbers = f"{cost.tokens / 1e6:,.0f}", f"{cost.steps:,}", f"{hours:,.2f}", f"{hours * topology.chips:,.0f}"
-        rows.append(
-            [
-                stage,
-                f"{cost.tokens / 1e6:,.0f}",
-                steps,
-                f"{hours:,.2f}",
-                f"{hours * topology.chips:,.0f}",
-                size_text(cost.disk),
-            ]
-        )
+        rows.append([stage, *numbers, size_text(cost.disk)])
     early = f"; {fewest:,.1f} hours where scoring ends as early as it may" if fewest < most else ""
     return "\n\n".join(
         [
             "The recipe, at the expected time of a step:",
             markdown(["stage", "million tokens", "steps", "hours", "chip-hours", "disk at most"], rows),
-            f"Together {most:,.1f} hours, {most * topology.chips:,.0f} chip-hours{early}. Not in it: tokenising, compiling, "
-            "checkpoints, evaluation, and selection by methods that measure.",
+            f"Together {most:,.1f} hours, {most * topology.chips:,.0f} chip-hours{early}. Not in it: tokenising, "
+            "compiling, checkpoints, evaluation, and selection by methods that measure.",
         ]
     )
