@@ -12,7 +12,7 @@ Outside, and without a mesh, the functions here that stand for collectives do no
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import TopologyError
@@ -32,6 +32,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 ROWS = ("data", "fsdp")  # what a batch's rows are split over
 BATCH_AXES = (*ROWS, "context")  # over which tokens differ
 SHARDS = ("fsdp", "context")  # what weights are split over and gathered from
+AnyMesh = Mesh | AbstractMesh  # without devices it serves for tracing
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,26 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, 
         TopologyError: the sizes do not multiply to the device count.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
+    sizes = mesh_sizes({"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}, len(devices))
+    kinds = (AxisType.Explicit,) * len(MESH_AXES)
+    return Mesh(_placed(sizes, devices), MESH_AXES, axis_types=kinds)
+
+
+def mesh_sizes(wanted: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The sizes of the mesh axes for so many devices, -1 filled in; errors as `make_mesh`."""
+    sizes = dict(wanted)
     rest = [name for name, size in sizes.items() if size == -1]
     if len(rest) > 1 or (rest and rest[0] not in ROWS):
         raise TopologyError(f"mesh: {', '.join(rest)} are -1; only one of data and fsdp can take the rest.")
     told = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != -1)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if rest:
-        if fixed < 1 or len(devices) % fixed:
-            raise TopologyError(f"{len(devices)} devices do not divide by the {fixed} of mesh {told}.")
-        sizes[rest[0]] = len(devices) // fixed
-    elif fixed != len(devices):
-        raise TopologyError(f"mesh {told} needs {fixed} devices, there are {len(devices)}.")
-    kinds = (AxisType.Explicit,) * len(MESH_AXES)
-    return Mesh(_placed(sizes, devices), MESH_AXES, axis_types=kinds)
+        if fixed < 1 or devices % fixed:
+            raise TopologyError(f"{devices} devices do not divide by the {fixed} of mesh {told}.")
+        sizes[rest[0]] = devices // fixed
+    elif fixed != devices:
+        raise TopologyError(f"mesh {told} needs {fixed} devices, there are {devices}.")
+    return sizes
 
 
 def _placed(sizes: dict[str, int], devices: Any) -> np.ndarray:
@@ -142,12 +149,12 @@ def param_specs(declared: Params, mesh: Any, rules: ShardingRules = RULES) -> Pa
     return jax.tree_util.tree_map_with_path(spec, declared, is_leaf=is_variable)
 
 
-def param_shardings(declared: Params, mesh: Mesh, rules: ShardingRules = RULES) -> Params:
+def param_shardings(declared: Params, mesh: AnyMesh, rules: ShardingRules = RULES) -> Params:
     """A NamedSharding per declared parameter; errors as `param_specs`."""
     return jax.tree.map(partial(NamedSharding, mesh), param_specs(declared, mesh, rules))
 
 
-def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh, leading: int = 0) -> NamedSharding:
     """Of arrays [B,T,...] (with `leading` axes before them): rows over `data` and `fsdp`, tokens over `context`."""
     return NamedSharding(mesh, P(*(None,) * leading, ROWS, "context"))
 

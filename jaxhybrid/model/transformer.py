@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.model.blueprint import Exact, Params, cast, check_names, initialize, is_variable, variables
@@ -34,6 +33,7 @@ from jaxhybrid.model.layers import (
 )
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import (
+    AnyMesh,
     active_specs,
     axis_index,
     axis_size,
@@ -102,7 +102,7 @@ def model_variables(config: ModelConfig) -> Params:
     return _tree(config, lambda part, rows: variables(part, config, rows))
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+def abstract_params(config: ModelConfig, mesh: AnyMesh, dtype: Any = jnp.float32) -> Params:
     """Shapes, types and shardings on a mesh without values; what is declared `Exact` is float32."""
 
     def leaf(variable: nnx.Variable, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -39,10 +39,13 @@ def find_libtpu() -> Path:
     )
 
 
-def environment(libtpu: Path) -> dict[str, str]:
-    """Of the process that compiles. Some of it keeps JAX from finding a TPU that is there: it must not be set here."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
+def environment(libtpu: Path | None) -> dict[str, str]:
+    """Of the process that compiles with libtpu, or that traces only. Some of it keeps JAX from finding a TPU that is
+    there: it must not be set here."""
+    own = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if libtpu is None:
+        return own
+    return own | {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_LIBRARY_PATH": str(libtpu),
         "TPU_SKIP_MDS_QUERY": "1",
@@ -52,11 +55,11 @@ def environment(libtpu: Path) -> dict[str, str]:
     }
 
 
-def in_worker(request: dict[str, Any]) -> dict[str, Any]:
+def in_worker(request: dict[str, Any], libtpu: Path | None) -> dict[str, Any]:
     """What `worker` answers to a request.
 
     Raises:
-        ConfigError: libtpu is not here, or the config does not go with the slice.
+        ConfigError: the config does not go with the slice.
         RunError: the process ended without an answer.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -64,14 +67,14 @@ def in_worker(request: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, "-m", "jaxhybrid.plan.worker", str(answer)],
             input=json.dumps(request),
-            env=environment(find_libtpu()),
+            env=environment(libtpu),
             capture_output=True,
             text=True,
         )
         if not answer.exists():
             told = "\n".join(done.stderr.strip().splitlines()[-20:])
             killed = " It was killed, perhaps for want of memory." if done.returncode == -9 else ""
-            raise RunError(f"Compiling {request['stage']} ended with code {done.returncode}.{killed}\n{told}")
+            raise RunError(f"Planning {request['stage']} ended with code {done.returncode}.{killed}\n{told}")
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
         raise ConfigError(f"{request['stage']} on {request['topology']}: {found['error']}")

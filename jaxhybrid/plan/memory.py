@@ -27,11 +27,15 @@ class Memory:
 
         `all` is the compiler's peak, by which it accepts a program, and where it found no room what it says is needed:
         both count the arguments. What it calls temporary is more than that in programs with loops, and is not used.
+        Without a compiler it is the estimate.
         """
-        given, held, compiled = figures["given"], figures["held"], figures["compiled"]
+        given, held, compiled = figures["given"], figures["held"], figures.get("compiled")
         known = sum(given.values()) + held
-        peak = compiled["memory"]["peak_memory"] if "memory" in compiled else compiled["out_of_memory"]["needed"]
-        all_ = peak + held
+        if compiled is None:
+            all_ = figures["estimate"] + held
+        else:
+            memory = compiled.get("memory")
+            all_ = (memory["peak_memory"] if memory else compiled["out_of_memory"]["needed"]) + held
         return Memory(
             given["parameters"] / GIB,
             given["optimizer"] / GIB,

@@ -1,6 +1,6 @@
-"""How long a step takes at least, and what bounds it: products, the devices' memory, or what they send one another.
+"""How long a step takes, and what bounds it: products, the devices' memory, or what they send one another.
 
-The formulas are those of "How to Scale Your Model" (jax-ml.github.io/scaling-book), for rings of a torus.
+Links: the formulas of "How to Scale Your Model" (jax-ml.github.io/scaling-book), for rings of a torus.
 """
 
 from collections.abc import Sequence
@@ -8,52 +8,54 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxhybrid.plan.topology import Chip
+from jaxhybrid.plan.work import ATTENTION, LINEAR, PRODUCTS
 
-EFFICIENCY = 0.5  # of a TPU's peak, that large products reach beside all else: an assumption, not measured here
+EFFICIENCY = 0.5  # of a TPU's peak, that products reach: an assumption, nothing was measured
 HOP = 1e-6  # seconds from a chip to its neighbour
+# Of an NVIDIA GPU's peak, and how often what products read and write passes through memory, with all that stands
+# between them: fitted to five steps that were measured on one H200 (docs/plan.md).
+GPU_EFFICIENCY = {PRODUCTS: 0.72, ATTENTION: 0.35, LINEAR: 0.54}
+GPU_PASSES = 1.9
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step: of products at the chip's peak, of its memory, of its links."""
+    """Seconds of one step.
+
+    Attributes:
+        math, memory, links: each by itself, at what the chip can do.
+        expected: on TPUs the longest, with products at `EFFICIENCY`; on GPUs, which overlap less, their sum at what was
+            measured.
+    """
 
     math: float
     memory: float
     links: float
-
-    @property
-    def least(self) -> float:
-        """If the three overlap wholly."""
-        return max(self.math, self.memory, self.links)
-
-    @property
-    def expected(self) -> float:
-        """If products reach `EFFICIENCY`, and the others overlap with them."""
-        return max(self.math / EFFICIENCY, self.memory, self.links)
+    expected: float
 
     @property
     def bound(self) -> str:
-        """What `expected` is."""
-        parts = {"math": self.math / EFFICIENCY, "memory": self.memory, "interconnect": self.links}
+        """What takes longest."""
+        parts = {"products": self.math / EFFICIENCY, "memory": self.memory, "links": self.links}
         return max(parts, key=lambda name: parts[name])
 
 
-def tpu_roofline(figures: dict[str, Any], chip: Chip) -> Roofline:
-    """Of the worker's figures; `flops` and `moved` are of a device, which may be a part of a chip."""
-    return Roofline(
-        math=sum(figures["flops"].values()) * chip.devices / (chip.tflops * 1e12),
-        memory=figures["moved"] * chip.devices / (chip.memory_gbps * 1e9),
-        links=links_seconds(figures["exchanges"], chip),
-    )
+def roofline(figures: dict[str, Any], chip: Chip) -> Roofline:
+    """Of the worker's figures, which are of a device: it may be a part of a chip."""
+    flops, peak = figures["flops"], chip.tflops * 1e12 / chip.devices
+    math, memory = sum(flops.values()) / peak, figures["moved"] * chip.devices / (chip.memory_gbps * 1e9)
+    links = links_seconds(figures["exchanges"])
+    if chip.kind == "tpu":
+        return Roofline(math, memory, links, max(math / EFFICIENCY, memory, links))
+    reached = sum(amount / (GPU_EFFICIENCY[place] * peak) for place, amount in flops.items())
+    return Roofline(math, memory, links, reached + GPU_PASSES * memory + links)
 
 
-def links_seconds(exchanges: Sequence[dict[str, Any]], chip: Chip) -> float:
+def links_seconds(exchanges: Sequence[dict[str, Any]]) -> float:
     """One after the other. All-to-all over a ring of X devices sends each part X/4 of the way round on average."""
     total = 0.0
     for part in exchanges:
-        count, longest = part["links"]["count"], part["links"]["longest"]
-        detour = max(longest / 4, 1.0) if part["kind"] == "exchange" else 1.0
-        total += max(
-            part["received"] * detour / (count * chip.link_gbps * 1e9), part["times"] * HOP * max(longest / 2, 1)
-        )
+        detour = max(part["side"] / 4, 1.0) if part["kind"] == "exchange" else 1.0
+        least = part["times"] * HOP * max(part["side"] / 2, 1)
+        total += max(part["received"] * detour / (part["gbps"] * 1e9), least)
     return total

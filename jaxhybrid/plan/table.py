@@ -9,7 +9,7 @@ from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.plan.memory import GIB, Memory, advice
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.plan.recipe import recipe, teacher_pass_flops
-from jaxhybrid.plan.roofline import EFFICIENCY, tpu_roofline
+from jaxhybrid.plan.roofline import EFFICIENCY, roofline
 from jaxhybrid.plan.serving import LENGTHS, serving
 from jaxhybrid.plan.surgery import OPEN, surgery
 from jaxhybrid.plan.topology import Topology
@@ -96,14 +96,20 @@ def slice_tables(planned: Planned, figures: Figures, topology: Topology) -> str:
     mesh = next(iter(figures.values()))["mesh"]
     sizes = ", ".join(f"{axis}: {size}" for axis, size in mesh.items() if size > 1) or "one device"
     devices = f"{topology.chips} chips" + (f" of {topology.chip.devices} devices" if topology.chip.devices > 1 else "")
+    if topology.chip.kind == "tpu":
+        source = "by the compiler"
+        expected = f"the longest, with products at {EFFICIENCY:.0%} of the peak, an assumption"
+    else:
+        source = "an estimate"
+        expected = "their sum, as efficient as steps measured on one H200 were"
     parts = [
-        f"{topology}, {devices}, mesh {sizes}. Memory in GiB of a device:",
+        f"{topology}, {devices}, mesh {sizes}. Memory in GiB of a device, {source}:",
         memory_table(figures, topology),
         *advices(planned, figures, topology),
         "What a device receives in a step, in GiB:",
         exchange_table(figures),
         f"Time of a step in ms, by arithmetic: products at the peak of {topology.chip.tflops:,} TFLOP/s a chip, "
-        f"memory, links; expected is the largest of them with products at {EFFICIENCY:.0%} of the peak, an assumption:",
+        f"memory, links, each by itself; expected is {expected}:",
         time_table(planned, figures, topology),
         recipe_table(planned, figures, topology),
     ]
@@ -146,7 +152,7 @@ def exchange_table(figures: Figures) -> str:
 def time_table(planned: Planned, figures: Figures, topology: Topology) -> str:
     rows = []
     for stage, found in figures.items():
-        line = tpu_roofline(found, topology.chip)
+        line = roofline(found, topology.chip)
         tokens = getattr(planned.config, stage).tokens_per_step
         parts = (line.math, line.memory, line.links, line.expected)
         milliseconds = [f"{1000 * part:,.1f}" for part in parts]
@@ -162,7 +168,7 @@ def recipe_table(planned: Planned, figures: Figures, topology: Topology) -> str:
     for stage, cost in recipe(planned).items():
         if stage not in figures:
             continue
-        line = tpu_roofline(figures[stage], topology.chip)
+        line = roofline(figures[stage], topology.chip)
         read = cost.teacher_passes * cost.tokens_per_step * teacher_pass_flops(planned)
         reading = read / (topology.chips * topology.chip.tflops * 1e12 * EFFICIENCY)
         hours = (cost.steps * line.expected + reading) / 3600

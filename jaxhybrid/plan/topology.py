@@ -5,13 +5,15 @@ figures are NVIDIA's data sheets, dense. Interconnect is what a chip sends, and 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxhybrid.errors import ConfigError
+from jaxhybrid.model.partition import MESH_AXES, AnyMesh, make_mesh, mesh_sizes
 
 Sides = tuple[int, ...]
 
@@ -97,6 +99,20 @@ class Topology:
             return tuple(side == 16 for side in self.sides)
         return (all(side % 4 == 0 for side in self.sides),) * len(self.sides)
 
+    def mesh(self, sizes: Mapping[str, int]) -> AnyMesh:
+        """The mesh of a run on these chips; of GPUs one that has no devices, and that serves for tracing alone.
+
+        Raises:
+            TopologyError: the sizes do not multiply to the number of devices.
+        """
+        if self.chip.kind == "tpu":
+            return make_mesh(**sizes, devices=self.devices())
+        found = mesh_sizes(sizes, self.device_count)
+        # Programs are traced as for a TPU, whose kernels can be traced anywhere and do the same work.
+        device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+        kinds = (AxisType.Explicit,) * len(MESH_AXES)
+        return AbstractMesh(tuple(found.values()), MESH_AXES, axis_types=kinds, abstract_device=device)
+
     def devices(self) -> list[Any]:
         """The devices of a slice, described by libtpu; there is no need to have them."""
         from jax.experimental import topologies
@@ -110,17 +126,25 @@ class Topology:
         described = topologies.get_topology_desc(platform="tpu", topology_name=str(self), wrap=wrap, **more)
         return list(described.devices)
 
-    def links(self, mesh: Any, axes: Sequence[str]) -> dict[str, float]:
-        """How the devices along mesh axes are joined: `count`, the links on which one device receives at a time, two
-        for each side of the torus along which its group goes round and one for others; `longest`, the most devices of
-        the group along a side."""
-        group = np.moveaxis(mesh.devices, [mesh.axis_names.index(axis) for axis in axes], range(len(axes)))
+    def links(self, mesh: AnyMesh, axes: Sequence[str]) -> dict[str, float]:
+        """How the devices along mesh axes are joined: `gbps` (10^9 bytes a second), what one device receives at a time;
+        `side`, the most devices of them along a side of the torus."""
+        places = _places(mesh) if self.chip.kind == "gpu" else mesh.devices
+        group = np.moveaxis(places, [mesh.axis_names.index(axis) for axis in axes], range(len(axes)))
         members = group.reshape(math.prod(mesh.shape[axis] for axis in axes), -1)[:, 0]
+        if self.chip.kind == "gpu":
+            across = len({place // GPU_NODE for place in members}) > 1
+            return {"gbps": self.chip.network_gbps if across else self.chip.link_gbps, "side": 1}
         spans = [len({device.coords[side] for device in members}) for side in range(len(self.sides))]
         rings = [span == side and wraps for span, side, wraps in zip(spans, self.sides, self.wrap)]
         count = sum(1 + ring for span, ring in zip(spans, rings) if span > 1)
-        # The two devices of a chip share its links; a pair on one chip has a way of its own, taken as one link.
-        return {"count": max(count, 1) / (self.chip.devices if count else 1), "longest": max(spans)}
+        # The devices of a chip share its links; those of one chip alone have a way of their own, taken as one link.
+        return {"gbps": max(count, 1) * self.chip.link_gbps / (self.chip.devices if count else 1), "side": max(spans)}
+
+
+def _places(mesh: AnyMesh) -> np.ndarray:
+    """The numbers of devices in a mesh of GPUs, as `make_mesh` puts them: the last axis the fastest."""
+    return np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
 
 
 def _slice_trouble(chip: Chip, sides: Sides) -> str | None:

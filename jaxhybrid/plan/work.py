@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.sharding import AxisType
 
 from jaxhybrid.plan.operations import Operation
@@ -40,7 +41,7 @@ def work(operations: Iterable[Operation]) -> Work:
         if name == "dot_general":
             flops[_place(operation.kernel)] += operation.times * _product_flops(equation)
         if (name == "dot_general" and not operation.kernel) or name == "pallas_call":
-            moved += operation.times * sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars))
+            moved += operation.times * sum(local_bytes(x.aval) for x in (*equation.invars, *equation.outvars))
     return Work(flops, moved)
 
 
@@ -69,5 +70,8 @@ def _size(aval: Any) -> int:
     return math.prod(_shape(aval))
 
 
-def _bytes(aval: Any) -> int:
+def local_bytes(aval: Any) -> int:
+    """In a device's own memory."""
+    if getattr(aval, "memory_space", None) == jax.memory.Space.Host:
+        return 0
     return _size(aval) * aval.dtype.itemsize if hasattr(aval, "dtype") and hasattr(aval.dtype, "itemsize") else 0

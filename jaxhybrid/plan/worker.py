@@ -9,16 +9,18 @@ import re
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.files import write_json
-from jaxhybrid.model.partition import make_mesh
+from jaxhybrid.model.partition import AnyMesh
 from jaxhybrid.plan.cache import Cache
 from jaxhybrid.plan.compiler import out_of_memory
 from jaxhybrid.plan.program import Program, Request
@@ -27,26 +29,34 @@ from jaxhybrid.settings.read import parse_config
 
 
 def figures(request: Request, topology: Topology, cache: Cache) -> dict[str, Any]:
-    """Of the traced program, and under `compiled` those of the compiler."""
-    mesh = make_mesh(**request.config.mesh.sizes, devices=topology.devices())
-    with jax.set_mesh(mesh):
+    """Of the traced program and, for TPUs, under `compiled` those of the compiler."""
+    mesh = topology.mesh(request.config.mesh.sizes)
+    with active(mesh):
         program = Program(request, mesh)
+        work = program.work
         found: dict[str, Any] = {
             "mesh": dict(mesh.shape),
             "given": program.given_bytes,
             "held": program.held_bytes,
-            "exchanges": [asdict(part) | {"links": topology.links(mesh, part.axes)} for part in program.exchanges],
+            "estimate": program.estimated_bytes,
+            "exchanges": [asdict(part) | topology.links(mesh, part.axes) for part in program.exchanges],
             "least_received": program.least_received,
-            "flops": program.work.flops,
-            "moved": program.work.moved,
+            "flops": work.flops,
+            "moved": work.moved,
         }
-        versions = {name: version(name) for name in ("jax", "jaxlib")} | {"libtpu": libtpu_version(mesh)}
-        key = {"program": program.key, "topology": str(topology), **versions}
-        found["compiled"] = cache.get(key, lambda: compiled_figures(program))
+        if isinstance(mesh, Mesh):
+            versions = {name: version(name) for name in ("jax", "jaxlib")} | {"libtpu": libtpu_version(mesh)}
+            key = {"program": program.key, "topology": str(topology), **versions}
+            found["compiled"] = cache.get(key, lambda: compiled_figures(program))
     return found
 
 
-def libtpu_version(mesh: jax.sharding.Mesh) -> str:
+def active(mesh: AnyMesh) -> AbstractContextManager[Any]:
+    """The context in which a program for `mesh` is traced."""
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+
+
+def libtpu_version(mesh: Mesh) -> str:
     """Of the compiler that the mesh's devices come with."""
     told = mesh.devices.flat[0].client.platform_version
     found = re.search(r"Built on .*? cl/\d+", told.replace("\n", " "))

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.partition import AnyMesh
 from jaxhybrid.model.transformer import Model, abstract_params
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import KlStageConfig, StageConfig
@@ -37,7 +38,7 @@ def stage_step(stage: str, config: RunConfig, student: ModelConfig, optimizer: o
     return jax.jit(partial(STEPS[stage], config=student, optimizer=optimizer, **given), donate_argnums=0)
 
 
-def trained_params(stage: str, student: ModelConfig, teacher: ModelConfig, mesh: Mesh) -> Params:
+def trained_params(stage: str, student: ModelConfig, teacher: ModelConfig, mesh: AnyMesh) -> Params:
     """Shapes, types and places of what a stage trains.
 
     Args:
@@ -53,7 +54,7 @@ def trained_params(stage: str, student: ModelConfig, teacher: ModelConfig, mesh:
     return params
 
 
-def abstract_state(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> TrainState:
+def abstract_state(optimizer: optax.GradientTransformation, params: Params, mesh: AnyMesh) -> TrainState:
     """What a stage starts from, as shapes, types and places on the mesh; `params` may be abstract, too."""
     traced = jax.jit(partial(start, optimizer=optimizer)).trace(params)
     kinds = {jax.memory.Space.Host: "pinned_host", jax.memory.Space.Device: "device"}
@@ -67,7 +68,7 @@ def abstract_state(optimizer: optax.GradientTransformation, params: Params, mesh
 
 
 def stage_program(
-    stage: str, config: RunConfig, student: ModelConfig, teacher: ModelConfig, mesh: Mesh
+    stage: str, config: RunConfig, student: ModelConfig, teacher: ModelConfig, mesh: AnyMesh
 ) -> tuple[Any, tuple[Any, ...]]:
     """(the jitted update of a stage, its arguments as shapes, types and places); with `mesh` active.
 

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.partition import ROWS, batch_sharding, own_share, rows_sharding
+from jaxhybrid.model.partition import ROWS, AnyMesh, batch_sharding, own_share, rows_sharding
 from jaxhybrid.settings.stages import StageConfig
 
 
@@ -40,7 +40,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1)
     return {name: place(x) for name, x in batch.items()}
 
 
-def abstract_batch(settings: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(settings: StageConfig, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and places of a stage's batch as `place_batch` gives it; errors as there."""
     parts = settings.gradient_accumulation
     _check_divides(settings.batch_size, settings.sequence_length, mesh, parts)
@@ -50,7 +50,7 @@ def abstract_batch(settings: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtyp
     return {"tokens": tokens, "segment_ids": tokens}
 
 
-def _check_divides(rows: int, length: int, mesh: Mesh, microbatches: int) -> None:
+def _check_divides(rows: int, length: int, mesh: AnyMesh, microbatches: int) -> None:
     devices, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
     if rows % (microbatches * devices):
         raise TopologyError(
