@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_c
 
 import jax
 import jax.numpy as jnp
-from shapes import SHAPES
+from shapes import shape_of
 from step_speed import SOFTMAX_LAYERS, packed_batch
 
 from jaxhybrid.model.config import FULL_ATTENTION
@@ -31,7 +31,7 @@ from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 
-SMOLLM2 = SHAPES["smollm2-135m"]
+SMOLLM2 = shape_of("smollm2-135m-instruct")
 SCOPES = (FULL_ATTENTION, GatedDeltaNetConfig.kind, "mlp", "head", "loss", "embed", "gather", "optimizer")
 
 

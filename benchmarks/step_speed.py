@@ -2,7 +2,7 @@
 
     python benchmarks/step_speed.py                                  # the sizes of configs/smollm2-135m.yaml, on a GPU
     python benchmarks/step_speed.py --implementations pallas_gpu xla --rows 64
-    python benchmarks/step_speed.py --shape qwen2.5-1.5b --rows 8 --length 4096 --implementations pallas_gpu
+    python benchmarks/step_speed.py --shape qwen2.5-1.5b-instruct --rows 8 --length 4096 --implementations pallas_gpu
 
 The step is the one that a run compiles, on a mesh of the devices that are here, for a model of that shape with random
 weights and a quarter of its layers softmax, on random tokens in documents of 100 to 400 tokens; neither changes what a
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxhybrid_kernels import linear_attention
-from shapes import SHAPES, quarter
+from shapes import SHAPES, quarter, shape_of
 
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.mixers import LINEAR_MIXERS, linear
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_gpu"])
     parser.add_argument("--stages", nargs="+", default=["align", "distill"], choices=["align", "distill"])
     parser.add_argument("--mixer", default="gated_deltanet", choices=list(LINEAR_MIXERS))
-    parser.add_argument("--shape", default="smollm2-135m", choices=list(SHAPES))
+    parser.add_argument("--shape", default="smollm2-135m-instruct", choices=SHAPES)
     parser.add_argument("--remat", default="block", choices=["none", "block", "dots", "offload"])
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
@@ -70,8 +70,8 @@ def main() -> None:
         parser.add_argument(f"--{axis}", type=int, default=-1 if axis == "fsdp" else 1)
     arguments = parser.parse_args()
 
-    shape, mesh = SHAPES[arguments.shape], make_mesh(1, arguments.fsdp, arguments.tensor, arguments.context)
-    softmax = SOFTMAX_LAYERS if arguments.shape == "smollm2-135m" else quarter(shape.num_layers)
+    shape, mesh = shape_of(arguments.shape), make_mesh(1, arguments.fsdp, arguments.tensor, arguments.context)
+    softmax = SOFTMAX_LAYERS if arguments.shape == "smollm2-135m-instruct" else quarter(shape.num_layers)
     batch = packed_batch(arguments.rows, arguments.length, shape.vocab_size)
     tokens = arguments.rows * arguments.length
     stages: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {

@@ -278,18 +278,32 @@ def plan(
     topology: Annotated[
         list[str] | None,
         typer.Option(
-            help="The slice, as v5p:4x4x4 (chips along its sides; v4, v5e, v5p, v6e, tpu7x). May be repeated."
+            help="Chips to plan for, may be repeated. A TPU slice by its sides, v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x): "
+            "every stage's step is compiled for it, which takes minutes the first time. GPUs by their number, h200:8 "
+            "(h100, h200, b200): estimated."
         ),
     ] = None,
-    stages: Annotated[list[str] | None, typer.Option("--stage", help="This stage alone. May be repeated.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Stages compiled at a time; each takes 2 to 4 GiB.")] = 2,
+    stages: Annotated[list[str] | None, typer.Option("--stage", help="This stage alone; may be repeated.")] = None,
+    model_only: Annotated[
+        bool, typer.Option(help="What becomes of each layer, and nothing else: no topology is needed.")
+    ] = False,
+    suggest: Annotated[
+        bool, typer.Option(help="Search mesh, remat and gradient_accumulation for the fastest that fits; minutes.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Stages compiled at a time, about 3 GiB each.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """What a run would take on chips that are not here: memory, exchanges."""
+    """Know before you pay: memory, exchanges, time and disk of a run on chips that are not here.
+
+    Of the teacher only its config.json is read, and no text. The config's mesh says how the devices of a topology are
+    used. For example: jaxhybrid plan configs/qwen2.5-3b-instruct.yaml --topology v5p:4x4x4 mesh.fsdp=32 mesh.context=2
+    """
     settings = read_settings(config, overrides)
+    if model_only == bool(topology):
+        raise ConfigError("plan needs either --topology, such as --topology v5p:4x4x4, or --model-only.")
     from jaxhybrid.plan import print_plan
 
-    print_plan(settings, topology or [], stages or [], jobs, as_json)
+    print_plan(settings, topology or [], stages or [], jobs, as_json, suggest)
 
 
 @app.command("settings")

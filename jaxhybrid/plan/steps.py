@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,48 +11,66 @@ from jaxhybrid_kernels import api as linear_attention_api
 
 from jaxhybrid.plan.cache import Cache
 from jaxhybrid.plan.compiler import find_libtpu, in_worker
+from jaxhybrid.plan.memory import Memory
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.plan.topology import Topology
 from jaxhybrid.run_folder import source_digest
+from jaxhybrid.settings.read import parse_config
+
+COMPILED = 3  # suggestions, until one fits
 
 
-def request(planned: Planned, stage: str, topology: Topology, cache: Path) -> dict[str, Any]:
-    """What a worker needs for one stage."""
-    return {
-        "stage": stage,
-        "topology": str(topology),
-        "config": planned.config.model_dump(mode="json"),
-        "teacher": planned.keys,
-        "softmax_layers": list(planned.softmax_layers),
-        "cache": str(cache),
-    }
-
-
-def stage_figures(
-    planned: Planned,
-    topology: Topology,
-    stages: Sequence[str],
-    cache: Path,
-    jobs: int,
-    tell: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict[str, Any]]:
-    """What `worker.figures` gives for each stage, of which `jobs` are compiled at a time.
+class Steps:
+    """Asks workers, `jobs` at a time, and keeps their answers in `cache`.
 
     Nothing is traced where neither the config nor any file of this package has changed.
     """
-    library = find_libtpu() if topology.chip.kind == "tpu" else None
-    surroundings = {
-        "sources": [source_digest(), source_digest(Path(linear_attention_api.__file__).parent)],
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "libtpu": [library.stat().st_size, library.stat().st_mtime] if library else None,
-    }
 
-    def figures(stage: str) -> dict[str, Any]:
-        asked = request(planned, stage, topology, cache)
-        found = Cache(cache / "requests").get(asked | surroundings, lambda: in_worker(asked, library))
+    def __init__(self, topology: Topology, cache: Path, jobs: int, tell: Callable[[str], None] = lambda text: None):
+        """Raises ConfigError: libtpu is needed and not here."""
+        self.topology, self.cache, self.jobs, self.tell = topology, cache, jobs, tell
+        self.library = find_libtpu() if topology.chip.kind == "tpu" else None
+
+    def figures(self, planned: Planned, stages: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What `worker.figures` gives for each stage."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return dict(zip(stages, pool.map(partial(self._figures, planned), stages)))
+
+    def _figures(self, planned: Planned, stage: str) -> dict[str, Any]:
+        found = self._ask(planned, stage, suggest=False)
         if compiled := found.get("compiled"):
-            tell(f"{topology} {stage}: {compiled['compile_cpu_seconds']:.0f} s of processor time to compile, once")
+            seconds = compiled["compile_cpu_seconds"]
+            self.tell(f"{self.topology} {stage}: {seconds:.0f} s of processor time to compile, once")
         return found
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(stages, pool.map(figures, stages)))
+    def suggestion(self, planned: Planned, stage: str) -> dict[str, Any] | None:
+        """The fastest choice of mesh, recomputation and accumulation that fits, of TPUs by the compiler; None: none
+        does. Of those that are estimated to fit, `COMPILED` are compiled at most, the fastest first."""
+        choices: list[dict[str, Any]] = self._ask(planned, stage, suggest=True)["choices"]
+        for choice in choices[:COMPILED]:
+            tree = planned.config.model_dump(mode="json")
+            for key, value in choice["settings"].items():
+                section, name = key.split(".")
+                tree[section][name] = value
+            memory = Memory.of(self._figures(Planned(parse_config(tree)), stage), self.topology)
+            if memory.fits:
+                return choice | {"gib": memory.all}
+        return None
+
+    def _ask(self, planned: Planned, stage: str, suggest: bool) -> dict[str, Any]:
+        request = {
+            "stage": stage,
+            "topology": str(self.topology),
+            "config": planned.config.model_dump(mode="json"),
+            "teacher": planned.keys,
+            "softmax_layers": list(planned.softmax_layers),
+            "cache": str(self.cache),
+            "suggest": suggest,
+        }
+        library = self.library
+        surroundings = {
+            "sources": [source_digest(), source_digest(Path(linear_attention_api.__file__).parent)],
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+            "libtpu": [library.stat().st_size, library.stat().st_mtime] if library else None,
+        }
+        return Cache(self.cache / "requests").get(request | surroundings, lambda: in_worker(request, library))

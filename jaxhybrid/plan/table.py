@@ -185,3 +185,15 @@ def recipe_table(planned: Planned, figures: Figures, topology: Topology) -> str:
             "compiling, checkpoints, evaluation, and selection by methods that measure.",
         ]
     )
+
+
+def suggestions_text(choices: Mapping[str, dict[str, Any] | None], topology: Topology) -> str:
+    """The fastest settings that fit, as they go on a command line."""
+    lines = [f"{topology}, the fastest of the meshes, recomputations and accumulations that fit:"]
+    for stage, choice in choices.items():
+        if choice is None:
+            lines.append(f"{stage}: none fits. Take a larger slice, or make the optimizer smaller (docs/memory.md).")
+            continue
+        settings = " ".join(f"{key}={value}" for key, value in choice["settings"].items())
+        lines.append(f"{stage}: {choice['milliseconds']:,.1f} ms a step, {choice['gib']:.2f} GiB: {settings}")
+    return "\n".join(lines)

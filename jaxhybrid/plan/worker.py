@@ -24,12 +24,13 @@ from jaxhybrid.model.partition import AnyMesh
 from jaxhybrid.plan.cache import Cache
 from jaxhybrid.plan.compiler import out_of_memory
 from jaxhybrid.plan.program import Program, Request
+from jaxhybrid.plan.suggest import ranked
 from jaxhybrid.plan.topology import Topology
 from jaxhybrid.settings.read import parse_config
 
 
-def figures(request: Request, topology: Topology, cache: Cache) -> dict[str, Any]:
-    """Of the traced program and, for TPUs, under `compiled` those of the compiler."""
+def figures(request: Request, topology: Topology, cache: Cache | None = None) -> dict[str, Any]:
+    """Of the traced program and, for TPUs and with a cache to keep them in, under `compiled` those of the compiler."""
     mesh = topology.mesh(request.config.mesh.sizes)
     with active(mesh):
         program = Program(request, mesh)
@@ -44,7 +45,7 @@ def figures(request: Request, topology: Topology, cache: Cache) -> dict[str, Any
             "flops": work.flops,
             "moved": work.moved,
         }
-        if isinstance(mesh, Mesh):
+        if cache is not None and isinstance(mesh, Mesh):
             versions = {name: version(name) for name in ("jax", "jaxlib")} | {"libtpu": libtpu_version(mesh)}
             key = {"program": program.key, "topology": str(topology), **versions}
             found["compiled"] = cache.get(key, lambda: compiled_figures(program))
@@ -89,10 +90,12 @@ def compiled_figures(program: Program) -> dict[str, Any]:
 def main() -> None:
     given = json.load(sys.stdin)
     try:
-        request = Request(
-            given["stage"], parse_config(given["config"]), given["teacher"], tuple(given["softmax_layers"])
-        )
-        answer = figures(request, Topology.parse(given["topology"]), Cache(Path(given["cache"])))
+        topology, kept = Topology.parse(given["topology"]), tuple(given["softmax_layers"])
+        request = Request(given["stage"], parse_config(given["config"]), given["teacher"], kept)
+        if given["suggest"]:
+            answer: dict[str, Any] = {"choices": ranked(request, topology, figures)}
+        else:
+            answer = figures(request, topology, Cache(Path(given["cache"])))
     except JaxHybridError as error:
         answer = {"error": str(error)}
     write_json(Path(sys.argv[1]), answer)
