@@ -13,10 +13,13 @@ from jaxhybrid import pipeline
 from jaxhybrid.files import remove
 from jaxhybrid.model.blueprint import Exact, is_variable
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.model.transformer import model_variables
+from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.pipeline import Pipeline
+from jaxhybrid.plan.program import Program, Request
 from jaxhybrid.selection import kl_guided
 from jaxhybrid.settings.read import load_config
+from jaxhybrid.settings.stages import STAGES
+from jaxhybrid.stages.programs import stage_program
 from jaxhybrid.stages.score import candidate_params
 from jaxhybrid.train.checkpoint import Checkpoints
 from jaxhybrid.weights.huggingface import load_teacher
@@ -178,3 +181,49 @@ def test_a_trained_student_is_rounded_once(watched):
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_plan_is_of_what_a_run_gives_to_its_step(unrounded, monkeypatch, stage):
+    """The very arguments in shape, type and place, and beside them what the stage holds."""
+    given = []
+
+    def recorded(*arguments):
+        def step(*arrays):
+            given.extend(arrays)
+            raise Reached
+
+        return step
+
+    run = unrounded.pipeline
+    for module in (pipeline, kl_guided):
+        monkeypatch.setattr(module, "stage_step", recorded)
+    monkeypatch.setattr(pipeline, "align_loss", lambda *given, **settings: jnp.zeros(3))
+    monkeypatch.setattr(kl_guided._Programs, "heldout_kl", lambda *given: 1.0)
+    monkeypatch.setattr(Pipeline, "_begins", lambda *given: True)
+    student = run.models.linear_config if stage in ("align", "score") else run.models.hybrid_config
+    with run:
+        with pytest.raises(Reached):
+            getattr(run, stage)()
+        _, planned = stage_program(stage, run.config, student, run.models.teacher_config, run.mesh)
+    ours, theirs = jax.tree.leaves(planned), jax.tree.leaves(tuple(given))
+    assert jax.tree.structure(tuple(given)) == jax.tree.structure(_with_folder(planned, run.models))
+    assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in theirs]
+    for own, real in zip(ours, theirs):
+        assert not real.ndim or own.sharding.is_equivalent_to(real.sharding, real.ndim)
+
+
+def _with_folder(arguments, models):
+    """A run's teacher knows where it came from."""
+    folder = str(models.teacher_files.folder)
+    return tuple(Model(x.params, x.config, folder) if isinstance(x, Model) else x for x in arguments)
+
+
+def test_a_plan_counts_what_scoring_holds(unrounded, monkeypatch):
+    monkeypatch.setattr(kl_guided._Programs, "heldout_kl", lambda *given: 1.0)
+    held, _ = unrounded.held_at(monkeypatch, kl_guided, "train", unrounded.pipeline.score)
+    keys = json.loads((unrounded.folder / "config.json").read_text())
+    run = unrounded.pipeline
+    with jax.set_mesh(run.mesh):
+        program = Program(Request("score", run.config, keys, ()), run.mesh)
+    assert_holds(held, sum(program.given_bytes.values()) - program.given_bytes["batch"], program.held_bytes)

@@ -1,0 +1,75 @@
+"""Which slices exist, and how their chips are joined."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.model.partition import MESH_AXES
+from jaxhybrid.plan.topology import CHIPS, Topology
+
+
+@pytest.mark.parametrize(
+    ("text", "chips", "devices", "wrap"),
+    [
+        ("v5p:4x4x4", 64, 64, (True, True, True)),
+        ("v5p:2x2x1", 4, 4, (False, False, False)),
+        ("v5p:2x4x4", 32, 32, (False, False, False)),
+        ("tpu7x:4x4x8", 128, 256, (True, True, True)),
+        ("v6e:8x16", 128, 128, (False, True)),
+        ("v5e:1x1", 1, 1, (False, False)),
+        ("v5e:16x16", 256, 256, (True, True)),
+    ],
+)
+def test_slices_that_exist(text, chips, devices, wrap):
+    topology = Topology.parse(text)
+    assert (topology.chips, topology.device_count, topology.wrap, str(topology)) == (chips, devices, wrap, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("v5e:32x16", "v5e has no such slice; there are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
+        ("v5p:4x4x6", "multiples of 4 in ascending order, up to 16x20x28"),
+        ("v5p:8x4x4", "ascending"),
+        ("v5p:16x24x28", "up to 16x20x28"),
+        ("v4:4x4", "2x2x1, 2x2x2, 2x2x4, 2x4x4"),
+        ("v5p-128", "'v5p-128' is not known; known are v4, v5e, v5p, v6e, tpu7x, h100, h200, b200"),
+        ("v6e:ax2", "no such slice"),
+        ("h100:6", "1, 2, 4, or a multiple of the 8 of a node"),
+        ("h200:4x4", "give the number of GPUs"),
+    ],
+)
+def test_others_are_refused_with_those_that_there_are(text, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        Topology.parse(text)
+
+
+def mesh_on(topology, shape):
+    """A mesh whose devices lie in the order of their coordinates."""
+    places = np.ndindex(*topology.sides)
+    devices = np.empty(topology.chips, object)
+    devices[:] = [SimpleNamespace(coords=place) for place in places]
+    sizes = dict(zip(MESH_AXES, shape))
+    return SimpleNamespace(devices=devices.reshape(shape), axis_names=MESH_AXES, shape=sizes)
+
+
+def test_links_of_a_torus():
+    topology, link = Topology.parse("v5p:4x4x4"), CHIPS["v5p"].link_gbps
+    mesh = mesh_on(topology, (1, 16, 1, 4))
+    assert topology.links(mesh, ["fsdp", "context"]) == {"gbps": 6 * link, "side": 4}  # three rings
+    assert topology.links(mesh, ["fsdp"]) == {"gbps": 4 * link, "side": 4}
+    assert topology.links(mesh, ["context"]) == {"gbps": 2 * link, "side": 4}
+    half = mesh_on(topology, (1, 32, 1, 2))  # two of the four of a ring: one link
+    assert topology.links(half, ["context"]) == {"gbps": link, "side": 2}
+    open_ended = Topology.parse("v5p:2x2x1")  # nothing goes round
+    assert open_ended.links(mesh_on(open_ended, (1, 4, 1, 1)), ["fsdp"]) == {"gbps": 2 * link, "side": 2}
+
+
+def test_gpus_of_several_nodes_meet_over_the_network():
+    topology, chip = Topology.parse("h100:16"), CHIPS["h100"]
+    mesh = topology.mesh({"data": 2, "fsdp": 8, "tensor": 1, "context": 1})
+    assert topology.links(mesh, ["fsdp"])["gbps"] == chip.link_gbps
+    assert topology.links(mesh, ["data"])["gbps"] == chip.network_gbps
