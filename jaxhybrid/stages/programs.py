@@ -87,5 +87,6 @@ def stage_program(
         return step, (state, frozen, batch)
     tokens = batch["tokens"]
     hidden = jax.ShapeDtypeStruct((*tokens.shape, teacher.hidden_size), dtype, sharding=tokens.sharding)
-    head = jax.eval_shape(lambda frozen: frozen.head, frozen)
+    stored = jax.eval_shape(lambda frozen: frozen.head, frozen)
+    head = jax.ShapeDtypeStruct(stored.shape, dtype, sharding=NamedSharding(mesh, stored.sharding.spec))
     return step, (state, jax.ShapeDtypeStruct((), jnp.int32), batch | {"teacher_hidden": hidden}, head)
