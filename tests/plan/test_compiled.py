@@ -3,6 +3,8 @@
 import json
 import time
 
+import pytest
+
 from jaxhybrid.plan.memory import Memory
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.plan.steps import Steps
@@ -18,6 +20,7 @@ KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_step_is_compiled_once_and_fits_as_the_compiler_says(tmp_path):
     (tmp_path / "teacher").mkdir()

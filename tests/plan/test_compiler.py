@@ -1,6 +1,7 @@
 """What a compiler says, and the process in which it says it."""
 
 import os
+import sys
 
 import pytest
 
@@ -41,8 +42,12 @@ def test_the_compilers_environment_stays_in_its_process(tmp_path):
     assert dict(os.environ) == before
 
 
-def test_a_worker_that_dies_says_why():
-    with pytest.raises(RunError, match=r"(?s)Planning align ended with code 1.*KeyError"):
+def test_a_worker_that_dies_says_why(monkeypatch, tmp_path):
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\necho 'KeyError: topology' >&2\nexit 3\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(dying))
+    with pytest.raises(RunError, match=r"(?s)Planning align ended with code 3.*KeyError: topology"):
         in_worker({"stage": "align"}, None)
 
 

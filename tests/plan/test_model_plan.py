@@ -17,18 +17,20 @@ from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.decode import initial_decode_state
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import model_variables
-from jaxhybrid.plan import serving, surgery
+from jaxhybrid.plan import serving, steps, surgery
 from jaxhybrid.plan.planned import Planned
+from jaxhybrid.plan.program import Request
 from jaxhybrid.plan.recipe import recipe
 from jaxhybrid.plan.roofline import HOP, links_seconds, roofline
 from jaxhybrid.plan.suggest import meshes, ranked
 from jaxhybrid.plan.surgery import OPEN
 from jaxhybrid.plan.table import markdown
 from jaxhybrid.plan.topology import CHIPS, Topology
-from jaxhybrid.settings.read import load_config
+from jaxhybrid.plan.worker import figures
+from jaxhybrid.settings.read import load_config, parse_config
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
-from tests.tiny import stage, write_config
+from tests.tiny import write_config
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
@@ -65,7 +67,7 @@ def test_what_a_linear_layer_takes_is_what_conversion_gives_it(plan_of):
     planned = plan_of("select.method=explicit", "select.layers=[2]", "select.budget=1")
     found = surgery.surgery(planned)
     assert found.layers == ("gated_deltanet", "gated_deltanet", FULL_ATTENTION, "gated_deltanet")
-    teacher = make_teacher(vocab_size=320)
+    teacher = make_teacher(vocab_size=320, tie_embeddings=True)
     student = convert(teacher, found.layers, GatedDeltaNetConfig(), jax.random.key(0))
     own, attention = student.params["mixers"]["gated_deltanet"], teacher.params["mixers"][FULL_ATTENTION]
     for name, copies in found.taken.items():
@@ -133,8 +135,6 @@ def test_what_bounds_a_step():
 
 
 def test_suggestions_take_the_least_accumulation_that_fits(plan_of):
-    from jaxhybrid.plan.program import Request
-
     topology, planned = Topology.parse("v5e:2x2"), plan_of()
     config = planned.config.model_copy(update={"distill": planned.config.distill.model_copy(update={"batch_size": 16})})
 
@@ -209,12 +209,20 @@ def test_help_has_an_example():
 
 
 def test_a_gpu_is_planned_by_an_estimate(monkeypatch, capsys, config_file, tmp_path):
+    def here(request, libtpu):
+        assert libtpu is None
+        config, kept = parse_config(request["config"]), tuple(request["softmax_layers"])
+        wanted = Request(request["stage"], config, request["teacher"], kept)
+        return figures(wanted, Topology.parse(request["topology"]))
+
+    monkeypatch.setattr(steps, "in_worker", here)
     monkeypatch.setenv("JAXHYBRID_PLAN_CACHE", str(tmp_path / "plans"))
-    arguments = (config_file, "--topology", "h200:2", "--stage", "finetune")
-    code, said = run_verb(monkeypatch, capsys, *arguments)
+    given = "--topology", "h200:2", "--stage", "finetune"
+    code, said = run_verb(monkeypatch, capsys, config_file, *given)
     assert code == 0, said.err
     assert "h200:2, 2 chips, mesh fsdp: 2. Memory in GiB of a device, an estimate" in said.out
-    code, said = run_verb(monkeypatch, capsys, config_file, f"finetune={stage(batch_size=3, tokens=3 * 64)}",
-                          "--topology", "h200:2", "--stage", "finetune")  # fmt: skip
+    row = re.search(r"^\| finetune \|.* yes ", said.out, re.MULTILINE)
+    assert row
+    code, said = run_verb(monkeypatch, capsys, config_file, "finetune.batch_size=3", *given)
     assert code == 2
     assert "batch_size=3 does not divide over 1 microbatches x 2 devices" in said.err
