@@ -190,7 +190,8 @@ class Study:
     @cache  # noqa: B019 - a study lives as long as its program
     def distiller(self, stage: Any, tokens: int, size: int) -> Callable[[Layers, int], Model]:
         """Gives the student of a set after training on the KL with a seed."""
-        length = self.train["tokens"].shape[1]
+        rows, length = self.train["tokens"].shape
+        size = min(size, rows)
         steps = max(tokens // (size * length), 1)
         changes = {"tokens": steps * size * length, "batch_size": size, "sequence_length": length}
         settings = stage.model_copy(update=changes | {"warmup_steps": min(stage.warmup_steps, steps // 10)})
