@@ -12,8 +12,8 @@ softmax is a traced mask.
 
 A finished measurement is a line of `--records`; what is there already is not done again, so a study can be made in
 pieces (`--minutes`). With a run folder whose align stage is done, instead of a config, its mixers are taken.
-A method is NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true. `kl_guided` takes
-`--score-tokens` of training for each layer's candidate.
+A method is NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true; text=long lets it
+choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's candidate.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from jaxhybrid.selection.rounds import RoundLog
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.select import SelectConfig
+from jaxhybrid.settings.types import Section
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
 from jaxhybrid.stages.score import masked_kl
@@ -91,21 +92,23 @@ class Study:
         self.teacher, self.parameters = models.frozen_teacher, count_parameters(model_variables(models.teacher_config))
         self.train, heldout = rows.text("train"), rows.text("heldout")
         size, length = options.batch_size, heldout["tokens"].shape[1]
-        batches, long = batches_of(heldout, size), batches_of(rows.text("long"), options.long_batch)
+        batches = batches_of(heldout, size)
+        long, choose_long = (batches_of(rows.text(part), options.long_batch) for part in ("long", "choose_long"))
         count = -(-options.tokens // (size * length))
         if count >= len(batches):
             raise SystemExit(
                 f"error: --tokens {options.tokens:,} leave none of the {len(batches)} held-out batches of {size} rows "
                 "to compare on. Give more held-out rows, fewer --tokens or a smaller --batch-size."
             )
-        self.measure = {"tokens": count * size * length, "sequence_length": length, "batch_size": size}
         self.student = self._student()
-        text, asked = batches[:count], batches_of(rows.prompts_to_choose_by, size)
-        self.asked = asked * -(-count // len(asked))  # as many batches of prompts as of text
-        self.chosen_on = self._masked([(1.0, text)])
+        of_long = -(-options.tokens // choose_long[0]["tokens"].size)
+        self.texts = {"short": batches[:count], "long": choose_long[:of_long]}
+        asked = batches_of(rows.prompts_to_choose_by, size)
+        self.asked = (asked * -(-count // len(asked)))[:count]  # as many batches of prompts as of text
+        self.chosen_on = self._masked([(1.0, self.texts["short"])])
         self.compared_on = self._masked([(1.0, batches[count:][: options.test_batches])])
         self.long = self._masked([(1.0, long)])
-        self.text, self.loss_rows = text, place_batch(batches[0], self.mesh)
+        self.loss_rows = place_batch(batches[0], self.mesh)
 
     def _masked(self, texts: Any) -> MaskedStudent:
         return MaskedStudent(self.teacher, self.student, texts, self.mesh, self.dtype, self.options.kl_chunk)
@@ -147,13 +150,14 @@ class Study:
         name, _, given = method.partition(":")
         pairs = (pair.partition("=") for pair in given.split(",") if pair)
         own = {key: yaml.safe_load(value) for key, _, value in pairs}
-        select: dict[str, Any] = {"method": name, "budget": budget, "measure": self.measure}
-        has_section = name in SelectConfig.model_fields
+        text = self.texts[own.pop("text", "short")]
+        rows, length = text[0]["tokens"].shape
+        measure = {"tokens": len(text) * rows * length, "sequence_length": length, "batch_size": rows}
+        select: dict[str, Any] = {"method": name, "budget": budget, "measure": measure}
+        has_section = isinstance(getattr(SelectConfig(), name, None), Section)
         settings = SelectConfig(**select | ({name: own} if has_section else own))
         share = own.get("recall", 0.0)
-        masked = (
-            self._masked([(1 - share, self.text), (share, self.asked)]) if share else self.chosen_on.of(self.student)
-        )
+        masked = self._masked([(1 - share, text), (share, self.asked[: len(text)])] if share else [(1.0, text)])
         return choose(
             Given(
                 self.depth,
@@ -328,7 +332,7 @@ def main() -> None:
             "teacher": config.name,
             "align_tokens": options.align_tokens,
             "align_seed": options.align_seed,
-            "chosen_on": study.measure["tokens"],
+            "chosen_on": options.tokens,
             "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
         }
         run(study, options, Records(options.records, common))

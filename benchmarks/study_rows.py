@@ -3,11 +3,13 @@
     python benchmarks/study_rows.py CONFIG.yaml rows.npz [KEY=VALUE]...
 
 Writes int arrays: `train` and `heldout` [rows,T] with `train_segments` and `heldout_segments` (0: padding); `long`
-[rows,L], each a single document; and for every number of pairs the prompts of the recall probe that the evaluation asks
-(`recall_4_tokens`, ...), and others to choose by (`choose_tokens`, ...).
+[rows,L], each a single held-out document, and `choose_long`, such rows of the training text to choose by; and for every
+number of pairs the prompts of the recall probe that the evaluation asks (`recall_4_tokens`, ...), and others to choose
+by (`choose_tokens`, ...).
 """
 
 import argparse
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,6 @@ from typing import Any
 import numpy as np
 
 from jaxhybrid.assembly import RunModels
-from jaxhybrid.data import open_text
-from jaxhybrid.evaluate.recall_prompts import RecallTask, answer_batches, recall_task
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.run_folder import RunFolder, folder_of
 from jaxhybrid.settings.read import load_config
@@ -34,7 +34,7 @@ class StudyRows:
         self.pairs = sorted(int(name.split("_")[1]) for name in self._arrays if name.endswith("_places"))
 
     def text(self, part: str) -> Rows:
-        """`tokens` and `segment_ids` of the part train, heldout or long."""
+        """`tokens` and `segment_ids` of the part train, heldout, long or choose_long."""
         tokens = self._arrays[part].astype(np.int32)
         segments = self._arrays.get(f"{part}_segments", np.ones_like(tokens))
         return {"tokens": tokens, "segment_ids": segments.astype(np.int32)}
@@ -56,6 +56,10 @@ def batches_of(rows: Rows, size: int, order: np.ndarray | None = None) -> list[R
 
 
 def main() -> None:
+    # Only here: who reads such a file has none of the packages that these want.
+    from jaxhybrid.data import open_text
+    from jaxhybrid.evaluate.recall_prompts import answer_batches, recall_task
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("rows", type=Path)
@@ -84,23 +88,27 @@ def main() -> None:
         rows = list(batches)
         arrays[part] = _small(np.concatenate([batch["tokens"] for batch in rows]))
         arrays[f"{part}_segments"] = np.concatenate([batch["segment_ids"] for batch in rows]).astype(np.uint8)
-    arrays["long"] = _small(_single_documents(text, options.long_length, options.long_rows, options.heldout_tokens))
+    size, count = options.long_length, options.long_rows
+    held = islice(text.heldout_batches(size, 1, text.heldout.num_tokens), -(-options.heldout_tokens // size), None)
+    arrays["long"] = _single_documents(held, count)
+    arrays["choose_long"] = _single_documents(
+        text.training_batches(stage.model_copy(update={"sequence_length": size, "batch_size": 1}), config.seed), count
+    )
     for pairs in options.pairs:
         task = recall_task(text.vocabulary, pairs, prompts=options.prompts)
         arrays |= {f"recall_{pairs}_{name}": getattr(task, name) for name in ("tokens", "places", "answers")}
     # Of another seed than those that are asked.
-    chosen_by: RecallTask = recall_task(text.vocabulary, options.choose_pairs, prompts=options.choose_prompts, seed=1)
+    chosen_by = recall_task(text.vocabulary, options.choose_pairs, prompts=options.choose_prompts, seed=1)
     (batch,) = answer_batches(chosen_by, options.choose_prompts)
     arrays |= {f"choose_{name}": array for name, array in batch.items()}
     np.savez_compressed(options.rows, **arrays)
     print(f"wrote {options.rows}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 
 
-def _single_documents(text: Any, length: int, count: int, after: int) -> np.ndarray:
-    """Held-out rows of one document each, from its beginning or not, `after` so many tokens."""
-    batches = text.heldout_batches(length, 1, text.heldout.num_tokens)
-    whole = (b for b in islice(batches, -(-after // length), None) if (b["segment_ids"] == 1).all())
-    return np.concatenate([batch["tokens"] for batch in islice(whole, count)])
+def _single_documents(batches: Iterable[Rows], count: int) -> np.ndarray:
+    """Rows of one document each, from its beginning or not, of batches of one row."""
+    whole = (batch for batch in batches if (batch["segment_ids"] == 1).all())
+    return _small(np.concatenate([batch["tokens"] for batch in islice(whole, count)]))
 
 
 def _small(tokens: np.ndarray) -> np.ndarray:
