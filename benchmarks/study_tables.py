@@ -2,9 +2,9 @@
 
     python benchmarks/study_tables.py docs/study/smollm2-135m.jsonl --plot docs/images/study-smollm2.png
 
-Intervals: of several orders of the training rows, Student's t over them; of recall, a binomial one over answers (which
-are not independent within a prompt: read it as a lower bound of the uncertainty). "predicts" is Spearman's rank
-correlation over all distilled sets of a budget, and the KL that is lost by taking the set that looks best.
+Of three or more orders of the training rows: mean and Student's interval of 95 %. "before distillation" tells how well
+a figure of the untrained set orders all distilled sets of a budget (Spearman's rank correlation), and what is lost by
+taking the set that looks best by it.
 """
 
 import argparse
@@ -126,9 +126,7 @@ def plot(found: Measured, path: Path) -> None:
     for budget, colour in zip(found.budgets(), ("tab:blue", "tab:orange", "tab:green")):
         sets = [layers for layers in found.sets(budget) if found.distilled[layers]]
         kl = [found.kl(layers) for layers in sets]
-        middle = found.pairs[len(found.pairs) // 2]
-        depth = len(found.reference["teacher"].get("layers", [])) or None
-        label = f"{budget} layers softmax" + (f" of {depth}" if depth else "")
+        middle, label = found.pairs[len(found.pairs) // 2], f"{budget} layers softmax"
         axes[0].scatter([found.untrained[layers]["kl"] for layers in sets], kl, c=colour, label=label)
         axes[1].scatter(kl, [100 * found.right(layers, middle) for layers in sets], c=colour, label=label)
         for layers, choices in found.sets(budget).items():
@@ -146,8 +144,8 @@ def plot(found: Measured, path: Path) -> None:
 def _mean(values: list[float]) -> str:
     if not values:
         return ""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
+    if len(values) < 3:
+        return ", ".join(f"{value:.3f}" for value in values)
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return f"{np.mean(values):.3f} ± {half:.3f} ({len(values)})"
 
