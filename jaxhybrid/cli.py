@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -269,6 +269,56 @@ def inspect(
         print(json.dumps(found, indent=2))
     else:
         print_run(found)
+
+
+@app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    on: Annotated[
+        Literal["gke", "tpu-vm", "slurm"],
+        typer.Option(help="Google Kubernetes Engine, TPU VMs as a queued resource, or Slurm with GPUs."),
+    ] = "gke",
+    topology: Annotated[
+        str, typer.Option(help="A TPU slice as KIND:CHIPS, or GPU nodes as KIND:NODESxGPUS (h100:2x8).")
+    ] = "v5p:4x4x4",
+    slices: Annotated[
+        int, typer.Option(min=1, help="TPU slices, joined by the network; mesh.data goes over them.")
+    ] = 1,
+    zone: Annotated[str | None, typer.Option(help="Google Cloud zone that has such TPUs, such as us-east5-a.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Name of the container image; its Dockerfile is among the files.")
+    ] = None,
+    bucket: Annotated[str | None, typer.Option(help="Cloud Storage bucket for results, mounted on every host.")] = None,
+    nfs: Annotated[
+        str | None, typer.Option(help="Instead of a bucket: SERVER:/PATH of Filestore or another NFS server.")
+    ] = None,
+    spot: Annotated[
+        bool, typer.Option("--spot", help="TPUs at a lower price that may be taken away at any time.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for the files; default launch/NAME.")] = None,
+) -> None:
+    """Files that start a run on a TPU slice or on GPU nodes, to look at and to run; docs/launch.md is the guide.
+
+    Writes them and starts nothing.
+    """
+    settings = read_settings(config, overrides)
+    from jaxhybrid.launch.job import cloud_job, slurm_job
+    from jaxhybrid.launch.slices import find_slice
+    from jaxhybrid.launch.write import write_job
+
+    where = find_slice(topology)
+    if on == "slurm":
+        given = {"--slices": slices != 1, "--zone": zone, "--image": image, "--bucket": bucket, "--nfs": nfs}
+        if unused := [option for option, value in (given | {"--spot": spot}).items() if value]:
+            raise ConfigError(f"{', '.join(unused)}: not for --on slurm; leave it out.")
+        job = slurm_job(settings, where)
+    else:
+        job = cloud_job(settings, where, slices, image=image, bucket=bucket, nfs=nfs, zone=zone, spot=spot)
+    folder = output or Path("launch") / settings.name
+    for path in write_job(job, on, folder):
+        print(path)
+    print(f"next: read {folder}/{'job.sh' if on == 'slurm' else 'pod.sh'}, which says at its head how it is started")
 
 
 @app.command("settings")

@@ -13,12 +13,7 @@ CONFIG_FOLDER = "/etc/jaxhybrid"
 GRACE_SECONDS = 300  # from SIGTERM to SIGKILL, to write a checkpoint; spot VMs have 15 s whatever is written here
 RESTARTS = 5  # after what is neither a stop nor a lost host
 # What one host has written the others see at once; on large machines the default is that they never look again.
-FUSE_OPTIONS = (
-    "implicit-dirs",
-    "metadata-cache:ttl-secs:0",
-    "metadata-cache:negative-ttl-secs:0",
-    "file-system:kernel-list-cache-ttl-secs:0",
-)
+FUSE_OPTIONS = ("implicit-dirs", "metadata-cache:ttl-secs:0", "metadata-cache:negative-ttl-secs:0")
 
 
 def jobset(job: Job) -> str:
