@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jaxhybrid.errors import ConfigError, JaxHybridError
+from jaxhybrid.errors import EXIT_PUT_RIGHT, ConfigError, JaxHybridError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -282,9 +282,7 @@ def launch(
     topology: Annotated[
         str, typer.Option(help="A TPU slice as KIND:CHIPS, or GPU nodes as KIND:NODESxGPUS (h100:2x8).")
     ] = "v5p:4x4x4",
-    slices: Annotated[
-        int, typer.Option(min=1, help="TPU slices, joined by the network; mesh.data goes over them.")
-    ] = 1,
+    slices: Annotated[int, typer.Option(min=1, help="TPU slices, joined by the network; mesh.data spans them.")] = 1,
     zone: Annotated[str | None, typer.Option(help="Google Cloud zone that has such TPUs, such as us-east5-a.")] = None,
     image: Annotated[
         str | None, typer.Option(help="Name of the container image; its Dockerfile is among the files.")
@@ -347,7 +345,7 @@ def parse_candidates(text: str, depth: int) -> range | None:
 
 
 def main() -> None:
-    """Entry point: an error the user can act on is one message and exit code 2 (128 + n after a signal)."""
+    """Entry point: an error the user can act on is one message and exit code 2 (128 + n after a signal; 75: docs/hosts.md)."""
     # orbax tells every step of a save, and a failed one with several stack traces before it raises the error itself.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
@@ -358,7 +356,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         else:
             print("error: the log of the first process says why all of them end", file=sys.stderr)
-        _leave(getattr(error, "exit_code", 2), error)
+        _leave(getattr(error, "exit_code", EXIT_PUT_RIGHT), error)
     except SystemExit as end:  # typer's, of a whole command too
         if end.code:
             _leave(end.code, end)

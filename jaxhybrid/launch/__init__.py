@@ -1,1 +1,1 @@
-"""Files that start a run on machines with many accelerators: one description of the job, one writer for each launcher."""
+"""Files that start a run on many accelerators: one description of the job, one writer for each launcher."""

@@ -1,10 +1,11 @@
-"""A job as a JobSet for Google Kubernetes Engine: one replicated job, one slice to each of its jobs, one pod to a VM."""
+"""A job as a JobSet for Google Kubernetes Engine: one job for each slice, one pod for each VM."""
 
 from typing import Any
 
 import yaml
 
-from jaxhybrid.launch.job import EXIT_CODE_TO_STOP, EXIT_CODES_TO_GO_ON, MOUNT, Bucket, Job
+from jaxhybrid.errors import EXIT_PUT_RIGHT
+from jaxhybrid.launch.job import GO_ON, MOUNT, Bucket, Job
 from jaxhybrid.settings.read import to_yaml
 
 ACCOUNT = "jaxhybrid"  # Kubernetes service account that may use the bucket
@@ -58,8 +59,8 @@ def _jobset(job: Job) -> dict[str, Any]:
             "failurePolicy": {
                 "maxRestarts": RESTARTS,
                 "rules": [
-                    _rule("putRight", "FailJobSet", STOP),
-                    _rule("goOn", "RestartJobSetAndIgnoreMaxRestarts", *GO_ON),
+                    _rule("putRight", "FailJobSet", _PUT_RIGHT),
+                    _rule("goOn", "RestartJobSetAndIgnoreMaxRestarts", *_ENDED),
                 ],
             },
             "replicatedJobs": [{"name": "slice", "replicas": job.slices, "template": {"spec": _job(job)}}],
@@ -68,7 +69,7 @@ def _jobset(job: Job) -> dict[str, Any]:
 
 
 # The rules of a job by which a pod's end is told to the JobSet; their numbers are in the messages of failed jobs.
-STOP, *GO_ON = range(3)
+_PUT_RIGHT, *_ENDED = range(3)
 
 
 def _pod_rules() -> list[dict[str, Any]]:
@@ -76,8 +77,8 @@ def _pod_rules() -> list[dict[str, Any]]:
         return {"containerName": CONTAINER, "operator": "In", "values": list(codes)}
 
     return [
-        {"action": "FailJob", "onExitCodes": ended_with(EXIT_CODE_TO_STOP)},
-        {"action": "FailJob", "onExitCodes": ended_with(*EXIT_CODES_TO_GO_ON)},
+        {"action": "FailJob", "onExitCodes": ended_with(EXIT_PUT_RIGHT)},
+        {"action": "FailJob", "onExitCodes": ended_with(*GO_ON)},
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
 

@@ -2,19 +2,19 @@
 
 import math
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxhybrid.errors import ConfigError, TopologyError
+from jaxhybrid.errors import EXIT_TRY_AGAIN, ConfigError, TopologyError
 from jaxhybrid.launch.slices import Slice
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
 
 MOUNT = "/mnt/runs"  # where the storage is on every host of a cloud
 LONGEST_NAME = 40  # Kubernetes makes names of pods of it, which have 63 characters
-EXIT_CODES_TO_GO_ON = (75, 134, 143)  # not all came, a host was lost, SIGTERM: docs/hosts.md
-EXIT_CODE_TO_STOP = 2  # what a person has to put right
+GO_ON = (EXIT_TRY_AGAIN, 128 + signal.SIGABRT, 128 + signal.SIGTERM)  # exit codes: also a lost host, a preemption
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jaxhybrid.errors import RunError, TopologyError
+from jaxhybrid.errors import EXIT_PUT_RIGHT, RunError, TopologyError
 from jaxhybrid.files import make_folder, write_text
 from jaxhybrid.launch.gke import ACCOUNT, CONTAINER, FUSE_OPTIONS, jobset
-from jaxhybrid.launch.job import EXIT_CODE_TO_STOP, EXIT_CODES_TO_GO_ON, MOUNT, Bucket, Job
+from jaxhybrid.launch.job import GO_ON, MOUNT, Bucket, Job
 from jaxhybrid.settings.read import to_yaml
 
 Launcher = Literal["gke", "tpu-vm", "slurm"]
@@ -25,7 +25,7 @@ def write_job(job: Job, launcher: Launcher, folder: Path) -> list[Path]:
         RunError: the folder holds something else, or cannot be written.
     """
     texts = _WRITERS[launcher](job, folder)
-    others = sorted(set(entry.name for entry in folder.iterdir()) - FILES) if folder.is_dir() else []
+    others = sorted({entry.name for entry in folder.iterdir()} - FILES) if folder.is_dir() else []
     if others:
         raise RunError(f"{folder} holds {', '.join(others[:3])}, which no launch has written; {WAY_OUT}.")
     make_folder(folder, WAY_OUT)
@@ -62,7 +62,7 @@ def _tpu_vm(job: Job, folder: Path) -> dict[str, str]:
             request=_request(job),
             fuse_options=mount,
             inspected="{{.State.Status}} {{.State.ExitCode}}",
-            go_on=" | ".join(f'*" {code} "*' for code in EXIT_CODES_TO_GO_ON),
+            go_on=" | ".join(f'*" {code} "*' for code in GO_ON),
         ),
         "Dockerfile": _render("Dockerfile", job, folder=folder),
     }
@@ -73,7 +73,7 @@ def _slurm(job: Job, folder: Path) -> dict[str, str]:
     return {
         "config.yaml": to_yaml(job.config),
         "job.sh": _render(
-            "slurm.sh", job, folder=shlex.quote(str(folder.absolute())), go_on=" | ".join(map(str, EXIT_CODES_TO_GO_ON))
+            "slurm.sh", job, folder=shlex.quote(str(folder.absolute())), go_on=" | ".join(map(str, GO_ON))
         ),
     }
 
@@ -85,11 +85,9 @@ def _request(job: Job) -> list[str]:
     """Options of `gcloud compute tpus queued-resources create`."""
     tpu = job.slice.tpu
     assert tpu is not None
-    nodes = (
-        ["--node-id", '"$NAME"'] if job.slices == 1 else ["--node-count", str(job.slices), "--node-prefix", '"$NAME"']
-    )
+    one, several = ["--node-id", '"$NAME"'], ["--node-count", str(job.slices), "--node-prefix", '"$NAME"']
     kind = ["--type", tpu.kind, "--topology", job.slice.shape, "--runtime-version", tpu.runtime]
-    return [*kind, *nodes, *["--spot"] * job.spot]
+    return kind + (one if job.slices == 1 else several) + ["--spot"] * job.spot
 
 
 def _node_pool(job: Job) -> list[str]:
@@ -117,7 +115,7 @@ def _render(name: str, job: Job, **values: Any) -> str:
         "bucket": job.storage.name if isinstance(job.storage, Bucket) else "",
         "needs_policy": _needs_policy(job),
         "mount": MOUNT,
-        "stop": EXIT_CODE_TO_STOP,
+        "stop": EXIT_PUT_RIGHT,
         **values,
     }
     return _TEMPLATES.get_template(f"{name}.j2").render(given)
