@@ -345,7 +345,7 @@ def parse_candidates(text: str, depth: int) -> range | None:
 
 
 def main() -> None:
-    """Entry point: an error the user can act on is one message and exit code 2 (128 + n after a signal; 75: docs/hosts.md)."""
+    """Entry point: an error the user can act on is one message and exit code 2 (else: docs/hosts.md)."""
     # orbax tells every step of a save, and a failed one with several stack traces before it raises the error itself.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
