@@ -36,7 +36,12 @@ class Machine:
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "PROJECT": "mine", "POLL_SECONDS": "0"} | environment
         return subprocess.run(
-            ["bash", *map(str, arguments)], env=environment, cwd=self.folder, capture_output=True, text=True, timeout=120
+            ["bash", *map(str, arguments)],
+            env=environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     def calls(self, *parts: str) -> list[str]:
