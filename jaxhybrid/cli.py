@@ -280,7 +280,7 @@ def launch(
         typer.Option(help="Google Kubernetes Engine, TPU VMs as a queued resource, or Slurm with GPUs."),
     ] = "gke",
     topology: Annotated[
-        str, typer.Option(help="A TPU slice as KIND:CHIPS, or GPU nodes as KIND:NODESxGPUS (h100:2x8).")
+        str, typer.Option(help="A TPU slice as KIND:CHIPS, or GPUs as h100:16 (nodes of 8) or h100:4x4.")
     ] = "v5p:4x4x4",
     slices: Annotated[int, typer.Option(min=1, help="TPU slices, joined by the network; mesh.data spans them.")] = 1,
     zone: Annotated[str | None, typer.Option(help="Google Cloud zone that has such TPUs, such as us-east5-a.")] = None,

@@ -1,4 +1,4 @@
-"""What launchers have to know of TPU slices and GPU nodes, by topology name: `v5p:4x4x4`, `h100:2x8`.
+"""What launchers have to know of TPU slices and GPU nodes, by topology name: `v5p:4x4x4`, `h100:16`.
 
 Sources: Google Cloud's pages on TPUs in GKE and on queued resources, as stored in 2025 and 2026. What is here has not
 been tried on a cloud.
@@ -32,6 +32,7 @@ TPUS = {
     "tpu7x": Generation("tpu7x", "tpu7x-standard-", 3, 9216, devices_per_chip=2),
 }
 GPUS = ("a100", "h100", "h200", "b200")
+GPUS_OF_A_NODE = 8
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # slices of a two-dimensional torus
 SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of a three-dimensional one, where it is no multiple of 4 on all axes
 CHIPS_OF_A_VM = 4  # but where the whole slice is one VM
@@ -44,7 +45,7 @@ class Slice:
 
     name: str  # v5p:4x4x4
     tpu: Generation | None  # None: GPUs
-    shape: str  # 4x4x4 chips, or 2x8: nodes x GPUs of a node
+    shape: str  # 4x4x4 chips; of GPUs 16, or 2x8: nodes x GPUs of a node
     hosts: int
     per_host: int  # chips or GPUs
 
@@ -66,10 +67,16 @@ def find_slice(name: str) -> Slice:
         TopologyError: there is no such slice; names those that there are.
     """
     kind, _, shape = name.partition(":")
-    sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape) else []
+    sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else []
     if kind in GPUS:
+        if len(sizes) == 1:
+            per_node = min(sizes[0], GPUS_OF_A_NODE)
+            sizes = [sizes[0] // per_node, per_node] if sizes[0] % per_node == 0 else []
         if len(sizes) != 2:
-            raise TopologyError(f"Topology {name!r}: GPUs are {kind}:NODESxGPUS, for example {kind}:2x8.")
+            raise TopologyError(
+                f"Topology {name!r}: GPUs are so many, in nodes of {GPUS_OF_A_NODE} ({kind}:16), or "
+                f"{kind}:NODESxGPUS ({kind}:4x4)."
+            )
         return Slice(name, None, shape, *sizes)
     if kind not in TPUS:
         raise TopologyError(f"Topology {name!r} is of no known kind; known are {', '.join((*TPUS, *GPUS))}: v5p:4x4x4.")

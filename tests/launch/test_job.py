@@ -25,7 +25,9 @@ from tests.launch.jobs import RECIPE, make_job
         ("v6e:8x8", 16, 4, 64),
         ("v5e:16x16", 64, 4, 256),
         ("tpu7x:4x4x4", 16, 4, 128),
-        ("h100:2x8", 2, 8, 16),
+        ("h100:16", 2, 8, 16),
+        ("h100:4", 1, 4, 4),
+        ("h200:4x4", 4, 4, 16),
     ],
 )
 def test_slices(name, hosts, per_host, devices):
@@ -52,7 +54,8 @@ def test_every_slice_is_whole_machines():
         ("v5e:32x16", ["no such slice of v5e", "16x16"]),
         ("v6e:2x2x2", ["no such slice of v6e"]),
         ("v9:2x2", ["'v9:2x2' is of no known kind", "v6e"]),
-        ("h100:8", ["h100:NODESxGPUS"]),
+        ("h100:12", ["nodes of 8", "h100:NODESxGPUS"]),
+        ("h100:2x8x1", ["h100:NODESxGPUS"]),
     ],
 )
 def test_slices_that_there_are_not(name, parts):

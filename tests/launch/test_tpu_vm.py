@@ -118,9 +118,8 @@ def test_each_slice_is_a_node(machine):
     assert did == ["create", *["docker run"] * 3, "delete"]
     (create,) = machine.calls("queued-resources create")
     assert "--node-count 3 --node-prefix llama-3-2-3b-instruct" in create
-    started = machine.calls("docker run")
     assert {call.split()[5] for call in machine.calls("tpu-vm ssh")} == {f"llama-3-2-3b-instruct-{n}" for n in range(3)}
-    assert all(f"{IMAGE} run /etc/jaxhybrid/config.yaml" in "\n".join(machine.calls("")) for _ in started)
+    assert len(machine.calls(f"{IMAGE} run /etc/jaxhybrid/config.yaml")) == 3
 
 
 @pytest.mark.parametrize("given", [{}, {"bucket": None, "nfs": "10.0.0.2:/runs"}])
