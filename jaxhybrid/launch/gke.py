@@ -107,10 +107,9 @@ def _job(job: Job) -> dict[str, Any]:
 
 
 def _pod(job: Job) -> dict[str, Any]:
-    assert job.slice.tpu is not None
     tolerations = [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]
     selector = {
-        "cloud.google.com/gke-tpu-accelerator": job.slice.tpu.accelerator,
+        "cloud.google.com/gke-tpu-accelerator": job.tpu.accelerator,
         "cloud.google.com/gke-tpu-topology": job.slice.shape,
     }
     if job.spot:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxhybrid.errors import EXIT_TRY_AGAIN, ConfigError, TopologyError
-from jaxhybrid.launch.slices import Slice
+from jaxhybrid.launch.slices import Generation, Slice
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
 
 MOUNT = "/mnt/runs"  # where the storage is on every host of a cloud
-LONGEST_NAME = 40  # Kubernetes makes names of pods of it, which have 63 characters
+LONGEST_NAME = 36  # names of node pools, which have a number besides, have at most 40 characters
 GO_ON = (EXIT_TRY_AGAIN, 128 + signal.SIGABRT, 128 + signal.SIGTERM)  # exit codes: also a lost host, a preemption
 
 
@@ -44,6 +44,12 @@ class Job:
     storage: Bucket | Nfs | None = None  # None: the cluster's own disk, which all nodes see
     zone: str = ""
     spot: bool = False
+
+    @property
+    def tpu(self) -> Generation:
+        """The kind of TPU; jobs on a cloud have one."""
+        assert self.slice.tpu is not None
+        return self.slice.tpu
 
     @property
     def region(self) -> str:
@@ -84,12 +90,10 @@ def cloud_job(
     else:
         server, _, path = _given(nfs, "--nfs", r"[A-Za-z0-9.-]+:/[\w./-]*", "10.0.0.2:/runs").partition(":")
         storage = Nfs(server, path)
-    name = _name(config.name)
-    places = {"run_dir": f"{MOUNT}/{config.name}"}
     data = config.data.model_copy(update={"cache_dir": f"{MOUNT}/tokens"})
-    there = config.model_copy(update={**places, "data": data})
+    there = config.model_copy(update={"run_dir": f"{MOUNT}/{config.name}", "data": data})
     _check_paths(there)
-    job = Job(name, there, where, slices, image, storage, zone, spot)
+    job = Job(_name(config.name), there, where, slices, image, storage, zone, spot)
     _check_mesh(job)
     return job
 

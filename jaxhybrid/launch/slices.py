@@ -54,11 +54,6 @@ class Slice:
         """As JAX counts them."""
         return self.hosts * self.per_host * (self.tpu.devices_per_chip if self.tpu else 1)
 
-    @property
-    def accelerators(self) -> str:
-        """'64 chips'."""
-        return f"{self.hosts * self.per_host} {'chips' if self.tpu else 'GPUs'}"
-
 
 def find_slice(name: str) -> Slice:
     """The slice called `name`.

@@ -40,14 +40,20 @@ def _gke(job: Job, folder: Path) -> dict[str, str]:
     return {
         "config.yaml": to_yaml(job.config),
         "jobset.yaml": jobset(job),
-        "pod.sh": _render("gke.sh", job, machine=_node_pool(job), account=ACCOUNT, container=CONTAINER),
+        "pod.sh": _render(
+            "gke.sh",
+            job,
+            machine=_node_pool(job),
+            needs_policy=_needs_policy(job),
+            account=ACCOUNT,
+            container=CONTAINER,
+        ),
         "Dockerfile": _render("Dockerfile", job, folder=folder),
     }
 
 
 def _tpu_vm(job: Job, folder: Path) -> dict[str, str]:
-    assert job.slice.tpu is not None
-    if not job.slice.tpu.kind:
+    if not job.tpu.kind:
         raise TopologyError(f"Topology {job.slice.name}: there are no TPU VMs of it; use --on gke.")
     nodes = [job.name] if job.slices == 1 else [f"{job.name}-{number}" for number in range(job.slices)]
     # gcsfuse's own spelling of what its driver in GKE takes: metadata-cache:ttl-secs:0 -> --metadata-cache-ttl-secs=0
@@ -83,37 +89,32 @@ _WRITERS = {"gke": _gke, "tpu-vm": _tpu_vm, "slurm": _slurm}
 
 def _request(job: Job) -> list[str]:
     """Options of `gcloud compute tpus queued-resources create`."""
-    tpu = job.slice.tpu
-    assert tpu is not None
     one, several = ["--node-id", '"$NAME"'], ["--node-count", str(job.slices), "--node-prefix", '"$NAME"']
-    kind = ["--type", tpu.kind, "--topology", job.slice.shape, "--runtime-version", tpu.runtime]
+    kind = ["--type", job.tpu.kind, "--topology", job.slice.shape, "--runtime-version", job.tpu.runtime]
     return kind + (one if job.slices == 1 else several) + ["--spot"] * job.spot
 
 
 def _node_pool(job: Job) -> list[str]:
     """Options of `gcloud container node-pools create` for one slice."""
-    tpu, hosts = job.slice.tpu, job.slice.hosts
-    assert tpu is not None
-    options = ["--machine-type", f"{tpu.machine}{job.slice.per_host}t", "--num-nodes", str(hosts)]
-    if hosts > 1:  # GKE refuses a topology where the machine is the whole slice
+    options = ["--machine-type", f"{job.tpu.machine}{job.slice.per_host}t", "--num-nodes", str(job.slice.hosts)]
+    if job.slice.hosts > 1:  # GKE refuses a topology where the machine is the whole slice
         options += ["--tpu-topology", job.slice.shape]
     if _needs_policy(job):
         options += ["--placement-policy", '"$NAME"']
-    if tpu.devices_per_chip == 2:  # its machines take no other disks
+    if job.tpu.devices_per_chip == 2:  # its machines take no other disks
         options += ["--disk-type", "hyperdisk-balanced"]
     return options + ["--spot"] * job.spot
 
 
 def _needs_policy(job: Job) -> bool:
     """Whether a node pool of several VMs has its topology from a policy of its own."""
-    return job.slice.tpu is not None and job.slice.tpu.devices_per_chip == 2 and job.slice.hosts > 1
+    return job.tpu.devices_per_chip == 2 and job.slice.hosts > 1
 
 
 def _render(name: str, job: Job, **values: Any) -> str:
     given = {
         "job": job,
         "bucket": job.storage.name if isinstance(job.storage, Bucket) else "",
-        "needs_policy": _needs_policy(job),
         "mount": MOUNT,
         "stop": EXIT_PUT_RIGHT,
         **values,

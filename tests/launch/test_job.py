@@ -75,7 +75,7 @@ def test_slices_that_there_are_not(name, parts):
         ({"bucket": "My Runs"}, ConfigError, ["--bucket 'My Runs'"]),
         ({"bucket": None, "nfs": "10.0.0.2"}, ConfigError, ["--nfs '10.0.0.2'"]),
         ({"overrides": ["name=7b"]}, ConfigError, ["name '7b'", "begin with a letter"]),
-        ({"overrides": [f"name={'a' * 41}"]}, ConfigError, ["at most 40"]),
+        ({"overrides": [f"name={'a' * 37}"]}, ConfigError, ["at most 36"]),
         ({"overrides": ["teacher=/models/llama"]}, ConfigError, ["teacher /models/llama", "/mnt/runs"]),
         ({"overrides": ["data.train=[pydoc, dclm/*.jsonl]"]}, ConfigError, ["data.train dclm/*.jsonl"]),
         ({"overrides": ["export.folder=out"]}, ConfigError, ["export.folder out"]),
