@@ -36,15 +36,14 @@ def machine(tmp_path):
 
 
 def test_the_tasks_find_each_other(machine):
-    code = (
-        "from jaxhybrid import hosts; hosts.initialize(); print(f'{hosts.count()} of them, first: {hosts.is_first()}')"
-    )
+    say = "print(f'<{hosts.count()} of them, first: {hosts.is_first()}>')"
+    code = f"from jaxhybrid import hosts; hosts.initialize(); {say}"
     machine.command("jaxhybrid", f'exec {sys.executable} -c "{code}"')
     job = str(os.getpid() % 4096)  # JAX takes the port from it
     alone = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
     done = machine.run(machine.folder / "files" / "job.sh", TASKS="2", SLURM_JOB_ID=job, **alone)
     assert done.returncode == 0, done.stderr
-    assert sorted(re.findall(r"2 of them, first: (\w+)", done.stdout)) == ["False", "True"]
+    assert sorted(re.findall(r"<2 of them, first: (\w+)>", done.stdout)) == ["False", "True"]
     assert not machine.calls("scontrol")
     assert len(machine.calls(f"jaxhybrid run {machine.folder}/files/config.yaml")) == 3  # srun's own, and two tasks
 

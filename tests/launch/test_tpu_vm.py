@@ -57,7 +57,7 @@ def test_a_run_is_kept_through_preemptions_and_connections_that_fail(machine):
         machine,
         "running 0,running 0",
         "LOST",
-        "running 0,running 0",
+        "dead 0,dead 0",
         "exited 143,exited 143",  # somebody stopped it
         "running 0,exited 134",
         "exited 134,exited 75",
