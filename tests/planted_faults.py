@@ -618,6 +618,28 @@ FAULTS = [
         "self.heldout, sequence_length, batch_size, tokens, *_this_host()",
         "tests/data/test_stage_text.py",
     ),
+    # Launching.
+    Fault(
+        "launch: a preemption ends the JobSet",
+        "launch/gke.py",
+        '"RestartJobSetAndIgnoreMaxRestarts"',
+        '"FailJobSet"',
+        "tests/launch/test_gke.py::test_what_follows_the_end_of_a_pod",
+    ),
+    Fault(
+        "launch: a state that cannot be asked for counts as gone",
+        "launch/templates/tpu_vm.sh.j2",
+        'until [[ $(state || echo UNKNOWN) == "" ]]; do',
+        'until [[ $(state) == "" ]]; do',
+        "tests/launch/test_tpu_vm.py::test_a_state_that_cannot_be_asked_for_is_not_taken_for_gone",
+    ),
+    Fault(
+        "launch: as many pods as chips",
+        "launch/gke.py",
+        '"completions": job.slice.hosts',
+        '"completions": job.slice.devices',
+        "tests/launch/test_gke.py::test_a_jobset_is_one",
+    ),
 ]
 
 
@@ -650,7 +672,7 @@ def main(words: list[str]) -> int:
     chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for part in ("jaxhybrid", "tests"):
+        for part in ("jaxhybrid", "tests", "configs"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "conftest.py"):
             shutil.copyfile(ROOT / name, copy / name)
