@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jaxhybrid import hosts
 from jaxhybrid.assembly import TRAINED, RunModels
 from jaxhybrid.checksums import MANIFEST, file_checksum, write_result
-from jaxhybrid.data import BatchIterator, Text, mean_segment_tokens, open_text
+from jaxhybrid.data import BatchIterator, HeldoutBatches, Text, mean_segment_tokens, open_text
 from jaxhybrid.disk import DiskPlan, require
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.recall_prompts import RecallTask, answer_batches, recall_task, recall_tasks
@@ -329,7 +329,7 @@ class Pipeline:
             {"teacher": self.models.frozen_teacher}
             | {stage: self.models.trained(stage, self.dtype) for stage in TRAINED if self.folder.is_done(stage)},
             settings,
-            self.text.heldout_batches(settings.sequence_length, settings.batch_size, settings.heldout_tokens),
+            {length: self._heldout_rows(length) for length in (settings.sequence_length, *settings.lengths)},
             self.recall_tasks,
             softmax_layers=self.folder.read("layers.json", "select")["softmax_layers"] if chosen else None,
             mesh=self.mesh,
@@ -337,6 +337,14 @@ class Pipeline:
         )
         hosts.by_first(lambda: write_result(self.folder.path / "evaluation.json", result), "write the evaluation")
         return result
+
+    def _heldout_rows(self, length: int) -> HeldoutBatches:
+        """Held-out text in rows of `length` tokens, as many tokens at once as in those of `sequence_length`."""
+        settings, rows = self.config.evaluate, self.config.evaluate.batch_size
+        if length != settings.sequence_length:
+            devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            rows = max(settings.batch_tokens // length // devices, 1) * devices
+        return self.text.heldout_batches(length, rows, settings.heldout_tokens)
 
     @property
     def export_folder(self) -> Path:

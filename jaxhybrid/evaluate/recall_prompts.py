@@ -23,7 +23,7 @@ import numpy as np
 from jaxhybrid.data.packing import hash_seed
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
-from jaxhybrid.settings.run import RecallConfig
+from jaxhybrid.settings.evaluate import RecallConfig
 
 HEADER = "Names and numbers.\n\n"  # without one, the list's first pair would also be where attention rests
 NAMES = tuple(
