@@ -1,4 +1,4 @@
-"""What a run records of its models: figures on held-out text and in tasks of the teacher and of each trained student."""
+"""What a run records of its models: figures of teacher and trained students, on held-out text and in tasks."""
 
 import json
 from collections.abc import Sequence
