@@ -153,7 +153,7 @@ def finetune(p: Opened) -> None:
 
 @verb
 def evaluate(p: Opened) -> None:
-    """Perplexity, KL and recall of teacher and student; writes evaluation.json and prints a table."""
+    """Perplexity, KL, recall and tasks of teacher and student; writes evaluation.json and prints a table."""
     from jaxhybrid import hosts
     from jaxhybrid.report import evaluation_table
 
@@ -182,6 +182,17 @@ def report(config: Config, overrides: Overrides = None) -> None:
     from jaxhybrid.run_folder import folder_of
 
     print(f"report: {write_report(folder_of(settings))}")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders that have an evaluation.")],
+) -> None:
+    """Evaluations of several runs; those that differ in their seed alone become one row, with an interval over seeds."""
+    from jaxhybrid.report.compare import compare_runs
+    from jaxhybrid.report.table import aligned
+
+    print(aligned(*compare_runs(folders), left=3))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
+from scipy.special import stdtrit
 
 RESAMPLES = 2000
 Z95 = 1.959964  # half a 95 % interval of the normal distribution, in standard deviations
@@ -47,7 +47,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     """Wilson's interval of a share among `count` independent answers."""
     centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
     half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return max(min(centre - half, share), 0.0), min(max(centre + half, share), 1.0)  # rounding aside, as they are
 
 
 def over_runs(values: Sequence[float]) -> dict[str, Any]:
@@ -58,5 +58,5 @@ def over_runs(values: Sequence[float]) -> dict[str, Any]:
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = float(t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    half = float(stdtrit(count - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(count)
     return {"mean": mean, "low": mean - half, "high": mean + half}

@@ -167,14 +167,14 @@ def round_row(found: dict[str, Any]) -> list[str]:
 
 def evaluation_table(result: dict[str, Any]) -> str:
     """Teacher and students in aligned columns: perplexity and KL to the teacher (nats per token), recall and tasks."""
-    parts = [_aligned(*evaluation_rows(result), left=1)]
+    parts = [aligned(*evaluation_rows(result), left=1)]
     for header, rows in (recall_rows(result), task_rows(result), lm_eval_rows(result)):
         if rows:
-            parts.append(_aligned(header, rows, left=2))
+            parts.append(aligned(header, rows, left=2))
     return "\n\n".join([*parts, *recall_refusals(result)])
 
 
-def _aligned(header: list[str], rows: Rows, left: int) -> str:
+def aligned(header: list[str], rows: Rows, left: int) -> str:
     """`left`: how many columns are words."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
 

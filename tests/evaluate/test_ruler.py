@@ -44,7 +44,7 @@ def data_files(tmp_path_factory):
         {
             "paragraphs": [
                 {
-                    "context": f"Fact {a} {p}. The colour of item {a}-{p} is shade{a}-{p}. " + "More words follow. " * 5,
+                    "context": f"Fact {a} {p}. The colour of item {a}-{p} is shade{a}-{p}. " + "More words. " * 5,
                     "qas": [
                         {"question": f"Which colour has item {a}-{p}?", "is_impossible": False,
                          "answers": [{"text": f"shade{a}-{p}"}, {"text": f"is shade{a}-{p}"}]},
@@ -59,7 +59,7 @@ def data_files(tmp_path_factory):
     (folder / "squad.json").write_text(json.dumps({"data": articles}))
     rows = [
         {"question": f"Who made {n}?", "answer": f"maker{n}",
-         "context": [[f"Title {n} {d}", [f"Line {d}.", f" By maker{n}." if d == 3 else " Nothing."]] for d in range(10)]}
+         "context": [[f"Title {n} {d}", [f"Line {d}.", f" By maker{n}." if d == 3 else " No."]] for d in range(10)]}
         for n in range(12)
     ]  # fmt: skip
     (folder / "hotpot.json").write_text(json.dumps(rows))
@@ -102,9 +102,8 @@ def test_prompts_fill_their_length_and_hold_their_answers(name, sets):
 @pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("niah")])
 def test_needles_stand_where_they_are_said_to_and_answer_the_question(name, sets):
     given = sets[name]
-    keys, values, queries = {"niah_multikey_1": (4, 1, 1), "niah_multivalue": (1, 4, 1), "niah_multiquery": (4, 1, 4)}.get(
-        name, (1, 1, 1)
-    )  # fmt: skip
+    several = {"niah_multikey_1": (4, 1, 1), "niah_multivalue": (1, 4, 1), "niah_multiquery": (4, 1, 4)}
+    keys, values, queries = several.get(name, (1, 1, 1))
     for prompt in given.prompts:
         hay, needles = context(given, prompt), NEEDLES.findall(context(given, prompt))
         asked = re.search(r"for ([\w,\- ]+) mentioned in the provided text\?$", prompt.text)[1]
@@ -214,8 +213,8 @@ def test_questions_have_their_documents_among_others(sets, data_files, tmp_path)
                 assert sum(f"Fact {number // 3} " in text for _, text in documents) == 3
             else:
                 assert {f"Title {number} {d}" for d in range(10)} <= {text.split("\n")[0] for _, text in documents}
-            assert prompt.text.endswith(f"Question: {('Which colour has item', 'Who made')[name == 'qa_2']} "
-                                        + (f"{number // 3}-{number % 3}?" if name == "qa_1" else f"{number}?"))  # fmt: skip
+            asked = f"Which colour has item {number // 3}-{number % 3}?" if name == "qa_1" else f"Who made {number}?"
+            assert prompt.text.endswith(f"Question: {asked}")
     with pytest.raises(DataError, match="has 12 questions"):
         made(tmp_path, "qa_2", samples=13, **data_files)
 
