@@ -188,7 +188,7 @@ def report(config: Config, overrides: Overrides = None) -> None:
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders that have an evaluation.")],
 ) -> None:
-    """Evaluations of several runs; those that differ in their seed alone become one row, with an interval over seeds."""
+    """Evaluations of several runs; those that differ in their seed alone become one row, with an interval."""
     from jaxhybrid.report.compare import compare_runs
     from jaxhybrid.report.table import aligned
 

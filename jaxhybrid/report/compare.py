@@ -1,4 +1,4 @@
-"""Several runs side by side; those that differ in nothing but their seed become one row, with an interval over seeds."""
+"""Several runs side by side; those that differ in their seed alone become one row, with an interval over seeds."""
 
 from pathlib import Path
 from typing import Any
