@@ -30,6 +30,8 @@ MEASURED = "tests/selection/test_measured.py"
 PACKING = "tests/export/test_packing.py"
 RECALL = "tests/evaluate/test_recall.py"
 ANSWERS = "tests/evaluate/test_answers.py"
+RULER = "tests/evaluate/test_ruler.py"
+WRITTEN = "tests/evaluate/test_written.py"
 VOCABULARY = "tests/data/test_vocabulary.py"
 
 
@@ -533,6 +535,41 @@ FAULTS = [
         "result[prompt] = any(",
         "result[prompt] = bool(len(alike)) or any(",
         RECALL,
+    ),
+    Fault(
+        "ruler: a prompt may take the room of its answer",
+        "evaluate/ruler/fit.py",
+        "materials.asker, length - task.new_tokens",
+        "materials.asker, length",
+        RULER,
+    ),
+    Fault(
+        "ruler: depths of needles in the order of the question",
+        "evaluate/ruler/niah.py",
+        "before[order.index(n)] / size",
+        "sorted(before)[n] / size",
+        RULER,
+    ),
+    Fault(
+        "written answers: any answer is all answers",
+        "evaluate/written.py",
+        'if scoring == "part" else',
+        "if True else",
+        WRITTEN,
+    ),
+    Fault(
+        "written answers: those of a batch in the order they were run",
+        "evaluate/written.py",
+        "for number, tokens in zip(group, written):",
+        "for number, tokens in zip(sorted(group), written):",
+        WRITTEN,
+    ),
+    Fault(
+        "ablation: the other layers are off",
+        "evaluate/ablation.py",
+        "(kind == FULL_ATTENTION) == softmax",
+        "(kind == FULL_ATTENTION) != softmax",
+        WRITTEN,
     ),
     Fault(
         "recall: thirds by question, not by place in the list",
