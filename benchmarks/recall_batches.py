@@ -34,7 +34,7 @@ from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import Model, random_params
 from jaxhybrid.settings.evaluate import RulerConfig
 from jaxhybrid.weights.convert import convert
-from jaxhybrid.weights.huggingface import load_teacher
+from jaxhybrid.weights.huggingface import load_teacher, open_teacher
 
 
 def small_hybrid(vocab_size: int) -> Model:
@@ -104,9 +104,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="of a prompt of the recall probe")
     parser.add_argument("--length", type=int, default=512, help="of a needle's prompt with its answer, in tokens")
     arguments = parser.parse_args()
-    teacher = load_teacher(arguments.teacher or "demo:smollm2-135m")
-    vocabulary = load_vocabulary(teacher.folder, teacher.config.vocab_size)
-    model = teacher if arguments.teacher else small_hybrid(teacher.config.vocab_size)
+    files = open_teacher(arguments.teacher or "demo:smollm2-135m")
+    vocabulary = load_vocabulary(files.folder, files.config.vocab_size)
+    model = load_teacher(arguments.teacher) if arguments.teacher else small_hybrid(files.config.vocab_size)
     task = recall_task(vocabulary, arguments.pairs, prompts=arguments.prompts)
     settings = RulerConfig(tasks=("niah_single_1",), lengths=(arguments.length,), samples=arguments.prompts, chat=False)
     with tempfile.TemporaryDirectory() as folder:

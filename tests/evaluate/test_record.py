@@ -126,7 +126,7 @@ def test_all_of_it_is_shown(evaluated):
         assert shown in table
         assert shown in page
     for name in MODELS:
-        assert sum(line.startswith(name) for line in table.splitlines()) == 1
+        assert sum(line.startswith(f"{name}  ") for line in table.splitlines()) == 1
         assert any(line.startswith("next") and f" {name} " in line for line in table.splitlines())
     assert "task of lm-eval" in table
     assert "32 to 63" in page
