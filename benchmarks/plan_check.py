@@ -40,6 +40,7 @@ CONFIG = ROOT / "configs" / "qwen2.5-3b-instruct.yaml"
 # The recipe's lengths but for alignment's, with rows that fit one H200.
 SETTINGS = [
     f"teacher={ROOT / 'configs' / 'teachers' / 'qwen2.5-1.5b-instruct'}",
+    "mesh.context=1",
     "align.batch_size=96",
     *("score.batch_size=8", "score.kl_chunk=2048"),
     *("distill.batch_size=8", "distill.kl_chunk=2048"),

@@ -1,22 +1,24 @@
-"""Methods of layer selection side by side: which layers, at what cost, and how far from the teacher the hybrid is.
+"""Methods of layer selection side by side: which layers, at what cost, and what hybrids with these layers become.
 
-    python benchmarks/selection_study.py runs/NAME --output study.md               # a run whose align stage is done
-    python benchmarks/selection_study.py runs/NAME --write-rows rows.npz           # its text, for a machine without it
-    python benchmarks/selection_study.py CONFIG.yaml --rows rows.npz --align-tokens 10_000_000 --output study.md
+    python benchmarks/study_rows.py CONFIG.yaml rows.npz
+    python benchmarks/selection_study.py CONFIG.yaml --rows rows.npz --records study.jsonl --align-tokens 10_000_000
+    python benchmarks/study_tables.py study.jsonl
 
-Every method chooses on the first `--tokens` held-out tokens; KL is measured on the held-out rows after those, for the
-untrained hybrid and, with `--distill-tokens N`, after distilling it on N tokens with each of `--seeds` orders of the
-training rows. One program trains and one measures every set. The output is rewritten after every figure, so what is
-there when the time is up stands.
+Every method chooses on the first `--tokens` held-out tokens. Each set is then measured as it is and, with
+`--distill-tokens N`, after distilling it on N tokens, with the orders of the training rows that `--seeds` says for the
+methods of `--main`, with one for the others: KL on held-out rows after those that methods chose on, KL on long rows of
+one document each, and answers of the recall probe. One program trains and one measures every set, for which layers are
+softmax is a traced mask.
 
-`--rows` is an .npz of int arrays [rows,T], `train` and `heldout`, and if rows hold several documents `train_segments`
-and `heldout_segments` (0: padding). With it neither grain nor datasets is needed.
-A method is written NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true.
+A finished measurement is a line of `--records`; what is there already is not done again, so a study can be made in
+pieces (`--minutes`). With a run folder whose align stage is done, instead of a config, its mixers are taken.
+A method is NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true; text=long lets it
+choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's candidate.
 """
 
 import argparse
+import json
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -26,8 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from study_rows import Rows, StudyRows, batches_of
 
 from jaxhybrid.assembly import RunModels
+from jaxhybrid.evaluate.answers import is_answer, read_answers
 from jaxhybrid.model.blueprint import Params, count_parameters
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model, hidden_states, model_variables
@@ -35,97 +39,79 @@ from jaxhybrid.run_folder import RunFolder, folder_of
 from jaxhybrid.selection.choice import Choice, Given
 from jaxhybrid.selection.masked import MaskedStudent
 from jaxhybrid.selection.methods import METHODS, choose
-from jaxhybrid.selection.ranking import read_scores
+from jaxhybrid.selection.ranking import CandidateScore, Scores
 from jaxhybrid.selection.rounds import RoundLog
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.select import SelectConfig
+from jaxhybrid.settings.types import Section
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
 from jaxhybrid.stages.score import masked_kl
 from jaxhybrid.train.optimizer import TrainState, make_optimizer, start, update
 from jaxhybrid.train.placement import place_batch
 
-DEFAULT = (
-    "greedy_kl", "greedy_kl:swaps=true", "removal", "single_kl", "perplexity", "activation_mse", "alignment_loss",
-    "cosine", "uniform", "first", "middle", "last",
-)  # fmt: skip
+MAIN = ("greedy_kl", "kl_guided", "uniform", "random:seed=0", "single_kl")
+OTHERS = ("removal", "perplexity", "activation_mse", "alignment_loss", "cosine", "first", "middle", "last")
 BEGAN = time.perf_counter()
-Rows = dict[str, np.ndarray]
+Layers = tuple[int, ...]
 
 
 def say(text: str) -> None:
     print(f"[{time.perf_counter() - BEGAN:6.0f} s] {text}", flush=True)
 
 
-# --- text
+class Records:
+    """What has been measured, a line each, under what identifies it."""
 
+    def __init__(self, path: Path, common: dict[str, Any]):
+        self._path, self._common = path, common
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._found = [json.loads(line) for line in lines]
 
-def rows_of_file(path: Path, part: str) -> Rows:
-    with np.load(path) as file:
-        tokens = file[part].astype(np.int32)
-        name = f"{part}_segments"
-        segments = file[name].astype(np.int32) if name in file else np.ones_like(tokens)
-    return {"tokens": tokens, "segment_ids": segments}
-
-
-def rows_of_run(config: RunConfig, teacher: RunModels, length: int, tokens: dict[str, int]) -> dict[str, Rows]:
-    from itertools import islice
-
-    from jaxhybrid.data import open_text
-
-    files = teacher.teacher_files
-    text = open_text(config.data, str(files.folder), files.config.vocab_size)
-    stage = config.align.model_copy(update={"sequence_length": length, "batch_size": 16})
-    batches = {
-        "train": list(islice(text.training_batches(stage, config.seed), -(-tokens["train"] // (16 * length)))),
-        "heldout": list(text.heldout_batches(length, 16, tokens["heldout"])),
-    }
-    return {
-        part: {name: np.concatenate([batch[name] for batch in found]) for name in ("tokens", "segment_ids")}
-        for part, found in batches.items()
-    }
-
-
-def batches_of(rows: Rows, size: int, order: np.ndarray | None = None) -> list[Rows]:
-    """Whole batches, in the order given."""
-    numbers = np.arange(len(rows["tokens"])) if order is None else order
-    cut = [numbers[i : i + size] for i in range(0, len(numbers) - size + 1, size)]
-    return [{name: array[chosen] for name, array in rows.items()} for chosen in cut]
-
-
-def forever(rows: Rows, size: int, seed: int) -> Iterator[Rows]:
-    rng = np.random.default_rng(seed)
-    while True:
-        yield from batches_of(rows, size, rng.permutation(len(rows["tokens"])))
-
-
-# --- models
+    def get(self, name: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was found under `name`, or is made now."""
+        name = self._common | name
+        for found in self._found:
+            if all(found.get(key) == value for key, value in name.items()):
+                return found
+        began = time.perf_counter()
+        made = name | make() | {"seconds": round(time.perf_counter() - began, 2)}
+        self._found.append(made)
+        with self._path.open("a") as file:
+            file.write(json.dumps(made) + "\n")
+        return made
 
 
 class Study:
     """A teacher, its aligned student, and the rows they are compared on."""
 
-    def __init__(self, models: RunModels, config: RunConfig, train: Rows, heldout: Rows, options: argparse.Namespace):
-        self.models, self.config, self.options, self.train = models, config, options, train
+    def __init__(self, models: RunModels, config: RunConfig, rows: StudyRows, options: argparse.Namespace):
+        self.models, self.config, self.options, self.rows = models, config, options, rows
         self.mesh, self.dtype, self.depth = models.mesh, models.dtype, models.depth
         self.teacher, self.parameters = models.frozen_teacher, count_parameters(model_variables(models.teacher_config))
+        self.train, heldout = rows.text("train"), rows.text("heldout")
         size, length = options.batch_size, heldout["tokens"].shape[1]
         batches = batches_of(heldout, size)
+        long, choose_long = (batches_of(rows.text(part), options.long_batch) for part in ("long", "choose_long"))
         count = -(-options.tokens // (size * length))
         if count >= len(batches):
             raise SystemExit(
                 f"error: --tokens {options.tokens:,} leave none of the {len(batches)} held-out batches of {size} rows "
                 "to compare on. Give more held-out rows, fewer --tokens or a smaller --batch-size."
             )
-        self.measure = {"tokens": count * size * length, "sequence_length": length, "batch_size": size}
         self.student = self._student()
-        pair = self.teacher, self.student
-        self.chosen_on, self.compared_on = (
-            MaskedStudent(*pair, [(1.0, part)], self.mesh, self.dtype, options.kl_chunk)
-            for part in (batches[:count], batches[count:][: options.test_batches])
-        )
+        of_long = -(-options.tokens // choose_long[0]["tokens"].size)
+        self.texts = {"short": batches[:count], "long": choose_long[:of_long]}
+        asked = batches_of(rows.prompts_to_choose_by, size)
+        self.asked = (asked * -(-count // len(asked)))[:count]  # as many batches of prompts as of text
+        self.chosen_on = self._masked([(1.0, self.texts["short"])])
+        self.compared_on = self._masked([(1.0, batches[count:][: options.test_batches])])
+        self.long = self._masked([(1.0, long)])
         self.loss_rows = place_batch(batches[0], self.mesh)
+
+    def _masked(self, texts: Any) -> MaskedStudent:
+        return MaskedStudent(self.teacher, self.student, texts, self.mesh, self.dtype, self.options.kl_chunk)
 
     def _student(self) -> Model:
         if self.models.folder.is_done("align"):
@@ -147,60 +133,83 @@ class Study:
         static = {"config": self.models.linear_config, "optimizer": optimizer, "dtype": self.dtype}
         step = jax.jit(partial(align_step, **static), donate_argnums=0)
         state = jax.jit(partial(start, optimizer=optimizer), donate_argnums=0)(mixers)
-        for number, rows in zip(range(steps), forever(self.train, size, self.options.align_seed)):
+        for number, rows in zip(range(steps), self._forever(size, self.options.align_seed)):
             state, metrics = step(state, self.teacher, place_batch(rows, self.mesh))
-            if number % max(steps // 10, 1) == 0 or number == steps - 1:
+            if number % max(steps // 5, 1) == 0 or number == steps - 1:
                 say(f"align step {number + 1} of {steps}: loss {float(metrics['loss']):.4f}")
         return state.params
 
-    def layer_losses(self) -> list[float]:
+    def _forever(self, size: int, seed: int) -> Iterator[Rows]:
+        rng = np.random.default_rng(seed)
+        while True:
+            yield from batches_of(self.train, size, rng.permutation(len(self.train["tokens"])))
+
+    # --- choosing
+
+    def choose(self, method: str, budget: int) -> Choice:
+        name, _, given = method.partition(":")
+        pairs = (pair.partition("=") for pair in given.split(",") if pair)
+        own = {key: yaml.safe_load(value) for key, _, value in pairs}
+        text = self.texts[own.pop("text", "short")]
+        rows, length = text[0]["tokens"].shape
+        measure = {"tokens": len(text) * rows * length, "sequence_length": length, "batch_size": rows}
+        select: dict[str, Any] = {"method": name, "budget": budget, "measure": measure}
+        has_section = isinstance(getattr(SelectConfig(), name, None), Section)
+        settings = SelectConfig(**select | ({name: own} if has_section else own))
+        share = own.get("recall", 0.0)
+        masked = self._masked([(1 - share, text), (share, self.asked[: len(text)])] if share else [(1.0, text)])
+        return choose(
+            Given(
+                self.depth,
+                settings,
+                scores=lambda: self.scores,
+                layer_losses=self._layer_losses,
+                student=cache(lambda: masked),
+                log=RoundLog(),
+            )
+        )
+
+    def _layer_losses(self) -> list[float]:
         """After alignment, on held-out rows."""
         mixers = linear_mixers(self.student.params)
         measure = partial(align_loss, config=self.student.config, dtype=self.dtype)
         return np.asarray(jax.jit(measure)(mixers, self.teacher, self.loss_rows)).tolist()
 
-    def choose(self, method: str) -> Choice:
-        name, _, given = method.partition(":")
-        pairs = (pair.partition("=") for pair in given.split(",") if pair)
-        own = {key: yaml.safe_load(value) for key, _, value in pairs}
-        select: dict[str, Any] = {"method": name, "budget": self.options.budget, "measure": self.measure}
-        select |= {name: own} if name in ("greedy_kl", "removal") else own
-        scores = self.models.folder.stage("score") / "scores"
-        return choose(
-            Given(
-                self.depth,
-                SelectConfig(**select),
-                scores=lambda: read_scores(scores, self.depth),
-                layer_losses=self.layer_losses,
-                student=cache(lambda: self.chosen_on.of(self.student)),  # with nothing measured yet
-                log=RoundLog(),
-            )
-        )
+    @property
+    def scores(self) -> Scores:
+        """Of candidates with one softmax layer, trained here: what the score stage gives."""
+        if not hasattr(self, "_scores"):
+            settings, tokens = self.config.score, self.options.score_tokens
+            distiller = self.distiller(settings, tokens, settings.batch_size)
+            found = []
+            for layer in range(self.depth):
+                trained = self.chosen_on.of(distiller((layer,), 0))
+                found.append(CandidateScore(layer, [], [(tokens, trained.kl((layer,)))]))
+            say("candidates' KL: " + " ".join(f"{candidate.kl('heldout'):.3f}" for candidate in found))
+            self._scores = Scores(tuple(found))
+        return self._scores
 
     # --- distillation, by one program for every set
 
-    def distiller(self) -> Callable[[tuple[int, ...], int], float]:
-        """Gives the held-out KL of a set after distillation with a seed."""
-        options, length = self.options, self.train["tokens"].shape[1]
-        size = options.distill_batch
-        steps = max(options.distill_tokens // (size * length), 1)
+    @cache  # noqa: B019 - a study lives as long as its program
+    def distiller(self, stage: Any, tokens: int, size: int) -> Callable[[Layers, int], Model]:
+        """Gives the student of a set after training on the KL with a seed."""
+        rows, length = self.train["tokens"].shape
+        size = min(size, rows)
+        steps = max(tokens // (size * length), 1)
         changes = {"tokens": steps * size * length, "batch_size": size, "sequence_length": length}
-        changes |= {"warmup_steps": min(self.config.distill.warmup_steps, steps // 10)}
-        settings = self.config.distill.model_copy(update=changes)
-        student, dtype = self.student, self.dtype
+        settings = stage.model_copy(update=changes | {"warmup_steps": min(stage.warmup_steps, steps // 10)})
+        student, dtype, chunk = self.student, self.dtype, self.options.kl_chunk
         masters = lambda params: jax.tree.map(lambda x: x.astype(jnp.float32), params)  # noqa: E731
         optimizer = make_optimizer(settings, jax.eval_shape(masters, student.params))
 
         def step(state: TrainState, mask: jax.Array, teacher: Model, batch: Batch) -> tuple[TrainState, jax.Array]:
             hidden = hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=dtype)
-            batch = {**batch, "teacher_hidden": hidden}
-            counted = token_mask(batch["segment_ids"])
+            batch, counted = {**batch, "teacher_hidden": hidden}, token_mask(batch["segment_ids"])
 
             def loss(params: Params) -> jax.Array:
                 own = Model(params, student.config)
-                kl = masked_kl(
-                    own, mask, batch, counted, teacher.head, dtype=dtype, remat="block", chunk_tokens=options.kl_chunk
-                )
+                kl = masked_kl(own, mask, batch, counted, teacher.head, dtype=dtype, remat="block", chunk_tokens=chunk)
                 return kl / count_tokens(batch)
 
             value, gradients = jax.value_and_grad(loss)(state.params)
@@ -209,134 +218,124 @@ class Study:
         compiled = jax.jit(step, donate_argnums=0)
         begin = jax.jit(lambda params: start(masters(params), optimizer))
 
-        def distill(layers: tuple[int, ...], seed: int) -> float:
+        def distill(layers: Layers, seed: int) -> Model:
             state, mask = begin(student.params), np.isin(np.arange(self.depth), layers)
-            for number, rows in zip(range(steps), forever(self.train, size, 1000 + seed)):
-                state, loss = compiled(state, mask, self.teacher, place_batch(rows, self.mesh))
-                if number in (0, steps // 2, steps - 1):
-                    say(f"  seed {seed}, step {number + 1} of {steps}: training KL {float(loss):.4f}")
-            params = state.params
-            del state
-            trained = Model(params, student.config)
-            return self.compared_on.of(trained).kl(layers)
+            for _, rows in zip(range(steps), self._forever(size, 1000 + seed)):
+                state, _ = compiled(state, mask, self.teacher, place_batch(rows, self.mesh))
+            return Model(state.params, student.config)
 
         return distill
 
+    # --- measuring
 
-# --- the table
+    def measured(self, student: Model | None, layers: Layers) -> dict[str, Any]:
+        """KL and recall of a student (None: the aligned one) with these layers softmax."""
+        own = self.student if student is None else student
+        text, long = (masked.of(own) for masked in (self.compared_on, self.long))
+        return {"kl": text.kl(layers), "kl_long": long.kl(layers), "recall": self.recall(text.student, layers)}
+
+    def recall(self, student: Model, layers: Layers) -> dict[str, list[int]]:
+        """[right, asked] answers for each number of pairs."""
+        mask = np.isin(np.arange(self.depth), layers)
+        found = {}
+        for pairs in self.rows.pairs:
+            asked = self.rows.recall(pairs)
+            rows = max(self.options.recall_tokens // asked["tokens"].shape[1], 1)
+            given = np.maximum(asked["answers"], 0)
+            _, greedy = read_answers(
+                student, asked["tokens"], asked["places"], given, rows=rows, dtype=self.dtype, softmax=mask
+            )
+            right = is_answer(greedy, asked["answers"])
+            found[str(pairs)] = [int(right.sum()), int(right.size)]
+        return found
 
 
-def table(rows: list[dict[str, Any]], header: str) -> str:
-    columns = ("method", "layers", "KL where chosen", "KL, untrained", "KL, distilled", "forward tokens", "FLOPs", "s")
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in sorted(rows, key=lambda row: row.get("untrained", float("inf"))):
-        if "error" in row:
-            lines.append(f"| {row['method']} | failed: {row['error']} |" + " |" * (len(columns) - 2))
-            continue
-        distilled = row.get("distilled", [])
-        spread = f" ± {np.std(distilled, ddof=1):.4f} ({len(distilled)})" if len(distilled) > 1 else ""
-        lines.append(
-            f"| {row['method']} | {' '.join(map(str, row['layers']))} | {row['chosen']:.4f} | {row['untrained']:.4f} | "
-            + (f"{np.mean(distilled):.4f}{spread}" if distilled else "-")
-            + f" | {row['tokens']:,} | {row['flops']:.2e} | {row['seconds']:.1f} |"
-        )
-    return f"{header}\n\n" + "\n".join(lines) + "\n"
+def run(study: Study, options: argparse.Namespace, records: Records) -> None:
+    def out_of_time() -> bool:
+        return options.minutes is not None and time.perf_counter() - BEGAN > 60 * options.minutes
+
+    every = tuple(range(study.depth))
+    for name, layers in (("teacher", every), ("all linear", ())):
+        found = records.get({"kind": "reference", "name": name}, lambda layers=layers: study.measured(None, layers))
+        say(f"{name}: KL {found['kl']:.4f}, recall {found['recall']}")
+    sets: dict[tuple[int, Layers], int] = {}  # (budget, layers): orders of the training rows to distill with
+    for budget in options.budgets:
+        random = [f"random:seed={seed}" for seed in range(1, options.random + 1)]
+        for method in (*options.main, *options.others, *random):
+
+            def make(method: str = method, budget: int = budget) -> dict[str, Any]:
+                chosen = study.choose(method, budget)
+                flops = 2 * study.parameters * chosen.forward_tokens + 6 * study.parameters * chosen.trained_tokens
+                cost = {"forward_tokens": chosen.forward_tokens, "trained_tokens": chosen.trained_tokens}
+                order = list(chosen.order)
+                return {"layers": list(chosen.layers), "order": order, **cost, "flops": flops}
+
+            found = records.get({"kind": "choice", "method": method, "budget": budget}, make)
+            say(f"{method}, {budget}: {found['layers']}, {found['seconds']} s")
+            name, seeds = (budget, tuple(found["layers"])), options.seeds if method in options.main else 1
+            sets[name] = max(sets.get(name, 0), seeds)
+            if out_of_time():
+                say("out of time; call again to go on")
+                return
+    for (budget, layers), _ in sets.items():
+        if len(layers) == budget:
+            records.get(
+                {"kind": "untrained", "layers": list(layers)}, lambda layers=layers: study.measured(None, layers)
+            )
+    if not options.distill_tokens:
+        return
+    distill = study.distiller(study.config.distill, options.distill_tokens, options.distill_batch)
+    for seed in range(max(sets.values())):
+        for (_, layers), seeds in sets.items():
+            if seed < seeds:
+                name = {"kind": "distilled", "layers": list(layers), "seed": seed, "tokens": options.distill_tokens}
+                found = records.get(name, lambda at=(layers, seed): study.measured(distill(*at), at[0]))
+                say(f"{layers}, seed {seed}: KL {found['kl']:.4f}, long {found['kl_long']:.4f}, {found['recall']}")
+            if out_of_time():
+                say("out of time; call again to go on")
+                return
+    say("all is measured")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number = lambda text: int(text.replace("_", ""))  # noqa: E731
     parser.add_argument("run", type=Path, help="run folder, or a config whose run is not aligned yet")
-    parser.add_argument("--output", type=Path, default=Path("selection_study.md"))
-    parser.add_argument("--rows", type=Path, help=".npz of token rows")
-    parser.add_argument("--write-rows", type=Path, help="write the run's text as such a file, and end")
-    parser.add_argument("--methods", nargs="+", default=list(DEFAULT), help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--sets", nargs="+", default=[], help="sets of your own: NAME=0,5,9")
-    parser.add_argument("--random", type=int, default=10, help="random sets")
-    parser.add_argument("--budget", default="0.25", help="layers kept: a count or a share")
+    parser.add_argument("settings", nargs="*", help="over the config")
+    parser.add_argument("--rows", type=Path, required=True, help="what study_rows.py wrote")
+    parser.add_argument("--records", type=Path, required=True, help="JSON lines, written on")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after so long")
+    parser.add_argument("--main", nargs="*", default=list(MAIN), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--others", nargs="*", default=list(OTHERS))
+    parser.add_argument("--random", type=int, default=8, help="random sets more, with seeds from 1")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[8], help="layers kept")
     parser.add_argument("--tokens", type=number, default=32_768, help="held-out tokens that methods choose on")
-    parser.add_argument("--test-batches", type=int, default=16, help="held-out batches to compare on, at most")
+    parser.add_argument("--test-batches", type=int, default=12, help="held-out batches to compare on, at most")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row, for the run's own text")
-    parser.add_argument("--train-tokens", type=number, default=10_000_000, help="of the run's own text")
+    parser.add_argument("--long-batch", type=int, default=8)
+    parser.add_argument("--recall-tokens", type=number, default=65_536, help="of recall prompts, at once")
     parser.add_argument("--kl-chunk", type=int, default=8192)
     parser.add_argument("--align-tokens", type=number, default=0, help="align here, if the run is not")
     parser.add_argument("--align-seed", type=int, default=0)
+    parser.add_argument("--score-tokens", type=number, default=262_144, help="of each candidate of kl_guided")
     parser.add_argument("--distill-tokens", type=number, default=0)
     parser.add_argument("--distill-batch", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=1, help="orders of the training rows, for distillation")
+    parser.add_argument("--seeds", type=int, default=3, help="orders of the training rows, for the methods of --main")
     options = parser.parse_args()
-    options.budget = float(options.budget) if "." in options.budget else int(options.budget)
-
-    config = load_config(options.run / "config.yaml" if options.run.is_dir() else options.run)
+    config = load_config(options.run / "config.yaml" if options.run.is_dir() else options.run, options.settings)
     folder = options.run if options.run.is_dir() else folder_of(config)
     mesh = make_mesh(**config.mesh.sizes)
     with jax.set_mesh(mesh):
         models = RunModels(config, RunFolder(folder), mesh)
-        if options.rows:
-            train, heldout = (rows_of_file(options.rows, part) for part in ("train", "heldout"))
-        else:
-            held = options.tokens + options.test_batches * options.batch_size * options.length
-            needed = {"train": options.train_tokens, "heldout": held}
-            train, heldout = rows_of_run(config, models, options.length, needed).values()
-        if options.write_rows:
-            segments = {"train_segments": train["segment_ids"], "heldout_segments": heldout["segment_ids"]}
-            np.savez_compressed(options.write_rows, train=train["tokens"], heldout=heldout["tokens"], **segments)
-            return say(f"wrote {options.write_rows}: {train['tokens'].shape} and {heldout['tokens'].shape} tokens")
-        study = Study(models, config, train, heldout, options)
-        return run(study, options)
-
-
-def run(study: Study, options: argparse.Namespace) -> None:
-    chosen, compared = study.chosen_on, study.compared_on
-    linear = chosen.kl(()), compared.kl(())
-    header = (
-        f"{study.config.teacher}, {len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}: "
-        f"{options.budget} of {study.depth} layers softmax. Chosen on {chosen.tokens():,} held-out tokens, compared on "
-        f"{compared.tokens():,} others; all linear {linear[0]:.4f} and {linear[1]:.4f} nats. "
-        f"Distilled on {options.distill_tokens:,} tokens. FLOPs: 2 x parameters x tokens; seconds: with compilation."
-    )
-    say(header)
-    named = [(f"random:seed={seed}", None) for seed in range(options.random)]
-    named = [*((method, None) for method in options.methods), *named]
-    named += [
-        (name, tuple(map(int, layers.split(",")))) for name, _, layers in (s.partition("=") for s in options.sets)
-    ]
-    rows: list[dict[str, Any]] = []
-
-    def write() -> None:
-        draft = options.output.with_name(f".{options.output.name}.tmp")
-        draft.write_text(table(rows, header))
-        draft.replace(options.output)
-
-    for name, layers in named:
-        row: dict[str, Any] = {"method": name}
-        rows.append(row)
-        try:
-            began = time.perf_counter()
-            found = study.choose(name) if layers is None else Choice(tuple(sorted(layers)))
-            seconds = time.perf_counter() - began
-            row |= {"layers": found.layers, "tokens": found.forward_tokens, "seconds": seconds}
-            row |= {"flops": 2 * study.parameters * found.forward_tokens}
-            row |= {"chosen": chosen.kl(found.layers), "untrained": compared.kl(found.layers)}
-            say(f"{name}: {found.layers}, KL {row['chosen']:.4f}, on other rows {row['untrained']:.4f}")
-        except Exception as error:
-            traceback.print_exc()
-            row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200].replace("|", "/")
-        write()
-    if options.distill_tokens:
-        distill, done = study.distiller(), dict[tuple[int, ...], list[float]]()
-        for seed in range(options.seeds):
-            for row in (row for row in rows if "error" not in row):
-                results = done.setdefault(row["layers"], [])
-                if len(results) == seed:
-                    say(f"distilling {row['method']}")
-                    results.append(distill(row["layers"], seed))
-                    say(f"  held-out KL {results[-1]:.4f}")
-                row["distilled"] = results
-                write()
-    print(table(rows, header))
-    say(f"wrote {options.output}")
+        study = Study(models, config, StudyRows(options.rows), options)
+        common = {
+            "teacher": config.name,
+            "align_tokens": options.align_tokens,
+            "align_seed": options.align_seed,
+            "chosen_on": options.tokens,
+            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        }
+        run(study, options, Records(options.records, common))
 
 
 if __name__ == "__main__":

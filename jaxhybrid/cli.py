@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable
 from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from jaxhybrid.errors import ConfigError, JaxHybridError
+from jaxhybrid.errors import EXIT_PUT_RIGHT, ConfigError, JaxHybridError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -154,7 +154,7 @@ def finetune(p: Opened) -> None:
 
 @verb
 def evaluate(p: Opened) -> None:
-    """Perplexity, KL and recall of teacher and student; writes evaluation.json and prints a table."""
+    """Perplexity, KL, recall and tasks of teacher and student; writes evaluation.json and prints a table."""
     from jaxhybrid import hosts
     from jaxhybrid.report import evaluation_table
 
@@ -183,6 +183,17 @@ def report(config: Config, overrides: Overrides = None) -> None:
     from jaxhybrid.run_folder import folder_of
 
     print(f"report: {write_report(folder_of(settings))}")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders that have an evaluation.")],
+) -> None:
+    """Evaluations of several runs; those that differ in their seed alone become one row, with an interval."""
+    from jaxhybrid.report.compare import compare_runs
+    from jaxhybrid.report.table import aligned
+
+    print(aligned(*compare_runs(folders), left=3))
 
 
 @app.command()
@@ -307,6 +318,54 @@ def plan(
     print_plan(settings, topology or [], stages or [], jobs, as_json, suggest)
 
 
+@app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    on: Annotated[
+        Literal["gke", "tpu-vm", "slurm"],
+        typer.Option(help="Google Kubernetes Engine, TPU VMs as a queued resource, or Slurm with GPUs."),
+    ] = "gke",
+    topology: Annotated[
+        str, typer.Option(help="A TPU slice as KIND:CHIPS, or GPUs as h100:16 (nodes of 8) or h100:4x4.")
+    ] = "v5p:4x4x4",
+    slices: Annotated[int, typer.Option(min=1, help="TPU slices, joined by the network; mesh.data spans them.")] = 1,
+    zone: Annotated[str | None, typer.Option(help="Google Cloud zone that has such TPUs, such as us-east5-a.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Name of the container image; its Dockerfile is among the files.")
+    ] = None,
+    bucket: Annotated[str | None, typer.Option(help="Cloud Storage bucket for results, mounted on every host.")] = None,
+    nfs: Annotated[
+        str | None, typer.Option(help="Instead of a bucket: SERVER:/PATH of Filestore or another NFS server.")
+    ] = None,
+    spot: Annotated[
+        bool, typer.Option("--spot", help="TPUs at a lower price that may be taken away at any time.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for the files; default launch/NAME.")] = None,
+) -> None:
+    """Files that start a run on a TPU slice or on GPU nodes, to look at and to run; docs/launch.md is the guide.
+
+    Writes them and starts nothing.
+    """
+    settings = read_settings(config, overrides)
+    from jaxhybrid.launch.job import cloud_job, slurm_job
+    from jaxhybrid.launch.slices import find_slice
+    from jaxhybrid.launch.write import write_job
+
+    where = find_slice(topology)
+    if on == "slurm":
+        given = {"--slices": slices != 1, "--zone": zone, "--image": image, "--bucket": bucket, "--nfs": nfs}
+        if unused := [option for option, value in (given | {"--spot": spot}).items() if value]:
+            raise ConfigError(f"{', '.join(unused)}: not for --on slurm; leave it out.")
+        job = slurm_job(settings, where)
+    else:
+        job = cloud_job(settings, where, slices, image=image, bucket=bucket, nfs=nfs, zone=zone, spot=spot)
+    folder = output or Path("launch") / settings.name
+    for path in write_job(job, on, folder):
+        print(path)
+    print(f"next: read {folder}/{'job.sh' if on == 'slurm' else 'pod.sh'}, which says at its head how it is started")
+
+
 @app.command("settings")
 def settings_() -> None:
     """Every setting of a config, with type, default and meaning."""
@@ -333,7 +392,7 @@ def parse_candidates(text: str, depth: int) -> range | None:
 
 
 def main() -> None:
-    """Entry point: an error the user can act on is one message and exit code 2 (128 + n after a signal)."""
+    """Entry point: an error the user can act on is one message and exit code 2 (else: docs/hosts.md)."""
     # orbax tells every step of a save, and a failed one with several stack traces before it raises the error itself.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
@@ -344,7 +403,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         else:
             print("error: the log of the first process says why all of them end", file=sys.stderr)
-        _leave(getattr(error, "exit_code", 2), error)
+        _leave(getattr(error, "exit_code", EXIT_PUT_RIGHT), error)
     except SystemExit as end:  # typer's, of a whole command too
         if end.code:
             _leave(end.code, end)

@@ -1,5 +1,8 @@
 """Errors a user can act on. Messages name the offending value and the way out; the command line exits with 2."""
 
+EXIT_PUT_RIGHT = 2  # somebody has to; the same command again would end the same way
+EXIT_TRY_AGAIN = 75  # nothing is wrong but the moment, as in sysexits.h
+
 
 class JaxHybridError(Exception):
     """Base of every error that is the input's fault, not the program's."""

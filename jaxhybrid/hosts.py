@@ -112,7 +112,7 @@ def _give_up(where: str, count: int | None) -> None:
         f"error: not all of {count} processes have come to {where}. Start the same command on every host, with "
         "another --process each where they are named, and let the port through; --processes 1 is a process by itself."
     )
-    os._exit(2)
+    os._exit(errors.EXIT_TRY_AGAIN)
 
 
 def _tell(text: str) -> None:
@@ -323,7 +323,7 @@ def _watch() -> None:
             continue
         if not _ended.wait(GRACE_SECONDS):
             _tell(f"error: {failure}")
-            _end(2)
+            _end(errors.EXIT_PUT_RIGHT)
 
 
 def _end(code: int) -> None:

@@ -15,11 +15,12 @@ import numpy as np
 from jaxhybrid import hosts
 from jaxhybrid.assembly import TRAINED, RunModels
 from jaxhybrid.checksums import MANIFEST, file_checksum, write_result
-from jaxhybrid.data import BatchIterator, Text, mean_segment_tokens, open_text
+from jaxhybrid.complete import end_ids
+from jaxhybrid.data import BatchIterator, HeldoutBatches, Text, mean_segment_tokens, open_text
 from jaxhybrid.disk import DiskPlan, require
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.evaluate.recall_prompts import RecallTask, answer_batches, recall_task, recall_tasks
-from jaxhybrid.evaluate.record import evaluation_record
+from jaxhybrid.evaluate.recall_prompts import answer_batches, recall_task
+from jaxhybrid.evaluate.record import Asked, evaluation_record, prepare
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.blueprint import Params, count_parameters
@@ -107,10 +108,12 @@ class Pipeline:
         return self.config.seed * 1000 + 1 + STAGES.index(name)
 
     @cached_property
-    def recall_tasks(self) -> list[RecallTask]:
-        """The prompts of the recall probe; refuses those that the teacher cannot read."""
-        context = self.models.teacher_config.max_position_embeddings
-        return recall_tasks(self.text.vocabulary, self.config.evaluate.recall, context)
+    def asked(self) -> Asked:
+        """The prompts of the evaluation; refuses those that the teacher cannot read."""
+        files, vocabulary = self.models.teacher_files, self.text.vocabulary
+        ends = end_ids(Path(files.folder), vocabulary.tokenizer.eos_token_id)
+        context, folder = files.config.max_position_embeddings, self.folder.path / "prompts"
+        return prepare(self.config.evaluate, vocabulary, ends, context, folder, hosts.count())
 
     # --- stages
 
@@ -124,7 +127,7 @@ class Pipeline:
             disk.require_run(self.folder.path, undone)
 
         hosts.by_first(refuse, "disk of the run")
-        _ = self.recall_tasks
+        _ = self.asked
         self.align()
         if METHODS[self.config.select.method].needs == "scores":
             self.score()
@@ -316,7 +319,7 @@ class Pipeline:
         self._finish("finetune", *self._train("finetune", student, distilled))
 
     def evaluate(self) -> dict[str, Any]:
-        """Teacher and students on held-out text and recall; written to `evaluation.json`."""
+        """Teacher and students on held-out text and in tasks; written to `evaluation.json`."""
         stop_between("evaluating")
         settings = self.config.evaluate
         chosen = hosts.by_first((self.folder.path / "layers.json").exists, "layers are chosen")
@@ -324,14 +327,35 @@ class Pipeline:
             {"teacher": self.models.frozen_teacher}
             | {stage: self.models.trained(stage, self.dtype) for stage in TRAINED if self.folder.is_done(stage)},
             settings,
-            self.text.heldout_batches(settings.sequence_length, settings.batch_size, settings.heldout_tokens),
-            self.recall_tasks,
+            {length: self._heldout_rows(length) for length in (settings.sequence_length, *settings.lengths)},
+            self.asked,
             softmax_layers=self.folder.read("layers.json", "select")["softmax_layers"] if chosen else None,
+            rows={name: self._made(name) for name in ("teacher", *TRAINED)},
+            answers=self.folder.path / "answers",
             mesh=self.mesh,
             dtype=self.dtype,
         )
         hosts.by_first(lambda: write_result(self.folder.path / "evaluation.json", result), "write the evaluation")
         return result
+
+    def _made(self, name: str) -> dict[str, Any]:
+        """How a model of the evaluation came to be."""
+        trained = ("align", *TRAINED)[: (*TRAINED,).index(name) + 2] if name in TRAINED else ()
+        stages: list[StageConfig] = [getattr(self.config, stage) for stage in trained]
+        return {
+            "seed": self.config.seed,
+            "trained_tokens": sum(stage.steps * stage.tokens_per_step for stage in stages),
+            "config": fingerprint(self.config),
+            "hardware": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
+        }
+
+    def _heldout_rows(self, length: int) -> HeldoutBatches:
+        """Held-out text in rows of `length` tokens, as many tokens at once as in those of `sequence_length`."""
+        settings, rows = self.config.evaluate, self.config.evaluate.batch_size
+        if length != settings.sequence_length:
+            devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            rows = max(settings.batch_tokens // length // devices, 1) * devices
+        return self.text.heldout_batches(length, rows, settings.heldout_tokens)
 
     @property
     def export_folder(self) -> Path:

@@ -30,6 +30,8 @@ MEASURED = "tests/selection/test_measured.py"
 PACKING = "tests/export/test_packing.py"
 RECALL = "tests/evaluate/test_recall.py"
 ANSWERS = "tests/evaluate/test_answers.py"
+RULER = "tests/evaluate/test_ruler.py"
+WRITTEN = "tests/evaluate/test_written.py"
 VOCABULARY = "tests/data/test_vocabulary.py"
 
 
@@ -385,22 +387,29 @@ FAULTS = [
     Fault(
         "evaluation: KL the other way round",
         "evaluate/quality.py",
-        "linear_kl(*own, *other, tokens)",
-        "linear_kl(*other, *own, tokens)",
+        "((p, log_zp, 1), (q, log_zq, -1))",
+        "((q, log_zq, -1), (p, log_zp, 1))",
         QUALITY,
     ),
     Fault(
         "evaluation: perplexity over all tokens",
         "evaluate/quality.py",
-        "math.exp(cross_entropy / predicted)",
-        "math.exp(cross_entropy / tokens)",
+        '"perplexity": ("cross_entropy", "predicted"),',
+        '"perplexity": ("cross_entropy", "tokens"),',
         QUALITY,
     ),
     Fault(
         "evaluation: KL counts padding",
         "evaluate/quality.py",
-        'tokens = token_mask(batch["segment_ids"])',
-        "tokens = jnp.ones_like(mask)",
+        'predicted, token_mask(batch["segment_ids"]), batch',
+        "predicted, jnp.ones_like(predicted), batch",
+        QUALITY,
+    ),
+    Fault(
+        "evaluation: positions count from the start of the row",
+        "evaluate/quality.py",
+        "return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)",
+        "return index + 0 * np.maximum.accumulate(np.where(begins, index, 0), axis=1)",
         QUALITY,
     ),
     # Conversion.
@@ -528,6 +537,41 @@ FAULTS = [
         RECALL,
     ),
     Fault(
+        "ruler: a prompt may take the room of its answer",
+        "evaluate/ruler/fit.py",
+        "materials.asker, length - task.new_tokens",
+        "materials.asker, length",
+        RULER,
+    ),
+    Fault(
+        "ruler: depths of needles in the order of the question",
+        "evaluate/ruler/niah.py",
+        "before[order.index(n)] / size",
+        "sorted(before)[n] / size",
+        RULER,
+    ),
+    Fault(
+        "written answers: any answer is all answers",
+        "evaluate/written.py",
+        'if scoring == "part" else',
+        "if True else",
+        WRITTEN,
+    ),
+    Fault(
+        "written answers: those of a batch in the order they were run",
+        "evaluate/written.py",
+        "for number, tokens in zip(group, written):",
+        "for number, tokens in zip(sorted(group), written):",
+        WRITTEN,
+    ),
+    Fault(
+        "ablation: the other layers are off",
+        "evaluate/ablation.py",
+        "(kind == FULL_ATTENTION) == softmax",
+        "(kind == FULL_ATTENTION) != softmax",
+        WRITTEN,
+    ),
+    Fault(
         "recall: thirds by question, not by place in the list",
         "evaluate/recall_figures.py",
         "3 * task.listed // task.pairs",
@@ -618,6 +662,28 @@ FAULTS = [
         "self.heldout, sequence_length, batch_size, tokens, *_this_host()",
         "tests/data/test_stage_text.py",
     ),
+    # Launching.
+    Fault(
+        "launch: a preemption ends the JobSet",
+        "launch/gke.py",
+        '"RestartJobSetAndIgnoreMaxRestarts"',
+        '"FailJobSet"',
+        "tests/launch/test_gke.py::test_what_follows_the_end_of_a_pod",
+    ),
+    Fault(
+        "launch: a state that cannot be asked for counts as gone",
+        "launch/templates/tpu_vm.sh.j2",
+        'until [[ $(state || echo UNKNOWN) == "" ]]; do',
+        'until [[ $(state) == "" ]]; do',
+        "tests/launch/test_tpu_vm.py::test_a_state_that_cannot_be_asked_for_is_not_taken_for_gone",
+    ),
+    Fault(
+        "launch: as many pods as chips",
+        "launch/gke.py",
+        '"completions": job.slice.hosts',
+        '"completions": job.slice.devices',
+        "tests/launch/test_gke.py::test_a_jobset_is_one",
+    ),
 ]
 
 
@@ -650,7 +716,7 @@ def main(words: list[str]) -> int:
     chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for part in ("jaxhybrid", "tests"):
+        for part in ("jaxhybrid", "tests", "configs"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "conftest.py"):
             shutil.copyfile(ROOT / name, copy / name)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxhybrid import hosts
+from jaxhybrid.errors import EXIT_TRY_AGAIN
 from jaxhybrid.run_folder import RunFolder
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.train.loop import go_to, place_of
@@ -213,7 +214,7 @@ hosts.barrier("in vain")
 def test_too_few_processes_are_named(tmp_path):
     code = JOINED.replace("hosts.initialize", "hosts.JOIN_SECONDS = 2\nif me == 0: hosts.initialize")
     first, _ = joined(tmp_path / "logs", "", code)
-    assert first.returncode == 2
+    assert first.returncode == EXIT_TRY_AGAIN
     assert "error: not all of 2 processes have come to localhost:" in first.stderr
 
 

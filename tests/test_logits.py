@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxhybrid.evaluate.answers import _read
 from jaxhybrid.evaluate.quality import _sums
 from jaxhybrid.model.decode import decode, initial_decode_state
-from jaxhybrid.model.transformer import forward
+from jaxhybrid.model.transformer import forward, outputs
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
 from jaxhybrid.train.optimizer import make_optimizer, start
@@ -43,7 +43,12 @@ def makers_of_logits(model, batch):
             {"model": model, "tokens_BT": tokens, "state": initial_decode_state(config, 8, 32, jnp.bfloat16)},
         ),
         "answers": (partial(_read, **BF16), {"model": model, "batch": answers}),
-        "quality": (lambda model, batch: _sums(model, model, batch, jnp.bfloat16), None),
+        "quality": (
+            lambda model, batch: _sums(
+                *[outputs(model, batch["tokens"], **BF16)] * 2, batch | {"bucket": tokens}, buckets=1, **BF16
+            ),
+            None,
+        ),
         "distill": (lambda model, batch: distill_step(start(model.params, optimizer), model, batch, **static), None),
         "finetune": (lambda model, batch: finetune_step(start(model.params, optimizer), batch, **static), None),
     }

@@ -103,12 +103,20 @@ def test_a_command_of_the_documentation_is_one(path, line):
             load_config(known, context.params["overrides"] or [])
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-3b-instruct", "qwen2.5-3b-instruct"])
-def test_the_published_layers_in_the_head_of_a_recipe_are_settings(name):
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("llama-3.2-3b-instruct", 7),
+        ("qwen2.5-1.5b-instruct", 7),
+        ("qwen2.5-3b-instruct", 9),
+        ("qwen2.5-7b-instruct", 7),
+    ],
+)
+def test_the_published_layers_in_the_head_of_a_recipe_are_settings(name, kept):
     path = ROOT / "configs" / f"{name}.yaml"
     (line,) = re.findall(r"^#\s+(select\.method=explicit .*)$", path.read_text(), re.MULTILINE)
     select = load_config(path, shlex.split(line)).select
-    assert select.budget == len(select.layers) == {"llama-3.2-3b-instruct": 7, "qwen2.5-3b-instruct": 9}[name]
+    assert select.budget == len(select.layers) == kept
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -59,6 +59,12 @@ def test_a_run_leaves_every_result(whole):
     assert layers["other_budgets"] == {"1": scores["ranking"][:1], "2": sorted(scores["ranking"][:2])}
     assert list(evaluation["models"]) == ["teacher", "distill", "finetune"]
     assert evaluation["models"]["distill"]["kl"] > 0
+    assert {name: row["trained_tokens"] for name, row in evaluation["models"].items()} == {
+        "teacher": 0, "distill": 5120 + 5120, "finetune": 5120 + 5120 + 3072
+    }  # fmt: skip
+    assert {row["hardware"] for row in evaluation["models"].values()} == {"1 x cpu"}
+    assert [measured["sequence_length"] for measured in evaluation["quality"]] == [64]
+    assert evaluation["tasks"] == []
     (recall,) = evaluation["recall"]
     assert (recall["pairs"], recall["filler_tokens"], recall["prompts"]) == (2, 0, 8)
     assert not recall["applies"]  # a random teacher repeats nothing

@@ -57,8 +57,12 @@ class Vocabulary:
 
         begin: False takes the text alone, for what is in the middle of one or what a chat template has begun.
         """
-        ids: list[int] = self.encoder.encode(text, add_special_tokens=False).ids
-        return self._begun(ids) if begin else ids
+        return self.prompts([text], begin)[0]
+
+    def prompts(self, texts: Sequence[str], begin: bool = True) -> list[list[int]]:
+        """`prompt` of each text, on every core."""
+        encodings = self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._begun(encoding.ids) if begin else encoding.ids for encoding in encodings]
 
     @property
     def beginning(self) -> str:

@@ -18,7 +18,14 @@ NO_TOKEN = -1  # after the end of an answer
 
 
 def read_answers(
-    model: Model, tokens: np.ndarray, places: np.ndarray, answers: np.ndarray, *, rows: int, dtype: Any
+    model: Model,
+    tokens: np.ndarray,
+    places: np.ndarray,
+    answers: np.ndarray,
+    *,
+    rows: int,
+    dtype: Any,
+    softmax: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed log-probability of each answer [n,Q], and the most likely tokens [n,Q,A] in place of its own.
 
@@ -28,6 +35,7 @@ def read_answers(
         places: [n,Q] the last token before each answer.
         answers: [n,Q,A] tokens; after the end of an answer NO_TOKEN, and what is said there means nothing.
         rows: read at once, rounded up to a multiple of the devices; the last ones are filled up with earlier ones.
+        softmax: [L] bool, the softmax layers of an all-linear model that has both kinds: see `hidden_states`.
     """
     mesh = jax.sharding.get_mesh()
     devices = 1 if mesh.empty else row_devices(mesh)
@@ -39,7 +47,7 @@ def read_answers(
     for first in range(0, len(tokens), rows):
         numbers = np.arange(first, first + rows) % len(tokens)
         batch = {name: array[numbers] for name, array in arrays.items()}
-        found.append(jax.device_get(_read(model, batch if mesh.empty else place_rows(batch, mesh), dtype)))
+        found.append(jax.device_get(_read(model, batch if mesh.empty else place_rows(batch, mesh), softmax, dtype)))
     likelihood, greedy = (np.concatenate(parts)[: len(tokens)] for parts in zip(*found))
     return likelihood, greedy
 
@@ -50,8 +58,8 @@ def is_answer(greedy: np.ndarray, answers: np.ndarray) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _read(model: Model, batch: dict[str, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    hidden, head = outputs(model, batch["tokens"], batch["segment_ids"], dtype=dtype)
+def _read(model: Model, batch: dict[str, jax.Array], softmax: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    hidden, head = outputs(model, batch["tokens"], batch["segment_ids"], softmax=softmax, dtype=dtype)
     vocab_size, rows = model.config.vocab_size, P(BATCH_AXES)
 
     def read(hidden: jax.Array, at: jax.Array, answers: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -41,6 +41,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     dtype: str = "float32",
+    cut: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Figures of each task, `{task: {"acc": 0.31, "acc_stderr": 0.02, ...}}`.
 
@@ -50,6 +51,7 @@ def run_tasks(
         shots: solved examples before each question; None as the task says.
         limit: questions of each task; None takes all.
         batch_size: questions at once, rounded up to a multiple of the devices.
+        cut: see `HarnessModel`.
 
     Raises:
         ConfigError: a task or the dtype is not known, or a number is out of range.
@@ -59,18 +61,9 @@ def run_tasks(
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise ConfigError(f"{name} {value}: at least {least}.")
-    manager, unknown = TaskManager(include_defaults=False), list(tasks)
-    for defaults in (False, True):  # reading the harness's own thousands of tasks takes seconds
-        if unknown and (task_folder is not None or defaults):
-            manager = TaskManager(include_path=task_folder, include_defaults=defaults)
-            unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise ConfigError(
-            f"lm-eval does not know the task {unknown[0]!r}. `lm-eval ls tasks` lists what it knows; a folder with "
-            "task files of your own goes in --task-folder."
-        )
+    manager = find_tasks(tasks, task_folder)
     evaluated = lm_eval.simple_evaluate(
-        model=HarnessModel(model, vocabulary, end_ids, batch_size=batch_size, dtype=jnp.dtype(dtype)),
+        model=HarnessModel(model, vocabulary, end_ids, batch_size=batch_size, dtype=jnp.dtype(dtype), cut=cut),
         tasks=list(tasks),
         num_fewshot=shots,
         limit=limit,
@@ -80,6 +73,21 @@ def run_tasks(
     )
     assert evaluated is not None  # None on other ranks than the first, and there is one
     return {task: _figures(result) for task, result in evaluated["results"].items()}
+
+
+def find_tasks(tasks: Sequence[str], task_folder: Path | None = None) -> TaskManager:
+    """What the harness reads these tasks with. Raises ConfigError where it does not know one."""
+    manager, unknown = TaskManager(include_defaults=False), list(tasks)
+    for defaults in (False, True):  # reading the harness's own thousands of tasks takes seconds
+        if unknown and (task_folder is not None or defaults):
+            manager = TaskManager(include_path=task_folder, include_defaults=defaults)
+            unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ConfigError(
+            f"lm-eval does not know the task {unknown[0]!r}. `lm-eval ls tasks` lists what it knows; a folder with "
+            "task files of your own goes in --task-folder, in a run in evaluate.lm_eval.task_folder."
+        )
+    return manager
 
 
 def _figures(result: dict[str, Any]) -> dict[str, float]:
@@ -96,7 +104,8 @@ class HarnessModel(TemplateLM):
 
     Tokens are those of the harness's own model for transformers, so that figures compare: texts begin as the vocabulary
     begins them, and `loglikelihood_rolling` scores that beginning as a part of the text. Only what a tokenizer puts
-    after a text by itself is left out, for it would end prompts.
+    after a text by itself is left out, for it would end prompts. With `cut`, contexts that are too long lose their
+    beginning, as they do there; without, they are an error.
     """
 
     def __init__(
@@ -107,8 +116,10 @@ class HarnessModel(TemplateLM):
         *,
         batch_size: int = 8,
         dtype: Any = jnp.float32,
+        cut: bool = True,
     ):
         super().__init__()
+        self.cut = cut
         self.model, self.vocabulary, self.batch_size, self.dtype = model, vocabulary, batch_size, dtype
         self.tokenizer = vocabulary.tokenizer
         self.end_ids = list(end_ids)
@@ -171,7 +182,7 @@ class HarnessModel(TemplateLM):
                 if room < 1:
                     raise ConfigError(f"A task asks for {new_tokens} new tokens; the context has {self.max_length}.")
                 for group in batched(numbers, self.batch_size):
-                    prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in group]
+                    prompts = [self._kept(self.tok_encode(requests[number].args[0]), room) for number in group]
                     prompts += prompts[-1:] * (self.batch_size - len(group))
                     produced = generate(
                         self.model,
@@ -211,7 +222,16 @@ class HarnessModel(TemplateLM):
             raise DataError(
                 f"A task has a continuation of {len(continuation)} tokens; the model's context is {self.max_length}."
             )
-        return [*context, *continuation][-(self.max_length + 1) :], len(continuation)
+        return self._kept([*context, *continuation], self.max_length + 1), len(continuation)
+
+    def _kept(self, tokens: list[int], room: int) -> list[int]:
+        """The last `room` of them."""
+        if len(tokens) > room and not self.cut:
+            raise DataError(
+                f"A task asks about a text of {len(tokens)} tokens, and the model's context has room for {room}: it "
+                "would lose its beginning. Leave the task out, or run it with `jaxhybrid benchmark`, which cuts."
+            )
+        return tokens[-room:]
 
     def _score(self, rows: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
         longest = _power_of_two(max(len(tokens) for tokens, _ in rows) - 1, SHORTEST[0])

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.evaluate.answers import read_answers
-from jaxhybrid.evaluate.recall_figures import Share, chance, recall_figures
+from jaxhybrid.evaluate.bootstrap import Share
+from jaxhybrid.evaluate.recall_figures import chance, recall_figures
 from jaxhybrid.evaluate.recall_prompts import RecallTask
 from jaxhybrid.model.transformer import Model
 

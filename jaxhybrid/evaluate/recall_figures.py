@@ -1,16 +1,12 @@
 """What the answers of a recall task say: shares with 95 % intervals, and what chance would give."""
 
-import math
-
 import numpy as np
 
 from jaxhybrid.evaluate.answers import is_answer
+from jaxhybrid.evaluate.bootstrap import Share, wilson
 from jaxhybrid.evaluate.recall_prompts import RecallTask
 
-Z95 = 1.959964  # half a 95 % interval of the normal distribution, in standard deviations
 THIRDS = ("first", "middle", "last")
-
-Share = dict[str, float]  # share, low, high: a figure and its 95 % interval
 
 
 def recall_figures(task: RecallTask, chosen: np.ndarray, another_name: np.ndarray) -> dict[str, Share]:
@@ -65,6 +61,5 @@ def interval(answers: np.ndarray) -> Share:
     means = answers.mean(1)
     share, variance = float(means.mean()), float(means.var()) / prompts
     count = min(share * (1 - share) / variance, prompts * each) if variance > 0 else prompts
-    centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
-    half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    return {"share": share, "low": max(centre - half, 0.0), "high": min(centre + half, 1.0)}
+    low, high = wilson(share, count)
+    return {"share": share, "low": low, "high": high}

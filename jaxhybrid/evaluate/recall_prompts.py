@@ -13,43 +13,18 @@ and from the second question on the prompt itself shows what is wanted. Prose ma
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
 from jaxhybrid.data.packing import hash_seed
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
-from jaxhybrid.settings.run import RecallConfig
+from jaxhybrid.evaluate.words import NAMES, distinct, number, sentence, shuffled
+from jaxhybrid.settings.evaluate import RecallConfig
 
 HEADER = "Names and numbers.\n\n"  # without one, the list's first pair would also be where attention rests
-NAMES = tuple(
-    """
-    amber anchor apple arrow autumn badge basket beacon birch blanket bottle branch bridge bronze bucket butter
-    button candle canyon carpet castle cedar cherry circle cloud clover coffee copper coral cotton cradle crystal
-    curtain dagger daisy desert diamond dolphin dragon eagle ember engine falcon feather fiddle flame forest fossil
-    fountain garden garlic ginger glacier granite hammer harbor hazel helmet hollow honey horizon island ivory
-    jacket jasmine jungle kettle ladder lantern lemon lily linen lizard magnet maple marble meadow mirror mountain
-    needle nickel oasis ocean olive onion orange orchid otter oyster paddle palace paper parrot pebble pencil
-    pepper pillow pirate planet pocket pottery puzzle rabbit ribbon river rocket saddle sailor salmon shadow silver
-    spider spiral summer sunset table temple thistle thunder tiger timber tulip tunnel turtle valley velvet violet
-    walnut willow window winter wolf
-    """.split()  # noqa: SIM905 - a list this long reads better as text
-)
-PEOPLE = "baker carpenter clerk doctor farmer judge miller nurse painter plumber porter tailor teacher".split()  # noqa: SIM905
-DEEDS = (
-    "asked about", "forgot", "had heard of", "looked for", "never saw", "often spoke of", "passed", "returned to",
-    "sat near", "thought about", "waited outside", "walked past", "wrote about",
-)  # fmt: skip
-PLACES = "barn bakery cellar chapel church cottage factory hospital library mill museum office school".split()  # noqa: SIM905
-TIMES = (
-    "after lunch", "before dawn", "during the holidays", "early in the week", "every other day", "in the rain",
-    "late at night", "on the way home", "once a month", "that evening", "until it was dark", "with a friend",
-    "without a word",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,22 +112,10 @@ def answer_batches(task: RecallTask, batch_size: int, part: int = 0, parts: int 
 
 
 def _draw(rng: random.Random, pairs: int) -> tuple[list[str], list[str], list[int]]:
-    """Names and numbers in the order of the list, and the order in which they are asked.
-
-    By `random()` alone: it is what Python promises never to change, and a figure must be repeatable.
-    """
-    names = _shuffled(rng, NAMES)[:pairs]
-    numbers: list[str] = []
-    while len(numbers) < pairs:
-        number = str(1000 + int(9000 * rng.random()))
-        if number not in numbers:
-            numbers.append(number)
-    return names, numbers, _shuffled(rng, range(pairs))
-
-
-def _shuffled(rng: random.Random, values: Sequence[Any]) -> list[Any]:
-    keys = [rng.random() for _ in values]
-    return [values[index] for index in sorted(range(len(values)), key=keys.__getitem__)]
+    """Names and numbers in the order of the list, and the order in which they are asked."""
+    names = shuffled(rng, NAMES)[:pairs]
+    numbers = distinct(rng, pairs, lambda rng: number(rng, 4))
+    return names, numbers, shuffled(rng, range(pairs))
 
 
 def _write(names: list[str], numbers: list[str], order: list[int], prose: str) -> tuple[str, list[tuple[int, int]]]:
@@ -187,16 +150,11 @@ def _prose(vocabulary: Vocabulary, tokens: int, prompts: int, seed: int) -> list
     texts, ends = [], []
     for prompt in range(prompts):
         rng = random.Random(hash_seed(seed, f"recall filler {prompt}"))
-        sentences = [_sentence(rng) for _ in range(tokens // 6 + 1)]  # none has fewer than six words
+        sentences = [sentence(rng) for _ in range(tokens // 6 + 1)]  # none has fewer than six words
         texts.append(" ".join(sentences))
-        ends.append(np.cumsum([len(sentence) + 1 for sentence in sentences]) - 1)
+        ends.append(np.cumsum([len(each) + 1 for each in sentences]) - 1)
     encoded = vocabulary.encoder.encode_batch(texts, add_special_tokens=False)
     return [
         text[: max((int(end) for end in stops if end <= np.array(encoding.offsets)[:tokens, 1].max()), default=0)]
         for text, stops, encoding in zip(texts, ends, encoded)
     ]
-
-
-def _sentence(rng: random.Random) -> str:
-    who, did, where, when = (words[int(len(words) * rng.random())] for words in (PEOPLE, DEEDS, PLACES, TIMES))
-    return f"The {who} {did} the {where} {when}."

@@ -1,11 +1,11 @@
-"""TPU slices and GPU nodes: which exist, and what their chips can do.
+"""TPU slices and GPU nodes as plans see them: what their chips can do, and how they are joined.
 
 TPU figures are Google's per chip; the memory that a program may take of a device is what libtpu 0.0.50 allows. GPU
 figures are NVIDIA's data sheets, dense. Interconnect is what a chip sends, and receives, over one link or in all.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxhybrid.errors import ConfigError
+from jaxhybrid.launch.slices import find_slice
 from jaxhybrid.model.partition import MESH_AXES, AnyMesh, make_mesh, mesh_sizes
-
-Sides = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -29,60 +28,50 @@ class Chip:
     memory_gbps: float
     link_gbps: float  # one way: of one link of a TPU's torus, of all links of a GPU
     network_gbps: float  # one way, to other slices or nodes, of one chip
-    sides: int = 1  # of the torus
-    largest: Sides = ()
     devices: int = 1  # that JAX sees of a chip
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", 275, 30.75, 1200, 45, 3.1, 3, (16, 16, 16)),
-        Chip("v5e", "tpu", 197, 15.75, 819, 45, 3.1, 2, (16, 16)),
-        Chip("v5p", "tpu", 459, 95.73, 2765, 90, 6.25, 3, (16, 20, 28)),
-        Chip("v6e", "tpu", 918, 31.24, 1638, 90, 12.5, 2, (16, 16)),
-        Chip("tpu7x", "tpu", 2307, 94.74, 7380, 90, 12.5, 3, (16, 24, 24), devices=2),
+        Chip("v4", "tpu", 275, 30.75, 1200, 45, 3.1),
+        Chip("v5e", "tpu", 197, 15.75, 819, 45, 3.1),
+        Chip("v5p", "tpu", 459, 95.73, 2765, 90, 6.25),
+        Chip("v6e", "tpu", 918, 31.24, 1638, 90, 12.5),
+        Chip("tpu7x", "tpu", 2307, 94.74, 7380, 90, 12.5, devices=2),
         Chip("h100", "gpu", 989, 0.95 * 80 * 1e9 / 2**30, 3350, 450, 50),
         Chip("h200", "gpu", 989, 0.95 * 141 * 1e9 / 2**30, 4800, 450, 50),
         Chip("b200", "gpu", 2250, 0.95 * 180 * 1e9 / 2**30, 8000, 900, 50),
     )
 }
-FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # the slices of a two-dimensional torus
-SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # of a three-dimensional one, without links round
-GPU_NODE = 8
 
 
 @dataclass(frozen=True)
 class Topology:
     """A TPU slice, or GPUs of one or more nodes."""
 
+    name: str
     chip: Chip
-    sides: Sides
+    sides: tuple[int, ...]  # chips along each; of GPUs all of them
+    node: int  # chips of a host
 
     @staticmethod
-    def parse(text: str) -> "Topology":
-        """'v5p:4x4x4' or 'h100:16'.
+    def parse(name: str) -> "Topology":
+        """'v5p:4x4x4', 'h100:16'.
 
         Raises:
-            ConfigError: there is no such chip or no such slice; names those that there are.
+            TopologyError: there is no such slice; names those that there are.
+            ConfigError: what its chips can do is not known here.
         """
-        name, _, shape = text.partition(":")
-        if name not in CHIPS:
-            raise ConfigError(
-                f"--topology {text!r}: the chip {name!r} is not known; known are {', '.join(CHIPS)}. Write it as "
-                "v5p:4x4x4 (chips along each side of the slice), or h100:8."
-            )
-        chip = CHIPS[name]
-        try:
-            sides = tuple(int(side) for side in shape.split("x"))
-        except ValueError:
-            sides = ()
-        if trouble := (_slice_trouble if chip.kind == "tpu" else _nodes_trouble)(chip, sides):
-            raise ConfigError(f"--topology {text!r}: {trouble}")
-        return Topology(chip, sides)
+        found = find_slice(name)
+        kind, _, shape = name.partition(":")
+        if kind not in CHIPS:
+            raise ConfigError(f"--topology {name!r}: plans know {', '.join(CHIPS)}, and not {kind}.")
+        sides = tuple(map(int, shape.split("x"))) if found.tpu else (found.devices,)
+        return Topology(name, CHIPS[kind], sides, found.per_host)
 
     def __str__(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.sides))}"
+        return self.name
 
     @property
     def chips(self) -> int:
@@ -90,12 +79,13 @@ class Topology:
 
     @property
     def device_count(self) -> int:
+        """As JAX counts them."""
         return self.chips * self.chip.devices
 
     @property
     def wrap(self) -> tuple[bool, ...]:
         """Along which sides links go round. The compiler must be told: without, it writes other collectives."""
-        if self.chip.sides == 2:
+        if len(self.sides) == 2:
             return tuple(side == 16 for side in self.sides)
         return (all(side % 4 == 0 for side in self.sides),) * len(self.sides)
 
@@ -133,7 +123,7 @@ class Topology:
         group = np.moveaxis(places, [mesh.axis_names.index(axis) for axis in axes], range(len(axes)))
         members = group.reshape(math.prod(mesh.shape[axis] for axis in axes), -1)[:, 0]
         if self.chip.kind == "gpu":
-            across = len({place // GPU_NODE for place in members}) > 1
+            across = len({place // self.node for place in members}) > 1
             return {"gbps": self.chip.network_gbps if across else self.chip.link_gbps, "side": 1}
         spans = [len({device.coords[side] for device in members}) for side in range(len(self.sides))]
         rings = [span == side and wraps for span, side, wraps in zip(spans, self.sides, self.wrap)]
@@ -145,30 +135,3 @@ class Topology:
 def _places(mesh: AnyMesh) -> np.ndarray:
     """The numbers of devices in a mesh of GPUs, as `make_mesh` puts them: the last axis the fastest."""
     return np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
-
-
-def _slice_trouble(chip: Chip, sides: Sides) -> str | None:
-    known: Callable[[Sides], bool]
-    if chip.sides == 2:
-        told = "there are " + ", ".join("x".join(map(str, sides)) for sides in FLAT)
-        known = FLAT.__contains__
-    else:
-        small = ", ".join("x".join(map(str, sides)) for sides in SMALL)
-        told = (
-            f"there are {small}, and sides that are multiples of 4 in ascending order, up to "
-            f"{'x'.join(map(str, chip.largest))}"
-        )
-
-        def known(sides: Sides) -> bool:
-            in_order = len(sides) == 3 and list(sides) == sorted(sides) and min(sides) > 0
-            within = in_order and all(side <= most for side, most in zip(sides, chip.largest))
-            return sides in SMALL or (within and all(side % 4 == 0 for side in sides))
-
-    return None if known(sides) else f"{chip.name} has no such slice; {told}."
-
-
-def _nodes_trouble(chip: Chip, sides: Sides) -> str | None:
-    count = sides[0] if len(sides) == 1 else 0
-    if count > 0 and (count in (1, 2, 4) or count % GPU_NODE == 0):
-        return None
-    return f"give the number of GPUs: 1, 2, 4, or a multiple of the {GPU_NODE} of a node, as {chip.name}:{GPU_NODE}."

@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 from jaxhybrid.files import draft_of, make_folder, storage_errors
 from jaxhybrid.report import plots
 from jaxhybrid.report.results import Results, StageResult, budget_label, read_results
-from jaxhybrid.report.table import ROUND_COLUMNS, evaluation_rows, recall_refusals, recall_rows, round_row
+from jaxhybrid.report.table import (
+    ROUND_COLUMNS,
+    evaluation_rows,
+    lm_eval_rows,
+    quality_rows,
+    recall_refusals,
+    recall_rows,
+    round_row,
+    task_rows,
+)
 from jaxhybrid.settings.stages import STAGES
 
 LOSS = {
@@ -66,14 +75,21 @@ def write_report(run_folder: Path) -> Path:
 
 
 FIGURES = {
-    "recall", "importance", "candidate_curves", "stability", "layer_importance", "kept_curve", "layer_losses", "align",
-    "distill", "finetune",
+    "positions", "tasks", "depths", "recall", "importance", "candidate_curves", "stability", "layer_importance",
+    "kept_curve", "layer_losses", "align", "distill", "finetune",
 }  # fmt: skip
 
 
 def _figures(results: Results) -> dict[str, tuple[Figure, str]]:
     """The plots this run has data for, with a description of each, by file name."""
     figures: dict[str, tuple[Figure, str]] = {}
+    quality = (results.evaluation or {}).get("quality", [])
+    if any(len(figures["positions"]) > 1 for measured in quality for figures in measured["models"].values()):
+        figures["positions"] = plots.positions(quality), "Perplexity and KL by position in the document"
+    if results.tasks:
+        figures["tasks"] = plots.tasks(results.tasks), "Score in each task with written answers"
+    if deep := [task for task in results.tasks if "depths" in task["models"]["teacher"]]:
+        figures["depths"] = plots.depths(deep), "Share of answers found, by depth in the haystack"
     if results.recall:
         figures["recall"] = plots.recall(results.recall), "Share of right answers in each recall task"
     if results.scores:
@@ -114,7 +130,6 @@ def _render(results: Results, pictures: dict[str, Picture]) -> str:
         lstrip_blocks=True,
     )
     header, rows = evaluation_rows(results.evaluation) if results.evaluation else ([], [])
-    recall_header, recall = recall_rows(results.evaluation or {})
     method = (results.layers or {}).get("method") or (results.config.get("select") or {}).get("method", "kl_guided")
     return environment.get_template("page.html.j2").render(
         name=results.config.get("name", results.path.name),
@@ -132,8 +147,10 @@ def _render(results: Results, pictures: dict[str, Picture]) -> str:
         evaluation=results.evaluation,
         evaluation_header=header,
         evaluation_rows=rows,
-        recall_header=recall_header,
-        recall_rows=recall,
+        recall=recall_rows(results.evaluation or {}),
+        quality=quality_rows(results.evaluation or {}),
+        tasks=task_rows(results.evaluation or {}),
+        lm_eval=lm_eval_rows(results.evaluation or {}),
         recall_refusals=recall_refusals(results.evaluation or {}),
         pictures=pictures,
         statuses={name: results.stages[name].status for name in STAGES},

@@ -1,5 +1,6 @@
 """The plots of a run, each a matplotlib Figure. Colours are told apart by the colour-blind (Okabe and Ito 2008)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice, product
@@ -12,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from jaxhybrid.report.results import Points
-from jaxhybrid.report.table import recall_label
+from jaxhybrid.report.table import FIFTHS, recall_label, task_label
 from jaxhybrid.selection.ranking import Scores
 from jaxhybrid.settings.types import RankBy
 
@@ -83,6 +84,74 @@ def recall(tasks: Sequence[dict[str, Any]]) -> Figure:
     axes.set_ylim(0, 105)
     axes.set_ylabel("right answers (%)")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(models) + 1, borderaxespad=0.2)
+    return figure
+
+
+def positions(quality: Sequence[dict[str, Any]]) -> Figure:
+    """Perplexity and KL of every model by position in the document, one line style for each length of rows."""
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("perplexity", "kl")):
+        drawn: list[float] = []
+        for measured, line in zip(quality, cycle(LINES)):
+            for (name, figures), colour in zip(measured["models"].items(), cycle(COLOURS)):
+                if key == "kl" and name == "teacher":
+                    continue
+                ends, values = zip(*((bucket["end"], bucket[key]) for bucket in figures["positions"]))
+                drawn += values
+                label = name if measured is quality[0] and key == "perplexity" else None
+                axes.plot(ends, values, line, color=colour, marker="o", markersize=3.5, label=label)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_xlabel("tokens of the document up to here")
+        axes.set_ylabel("perplexity" if key == "perplexity" else "KL to the teacher\n(nats per token)")
+        if drawn:
+            _log_if_positive(axes, drawn)
+    figure.legend(loc="outside upper right", ncols=4)
+    return figure
+
+
+def tasks(found: Sequence[dict[str, Any]]) -> Figure:
+    """Score of every model in each task with written answers, with its 95 % interval."""
+    figure, axes = _figure(max(2.4, 1 + 0.3 * sum(len(task["models"]) for task in found)))
+    names = list(dict.fromkeys(name for task in found for name in task["models"]))
+    colours, place, centres = dict(zip(names, cycle(COLOURS))), 0.0, []
+    for task in found:
+        centres.append(place + (len(task["models"]) - 1) / 2)
+        for name, figures in task["models"].items():
+            score = figures["score"]
+            ends = [[100 * (score["share"] - score["low"])], [100 * (score["high"] - score["share"])]]
+            style = {"height": 0.8, "color": colours[name], "ecolor": INK, "capsize": 3}
+            axes.barh(place, 100 * score["share"], xerr=ends, label=name if task is found[0] else None, **style)
+            place += 1
+        place += 0.8
+    axes.set_yticks(centres, [task_label(task) for task in found])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("score (%)")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names), borderaxespad=0.2)
+    return figure
+
+
+def depths(found: Sequence[dict[str, Any]]) -> Figure:
+    """Share of answers that are found, by depth in the haystack: a panel for each model, a row for each task."""
+    names = list(dict.fromkeys(name for task in found for name in task["models"]))
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.3 * len(found)), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names):
+        grid = [[math.nan] * len(FIFTHS) for _ in found]
+        for row, task in zip(grid, found):
+            for part in task["models"].get(name, {}).get("depths", []):
+                row[round(len(FIFTHS) * part["first"])] = 100 * part["share"]
+        image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        axes.grid(visible=False)
+        axes.set_title(name)
+        axes.set_xticks([-0.5, len(FIFTHS) - 0.5], ["0 %", "100 %"])
+        axes.set_yticks(
+            range(len(found)), [task_label(task) for task in found] if name == names[0] else [""] * len(found)
+        )
+        axes.set_xlabel("depth")
+    figure.colorbar(image, ax=panels, label="found (%)")
     return figure
 
 

@@ -75,6 +75,11 @@ class Results:
         """The recall tasks that the teacher can do, as `evaluation.json` has them."""
         return [task for task in (self.evaluation or {}).get("recall", []) if task["applies"]]
 
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        """The tasks with written answers that the teacher can do."""
+        return [task for task in (self.evaluation or {}).get("tasks", []) if task["applies"]]
+
     def stability(self) -> dict[str, list[dict[str, float]]]:
         """Rows of `Scores.stability` by a label of the budget; the chosen budget comes first."""
         if not self.scores:

@@ -32,7 +32,7 @@ def print_run(found: dict[str, Any]) -> None:
     console.print()
     console.print(_stage_table(found))
     if found["evaluation"]:
-        header, rows = evaluation_rows(found["evaluation"])
+        header, rows = evaluation_rows(found["evaluation"], made=False)
         console.print()
         console.print(_table(header, [list(map(Text, row)) for row in rows]))
     console.print()

@@ -16,30 +16,98 @@ RECALL_COLUMNS = {  # key of a figure -> heading
 }
 
 
-def evaluation_rows(result: dict[str, Any]) -> tuple[list[str], Rows]:
+QUALITY_COLUMNS = {  # key of a figure -> heading, form, unit, scale
+    "perplexity": ("perplexity", ",.2f", "", 1),
+    "kl": ("KL", ".4f", "", 1),
+    "kl_reverse": ("reverse KL", ".4f", "", 1),
+    "agreement": ("same token", ".1f", " %", 100),
+}
+MADE_COLUMNS = {"trained_tokens": "trained on", "seed": "seed", "config": "config", "hardware": "hardware"}
+FIFTHS = ("0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %")
+
+
+def evaluation_rows(result: dict[str, Any], made: bool = True) -> tuple[list[str], Rows]:
     """Column names, and one row for each model; a value a model lacks is '-'.
 
     Args:
-        result: what `evaluation.json` holds. Runs of earlier versions hold figures
-            `recall_N` of another probe, which become columns.
+        result: what `evaluation.json` holds. Runs of earlier versions have fewer figures, and `recall_N` of another
+            probe, which become columns.
+        made: say how each model was made, too, where that is recorded.
     """
     models: dict[str, dict[str, Any]] = result["models"]
-    keys = {key for row in models.values() for key in row if key.startswith("recall_")}
-    recalls = sorted(keys, key=lambda key: int(key.removeprefix("recall_")))
-    header = ["model", "perplexity", "KL", *recalls]
+    known = {key for row in models.values() for key in row} | {"perplexity", "kl"}
+    earlier = sorted((key for key in known if key.startswith("recall_")), key=lambda key: int(key.partition("_")[2]))
+    columns = {key: column for key, column in QUALITY_COLUMNS.items() if key in known}
+    columns |= {key: (key, ".1f", " %", 100) for key in earlier}
+    told = {key: name for key, name in MADE_COLUMNS.items() if made and key in known}
 
-    def cell(row: dict[str, Any], key: str, form: str, unit: str = "", scale: float = 1) -> str:
-        return f"{format(row[key] * scale, form)}{unit}" if row.get(key) is not None else "-"
+    def cell(row: dict[str, Any], key: str) -> str:
+        _, form, unit, scale = columns[key]
+        if row.get(key) is None:
+            return "-"
+        low, high = (scale * end for end in (row.get("intervals") or {}).get(key, (0, 0)))
+        between = f" ({low:{form}}-{high:{form}})" if low < high else ""
+        return f"{row[key] * scale:{form}}{unit}{between}"
 
+    header = ["model", *(name for name, *_ in columns.values()), *told.values()]
     return header, [
-        [
-            name,
-            cell(row, "perplexity", ",.2f"),
-            cell(row, "kl", ".4f"),
-            *(cell(row, recall, ".1f", " %", 100) for recall in recalls),
-        ]
+        [name, *(cell(row, key) for key in columns), *(_made(row.get(key)) for key in told)]
         for name, row in models.items()
     ]
+
+
+def _made(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+
+def quality_rows(result: dict[str, Any]) -> tuple[list[str], Rows]:
+    """Column names, and for each length of rows and model its figures: whole, then by position in the document."""
+    rows = []
+    for measured in result.get("quality", []):
+        for name, figures in measured["models"].items():
+            parts = [("all", figures)]
+            parts += [(f"{bucket['first']:,} to {bucket['end'] - 1:,}", bucket) for bucket in figures["positions"]]
+            for place, part in parts:
+                cells = [f"{part[key] * scale:{form}}{unit}" for key, (_, form, unit, scale) in QUALITY_COLUMNS.items()]
+                rows.append([f"{measured['sequence_length']:,}", name, place, f"{part['tokens']:,}", *cells])
+    return ["rows of", "model", "positions", "tokens", *(name for name, *_ in QUALITY_COLUMNS.values())], rows
+
+
+def task_rows(result: dict[str, Any]) -> tuple[list[str], Rows]:
+    """Column names, and one row for each model of each task with written answers that the teacher can do; what chance
+    gives first."""
+    rows = []
+    for task in (task for task in result.get("tasks", []) if task["applies"]):
+        label = task_label(task)
+        if task["chance"] is not None:
+            rows.append([label, "chance", _percent(task["chance"]), *["-"] * (2 + len(FIFTHS))])
+        for name, figures in task["models"].items():
+            depths = {round(5 * part["first"]): _percent(part["share"]) for part in figures.get("depths", [])}
+            shares = ("right", "score"), ("first_token", "first_token"), ("another", "another")
+            cells = [_share(key, figures.get(figure)) for key, figure in shares]
+            rows.append([label, name, *cells, *(depths.get(number, "-") for number in range(len(FIFTHS)))])
+    return ["task", "model", "score (95 %)", "1st token", "another's", *FIFTHS], rows
+
+
+def lm_eval_rows(result: dict[str, Any]) -> tuple[list[str], Rows]:
+    """Column names, and one row for each figure of each task of lm-eval."""
+    models = result.get("lm_eval") or {}
+    found = {(task, name) for tasks in models.values() for task, figures in tasks.items() for name in figures}
+
+    def cell(figures: dict[str, float], name: str) -> str:
+        error = figures.get(f"{name}_stderr")
+        return f"{figures[name]:.4f}" + ("" if error is None else f" (+-{1.96 * error:.4f})")
+
+    return ["task of lm-eval", "figure", *models], [
+        [task, name, *(cell(tasks[task], name) for tasks in models.values())]
+        for task, name in sorted(found)
+        if not name.endswith("_stderr")
+    ]
+
+
+def task_label(task: dict[str, Any]) -> str:
+    """'niah_single_1, 4,096', 'fda'"""
+    return task["task"] + (f", {task['length']:,}" if task["length"] else "")
 
 
 def recall_rows(result: dict[str, Any]) -> tuple[list[str], Rows]:
@@ -56,7 +124,7 @@ def recall_rows(result: dict[str, Any]) -> tuple[list[str], Rows]:
 
 
 def recall_refusals(result: dict[str, Any]) -> list[str]:
-    """A sentence for each recall task that the teacher cannot do, so that no student is measured by it."""
+    """A sentence for each task that the teacher cannot do, so that no student is measured by it."""
     sentences = []
     for task in (task for task in result.get("recall", []) if not task["applies"]):
         right = task["models"]["teacher"]["right"]
@@ -64,6 +132,12 @@ def recall_refusals(result: dict[str, Any]) -> list[str]:
         sentences.append(
             f"Recall of {task['pairs']} pairs{prose} does not apply to this teacher: {_percent(right['share'])} of its "
             f"answers are right ({100 * right['low']:.0f}-{100 * right['high']:.0f}), too few to compare students by."
+        )
+    for task in (task for task in result.get("tasks", []) if not task["applies"]):
+        score = task["models"]["teacher"]["score"]
+        sentences.append(
+            f"{task_label(task)} does not apply to this teacher: it scores {_percent(score['share'])} "
+            f"({100 * score['low']:.0f}-{100 * score['high']:.0f}), too little to compare students by."
         )
     return sentences
 
@@ -92,15 +166,15 @@ def round_row(found: dict[str, Any]) -> list[str]:
 
 
 def evaluation_table(result: dict[str, Any]) -> str:
-    """Teacher and students in aligned columns: perplexity and KL to the teacher (nats per token), then recall."""
-    parts = [_aligned(*evaluation_rows(result), left=1)]
-    header, rows = recall_rows(result)
-    if rows:
-        parts.append(_aligned(header, rows, left=2))
+    """Teacher and students in aligned columns: perplexity and KL to the teacher (nats per token), recall and tasks."""
+    parts = [aligned(*evaluation_rows(result), left=1)]
+    for header, rows in (recall_rows(result), task_rows(result), lm_eval_rows(result)):
+        if rows:
+            parts.append(aligned(header, rows, left=2))
     return "\n\n".join([*parts, *recall_refusals(result)])
 
 
-def _aligned(header: list[str], rows: Rows, left: int) -> str:
+def aligned(header: list[str], rows: Rows, left: int) -> str:
     """`left`: how many columns are words."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
 

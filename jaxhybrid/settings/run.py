@@ -9,10 +9,11 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.files import bucket_trouble
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.settings.budget import check_layers, layers_in_budget
+from jaxhybrid.settings.evaluate import EvaluateConfig
 from jaxhybrid.settings.mixer import MixerSettings
 from jaxhybrid.settings.select import SelectConfig
 from jaxhybrid.settings.stages import STAGES, AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig
-from jaxhybrid.settings.types import Count, Counts, Dtype, Ints, Names, Section, Sources, about, free
+from jaxhybrid.settings.types import Count, Dtype, Names, Section, Sources, about, free
 
 
 class DataConfig(Section):
@@ -86,23 +87,6 @@ class MeshConfig(Section):
         if self.data == self.fsdp == -1:
             raise ValueError("data and fsdp are both -1; only one axis can take the rest of the devices")
         return self
-
-
-class RecallConfig(Section):
-    """Made-up associative recall: a list of names and numbers, then the same names again, each number asked for."""
-
-    pairs: Counts = about((4, 16, 64), "lengths of the list, one set of figures each; [] leaves the probe out")
-    filler: Ints = about((0,), "tokens of made-up prose between list and questions; every length with each")
-    samples: Count = about(500, "prompts for each length and filler; each asks for every number of its list")
-
-
-class EvaluateConfig(Section):
-    """Figures of teacher and student on held-out text and tasks."""
-
-    heldout_tokens: Count = about(1_000_000, "held-out tokens of perplexity and KL")
-    sequence_length: Annotated[int, Field(ge=2)] = about(4096, "tokens of a row")
-    batch_size: Count = about(8, "rows of a step")
-    recall: RecallConfig = about(RecallConfig(), "associative recall")
 
 
 class ExportConfig(Section):
@@ -197,9 +181,12 @@ def validate_against(config: RunConfig, model: ModelConfig) -> None:
     lengths = {name: getattr(config, name).sequence_length for name in ("align", "score", "distill", "evaluate")}
     if "measure" not in config.select.idle:
         lengths["select.measure"] = config.select.measure.sequence_length
-    for section, length in lengths.items():
+    given = [(f"{section}.sequence_length", length) for section, length in lengths.items()]
+    given += [("evaluate.lengths", length) for length in config.evaluate.lengths]
+    if config.evaluate.ruler.tasks:
+        given += [("evaluate.ruler.lengths", length) for length in config.evaluate.ruler.lengths]
+    for key, length in given:
         if length > model.max_position_embeddings:
             raise ConfigError(
-                f"{section}.sequence_length {length} is beyond the {model.max_position_embeddings} tokens of context "
-                "that the teacher has."
+                f"{key} {length} is beyond the {model.max_position_embeddings} tokens of context that the teacher has."
             )

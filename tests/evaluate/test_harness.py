@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import lm_eval
 import numpy as np
 import pytest
 from lm_eval.models.huggingface import HFLM
@@ -210,6 +211,28 @@ def test_whole_tasks_on_several_devices(opened, task_folder):
     words = sum(len(re.split(r"\s+", text)) for text in TEXTS)  # as the harness counts them
     assert found["read"]["word_perplexity"] == pytest.approx(np.exp(-total / words), rel=1e-5)
     assert run_tasks(*opened, ["write"], task_folder=task_folder, limit=1)["write"]["exact_match"] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [None, "<begin> $A"])
+def test_whole_tasks_of_an_export_are_those_of_transformers(whole, task_folder, tmp_path, form):
+    folder = with_tokenizer(whole.run / "export", tmp_path / "export", form)
+    theirs = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=1, trust_remote_code=True)
+    manager = lm_eval.tasks.TaskManager(include_path=str(task_folder), include_defaults=False)
+    asked = {"tasks": list(TASKS), "task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
+    expected = lm_eval.simple_evaluate(model=theirs, **asked)["results"]
+    found = run_tasks(*open_model(folder), list(TASKS), task_folder=task_folder, batch_size=2)
+    for task, figure in (("choose", "acc"), ("read", "word_perplexity"), ("write", "exact_match")):
+        assert found[task][figure] == pytest.approx(expected[task][f"{figure},none"], rel=1e-4), task
+
+
+def test_a_context_that_is_too_long_is_refused_where_none_is_cut(opened):
+    model, vocabulary, ends = opened
+    harness = HarnessModel(model, vocabulary, ends, cut=False)
+    with pytest.raises(DataError, match=r"a text of \d+ tokens, and the model's context has room for 122"):
+        harness.generate_until([request("anna likes " * 100, {"until": ["x"], "max_gen_toks": 6})], True)
+    with pytest.raises(DataError, match=r"a text of \d+ tokens, and the model's context has room for 129"):
+        harness.loglikelihood([request("anna likes " * 100, "x")], True)
 
 
 def test_the_command(opened, task_folder, tmp_path, monkeypatch, capsys):

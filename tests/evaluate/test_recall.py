@@ -17,7 +17,7 @@ from jaxhybrid.evaluate.recall_figures import THIRDS, chance, interval, recall_f
 from jaxhybrid.evaluate.recall_prompts import NAMES, RecallTask, answer_batches, recall_task, recall_tasks
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, forward, model_variables
-from jaxhybrid.settings.run import RecallConfig
+from jaxhybrid.settings.evaluate import RecallConfig
 
 BOS = "<s>"
 PAIR = re.compile(r"(\w+): (\d{4})\n")

@@ -188,7 +188,7 @@ def test_the_model_alone_needs_no_compiler(monkeypatch, capsys, config_file):
         ((), "needs either --topology"),
         (("--model-only", "--topology", "v5p:4x4x4"), "needs either --topology"),
         (("--topology", "v5p:4x4x4", "--stage", "distil"), "--stage 'distil' is none of align"),
-        (("--topology", "v9:4x4"), "the chip 'v9' is not known"),
+        (("--topology", "v9:4x4"), "'v9:4x4' is of no known kind"),
         (("--topology", "v5e:2x2"), "make tpu-compiler"),
         (("--topology", "h200:1", "teacher=nowhere"), "nowhere is neither a folder nor a hub id"),
     ],

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxhybrid.errors import ConfigError
+from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.model.partition import MESH_AXES
 from jaxhybrid.plan.topology import CHIPS, Topology
 
@@ -31,19 +31,14 @@ def test_slices_that_exist(text, chips, devices, wrap):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("v5e:32x16", "v5e has no such slice; there are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
-        ("v5p:4x4x6", "multiples of 4 in ascending order, up to 16x20x28"),
-        ("v5p:8x4x4", "ascending"),
-        ("v5p:16x24x28", "up to 16x20x28"),
-        ("v4:4x4", "2x2x1, 2x2x2, 2x2x4, 2x4x4"),
-        ("v5p-128", "'v5p-128' is not known; known are v4, v5e, v5p, v6e, tpu7x, h100, h200, b200"),
-        ("v6e:ax2", "no such slice"),
-        ("h100:6", "1, 2, 4, or a multiple of the 8 of a node"),
-        ("h200:4x4", "give the number of GPUs"),
+        ("v5e:32x16", "no such slice of v5e; there are 1x1, 2x2"),
+        ("v5p:4x4x6", "multiples of 4 in rising order"),
+        ("v5p-128", "of no known kind; known are v4, v5e"),
+        ("a100:8", "plans know v4, v5e, v5p, v6e, tpu7x, h100, h200, b200, and not a100"),
     ],
 )
 def test_others_are_refused_with_those_that_there_are(text, told):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+    with pytest.raises(JaxHybridError, match=re.escape(told)):
         Topology.parse(text)
 
 

@@ -1,0 +1,119 @@
+"""The text of a study in one file, for a machine that has neither the corpus nor the packages that read it.
+
+    python benchmarks/study_rows.py CONFIG.yaml rows.npz [KEY=VALUE]...
+
+Writes int arrays: `train` and `heldout` [rows,T] with `train_segments` and `heldout_segments` (0: padding); `long`
+[rows,L], each a single held-out document, and `choose_long`, such rows of the training text to choose by; and for every
+number of pairs the prompts of the recall probe that the evaluation asks (`recall_4_tokens`, ...), and others to choose
+by (`choose_tokens`, ...).
+"""
+
+import argparse
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxhybrid.assembly import RunModels
+from jaxhybrid.model.partition import make_mesh
+from jaxhybrid.run_folder import RunFolder, folder_of
+from jaxhybrid.settings.read import load_config
+
+Rows = dict[str, np.ndarray]
+PARTS = ("train", "heldout")
+
+
+class StudyRows:
+    """What is in such a file."""
+
+    def __init__(self, path: Path):
+        with np.load(path) as file:
+            self._arrays = dict(file)
+        self.pairs = sorted(int(name.split("_")[1]) for name in self._arrays if name.endswith("_places"))
+
+    def text(self, part: str) -> Rows:
+        """`tokens` and `segment_ids` of the part train, heldout, long or choose_long."""
+        tokens = self._arrays[part].astype(np.int32)
+        segments = self._arrays.get(f"{part}_segments", np.ones_like(tokens))
+        return {"tokens": tokens, "segment_ids": segments.astype(np.int32)}
+
+    def recall(self, pairs: int) -> Rows:
+        """`tokens`, `places` and `answers` of the evaluation's prompts, as RecallTask has them."""
+        return {name: self._arrays[f"recall_{pairs}_{name}"] for name in ("tokens", "places", "answers")}
+
+    @property
+    def prompts_to_choose_by(self) -> Rows:
+        return {name: self._arrays[f"choose_{name}"] for name in ("tokens", "segment_ids", "counted")}
+
+
+def batches_of(rows: Rows, size: int, order: np.ndarray | None = None) -> list[Rows]:
+    """Whole batches, in the order given."""
+    numbers = np.arange(len(rows["tokens"])) if order is None else order
+    cut = [numbers[i : i + size] for i in range(0, len(numbers) - size + 1, size)]
+    return [{name: array[chosen] for name, array in rows.items()} for chosen in cut]
+
+
+def main() -> None:
+    # Only here: who reads such a file has none of the packages that these want.
+    from jaxhybrid.data import open_text
+    from jaxhybrid.evaluate.recall_prompts import answer_batches, recall_task
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("settings", nargs="*", help="over the config")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--train-tokens", type=int, default=10_000_000)
+    parser.add_argument("--heldout-tokens", type=int, default=262_144)
+    parser.add_argument("--long-length", type=int, default=2048)
+    parser.add_argument("--long-rows", type=int, default=48)
+    parser.add_argument("--pairs", type=int, nargs="*", default=[4, 16, 64])
+    parser.add_argument("--prompts", type=int, default=128, help="for each number of pairs")
+    parser.add_argument("--choose-pairs", type=int, default=16)
+    parser.add_argument("--choose-prompts", type=int, default=64)
+    options = parser.parse_args()
+    config = load_config(options.config, options.settings)
+    models = RunModels(config, RunFolder(folder_of(config)), make_mesh(**config.mesh.sizes))
+    files, length = models.teacher_files, options.length
+    text = open_text(config.data, str(files.folder), files.config.vocab_size)
+    stage = config.align.model_copy(update={"sequence_length": length, "batch_size": 16})
+    found: dict[str, Any] = {
+        "train": islice(text.training_batches(stage, config.seed), -(-options.train_tokens // (16 * length))),
+        "heldout": text.heldout_batches(length, 16, options.heldout_tokens),
+    }
+    arrays: Rows = {}
+    for part, batches in found.items():
+        rows = list(batches)
+        arrays[part] = _small(np.concatenate([batch["tokens"] for batch in rows]))
+        arrays[f"{part}_segments"] = np.concatenate([batch["segment_ids"] for batch in rows]).astype(np.uint8)
+    size, count = options.long_length, options.long_rows
+    held = islice(text.heldout_batches(size, 1, text.heldout.num_tokens), -(-options.heldout_tokens // size), None)
+    arrays["long"] = _single_documents(held, count)
+    arrays["choose_long"] = _single_documents(
+        text.training_batches(stage.model_copy(update={"sequence_length": size, "batch_size": 1}), config.seed), count
+    )
+    for pairs in options.pairs:
+        task = recall_task(text.vocabulary, pairs, prompts=options.prompts)
+        arrays |= {f"recall_{pairs}_{name}": getattr(task, name) for name in ("tokens", "places", "answers")}
+    # Of another seed than those that are asked.
+    chosen_by = recall_task(text.vocabulary, options.choose_pairs, prompts=options.choose_prompts, seed=1)
+    (batch,) = answer_batches(chosen_by, options.choose_prompts)
+    arrays |= {f"choose_{name}": array for name, array in batch.items()}
+    np.savez_compressed(options.rows, **arrays)
+    print(f"wrote {options.rows}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
+
+
+def _single_documents(batches: Iterable[Rows], count: int) -> np.ndarray:
+    """Rows of one document each, from its beginning or not, of batches of one row."""
+    whole = (batch for batch in batches if (batch["segment_ids"] == 1).all())
+    return _small(np.concatenate([batch["tokens"] for batch in islice(whole, count)]))
+
+
+def _small(tokens: np.ndarray) -> np.ndarray:
+    return tokens.astype(np.uint16) if tokens.max() < 1 << 16 else tokens.astype(np.uint32)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What selection_study.py measured, as tables and plots: what docs/study.md shows.
+
+    python benchmarks/study_tables.py docs/study/smollm2-135m.jsonl --plot docs/images/study-smollm2.png
+
+Of three or more orders of the training rows: mean and Student's interval of 95 %. "before distillation" tells how well
+a figure of the untrained set orders all distilled sets of a budget (Spearman's rank correlation), and what is lost by
+taking the set that looks best by it.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Record = dict[str, Any]
+Layers = tuple[int, ...]
+
+
+class Measured:
+    """The records of one teacher."""
+
+    def __init__(self, path: Path):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        self.common = records[0]
+        self.reference = {r["name"]: r for r in records if r["kind"] == "reference"}
+        self.choices = [r for r in records if r["kind"] == "choice"]
+        self.untrained = {tuple(r["layers"]): r for r in records if r["kind"] == "untrained"}
+        self.distilled: dict[Layers, list[Record]] = defaultdict(list)
+        for record in records:
+            if record["kind"] == "distilled":
+                self.distilled[tuple(record["layers"])].append(record)
+        self.pairs = sorted(map(int, self.reference["teacher"]["recall"]))
+
+    def budgets(self) -> list[int]:
+        return sorted({choice["budget"] for choice in self.choices}, reverse=True)
+
+    def sets(self, budget: int) -> dict[Layers, list[Record]]:
+        """The choices of each set, best distilled KL first."""
+        found: dict[Layers, list[Record]] = defaultdict(list)
+        for choice in self.choices:
+            if choice["budget"] == budget:
+                found[tuple(choice["layers"])].append(choice)
+        worst = float("inf")
+        return dict(sorted(found.items(), key=lambda item: self.kl(item[0]) if self.distilled[item[0]] else worst))
+
+    def kl(self, layers: Layers) -> float:
+        return float(np.mean([record["kl"] for record in self.distilled[layers]]))
+
+    def right(self, layers: Layers, pairs: int) -> float:
+        """Share of answers, mean over orders of the training rows."""
+        shares = [record["recall"][str(pairs)] for record in self.distilled[layers]]
+        return float(np.mean([right / asked for right, asked in shares]))
+
+
+def table(found: Measured, budget: int) -> str:
+    asked = " | ".join(f"recall {pairs}" for pairs in found.pairs)
+    lines = [
+        f"| chosen by | layers | KL, untrained | KL, distilled | on long rows | {asked} | "
+        "forward tokens | trained tokens | s |",
+        "|" + "---|" * (8 + len(found.pairs)),
+    ]
+    for layers, choices in found.sets(budget).items():
+        runs, first = found.distilled[layers], found.untrained.get(layers)
+        names = ", ".join(f"`{choice['method']}`" for choice in choices)
+        cost = (
+            "random"
+            if all(choice["method"].startswith("random") for choice in choices)
+            else ", ".join(_count(choice["forward_tokens"]) for choice in choices)
+        )
+        cells = [
+            names,
+            " ".join(map(str, layers)),
+            f"{first['kl']:.3f}" if first else "",
+            _mean([run["kl"] for run in runs]),
+            _mean([run["kl_long"] for run in runs]),
+            *(f"{found.right(layers, pairs):.1%}" if runs else "" for pairs in found.pairs),
+            "" if cost == "random" else cost,
+            ", ".join(_count(choice["trained_tokens"]) for choice in choices if choice["trained_tokens"]),
+            "" if cost == "random" else ", ".join(f"{choice['seconds']:.0f}" for choice in choices),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def prediction(found: Measured, budget: int) -> str:
+    """How well what is known before distillation orders the sets after it."""
+    sets = [layers for layers in found.sets(budget) if found.distilled[layers] and layers in found.untrained]
+    after = [found.kl(layers) for layers in sets]
+    lines = ["| before distillation | after | Spearman | best by it, against the best |", "|---|---|---|---|"]
+    signals = {
+        "KL of the set": [found.untrained[layers]["kl"] for layers in sets],
+        "KL on long rows": [found.untrained[layers]["kl_long"] for layers in sets],
+    }
+    for name, before in signals.items():
+        rho = stats.spearmanr(before, after).statistic
+        lost = after[int(np.argmin(before))] - min(after)
+        lines.append(f"| {name} | KL | {rho:.2f} ({len(sets)} sets) | +{lost:.3f} |")
+        for pairs in found.pairs:
+            right = [found.right(layers, pairs) for layers in sets]
+            rho = stats.spearmanr(-np.array(before), right).statistic
+            lost = max(right) - right[int(np.argmin(before))]
+            lines.append(f"| {name} | recall {pairs} | {rho:.2f} | -{lost:.1%} |")
+    return "\n".join(lines)
+
+
+def overlap(found: Measured, budget: int) -> str:
+    """Jaccard of the methods' sets."""
+    choices = [c for c in found.choices if c["budget"] == budget and not c["method"].startswith("random")]
+    lines = ["| | " + " | ".join(c["method"] for c in choices) + " |", "|" + "---|" * (len(choices) + 1)]
+    for own in choices:
+        shares = [
+            len(set(own["layers"]) & set(c["layers"])) / len(set(own["layers"]) | set(c["layers"])) for c in choices
+        ]
+        lines.append(f"| {own['method']} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: Measured, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for budget, colour in zip(found.budgets(), ("tab:blue", "tab:orange", "tab:green")):
+        sets = [layers for layers in found.sets(budget) if found.distilled[layers]]
+        kl = [found.kl(layers) for layers in sets]
+        middle, label = found.pairs[len(found.pairs) // 2], f"{budget} layers softmax"
+        axes[0].scatter([found.untrained[layers]["kl"] for layers in sets], kl, c=colour, label=label)
+        axes[1].scatter(kl, [100 * found.right(layers, middle) for layers in sets], c=colour, label=label)
+        for layers, choices in found.sets(budget).items():
+            names = [c["method"] for c in choices if not c["method"].startswith("random")]
+            if names and found.distilled[layers]:
+                at = found.kl(layers), 100 * found.right(layers, middle)
+                axes[1].annotate(names[0], at, fontsize=6, xytext=(3, 2), textcoords="offset points")
+    axes[0].set(xlabel="KL before distillation (nats)", ylabel="KL after (nats)", title="what the untrained set tells")
+    axes[1].set(xlabel="KL after distillation (nats)", ylabel=f"recall of {middle} pairs (%)", title="KL and recall")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    if len(values) < 3:
+        return ", ".join(f"{value:.3f}" for value in values)
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{np.mean(values):.3f} ± {half:.3f} ({len(values)})"
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e6:.1f}M" if tokens else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    found = Measured(options.records)
+    teacher, linear = found.reference["teacher"], found.reference["all linear"]
+    share = lambda record, pairs: record["recall"][str(pairs)][0] / record["recall"][str(pairs)][1]  # noqa: E731
+    print(f"{found.common['teacher']}, {found.common['hardware']}, aligned on {found.common['align_tokens']:,} tokens.")
+    print("Teacher's recall: " + ", ".join(f"{pairs} pairs {share(teacher, pairs):.1%}" for pairs in found.pairs))
+    print(f"All linear, untrained: KL {linear['kl']:.3f}\n")
+    for budget in found.budgets():
+        print(
+            f"## {budget} layers\n\n{table(found, budget)}\n\n{prediction(found, budget)}\n\n{overlap(found, budget)}\n"
+        )
+    if options.plot:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()

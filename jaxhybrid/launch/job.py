@@ -1,0 +1,196 @@
+"""One run on one kind of machine: what the files of every launcher are written from."""
+
+import math
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxhybrid.errors import EXIT_TRY_AGAIN, ConfigError, TopologyError
+from jaxhybrid.launch.slices import Generation, Slice
+from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.stages import STAGES, StageConfig
+
+MOUNT = "/mnt/runs"  # where the storage is on every host of a cloud
+LONGEST_NAME = 36  # names of node pools, which have a number besides, have at most 40 characters
+GO_ON = (EXIT_TRY_AGAIN, 128 + signal.SIGABRT, 128 + signal.SIGTERM)  # exit codes: also a lost host, a preemption
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Object storage, mounted with Cloud Storage FUSE."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Nfs:
+    """A Filestore instance or another NFS server."""
+
+    server: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, the machines, and where its results go."""
+
+    name: str  # of the JobSet, the queued resource, the Slurm job
+    config: RunConfig  # as the hosts read it
+    slice: Slice
+    slices: int = 1
+    image: str = ""
+    storage: Bucket | Nfs | None = None  # None: the cluster's own disk, which all nodes see
+    zone: str = ""
+    spot: bool = False
+
+    @property
+    def tpu(self) -> Generation:
+        """The kind of TPU; jobs on a cloud have one."""
+        assert self.slice.tpu is not None
+        return self.slice.tpu
+
+    @property
+    def region(self) -> str:
+        return self.zone.rpartition("-")[0]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every process. Programs and downloads are kept, so that a restart has them."""
+        return {"HF_HOME": f"{MOUNT}/huggingface", "JAX_COMPILATION_CACHE_DIR": f"{MOUNT}/programs"}
+
+
+def cloud_job(
+    config: RunConfig,
+    where: Slice,
+    slices: int,
+    *,
+    image: str | None,
+    bucket: str | None,
+    nfs: str | None,
+    zone: str | None,
+    spot: bool,
+) -> Job:
+    """A job whose hosts mount their storage at MOUNT and take the package from an image.
+
+    Raises:
+        ConfigError: something is missing or cannot be on the hosts; names the option or the setting.
+        TopologyError: the mesh does not fit the slices.
+    """
+    if where.tpu is None:
+        raise TopologyError(f"Topology {where.name}: GPU nodes are launched with --on slurm.")
+    image = _given(image, "--image", r"[a-z0-9][a-z0-9._/:@-]*", "us-east5-docker.pkg.dev/PROJECT/REPOSITORY/jaxhybrid")
+    zone = _given(zone, "--zone", r"[a-z]+-[a-z]+\d+-[a-z]", "us-east5-a")
+    if (bucket is None) == (nfs is None):
+        raise ConfigError("Give one of --bucket NAME and --nfs SERVER:/PATH: the run folder must be on a shared disk.")
+    if bucket is not None:
+        bucket = bucket.removeprefix("gs://").rstrip("/")
+        storage: Bucket | Nfs = Bucket(_given(bucket, "--bucket", r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", "my-runs"))
+    else:
+        server, _, path = _given(nfs, "--nfs", r"[A-Za-z0-9.-]+:/[\w./-]*", "10.0.0.2:/runs").partition(":")
+        storage = Nfs(server, path)
+    data = config.data.model_copy(update={"cache_dir": f"{MOUNT}/tokens"})
+    there = config.model_copy(update={"run_dir": f"{MOUNT}/{config.name}", "data": data})
+    _check_paths(there)
+    job = Job(_name(config.name), there, where, slices, image, storage, zone, spot)
+    _check_mesh(job)
+    return job
+
+
+def slurm_job(config: RunConfig, where: Slice) -> Job:
+    """A job on the nodes of a cluster whose own disk they all see.
+
+    Raises:
+        TopologyError: TPUs, or the mesh does not fit.
+        ConfigError: the name is not one for a cluster.
+    """
+    if where.tpu is not None:
+        raise TopologyError(f"Topology {where.name}: TPUs are launched with --on gke or --on tpu-vm.")
+    job = Job(_name(config.name), config, where)
+    _check_mesh(job)
+    return job
+
+
+def _given(value: str | None, option: str, pattern: str, example: str) -> str:
+    if value is None:
+        raise ConfigError(f"{option} must be given, for example {option} {example}.")
+    if not re.fullmatch(pattern, value):
+        raise ConfigError(f"{option} {value!r} is none; for example {option} {example}.")
+    return value
+
+
+def _name(run: str) -> str:
+    """The name of a run as Kubernetes and Google Cloud take it."""
+    name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    if not re.match("[a-z]", name) or len(name) > LONGEST_NAME:
+        raise ConfigError(
+            f"name {run!r} gives no name for a job: it must begin with a letter and have at most {LONGEST_NAME} "
+            "characters. Choose another name=NAME."
+        )
+    return name
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Refuses files of this machine, which the hosts do not have."""
+    named = {
+        "teacher": [config.teacher],
+        "data.train": config.data.train,
+        "data.heldout": config.data.heldout or (),
+        "data.tokenizer": [config.data.tokenizer or ""],
+        "export.folder": [config.export.folder or ""],
+    }
+    files = ("data.train", "data.heldout", "export.folder")  # the others may be ids of the hub
+    for key, values in named.items():
+        for value in values:
+            if not value or value == "pydoc" or value.startswith(("hub:", "demo:", f"{MOUNT}/")):
+                continue
+            if key in files or value[0] in "/.~" or Path(value).exists():
+                raise ConfigError(
+                    f"{key} {value} would be a file of each host. Put it into the storage and name it there, below "
+                    f"{MOUNT}, or use the hub."
+                )
+
+
+def _check_mesh(job: Job) -> None:
+    """Refuses a mesh that is not as large as the slices, or over which the batches do not divide."""
+    sizes, devices = job.config.mesh.sizes, job.slices * job.slice.devices
+    where = job.slice.name if job.slices == 1 else f"{job.slices} x {job.slice.name}"
+    told = f"{where} has {devices} devices"
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed or (not rest and fixed != devices):
+        raise TopologyError(
+            f"{told}, and mesh {_shown(sizes)} takes {fixed}{' or a multiple of it' * bool(rest)}. Change mesh, for "
+            "example mesh.fsdp=-1, or the topology."
+        )
+    sizes |= dict.fromkeys(rest, devices // fixed)
+    if sizes["data"] % job.slices:
+        raise TopologyError(
+            f"{told}; only mesh.data goes over several slices, and {sizes['data']} does not divide by {job.slices}. "
+            f"Set mesh.data={job.slices}."
+        )
+    shards, context = sizes["data"] * sizes["fsdp"], sizes["context"]
+    for section, rows, parts, length in _batches(job.config):
+        if rows % (parts * shards):
+            raise TopologyError(
+                f"{told}, mesh {_shown(sizes)}: {section}.batch_size {rows} does not divide over {parts} parts x "
+                f"{shards} devices of data x fsdp. Take another {section}.batch_size, or give some of the devices to "
+                "mesh.context or mesh.tensor (mesh.fsdp=32 mesh.context=2 for 64)."
+            )
+        if length % context:
+            raise TopologyError(f"{section}.sequence_length {length} does not divide over mesh.context={context}.")
+
+
+def _batches(config: RunConfig) -> Iterator[tuple[str, int, int, int]]:
+    """Section, rows, parts that a step is run in and tokens of a row, of everything that a run runs on its mesh."""
+    for name in STAGES:
+        stage: StageConfig = getattr(config, name)
+        yield name, stage.batch_size, stage.gradient_accumulation, stage.sequence_length
+    yield "evaluate", config.evaluate.batch_size, 1, config.evaluate.sequence_length
+    if "measure" not in config.select.idle:
+        yield "select.measure", config.select.measure.batch_size, 1, config.select.measure.sequence_length
+
+
+def _shown(sizes: dict[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
