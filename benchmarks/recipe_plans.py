@@ -1,14 +1,9 @@
-"""The plan's table at the head of a recipe: written by this, and checked.
+"""The plan's tables at the head of a recipe, between `# plan: begin` and `# plan: end`: written by this, and checked.
 
-    python benchmarks/recipe_plans.py configs/qwen2.5-3b-instruct.yaml            # plans, and writes the table
-    python benchmarks/recipe_plans.py --check configs/qwen2.5-3b-instruct.yaml    # fails if it is another one
+    python benchmarks/recipe_plans.py configs/qwen2.5-3b-instruct.yaml            # plans, and writes the tables
+    python benchmarks/recipe_plans.py --check configs/qwen2.5-3b-instruct.yaml    # fails if they are others
 
-The table stands in comments between the two marker lines. The first says for which slice and with which settings it is
-made, in the words of `jaxhybrid plan`:
-
-    # plan: v5p:4x4x4 mesh.fsdp=32 mesh.context=2 teacher=configs/teachers/qwen2.5-3b-instruct
-    # end of plan
-
+They are for the slice of the recipe's `jaxhybrid launch` line, with the teacher's config.json of configs/teachers.
 Programs that were compiled before are not compiled again, so that a check takes seconds.
 """
 
@@ -27,19 +22,21 @@ from jaxhybrid.plan.topology import Topology
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.stages import STAGES
 
-BLOCK = re.compile(r"^# plan: (?P<words>\S.*)\n(?P<table>(?:#.*\n)*?)# end of plan\n", re.MULTILINE)
+BLOCK = re.compile(r"^# plan: begin\n(?P<table>(?:#.*\n)*?)# plan: end\n", re.MULTILINE)
+SLICE = re.compile(r"^# .*--topology (\S+)", re.MULTILINE)
+TEACHERS = Path("configs") / "teachers"
 
 
 def planned_text(path: Path, text: str, jobs: int) -> str:
-    """The recipe with the table that belongs there. Raises ConfigError: it has no marker lines."""
-    block = BLOCK.search(text)
-    if block is None:
-        raise ConfigError(f"{path} has no line `# plan: TOPOLOGY [KEY=VALUE]...` with `# end of plan` below it.")
-    where, *overrides = block["words"].split()
-    topology, planned = Topology.parse(where), Planned(load_config(path, overrides))
+    """The recipe with the tables that belong there. Raises ConfigError: it has no marker lines, or names no slice."""
+    block, where = BLOCK.search(text), SLICE.search(text)
+    if block is None or where is None:
+        raise ConfigError(f"{path} lacks the lines `# plan: begin` and `# plan: end`, or one with --topology.")
+    topology = Topology.parse(where[1])
+    planned = Planned(load_config(path, [f"teacher={TEACHERS / path.stem}"]))
     figures = Steps(topology, cache_folder(), jobs, lambda told: print(told, file=sys.stderr)).figures(planned, STAGES)
     parts = [
-        "Memory in GiB of a device:",
+        f"jaxhybrid plan {path} --topology {topology}. Memory in GiB of a device:",
         memory_table(figures, topology),
         "A step in ms:",
         time_table(planned, figures, topology),
