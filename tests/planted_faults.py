@@ -111,7 +111,7 @@ FAULTS = [
     Fault(
         "walk: a kind's rows at the layers of another",
         "model/walk.py",
-        "first = places.index(start + begin)",
+        "first = places.index(begin)",
         "first = 0",
         f"{MODEL}::test_rows_are_spread_over_the_layers_and_collected_again",
     ),
