@@ -1,8 +1,8 @@
 """Texts in slots: each slot is a row of the decoding state, filled with a prompt and freed while others go on.
 
 The state (caches and memories) stays on the devices and is written in place. All that is small is kept here, on the
-host, and goes along with every call: last tokens, lengths, how tokens are chosen, what ends a text. So that few programs
-are compiled, all sizes come in steps: rows, tokens of a chunk, places in the caches, tokens between two looks.
+host, and goes along with every call: last tokens, lengths, how tokens are chosen, what ends a text. Few programs are
+compiled, for all sizes come in steps: rows, tokens of a chunk, places in the caches, tokens between two looks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from jaxhybrid.model import decode
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.decode import Chunk, LayerStates, Unstacked
 from jaxhybrid.model.head import own_columns
-from jaxhybrid.model.partition import BATCH_AXES, head_spec, on_shards, row_devices, rows_sharding
+from jaxhybrid.model.partition import head_spec, on_shards, row_devices, rows_sharding
 from jaxhybrid.model.transformer import Model
 
 CHUNK = 16, 2048  # fewest and most tokens of a row in a chunk of a prompt
@@ -29,6 +29,7 @@ CAPACITY = 256  # fewest places in a cache
 STEPS = 8, 32  # tokens between two looks of the host: for short answers, and for others
 END_IDS = 8  # room for so many end tokens, or for twice, four times as many
 NO_TOKEN = -1
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Request:
 
     prompt: Sequence[int]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     end_ids: tuple[int, ...] = ()  # tokens that end the answer; the one that did is its last
 
 
@@ -191,7 +192,7 @@ class Engine:
         if steps is None:
             steps = STEPS[max(left.values()) > STEPS[0]]
         self._reserve(max(map(len, self.texts.values())) + steps)
-        settings = [self.requests[slot].sampling if slot in self.texts else Sampling() for slot in range(self.slots)]
+        settings = [self.requests[slot].sampling if slot in self.texts else GREEDY for slot in range(self.slots)]
         rows = jax.tree.map(self._placed, self._rows(left, settings))
         drawn = any(setting.temperature > 0 for setting in settings)
         produced, self.states = _steps(self.model, self.states, rows, steps=steps, drawn=drawn)

@@ -19,9 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jaxhybrid.data.vocabulary import Vocabulary
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate.answers import NO_TOKEN, is_answer, read_answers
-from jaxhybrid.decoding.generate import generate
 from jaxhybrid.model.transformer import Model
 
 BOOTSTRAPS = 1000  # resamples behind a perplexity's standard error; the harness's own 100,000 take minutes

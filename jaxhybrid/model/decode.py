@@ -1,7 +1,7 @@
 """Going on from a state: a key/value cache for softmax layers, a memory of constant size for linear ones.
 
-A prompt goes through chunk by chunk and layer by layer, with one program for each kind of layer (`prefill_layer`); after
-it, one token of every row goes through all layers in one program (`decode_token`). Each layer's weights and state are
+A prompt goes through chunk by chunk and layer by layer, with one program for each kind of layer (`prefill_layer`);
+then one token of every row goes through all layers in one program (`decode_token`). Each layer's weights and state are
 arrays of their own, so that programs read them where they lie and write a state in place: a row of a stack is copied.
 """
 

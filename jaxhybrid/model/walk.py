@@ -1,8 +1,8 @@
 """The one loop over the layers: training, scoring and alignment are bodies of it. Decoding takes `one_layer` at a time.
 
 All layers are one `lax.scan`. Where kinds alternate a `lax.switch` picks the kind: compile time follows the kinds and
-not their pattern, and the choice may be traced. Each kind's rows are then spread over all layers, zeros where a layer is
-of another kind: rows taken by index from the whole stack would add a gradient of the whole stack in every turn.
+not their pattern, and the choice may be traced. Each kind's rows are then spread over all layers, zeros where a layer
+is of another kind: rows taken by index from the whole stack would add a gradient of the whole stack in every turn.
 """
 
 from collections.abc import Callable
