@@ -121,10 +121,10 @@ class Engine:
         places, rows = self._places(list(prompts))
         tokens = np.zeros((len(places), longest), np.int32)
         lengths = np.zeros(len(places), np.int32)
-        for row, slot in enumerate(places):
-            if slot is not None:
-                lengths[row] = len(prompts[slot]) - 1
-                tokens[row, : lengths[row]] = prompts[slot][:-1]
+        for row, place in enumerate(places):
+            if place is not None:
+                lengths[row] = len(prompts[place]) - 1
+                tokens[row, : lengths[row]] = prompts[place][:-1]
         sizes = chunk_sizes(longest, len(places) // self.devices)
         self._reserve(max(sum(sizes), longest + 1))
         for number, size in enumerate(sizes):
@@ -213,21 +213,17 @@ class Engine:
         room = END_IDS
         while room < max(len(request.end_ids) for request in self.requests.values()):
             room *= 2
-        rows = Rows(
-            *(np.zeros(self.slots, np.int32) for _ in range(3)),
-            ends=np.full((self.slots, room), NO_TOKEN, np.int32),
-            sampling=in_rows(settings),
-            seen=None,
-        )
-        if any(setting.repetition_penalty != 1 for setting in settings):
-            rows = rows._replace(seen=np.zeros((self.slots, self.model.config.vocab_size), bool))
+        token, length, still = (np.zeros(self.slots, np.int32) for _ in range(3))
+        ends_of = np.full((self.slots, room), NO_TOKEN, np.int32)
+        is_penalized = any(setting.repetition_penalty != 1 for setting in settings)
+        seen = np.zeros((self.slots, self.model.config.vocab_size), bool) if is_penalized else None
         for slot, text in self.texts.items():
             ends = self.requests[slot].end_ids
-            rows.token[slot], rows.length[slot], rows.left[slot] = text[-1], len(text) - 1, left[slot]
-            rows.ends[slot, : len(ends)] = ends
-            if rows.seen is not None:
-                rows.seen[slot, text] = True
-        return rows
+            token[slot], length[slot], still[slot] = text[-1], len(text) - 1, left[slot]
+            ends_of[slot, : len(ends)] = ends
+            if seen is not None:
+                seen[slot, text] = True
+        return Rows(token, length, still, ends_of, in_rows(settings), seen)
 
 
 def check_request(request: Request, number: int, config: ModelConfig) -> None:

@@ -82,7 +82,7 @@ def choose(
     def draw(logits: jax.Array, seed: jax.Array, place: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), place), logits)
 
-    token = jax.vmap(draw)(filtered(logits, rows), rows.seed, places)
+    token = jax.vmap(draw)(filtered(logits, rows), jnp.asarray(rows.seed), places)
     return jnp.where(rows.temperature > 0, token.astype(jnp.int32), greedy)
 
 

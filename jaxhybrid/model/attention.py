@@ -66,9 +66,8 @@ class Attention(nnx.Module):
                 name: jax.lax.dynamic_update_slice_in_dim(cache, jnp.moveaxis(new[name], 1, 2), index, 2)
                 for name, cache in state.items()
             }
-            out = causal_attention(
-                q, *(jnp.moveaxis(state[name], 2, 1) for name in ("k", "v")), None, first_query=index
-            )
+            keys, values = (jnp.moveaxis(state[name], 2, 1) for name in ("k", "v"))
+            out = causal_attention(q, keys, values, None, first_query=index)
         return self.o_proj(out), state
 
 

@@ -16,7 +16,7 @@ G = GatedDeltaNetConfig.kind
 PATTERNS = {"softmax": (F,) * 2, "linear": (G,) * 2, "hybrid": (G, F, G)}
 
 
-def make_model(name):
+def make_model(name, **changes):
     mixer = GatedDeltaNetConfig()
     if name == "conv":
         mixer = replace(mixer, conv_size=4, rope=True)
@@ -26,7 +26,7 @@ def make_model(name):
         mixer = GLAConfig()
     pattern = tuple(mixer.kind if kind == G else kind for kind in PATTERNS.get(name, PATTERNS["hybrid"]))
     make = jax.jit(convert, static_argnums=(1, 2))
-    student = make(make_teacher(num_layers=len(pattern)), pattern, mixer, jax.random.key(2))
+    student = make(make_teacher(num_layers=len(pattern), **changes), pattern, mixer, jax.random.key(2))
     if name == "conv":  # an identity convolution would hide a wrong state
         mixers = student.params["mixers"][G]
         taps = {name: {"taps": mixers[name]["taps"] + 0.3} for name in ("q_conv", "k_conv", "v_conv")}

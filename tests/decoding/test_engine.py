@@ -13,7 +13,7 @@ from jaxhybrid.decoding.generate import generate
 from jaxhybrid.decoding.sampling import Sampling
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import FULL_ATTENTION
-from tests.decoding.conftest import recomputed
+from tests.decoding.conftest import make_model, recomputed
 
 PROMPTS = [[3, 9, 4, 17, 2], [8], [(7 * i + i * i) % 61 for i in range(21)]]
 PROGRAMS = ("_embedded", "_prefill_layer", "_steps", "_grown")
@@ -85,7 +85,7 @@ def test_a_row_of_bfloat16_beside_others_is_near_itself_alone(hybrid):
 
 def test_a_busy_or_foreign_slot_is_refused(hybrid):
     slots = Engine(hybrid, 2)
-    slots.prefill({0: Request([1, 2], 4)})
+    slots.texts[0] = [1, 2]
     for slot in (0, 2):
         with pytest.raises(ConfigError, match=rf"Slot {slot} is busy or does not exist; idle are \[1\]"):
             slots.prefill({slot: Request([3], 4)})
@@ -97,13 +97,13 @@ def test_an_engine_can_take_the_weights(hybrid):
     model = type(hybrid)(jax.tree.map(jnp.copy, hybrid.params), hybrid.config)
     slots = Engine(model, 1, consume=True)
     assert all(x.is_deleted() for part in ("blocks", "mixers") for x in jax.tree.leaves(model.params[part]))
-    slots.prefill({0: Request(PROMPTS[0], 6)})
-    assert finish(slots) == {0: generate(hybrid, PROMPTS[:1], 6)[0]}
+    slots.prefill({0: Request(PROMPTS[0], 4)})
+    assert list(finish(slots)[0]) == recomputed(hybrid, PROMPTS[:1], 4)[0]
 
 
-def test_few_programs_serve_all_lengths_and_settings(hybrid):
-    """Two softmax layers and linear ones: a program of each kind for a length of chunk and of caches."""
-    before = compiled()
+def test_few_programs_serve_all_lengths_and_settings():
+    """For chunks of 16 tokens, caches of 32 places: one for each kind of layer; greedy steps and drawn ones."""
+    hybrid, before = make_model("hybrid", vocab_size=67), compiled()  # of a size that no other test has
     for number, (length, new, temperature) in enumerate(
         [(3, 2, 0.0), (9, 8, 0.5), (14, 5, 1.0), (17, 7, 2.0), (12, 3, 0.3), (1, 6, 0.0), (16, 1, 9.0), (5, 8, 1.5)]
     ):
@@ -138,9 +138,11 @@ def test_a_step_writes_the_state_in_place_and_copies_no_cache_and_no_weight(hybr
     program = lowered(slots)
     held = sum(x.nbytes for x in jax.tree.leaves(slots.states))
     assert program.memory_analysis().alias_size_in_bytes == held
-    shapes = {"x".join(map(str, x.shape)) for x in jax.tree.leaves((slots.states, slots.model.layers)) if x.size >= 128}
-    copied = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|slice|dynamic-slice)\(", program.as_text())
-    assert not shapes & {shape.replace(",", "x") for shape in copied}
+    arrays = jax.tree.leaves((slots.states, slots.model.layers))
+    shapes = {x.shape for x in arrays if x.size >= 128} - {(2, 3, 32)}  # the last inputs of a convolution move up
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|slice|dynamic-slice|transpose|concatenate)\(", program.as_text())
+    assert moved
+    assert not shapes & {tuple(map(int, shape.split(","))) for shape in moved}
 
 
 def test_a_chunk_writes_the_state_in_place(hybrid):

@@ -80,9 +80,9 @@ def test_filters_and_penalty_are_those_of_transformers(logits):
     for setting, own in zip(CASES, logits):
         scores, ids = torch.tensor(own)[None], torch.zeros((1, 1), dtype=torch.long)
         chain = [generation.TemperatureLogitsWarper(setting.temperature)]
-        chain += [generation.TopKLogitsWarper(setting.top_k)] * bool(setting.top_k)
-        chain += [generation.TopPLogitsWarper(setting.top_p)] * (setting.top_p < 1)
-        chain += [generation.MinPLogitsWarper(setting.min_p)] * bool(setting.min_p)
+        if setting.top_k:
+            chain.append(generation.TopKLogitsWarper(setting.top_k))
+        chain += [generation.TopPLogitsWarper(setting.top_p), generation.MinPLogitsWarper(setting.min_p)]
         for warper in chain:
             scores = warper(ids, scores)
         ours = np.asarray(filtered(own[None], in_rows([setting])))
@@ -94,13 +94,13 @@ def test_filters_and_penalty_are_those_of_transformers(logits):
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
-    """And a greedy row beside them takes the most likely token. 4,000 draws: 4 standard errors are 0.032."""
+    """And a greedy row beside them takes the most likely token. 1,000 draws: 4 standard errors are 0.064."""
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    draws = 4000
+    draws = 1000
     rows = in_rows([*(Sampling(1.0, top_k=3, seed=n) for n in range(draws)), Sampling(seed=3)])
     tokens = choose(np.tile(logits, (draws + 1, 1)), rows, np.zeros(draws + 1, np.int32), None, drawn=True)
     shares = np.bincount(tokens[:draws], minlength=4) / draws
-    np.testing.assert_allclose(shares, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.032)
+    np.testing.assert_allclose(shares, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.064)
     assert shares[3] == 0
     assert tokens[draws] == 0
 
