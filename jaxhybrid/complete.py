@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxhybrid.data import Vocabulary, load_vocabulary
-from jaxhybrid.decoding.engine import Engine, Request, power_of_two
+from jaxhybrid.decoding.engine import Engine, Request, rounded
 from jaxhybrid.decoding.generate import seeded
 from jaxhybrid.decoding.sampling import Sampling
 from jaxhybrid.decoding.text import Answer
@@ -129,7 +129,7 @@ def complete(
         }
         if not requests:
             return []
-        engine = Engine(model, power_of_two(len(requests)), dtype=dtype, consume=True)
+        engine = Engine(model, rounded(len(requests)), dtype=dtype, consume=True)
         engine.prefill(requests)
         decode = lambda tokens: str(vocabulary.tokenizer.decode(tokens, skip_special_tokens=True))  # noqa: E731
         answers = {number: Answer(decode, stop) for number in requests}

@@ -70,7 +70,7 @@ class Engine:
     def __init__(self, model: Model, slots: int, *, dtype: Any = jnp.float32, consume: bool = False):
         """
         Args:
-            slots: texts at once, rounded up to a multiple of the devices.
+            slots: texts at once, rounded up to a multiple of the devices; each number has programs of its own.
             dtype: of weights, caches and computation.
             consume: the model's stacks of layers are deleted, for weights are held layer by layer here.
         """
@@ -163,7 +163,7 @@ class Engine:
         """Has the caches hold so many tokens a row; what they hold stays."""
         if places <= self.capacity:
             return
-        capacity = capacity_for(places)
+        capacity = max(rounded(places), CAPACITY)
         if not self.capacity:
             self.states = _initial_states(self.model.config, self.slots, capacity, self.dtype)
         elif not self.texts:  # nothing to keep
@@ -240,10 +240,10 @@ def power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
-def capacity_for(places: int) -> int:
-    """2^k or 3 * 2^k places: at most half as many more than are asked for."""
-    whole = max(power_of_two(places), CAPACITY)
-    return whole * 3 // 4 if whole * 3 // 4 >= max(places, CAPACITY) else whole
+def rounded(least: int) -> int:
+    """The next 2^k or 3 * 2^k: at most half as many more than are asked for."""
+    whole = power_of_two(least)
+    return whole * 3 // 4 if whole > 3 and whole * 3 // 4 >= least else whole
 
 
 def chunk_sizes(tokens: int, rows: int) -> list[int]:

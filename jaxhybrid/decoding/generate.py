@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxhybrid.decoding.engine import Engine, Request, check_request, power_of_two
+from jaxhybrid.decoding.engine import Engine, Request, check_request, rounded
 from jaxhybrid.decoding.sampling import Sampling
 from jaxhybrid.model.transformer import Model
 
@@ -42,7 +42,7 @@ def generate(
         check_request(request, number, model.config)
     if not requests:
         return []
-    engine = Engine(model, power_of_two(len(requests)), dtype=dtype)
+    engine = Engine(model, rounded(len(requests)), dtype=dtype)
     engine.prefill(requests)
     answers: dict[int, list[int]] = {number: [] for number in requests}
     while engine.busy:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxhybrid.decoding import engine
-from jaxhybrid.decoding.engine import Engine, Request, capacity_for, chunk_sizes
+from jaxhybrid.decoding.engine import Engine, Request, chunk_sizes, rounded
 from jaxhybrid.decoding.generate import generate
 from jaxhybrid.decoding.sampling import Sampling
 from jaxhybrid.errors import ConfigError
@@ -115,9 +115,8 @@ def test_few_programs_serve_all_lengths_and_settings():
 
 
 def test_sizes_come_in_steps():
-    assert [capacity_for(n) for n in (1, 32, 33, 49, 65, 1000, 1500)] == [32, 32, 48, 64, 96, 1024, 1536]
-    for places in range(1, 3000, 7):
-        assert places <= capacity_for(places) < max(33, 1.5 * places)
+    assert [rounded(n) for n in (1, 2, 3, 4, 5, 7, 33, 49, 1000, 1500)] == [1, 2, 3, 4, 6, 8, 48, 64, 1024, 1536]
+    assert all(least <= rounded(least) < 1.5 * least for least in range(2, 3000))
     assert chunk_sizes(0, 1) == [16]
     assert chunk_sizes(17, 1) == [32]
     assert chunk_sizes(5000, 1) == [2048, 2048, 1024]
