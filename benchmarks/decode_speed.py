@@ -2,7 +2,7 @@
 
     python benchmarks/decode_speed.py floor                          # one text: tokens/s against memory bandwidth
     python benchmarks/decode_speed.py batch                          # 64 texts of 32k tokens: hybrid against teacher
-    python benchmarks/decode_speed.py longest                        # the longest context that fits, by size and by trying
+    python benchmarks/decode_speed.py longest                        # the longest context that fits, by trying
     python benchmarks/decode_speed.py contexts --models teacher      # 1k to 256k tokens; one model a call: some minutes
     python benchmarks/decode_speed.py contexts --models 0.125 0.25 0.5
     python benchmarks/decode_speed.py transformers                   # `generate` of transformers on the exported folder
@@ -104,8 +104,8 @@ def floor_bytes(engine: Engine, context: int) -> dict[str, int]:
 
 def in_use() -> dict[str, float]:
     stats = jax.devices()[0].memory_stats() or {}
-    return {name: stats[key] / GIB for name, key in (("in_use_gib", "bytes_in_use"), ("peak_gib", "peak_bytes_in_use"))
-            if key in stats}  # fmt: skip
+    names = {"in_use_gib": "bytes_in_use", "peak_gib": "peak_bytes_in_use"}
+    return {name: stats[key] / GIB for name, key in names.items() if key in stats}
 
 
 def decoding_row(engine: Engine, context: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -162,13 +162,21 @@ def large_moves(hlo: str, least: int = 2**20) -> list[str]:
                    if np.prod([int(n) for n in re.findall(r"\d+", shape.partition("[")[2])]) >= least})  # fmt: skip
 
 
+def launches(hlo: str) -> dict[str, int]:
+    """What the body of a program's largest loop, a step, launches: how many of each kind."""
+    bodies = [hlo.partition(f"\n%{name} (")[2].partition("\n}")[0] for name in re.findall(r"body=%([\w.-]+)", hlo)]
+    kinds = re.findall(r" (fusion|custom-call|copy|sort|while|conditional|call)\(", max(bodies, key=len, default=""))
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
 def floor(options: argparse.Namespace, output: Output) -> None:
     context = options.context or 1024
     for name in options.models or [TEACHER, "0.25"]:
         engine = opened(options.shape, name, options.rows or 1)
         pretend(engine, context - STEPS * (options.calls + 2), STEPS * (options.calls + 2))
         if options.hlo:
-            print(f"{name}: large copies in the step: {large_moves(step_hlo(engine)) or 'none'}", flush=True)
+            hlo = step_hlo(engine)
+            print(f"{name}: a step launches {launches(hlo)}; large copies: {large_moves(hlo) or 'none'}", flush=True)
         output.add(
             "floor", shape=options.shape_name, model=name, form="layers", **decoding_row(engine, context, options)
         )
@@ -217,11 +225,8 @@ def longest(options: argparse.Namespace, output: Output) -> None:
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", options.memory * GIB)
     for name in options.models or [TEACHER, "0.25"]:
         engine = opened(options.shape, name, options.rows or 1)
-        empty, weights = (
-            (programs._initial_states(engine.model.config, engine.slots, n, engine.dtype) for n in (2, 1)),
-            0,
-        )
-        two, one = map(nbytes, empty)
+        states = (programs._initial_states(engine.model.config, engine.slots, n, engine.dtype) for n in (1, 2))
+        one, two = map(nbytes, states)
         weights, per_token = nbytes(engine.model), two - one
         by_size = int((limit - weights - one) // per_token)
         fits, capacity = 0, programs.rounded(by_size)
@@ -277,8 +282,8 @@ def contexts(options: argparse.Namespace, output: Output) -> None:
             rate = engine.slots * len(prompt) / seconds
             row = decoding_row(engine, context, options)
             output.add(
-                "contexts", shape=options.shape_name, model=name, prefill_seconds=seconds, prefill_tokens_per_second=rate,
-                **row,
+                "contexts", shape=options.shape_name, model=name, prefill_seconds=seconds,
+                prefill_tokens_per_second=rate, **row,
             )  # fmt: skip
         del engine
 
@@ -303,14 +308,13 @@ def in_transformers(options: argparse.Namespace, output: Output) -> None:
                 AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.bfloat16).cuda().eval()
             )
         tokens = torch.randint(0, options.shape.vocab_size, (options.rows or 1, context - new), device="cuda")
-        settings = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "eos_token_id": None}
         for form, cache in (("dynamic", {}), ("static, compiled", {"cache_implementation": "static"})):
             if cache:
                 model.forward = torch.compile(model.forward, dynamic=False)
 
             def run(new: int, cache: Any = cache, model: Any = model, tokens: Any = tokens) -> float:
                 began = time.perf_counter()
-                model.generate(tokens, **settings | {"min_new_tokens": new, "max_new_tokens": new}, **cache)
+                model.generate(tokens, do_sample=False, eos_token_id=None, max_new_tokens=new, **cache)
                 torch.cuda.synchronize()
                 return time.perf_counter() - began
 
@@ -360,7 +364,8 @@ def plot(options: argparse.Namespace, output: Output) -> None:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
-    "floor": floor, "batch": batch, "longest": longest, "contexts": contexts, "transformers": in_transformers, "plot": plot,
+    "floor": floor, "batch": batch, "longest": longest, "contexts": contexts,
+    "transformers": in_transformers, "plot": plot,
 }  # fmt: skip
 
 

@@ -150,7 +150,7 @@ class Engine:
     def _read(self, tokens: np.ndarray, chunk: Chunk) -> None:
         placed = self._placed(tokens)
         chunk = chunk._replace(counts=self._placed(chunk.counts), rows=self._placed(chunk.rows))
-        x = _embedded(self.model, placed, self.dtype)
+        x = _embedded(self.model, placed)
         states = list(self.states)
         self.states = ()  # given away layer by layer
         for layer, kind in enumerate(self.model.config.layer_types):
@@ -259,7 +259,7 @@ def chunk_sizes(tokens: int, rows: int) -> list[int]:
 
 # --- the programs; each that takes states gives their memory to what it returns
 
-_embedded = jax.jit(decode.embedded, static_argnames="dtype")
+_embedded = jax.jit(decode.embedded)
 _prefill_layer = jax.jit(decode.prefill_layer, static_argnums=(0, 1), donate_argnames="state")
 _initial_states = jax.jit(decode.initial_states, static_argnums=(0, 1, 2, 3))
 _grown = jax.jit(decode.grown, static_argnames="capacity")
@@ -274,12 +274,12 @@ def _steps(
 
     def local(ends: Any, head: jax.Array, layers: Any, states: LayerStates, rows: Rows) -> Any:
         own = replace(model, ends=ends, layers=layers)
-        columns = own_columns(head, config.vocab_size, ends["embed"]["embedding"].dtype)
+        columns = own_columns(head, config.vocab_size, model.dtype)
 
         def advance(carry: tuple[Rows, LayerStates], _: None) -> tuple[tuple[Rows, LayerStates], jax.Array]:
             rows, states = carry
             active = rows.left > 0
-            logits, states = decode.decode_own_token(own, columns, rows.token, states, rows.length, active)
+            logits, states = decode.decode_own_token(own, columns, rows.token, states, rows.length)
             length = rows.length + active
             token = choose(logits, rows.sampling, length, rows.seen, drawn=drawn)
             token = jnp.where(active, token, rows.token)

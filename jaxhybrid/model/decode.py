@@ -47,6 +47,10 @@ class Unstacked:
     config: ModelConfig = field(metadata={"static": True})
 
     @property
+    def dtype(self) -> Any:
+        return self.ends["embed"]["embedding"].dtype
+
+    @property
     def model(self) -> Model:
         """What stands before and after the layers."""
         return Model(self.ends, self.config)
@@ -172,11 +176,11 @@ class Chunk(NamedTuple):
         return Chunk(P(), ROWS, P(), None if self.rows is None else ROWS)  # type: ignore[arg-type]
 
 
-def embedded(model: Unstacked, tokens_RC: jax.Array, dtype: Any) -> jax.Array:
+def embedded(model: Unstacked, tokens_RC: jax.Array) -> jax.Array:
     """What goes into the first layer: [R,C,D]."""
 
     def local(ends: Params, tokens: jax.Array) -> jax.Array:
-        return embed(Model(ends, model.config), tokens, dtype)
+        return embed(Model(ends, model.config), tokens)
 
     return on_shards(local, (model.ends, tokens_RC), (model.specs[0], ROWS), ROWS)
 
@@ -216,53 +220,29 @@ def _with_state(normed: jax.Array, mixer: Any, context: TokenContext, state: Par
 
 
 def decode_token(
-    model: Unstacked,
-    tokens_B: jax.Array,
-    states: LayerStates,
-    lengths_B: jax.Array,
-    active_B: jax.Array | None = None,
+    model: Unstacked, tokens_B: jax.Array, states: LayerStates, lengths_B: jax.Array
 ) -> tuple[jax.Array, LayerStates]:
-    """Logits [B,S] float32 of the token after these, and the states with these.
-
-    Args:
-        lengths_B: tokens of each row before this one.
-        active_B: bool; a row that is not keeps its states, and its logits mean nothing.
-    """
-    active_B = jnp.ones_like(tokens_B, bool) if active_B is None else active_B
+    """Logits [B,S] float32 of what follows these tokens, and the states with them; lengths_B is each row's before."""
 
     def local(ends: Params, head: jax.Array, layers: Any, *given: Any) -> tuple[jax.Array, LayerStates]:
         own = Unstacked(ends, layers, model.config)
-        return decode_own_token(own, own_columns(head, model.config.vocab_size, _dtype(own)), *given)
+        return decode_own_token(own, own_columns(head, model.config.vocab_size, own.dtype), *given)
 
-    ends, layers = model.specs
-    states_at = states_specs(model.config)
-    head = model.model.head
-    specs = ends, head_spec(*head.shape), layers, ROWS, states_at, ROWS, ROWS
-    arguments = model.ends, head, model.layers, tokens_B, states, lengths_B, active_B
+    (ends, layers), head, states_at = model.specs, model.model.head, states_specs(model.config)
+    specs = ends, head_spec(*head.shape), layers, ROWS, states_at, ROWS
+    arguments = model.ends, head, model.layers, tokens_B, states, lengths_B
     return on_shards(local, arguments, specs, (ROWS, states_at))
 
 
 def decode_own_token(
-    model: Unstacked, columns: Columns, tokens: jax.Array, states: LayerStates, lengths: jax.Array, active: jax.Array
+    model: Unstacked, columns: Columns, tokens: jax.Array, states: LayerStates, lengths: jax.Array
 ) -> tuple[jax.Array, LayerStates]:
     """`decode_token` of this device's rows, inside `on_shards`."""
     config, ends = model.config, model.model
-    positions = jnp.where(active, lengths, 0)[:, None]
-    context = TokenContext(None, *rotary_tables(config, positions), cache_index=lengths)
-    x = embed(ends, tokens[:, None], _dtype(model))
-    after = []
+    context = TokenContext(None, *rotary_tables(config, lengths[:, None]), cache_index=lengths)
+    x, after = embed(ends, tokens[:, None], model.dtype), []
     for kind, weights, state in zip(config.layer_types, model.layers, states):
         x, new = one_layer(config, kind, x, context, _with_state, weights["block"], weights["mixer"], state)
-        if kind != FULL_ATTENTION:  # in a cache the place of a row's next token may hold anything
-            new = jax.tree.map(partial(_where_rows, active), new, state)
         after.append(new)
     logits = columns.logits(gathered(final_norm(ends, x[:, 0])), config.vocab_size)
     return whole(logits, config.vocab_size), tuple(after)
-
-
-def _where_rows(active: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-
-def _dtype(model: Unstacked) -> Any:
-    return model.ends["embed"]["embedding"].dtype

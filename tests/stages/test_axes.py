@@ -120,7 +120,7 @@ def test_decoding_on_a_mesh_equals_one_device(shape, mixer):
 
     def run(model, tokens, lengths):
         own, states = unstack(model, jnp.float32), list(initial_states(model.config, 8, 8, jnp.float32))
-        chunk, x = Chunk(jnp.int32(0), lengths, jnp.int32(6), None), embedded(own, tokens[:, :5], jnp.float32)
+        chunk, x = Chunk(jnp.int32(0), lengths, jnp.int32(6), None), embedded(own, tokens[:, :5])
         for layer, kind in enumerate(model.config.layer_types):
             x, states[layer] = prefill_layer(model.config, kind, own.layers[layer], x, states[layer], chunk)
         return decode_token(own, tokens[:, 5], tuple(states), lengths)
