@@ -5,6 +5,7 @@
     python benchmarks/decode_speed.py longest                        # the longest context that fits, by trying
     python benchmarks/decode_speed.py contexts --models teacher      # 1k to 256k tokens; one model a call: some minutes
     python benchmarks/decode_speed.py contexts --models 0.125 0.25 0.5
+    python benchmarks/decode_speed.py products                       # bandwidth of products with few rows, by layout
     python benchmarks/decode_speed.py transformers                   # `generate` of transformers on the exported folder
     python benchmarks/decode_speed.py plot --images docs/images      # of what the other parts wrote
 
@@ -288,6 +289,51 @@ def contexts(options: argparse.Namespace, output: Output) -> None:
         del engine
 
 
+def products(options: argparse.Namespace, output: Output) -> None:
+    """x W of few rows x for matrices of the model, each of many read in turn: bytes a second, by how W lies."""
+    shape = options.shape
+    D, F, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
+    sizes = {
+        "q": (D, heads),
+        "q, k, v, gate as one": (D, 2 * heads + 2 * shape.num_kv_heads * shape.head_dim),
+        "up": (D, F),
+        "gate and up as one": (D, 2 * F),
+        "down": (F, D),
+        "head": (D, shape.vocab_size),
+    }
+    for name, (inputs, outputs) in sizes.items():
+        count = max(2, 2**28 // (2 * inputs * outputs))  # 256 MiB: more than a cache holds
+        for rows in [1, 64] if options.rows is None else [options.rows]:
+            for form, equation, lies in (
+                ("[D,F]", "bd,df->bf", (inputs, outputs)),
+                ("[F,D]", "bd,fd->bf", (outputs, inputs)),
+            ):
+                matrices = tuple(jnp.zeros(lies, jnp.bfloat16) for _ in range(count))
+
+                @jax.jit
+                def all_of_them(x: jax.Array, matrices: Any, equation: str = equation) -> jax.Array:
+                    def turn(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+                        for matrix in matrices:  # each waits for the one before
+                            y = jnp.einsum(equation, x, matrix, preferred_element_type=jnp.float32)
+                            x = x + (1e-3 * jnp.sum(y, -1, keepdims=True)).astype(x.dtype)
+                        return x, None
+
+                    return jax.lax.scan(turn, x, None, length=8)[0]
+
+                x, times = jnp.zeros((rows, inputs), jnp.bfloat16), []
+                for _ in range(4):
+                    began = time.perf_counter()
+                    all_of_them(x, matrices).block_until_ready()
+                    times.append((time.perf_counter() - began) / 8)
+                seconds = float(np.median(times[1:]))
+                row = {
+                    "matrix": name,
+                    "us": 1e6 * seconds / count,
+                    "of_bandwidth": nbytes(matrices) / seconds / options.bandwidth,
+                }
+                output.add("products", shape=options.shape_name, model=name, form=form, rows=rows, **row)
+
+
 def in_transformers(options: argparse.Namespace, output: Output) -> None:
     try:
         import torch
@@ -365,7 +411,7 @@ def plot(options: argparse.Namespace, output: Output) -> None:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
     "floor": floor, "batch": batch, "longest": longest, "contexts": contexts,
-    "transformers": in_transformers, "plot": plot,
+    "products": products, "transformers": in_transformers, "plot": plot,
 }  # fmt: skip
 
 

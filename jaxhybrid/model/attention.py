@@ -55,9 +55,11 @@ class Attention(nnx.Module):
         assert context.cache_index is not None
         index, new = context.cache_index, {"k": k, "v": v}
         if index.ndim:  # one token a row, each at a place of its own
-            rows = jnp.arange(len(index), dtype=jnp.int32)
+            # Indexed by head, too: XLA for GPUs transposes what is scattered into until its indexed axes come first.
+            rows, heads = (jnp.arange(size, dtype=jnp.int32) for size in state["k"].shape[:2])
+            at = rows[:, None], heads, index[:, None]
             state = {
-                name: cache.at[rows, :, index].set(new[name][:, 0], mode="drop", unique_indices=True)
+                name: cache.at[at].set(new[name][:, 0], mode="drop", unique_indices=True)
                 for name, cache in state.items()
             }
             out = decode_attention(q[:, 0], state["k"], state["v"], index)[:, None]

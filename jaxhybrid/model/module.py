@@ -65,7 +65,7 @@ class Unrolled(nnx.Module):
             NotImplementedError: a cache is given; `jaxhybrid.generate` has one.
         """
         if cache is not None:
-            raise NotImplementedError("The unrolled module has no cache; generate with jaxhybrid.generate(model_of(net), ...).")
+            raise NotImplementedError("The unrolled module has no cache; use jaxhybrid.generate with model_of(net).")
         if attention_mask is not None and segment_ids is None:
             segment_ids = jnp.diagonal(attention_mask, axis1=-2, axis2=-1).astype(jnp.int32)
         context = token_context(self.config, tokens_BT, segment_ids, positions)
