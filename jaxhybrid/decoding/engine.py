@@ -23,7 +23,7 @@ from jaxhybrid.model.head import own_columns
 from jaxhybrid.model.partition import head_spec, on_shards, row_devices, rows_sharding
 from jaxhybrid.model.transformer import Model
 
-CHUNK = 16, 2048  # fewest and most tokens of a row in a chunk of a prompt
+CHUNK = 32, 2048  # fewest and most tokens of a row in a chunk of a prompt
 CHUNK_TOKENS = 16384  # of all rows of a device together, at most, where that leaves 64 of a row
 CAPACITY = 256  # fewest places in a cache
 STEPS = 8, 32  # tokens between two looks of the host: for short answers, and for others

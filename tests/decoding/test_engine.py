@@ -37,6 +37,7 @@ def finish(slots):
     return found
 
 
+@pytest.mark.parametrize("model", ["conv", "gla"], indirect=True)
 def test_a_prompt_in_chunks_gives_the_state_of_the_whole(model, monkeypatch):
     whole = Engine(model, 2)
     whole.prefill({0: Request(PROMPTS[2], 4), 1: Request(PROMPTS[0], 4)})
@@ -102,7 +103,7 @@ def test_an_engine_can_take_the_weights(hybrid):
 
 
 def test_few_programs_serve_all_lengths_and_settings():
-    """For chunks of 16 tokens, caches of 32 places: one for each kind of layer; greedy steps and drawn ones."""
+    """For chunks of 32 tokens, caches of 32 places: one for each kind of layer; greedy steps and drawn ones."""
     hybrid, before = make_model("hybrid", vocab_size=67), compiled()  # of a size that no other test has
     for number, (length, new, temperature) in enumerate(
         [(3, 2, 0.0), (9, 8, 0.5), (14, 5, 1.0), (17, 7, 2.0), (12, 3, 0.3), (1, 6, 0.0), (16, 1, 9.0), (5, 8, 1.5)]
@@ -117,7 +118,7 @@ def test_few_programs_serve_all_lengths_and_settings():
 def test_sizes_come_in_steps():
     assert [rounded(n) for n in (1, 2, 3, 4, 5, 7, 33, 49, 1000, 1500)] == [1, 2, 3, 4, 6, 8, 48, 64, 1024, 1536]
     assert all(least <= rounded(least) < 1.5 * least for least in range(2, 3000))
-    assert chunk_sizes(0, 1) == [16]
+    assert chunk_sizes(0, 1) == [32]
     assert chunk_sizes(17, 1) == [32]
     assert chunk_sizes(5000, 1) == [2048, 2048, 1024]
     assert chunk_sizes(5000, 64)[:2] == [256, 256]
