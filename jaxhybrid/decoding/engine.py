@@ -19,7 +19,6 @@ from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.model import decode
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.decode import Chunk, LayerStates, Unstacked
-from jaxhybrid.model.head import own_columns
 from jaxhybrid.model.partition import head_spec, on_shards, row_devices, rows_sharding
 from jaxhybrid.model.transformer import Model
 
@@ -274,7 +273,7 @@ def _steps(
 
     def local(ends: Any, head: jax.Array, layers: Any, states: LayerStates, rows: Rows) -> Any:
         own = replace(model, ends=ends, layers=layers)
-        columns = own_columns(head, config.vocab_size, model.dtype)
+        columns = decode.columns_of(own, head)
 
         def advance(carry: tuple[Rows, LayerStates], _: None) -> tuple[tuple[Rows, LayerStates], jax.Array]:
             rows, states = carry

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxhybrid.errors import TopologyError
 from jaxhybrid.model.blueprint import Exact, Params, is_variable, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
-from jaxhybrid.model.head import Columns, gathered, own_columns, whole
+from jaxhybrid.model.head import Columns, TiedColumns, gathered, own_columns, whole
 from jaxhybrid.model.layers import Block, TokenContext
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import (
@@ -226,12 +226,18 @@ def decode_token(
 
     def local(ends: Params, head: jax.Array, layers: Any, *given: Any) -> tuple[jax.Array, LayerStates]:
         own = Unstacked(ends, layers, model.config)
-        return decode_own_token(own, own_columns(head, model.config.vocab_size, own.dtype), *given)
+        return decode_own_token(own, columns_of(own, head), *given)
 
     (ends, layers), head, states_at = model.specs, model.model.head, states_specs(model.config)
     specs = ends, head_spec(*head.shape), layers, ROWS, states_at, ROWS
     arguments = model.ends, head, model.layers, tokens_B, states, lengths_B
     return on_shards(local, arguments, specs, (ROWS, states_at))
+
+
+def columns_of(model: Unstacked, head_DS: jax.Array) -> Columns:
+    """This device's columns of the head, inside `on_shards`."""
+    columns = own_columns(head_DS, model.config.vocab_size, model.dtype)
+    return TiedColumns(columns.weight.T, columns.numbers) if model.config.tie_embeddings else columns
 
 
 def decode_own_token(
