@@ -139,10 +139,11 @@ def test_a_step_writes_the_state_in_place_and_copies_no_cache_and_no_weight():
     held = sum(x.nbytes for x in jax.tree.leaves(slots.states))
     assert program.memory_analysis().alias_size_in_bytes == held
     arrays = jax.tree.leaves((slots.states, slots.model))
-    shapes = {x.shape for x in arrays if x.size >= 128} - {(2, 3, 32)}  # the last inputs of a convolution move up
+    convolution = 2, 3, 32  # its last inputs move up
+    sizes = {tuple(sorted(x.shape)) for x in arrays if x.size >= 128 and x.shape != convolution}
     moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|slice|dynamic-slice|transpose|concatenate)\(", program.as_text())
     assert moved
-    assert not shapes & {tuple(map(int, shape.split(","))) for shape in moved}
+    assert not sizes & {tuple(sorted(map(int, shape.split(",")))) for shape in moved}
 
 
 def test_a_chunk_writes_the_state_in_place(hybrid):
