@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 from shapes import SHAPES
 
 from jaxhybrid.decoding import engine as programs
@@ -402,7 +403,11 @@ def plot(options: argparse.Namespace, output: Output) -> None:
             axes.set(
                 xscale="log", yscale="log", xlabel="context, tokens", ylabel=unit, title=f"{title}: {rows[0]['device']}"
             )
-            axes.set_xscale("log", base=2)
+            places = sorted({row["context"] for row in rows})
+            axes.set_xticks(places, [f"{place / 1024:g}k" for place in places], minor=False)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.legend()
             path = options.images / f"{file}.png"
             figure.savefig(path)
