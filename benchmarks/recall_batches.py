@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.evaluate.answers import NO_TOKEN, is_answer, read_answers
 from jaxhybrid.evaluate.prompts import Asker, PromptSet
 from jaxhybrid.evaluate.recall_prompts import RecallTask, recall_task
 from jaxhybrid.evaluate.ruler import ruler_prompts
 from jaxhybrid.evaluate.written import write_answers
-from jaxhybrid.generate import generate
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import Model, random_params

@@ -14,11 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxhybrid.data.vocabulary import Vocabulary
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.bootstrap import mean_interval, ratio_interval
 from jaxhybrid.evaluate.prompts import Prompt, PromptSet
 from jaxhybrid.evaluate.recall import LEAST_TEACHER
-from jaxhybrid.generate import generate
 from jaxhybrid.model.transformer import Model
 
 DEPTHS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate import written
 from jaxhybrid.evaluate.ablation import ablated, ablations
 from jaxhybrid.evaluate.completion import completion_prompts, source_name
 from jaxhybrid.evaluate.prompts import Asker, Prompt, PromptSet
 from jaxhybrid.evaluate.written import chance, compare_written, require_room, score, write_answers, written_figures
-from jaxhybrid.generate import generate
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh, param_shardings
