@@ -68,7 +68,7 @@ def probe(model: Model, task: RecallTask, alone: int) -> tuple[float, float]:
         right = np.zeros((prompts, task.pairs), bool)
         for prompt, question in np.ndindex(*right.shape):
             tokens = task.tokens[prompt, : task.places[prompt, question] + 1].tolist()
-            (said,) = generate(model, [tokens], longest, length_multiple=length)
+            (said,) = generate(model, [tokens], longest)
             answer = task.answers[prompt, question]
             answer = answer[answer != NO_TOKEN].tolist()
             right[prompt, question] = said[: len(answer)] == answer

@@ -122,7 +122,7 @@ def random_prompts(count, longest=20):
 def alone(hybrid):
     """Prompts, and what the model writes after each of them alone."""
     given = prompt_set(random_prompts(7), Digits(), new_tokens=4, length=24)
-    said = [generate(hybrid, [tokens], 4, eos_ids=[5], length_multiple=20)[0] for tokens in given.tokens]
+    said = [generate(hybrid, [tokens], 4, eos_ids=[5])[0] for tokens in given.tokens]
     return given, [Digits().decode(tokens) for tokens in said]
 
 
