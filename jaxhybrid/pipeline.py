@@ -233,15 +233,8 @@ class Pipeline:
 
     def select(self) -> tuple[int, ...]:
         """The layers that stay softmax; written to `layers.json` with what the choice rests on."""
-        measures = METHODS[self.config.select.method].needs == "student"
-        given = Given(
-            self.models.depth,
-            self.config.select,
-            scores=self.scores,
-            layer_losses=lambda: self.folder.read("align/done.json", "align")["heldout_layer_loss_after"],
-            student=cache(self._masked_student),
-            log=self._rounds() if measures else RoundLog(),
-        )
+        measures = METHODS[self.config.select.method].runs_models
+        given = self._given(self._rounds() if measures else RoundLog())
         measured = choose(given) if measures else None  # by all processes
 
         def decide() -> dict[str, Any]:
@@ -255,6 +248,24 @@ class Pipeline:
         record = hosts.by_first(decide, "select")
         hosts.say(notes.choice(record))
         return tuple(record["softmax_layers"])
+
+    def _given(self, log: RoundLog) -> Given:
+        return Given(
+            self.models.depth,
+            self.config.select,
+            scores=self.scores,
+            layer_losses=lambda: self.folder.read("align/done.json", "align")["heldout_layer_loss_after"],
+            student=cache(self._masked_student),
+            teacher=lambda: self.models.frozen_teacher,
+            vocabulary=lambda: self.text.vocabulary,
+            training=lambda settings: closing(self._selection_text(settings.sequence_length, settings.batch_size)),
+            log=log,
+        )
+
+    def _selection_text(self, sequence_length: int, batch_size: int) -> BatchIterator:
+        """Training batches in an order that no stage sees."""
+        rows = self.config.align.model_copy(update={"sequence_length": sequence_length, "batch_size": batch_size})
+        return self.text.training_batches(rows, self.config.seed * 1000 + 1 + len(STAGES))
 
     @cached_property
     def teacher_parameters(self) -> int:
@@ -277,25 +288,22 @@ class Pipeline:
 
     def _measured_texts(self) -> Texts:
         """This process's rows of what `select.measure` names, and of recall prompts if they are to count."""
-        select, measure = self.config.select, self.config.select.measure
+        measure = self.config.select.measure
         batches: Sequence[HostBatch]
         if measure.source == "heldout":
             batches = self.text.heldout_batches(measure.sequence_length, measure.batch_size, measure.tokens)
         else:
-            sizes = {"sequence_length": measure.sequence_length, "batch_size": measure.batch_size}
-            seed = self.config.seed * 1000 + 1 + len(STAGES)
-            with closing(self.text.training_batches(self.config.align.model_copy(update=sizes), seed)) as stream:
+            with closing(self._selection_text(measure.sequence_length, measure.batch_size)) as stream:
                 batches = list(islice(stream, measure.batches))
-        share = select.greedy_kl.recall if select.method == "greedy_kl" else 0.0
-        if not share:
+        if not (share := measure.recall):
             return [(1.0, batches)]
         prompts = len(batches) * measure.batch_size
         # Of another seed than those of the evaluation.
-        task = recall_task(self.text.vocabulary, select.greedy_kl.recall_pairs, prompts=prompts, seed=1)
+        task = recall_task(self.text.vocabulary, measure.recall_pairs, prompts=prompts, seed=1)
         context = self.models.teacher_config.max_position_embeddings
         if task.tokens.shape[1] > context:
             raise ConfigError(
-                f"select.greedy_kl.recall_pairs {task.pairs}: prompts take {task.tokens.shape[1]} tokens, the teacher "
+                f"select.measure.recall_pairs {task.pairs}: prompts take {task.tokens.shape[1]} tokens, the teacher "
                 f"has a context of {context}. Ask for fewer pairs."
             )
         asked = answer_batches(task, measure.batch_size, *own_share(self.mesh, *ROWS))

@@ -1,5 +1,6 @@
 """Prompts with their answers, read by a model: how likely each answer is, and what greedy decoding says instead."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.model.head import chosen, gathered, in_chunks, log_partition, most_likely, own_columns, own_tokens
 from jaxhybrid.model.partition import BATCH_AXES, active_mesh, head_spec, on_shards, row_devices
-from jaxhybrid.model.transformer import Model, outputs
+from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.train.placement import place_rows
 
 TOKENS_AT_ONCE = 512  # whose logits are held
 NO_TOKEN = -1  # after the end of an answer
+# (model, tokens [B,T], segment ids [B,T], a traced choice, dtype) -> final hidden states [B,T,D]
+States = Callable[[Model, jax.Array, jax.Array, Any, Any], jax.Array]
+
+
+def plain_states(model: Model, tokens: jax.Array, segment_ids: jax.Array, _: None, dtype: Any) -> jax.Array:
+    return hidden_states(model, tokens, segment_ids, dtype=dtype)
 
 
 def read_answers(
@@ -63,7 +70,7 @@ def _read(model: Model, batch: dict[str, jax.Array], softmax: Any, dtype: Any) -
     vocab_size, rows = model.config.vocab_size, P(BATCH_AXES)
 
     def read(hidden: jax.Array, at: jax.Array, answers: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states = jnp.take_along_axis(hidden, at.reshape(len(at), -1, 1), axis=1).reshape(-1, hidden.shape[-1])
+        taken = jnp.take_along_axis(hidden, at.reshape(len(at), -1, 1), axis=1).reshape(-1, hidden.shape[-1])
         columns = own_columns(head, vocab_size, dtype)
 
         def some(places: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -72,7 +79,7 @@ def _read(model: Model, batch: dict[str, jax.Array], softmax: Any, dtype: Any) -
             log_p = chosen(logits, columns.numbers, answer) - log_partition(logits)
             return own_tokens(log_p), own_tokens(most_likely(logits, columns.numbers))
 
-        chunks = in_chunks((states, answers.reshape(-1)), TOKENS_AT_ONCE)
+        chunks = in_chunks((taken, answers.reshape(-1)), TOKENS_AT_ONCE)
         log_p, greedy = (x.reshape(-1)[: answers.size] for x in jax.lax.map(some, chunks))
         likelihood = jnp.where(answers == NO_TOKEN, 0.0, log_p.reshape(answers.shape)).sum(-1)
         return likelihood, greedy.reshape(answers.shape)

@@ -13,7 +13,6 @@ from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.compare import differences, fingerprint
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
-from jaxhybrid.settings.select import SECTIONS
 from jaxhybrid.settings.types import RankBy
 
 
@@ -71,7 +70,7 @@ def _other(choice: Choice, given: Given, budget: int | float) -> list[int] | Non
 
 
 def _cost(choice: Choice, parameters: int) -> dict[str, Any]:
-    forward, trained = choice.forward_tokens, choice.trained_tokens
+    forward, trained = choice.cost
     return {
         "forward_tokens": forward,
         "trained_tokens": trained,
@@ -83,7 +82,7 @@ def _cost(choice: Choice, parameters: int) -> dict[str, Any]:
 def _provenance(config: RunConfig) -> dict[str, Any]:
     """What the choice was made from."""
     settings = config.select.model_dump(mode="json")
-    read = {name: settings[name] for name in SECTIONS.get(config.select.method, ())}
+    read = {name: settings[name] for name in config.select.reads}
     return {"needs": METHODS[config.select.method].needs, **read}
 
 

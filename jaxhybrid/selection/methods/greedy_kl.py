@@ -3,12 +3,26 @@
 No candidate is trained. Every round measures the sets that differ from the best one so far by one layer.
 """
 
-from jaxhybrid.selection.choice import Choice, Given
-from jaxhybrid.selection.greedy import Search
+from typing import Annotated
+
+from pydantic import Field
+
+from jaxhybrid.selection.choice import Choice, Given, Method
+from jaxhybrid.selection.greedy import Search, SearchConfig
+from jaxhybrid.settings.types import about
+
+
+class GreedyKlConfig(SearchConfig):
+    """Greedy addition on true KL: from the aligned all-linear student, the layer that lowers KL most stays softmax."""
+
+    stop_kl: Annotated[float, Field(gt=0)] | None = about(
+        None, "keep no further layer once the KL is at most this; the budget is then the most"
+    )
+    swaps: bool = about(False, "afterwards exchange single layers until no exchange lowers the KL")
 
 
 def choose(given: Given, count: int) -> Choice:
-    settings, depth = given.settings.greedy_kl, given.depth
+    settings, depth = given.own(GreedyKlConfig), given.depth
     search = Search(given, settings, frozenset(), count)
     order: list[int] = []
     while len(order) < count and not (order and settings.stop_kl and search.kl <= settings.stop_kl):
@@ -32,3 +46,6 @@ def _exchange(search: Search, order: list[int], depth: int) -> bool:
             order[place], unchanged, moved = layer, 1, True
         place = (place + 1) % len(order)
     return moved
+
+
+METHODS = {"greedy_kl": Method(choose, "student", GreedyKlConfig, answers=True)}
