@@ -12,9 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxhybrid.errors import DivergenceError
+from jaxhybrid.evaluate.recall_prompts import RecallTask
 from jaxhybrid.losses import CHUNK_TOKENS, linear_cross_entropy, next_token_targets, squared_error
 from jaxhybrid.model.transformer import Model, hidden_states, outputs
 from jaxhybrid.selection.cosine import block_cosines
+from jaxhybrid.selection.prompts import Answered, Prompts, answer
 from jaxhybrid.stages.align import align_loss, linear_mixers
 from jaxhybrid.stages.batch import Batch, token_mask
 from jaxhybrid.stages.score import masked_kl
@@ -70,7 +72,7 @@ class MaskedStudent:
         sums = self._kls.setdefault(name, [])
         for number in range(len(sums), batches):
             mask = self._mask(kept)
-            parts = [self._kl(self.student, mask, batch, self._head) for batch in self._batch(number)]
+            parts = [self._kl(self.student, mask, batch, self._head) for batch in self.placed(number)]
             sums.append([float(part) for part in parts])
         totals = np.sum(sums[:batches], axis=0) / np.sum([self._count(i) for i in range(batches)], axis=0)
         value = float(np.dot(self.shares, totals))
@@ -90,15 +92,20 @@ class MaskedStudent:
     def tokens(self, batches: int | None = None) -> int:
         """Tokens of the first so many batches on all processes, padding included."""
         batches = self.batches if batches is None else batches
-        return sum(batch["tokens"].size for number in range(batches) for batch in self._batch(number))
+        return sum(batch["tokens"].size for number in range(batches) for batch in self.placed(number))
 
     def cross_entropy(self, kept: Collection[int]) -> float:
-        """Of the student with the layers `kept` softmax, in nats per predicted token of the first text."""
-        total = predicted = 0.0
+        """Of the student with the layers `kept` softmax, in nats per token that is predicted and counts."""
+        mask, sums = self._mask(kept), np.zeros((len(self.shares), 2))
         for number in range(self.batches):
-            found = self._cross_entropy(self.student, self._mask(kept), self._batch(number)[0])
-            total, predicted = total + float(found[0]), predicted + float(found[1])
-        return total / predicted
+            batches = self.placed(number)
+            sums += np.array([self._cross_entropy(self.student, mask, batch) for batch in batches], np.float64)
+        return float(np.dot(self.shares, sums[:, 0] / sums[:, 1]))
+
+    def answer(self, prompts: Prompts | RecallTask, kept: Collection[int], rows: int) -> Answered:
+        """How well the student with the layers `kept` softmax answers; `rows` prompts at once."""
+        run = {"rows": rows, "dtype": self.dtype, "states": masked_states}
+        return answer(self.student, prompts, **run, choice=self._mask(kept))
 
     def activation_errors(self) -> list[float]:
         """Mean squared difference of each layer's attention output and its aligned mixer's, for the teacher's input."""
@@ -118,13 +125,13 @@ class MaskedStudent:
     def _layer_means(self, measure: Any) -> list[float]:
         """measure: [L] means over the tokens of a batch."""
         weights = [self._count(number)[0] for number in range(self.batches)]
-        means = [np.asarray(measure(self._batch(number)[0]), np.float64) for number in range(self.batches)]
+        means = [np.asarray(measure(self.placed(number)[0]), np.float64) for number in range(self.batches)]
         return np.average(means, axis=0, weights=weights).tolist()
 
     def _mask(self, kept: Collection[int]) -> np.ndarray:
         return np.isin(np.arange(self.depth), list(kept))
 
-    def _batch(self, number: int) -> list[Batch]:
+    def placed(self, number: int) -> list[Batch]:
         """Batch `number` of each text."""
         if number not in self._placed:
             placed = [place_batch(batches[number], self.mesh) for batches in self._host]
@@ -134,8 +141,13 @@ class MaskedStudent:
     def _count(self, number: int) -> list[float]:
         """Tokens of each text that count in batch `number`."""
         if number not in self._counts:
-            self._counts[number] = [max(float(batch["count"]), 1.0) for batch in self._batch(number)]
+            self._counts[number] = [max(float(batch["count"]), 1.0) for batch in self.placed(number)]
         return self._counts[number]
+
+
+def masked_states(model: Model, tokens: jax.Array, segment_ids: jax.Array, softmax: jax.Array, dtype: Any) -> Any:
+    """Final hidden states [B,T,D] of a student with the layers `softmax` [L] softmax."""
+    return hidden_states(model, tokens, segment_ids, softmax=softmax, dtype=dtype)
 
 
 def _prepare(teacher: Model, batch: Batch, *, dtype: Any) -> Batch:
@@ -151,5 +163,6 @@ def _kl(student: Model, softmax: jax.Array, batch: Batch, head: jax.Array, **sta
 
 def _cross_entropy(student: Model, softmax: jax.Array, batch: Batch, *, dtype: Any) -> tuple[jax.Array, jax.Array]:
     targets, mask = next_token_targets(batch["tokens"], batch["segment_ids"])
+    mask = mask * batch["counted"]
     own = outputs(student, batch["tokens"], batch["segment_ids"], softmax=softmax, dtype=dtype)
     return linear_cross_entropy(*own, targets, mask), jnp.sum(mask)

@@ -1,6 +1,6 @@
 """The rounds of a method that measures: written as they end, so that a method that was stopped goes on after them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,20 @@ from jaxhybrid.train.interrupt import stop_between
 #   kept, kl        the set after it, ascending, and its KL in nats per token on all tokens
 #   scores, tokens  each option's KL (rank: importance) on so many tokens
 #   rescored        the closest options' KL on all tokens, where `tokens` are fewer
-#   forward_tokens  tokens that went through a model for it
+#   forward_tokens  tokens that went through a model for it; trained_tokens: through one in training
+#   finer           a second score for each layer, which decides between equal ones
+#   answered        how well the teacher answers the questions that a score rests on
 Round = dict[str, Any]
+
+
+def by_layer(values: Iterable[float]) -> dict[str, float]:
+    """A figure of each layer as rounds have it."""
+    return {str(layer): float(value) for layer, value in enumerate(values)}
+
+
+def from_layers(values: dict[str, float]) -> dict[int, float]:
+    """The reverse of `by_layer`."""
+    return {int(layer): value for layer, value in values.items()}
 
 
 class RoundLog:
