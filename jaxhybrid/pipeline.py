@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,17 @@ from jaxhybrid.model.transformer import Model, abstract_params, model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
 from jaxhybrid.selection.choice import Given
+from jaxhybrid.selection.compare import comparison, of_choice, published
 from jaxhybrid.selection.kl_guided import score_candidates
 from jaxhybrid.selection.masked import MaskedStudent, Texts
 from jaxhybrid.selection.methods import METHODS, choose
 from jaxhybrid.selection.ranking import Scores, read_scores
-from jaxhybrid.selection.record import choice_record, merge_scores, scores_record
+from jaxhybrid.selection.record import at_hand, choice_record, merge_scores, scores_record
 from jaxhybrid.selection.rounds import RoundLog
+from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.compare import fingerprint, flat
 from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.select import SelectConfig, select_config
 from jaxhybrid.settings.stages import STAGES, StageConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.batch import Metrics
@@ -234,7 +237,7 @@ class Pipeline:
     def select(self) -> tuple[int, ...]:
         """The layers that stay softmax; written to `layers.json` with what the choice rests on."""
         measures = METHODS[self.config.select.method].runs_models
-        given = self._given(self._rounds() if measures else RoundLog())
+        given = self._given(self.config.select, self._rounds(self.config.select, "rounds") if measures else RoundLog())
         measured = choose(given) if measures else None  # by all processes
 
         def decide() -> dict[str, Any]:
@@ -249,13 +252,35 @@ class Pipeline:
         hosts.say(notes.choice(record))
         return tuple(record["softmax_layers"])
 
-    def _given(self, log: RoundLog) -> Given:
+    def compare(self, others: Sequence[str] = ()) -> dict[str, Any]:
+        """The rankings at hand, those of the methods that measure nothing and of `others`, and published ones.
+
+        Nothing is chosen. What `others` measure is kept beside the rounds of the selection.
+
+        Raises:
+            ConfigError: one of `others` is no method, or needs what is not there.
+        """
+        depth, select, path = self.models.depth, self.config.select, self.folder.path
+        if unknown := [name for name in others if name not in METHODS]:
+            raise ConfigError(f"--with {unknown[0]} is no method of selection; choose of {', '.join(METHODS)}.")
+        count = layers_in_budget(select.budget, depth)
+        names = [*others, *(name for name, method in METHODS.items() if method.needs == "nothing" and not method.drawn)]
+        if self.folder.is_done("align"):
+            names.append("alignment_loss")
+        lists = []
+        for name in dict.fromkeys(names):
+            settings = select_config(**select.model_dump() | {"method": name, "layers": None, "budget": count})
+            log = self._rounds(settings, f"compare-{name}") if METHODS[name].runs_models else RoundLog()
+            lists.append(of_choice(name, "computed now", choose(self._given(settings, log)), depth))
+        return comparison([*hosts.by_first(lambda: at_hand(path), "rankings"), *lists, *published(depth)], depth, count)
+
+    def _given(self, select: SelectConfig, log: RoundLog) -> Given:
         return Given(
             self.models.depth,
-            self.config.select,
+            select,
             scores=self.scores,
             layer_losses=lambda: self.folder.read("align/done.json", "align")["heldout_layer_loss_after"],
-            student=cache(self._masked_student),
+            student=lambda: self._masked_student,
             teacher=lambda: self.models.frozen_teacher,
             vocabulary=lambda: self.text.vocabulary,
             training=lambda settings: closing(self._selection_text(settings.sequence_length, settings.batch_size)),
@@ -271,16 +296,18 @@ class Pipeline:
     def teacher_parameters(self) -> int:
         return count_parameters(model_variables(self.models.teacher_config))
 
-    def _rounds(self) -> RoundLog:
-        """Of this selection, from where it was left."""
+    def _rounds(self, select: SelectConfig, name: str) -> RoundLog:
+        """Of a selection, from where it was left."""
+        config = self.config.model_copy(update={"select": select})
         aligned = self.folder.stage("align") / "params" / MANIFEST
 
         def key() -> dict[str, Any]:
-            settings = fingerprint(self.config, ("seed", "teacher", "dtype", "mixer", "data", "align", "select"))
+            settings = fingerprint(config, ("seed", "teacher", "dtype", "mixer", "data", "align", "select"))
             return {"settings": settings, "aligned": file_checksum(aligned) if aligned.exists() else None}
 
-        return RoundLog(self.folder.path / "select" / "rounds.json", hosts.by_first(key, "key of the rounds"))
+        return RoundLog(self.folder.path / "select" / f"{name}.json", hosts.by_first(key, "key of the rounds"))
 
+    @cached_property
     def _masked_student(self) -> MaskedStudent:
         chunk, student = self.config.select.measure.kl_chunk, self.models.candidates()
         teacher, texts = self.models.frozen_teacher, self._measured_texts()

@@ -86,6 +86,7 @@ class Method:
     needs: Needs = "nothing"
     settings: type[MethodConfig] | None = None
     answers: bool = False  # whether the share of answers in `select.measure` counts
+    drawn: bool = False  # whether its layers are the user's or chance's, and say nothing of the model
 
     @property
     def measures_text(self) -> bool:

@@ -48,7 +48,7 @@ class MaskedStudent:
             student: the all-linear student, with the teacher's attention of every layer beside its own mixers.
             texts: this process's rows; as many batches of each text.
         """
-        self.teacher, self.mesh, self.dtype = teacher, mesh, dtype
+        self.teacher, self.mesh, self.dtype, self.chunk_tokens = teacher, mesh, dtype, chunk_tokens
         self._cast = jax.jit(lambda student: student.cast(dtype))
         self.student = self._cast(student)
         self.shares, self._host = zip(*texts)
@@ -57,7 +57,7 @@ class MaskedStudent:
         self._placed: dict[int, list[Batch]] = {}
         self._kls: dict[tuple[int, ...], list[list[float]]] = {}  # of a set: for each batch, a sum for each text
         self._counts: dict[int, list[float]] = {}
-        self._head = jax.jit(lambda teacher: teacher.head.astype(dtype))(teacher)
+        self.head = jax.jit(lambda teacher: teacher.head.astype(dtype))(teacher)
         self._prepare = jax.jit(partial(_prepare, dtype=dtype))
         self._kl = jax.jit(partial(_kl, dtype=dtype, chunk_tokens=chunk_tokens))
         self._cross_entropy = jax.jit(partial(_cross_entropy, dtype=dtype))
@@ -72,9 +72,9 @@ class MaskedStudent:
         sums = self._kls.setdefault(name, [])
         for number in range(len(sums), batches):
             mask = self._mask(kept)
-            parts = [self._kl(self.student, mask, batch, self._head) for batch in self.placed(number)]
+            parts = [self._kl(self.student, mask, batch, self.head) for batch in self.placed(number)]
             sums.append([float(part) for part in parts])
-        totals = np.sum(sums[:batches], axis=0) / np.sum([self._count(i) for i in range(batches)], axis=0)
+        totals = np.sum(sums[:batches], axis=0) / np.sum([self.counts(i) for i in range(batches)], axis=0)
         value = float(np.dot(self.shares, totals))
         if not math.isfinite(value):
             raise DivergenceError(
@@ -124,7 +124,7 @@ class MaskedStudent:
 
     def _layer_means(self, measure: Any) -> list[float]:
         """measure: [L] means over the tokens of a batch."""
-        weights = [self._count(number)[0] for number in range(self.batches)]
+        weights = [self.counts(number)[0] for number in range(self.batches)]
         means = [np.asarray(measure(self.placed(number)[0]), np.float64) for number in range(self.batches)]
         return np.average(means, axis=0, weights=weights).tolist()
 
@@ -138,7 +138,7 @@ class MaskedStudent:
             self._placed[number] = [self._prepare(self.teacher, batch) for batch in placed]
         return self._placed[number]
 
-    def _count(self, number: int) -> list[float]:
+    def counts(self, number: int) -> list[float]:
         """Tokens of each text that count in batch `number`."""
         if number not in self._counts:
             self._counts[number] = [max(float(batch["count"]), 1.0) for batch in self.placed(number)]

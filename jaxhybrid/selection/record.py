@@ -7,6 +7,7 @@ from typing import Any
 from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.errors import RunError
 from jaxhybrid.selection.choice import Choice, Given
+from jaxhybrid.selection.compare import Listed
 from jaxhybrid.selection.methods import METHODS, choose
 from jaxhybrid.selection.ranking import Scores
 from jaxhybrid.settings.budget import layers_in_budget
@@ -57,6 +58,20 @@ def choice_record(choice: Choice, given: Given, config: RunConfig, parameters: i
         others = {str(budget): _other(choice, given, budget) for budget in config.score.budgets}
         record["other_budgets"] = {budget: layers for budget, layers in others.items() if layers is not None}
     return record
+
+
+def at_hand(run: Path) -> list[Listed]:
+    """Rankings and sets that a run has written: its choice and its scores."""
+    found = []
+    if (run / "layers.json").exists():
+        layers = read_result(run / "layers.json")
+        name, ranking = f"{layers['method']} (the run's choice)", layers.get("ranking")
+        found.append(Listed(name, "layers.json", order=tuple(ranking or ()), kept=tuple(layers["softmax_layers"])))
+    if (run / "scores.json").exists():
+        scores = read_result(run / "scores.json")
+        for by in ("heldout", "training"):
+            found.append(Listed(f"kl_guided ({by} KL)", "scores.json", order=tuple(scores[f"ranking_by_{by}_kl"])))
+    return found
 
 
 def _other(choice: Choice, given: Given, budget: int | float) -> list[int] | None:

@@ -9,12 +9,14 @@ from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.train.interrupt import stop_between
 
 # One comparison of sets, as layers.json has it (keys of `scores` and `rescored` are layers as text):
-#   action          start, keep, drop or swap; rank: a score for each layer, no set
+#   action          start, keep, drop or swap; beam: several sets at once; rank: a score for each layer, no set;
+#                   form: a quadratic form over layers, no set; confirm: proposed sets compared
 #   layer, out      what it kept or dropped; for a swap what came in (null: nothing was better) for `out`
 #   kept, kl        the set after it, ascending, and its KL in nats per token on all tokens
 #   scores, tokens  each option's KL (rank: importance) on so many tokens
 #   rescored        the closest options' KL on all tokens, where `tokens` are fewer
 #   forward_tokens  tokens that went through a model for it; trained_tokens: through one in training
+#   beam, tried     of several sets what each keeps and its KL
 #   finer           a second score for each layer, which decides between equal ones
 #   answered        how well the teacher answers the questions that a score rests on
 Round = dict[str, Any]
@@ -61,14 +63,19 @@ class RoundLog:
 
 
 def _told(found: Round) -> str:
-    if found["action"] == "rank":
-        return f"select: {len(found['scores'])} layers measured on {found['tokens']:,} tokens"
+    action, tokens = found["action"], found["tokens"]
+    if action == "rank":
+        return f"select: {len(found['scores'])} layers measured on {tokens:,} tokens"
+    if action == "form":
+        return f"select: {len(found['missing'])} layers and their pairs measured on {tokens:,} tokens"
     done = {
         "start": "from",
-        "keep": f"keeps layer {found['layer']}:",
-        "drop": f"makes layer {found['layer']} linear:",
-        "swap": f"{found['layer']} in place of {found.get('out')}:",
-    }[found["action"]]
-    if found["action"] == "swap" and found["layer"] is None:
+        "keep": f"keeps layer {found.get('layer')}:",
+        "drop": f"makes layer {found.get('layer')} linear:",
+        "swap": f"{found.get('layer')} in place of {found.get('out')}:",
+        "beam": f"best of {len(found.get('beam', ()))} sets:",
+        "confirm": f"best of {len(found.get('tried', ()))} sets:",
+    }[action]
+    if action == "swap" and found["layer"] is None:
         done = f"nothing in place of {found['out']}:"
     return f"select: {done} {len(found['kept'])} layers softmax, KL {found['kl']:.4f}"

@@ -85,11 +85,7 @@ def test_ablation_is_the_walk_without_a_mixer(vocabulary, teacher):
             )
             x = block.add_mlp(x if layer == removed else x + mixer(block.input_norm(x), context)[0])
         logits = np.asarray(final_norm(teacher, x) @ teacher.head, np.float64)
-        log_p = (
-            logits
-            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-            - logits.max(-1, keepdims=True)
-        )
+        log_p = logits - logsumexp(logits, axis=-1, keepdims=True)
         p = np.arange(len(task.places))[:, None]
         expected = log_p[p, task.places, task.answers[..., 0]].mean()
         right = (log_p[p, task.places].argmax(-1) == task.answers[..., 0]).mean()
@@ -144,8 +140,7 @@ def test_answers_follow_from_the_questions():
                 total += int(listed[name])
                 hops[steps] += number == 0
             assert said == f" {total}"
-    assert set(hops) <= {0, 1, 2}
-    assert hops[1] and hops[2] and not hops[0]  # the first one asked for stands for another
+    assert hops.keys() == {1, 2}  # the first one asked for stands for another
     for text, said in VariableTracking(samples=20, chains=3, hops=3).questions():
         values = dict(line.split(" = ") for line in text.split("\n") if " = " in line)
         number = re.search(r"the number (\d+)\?", text)[1]
@@ -181,7 +176,7 @@ def test_prompts_are_begun_as_texts_and_hold_their_answers(vocabulary):
 
 
 def test_settings_that_ask_for_what_cannot_be_are_refused(select):
-    with pytest.raises(ValueError, match="associative_recall.asked 3 is more than the 2 of pairs"):
+    with pytest.raises(ValueError, match=r"associative_recall\.asked 3 is more than the 2 of pairs"):
         select("associative_recall", pairs=2, asked=3)
     with pytest.raises(ConfigError, match="no three that are more frequent"):
         FrequentWords(alpha=60.0).questions()

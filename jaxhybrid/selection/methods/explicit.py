@@ -20,4 +20,4 @@ def choose(given: Given, count: int) -> Choice:
     return exactly(layers)
 
 
-METHODS = {"explicit": Method(choose)}
+METHODS = {"explicit": Method(choose, drawn=True)}

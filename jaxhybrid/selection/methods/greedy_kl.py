@@ -7,9 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from jaxhybrid.selection.beam import beam_search
 from jaxhybrid.selection.choice import Choice, Given, Method
 from jaxhybrid.selection.greedy import Search, SearchConfig
-from jaxhybrid.settings.types import about
+from jaxhybrid.settings.select import MeasureConfig
+from jaxhybrid.settings.types import Count, about
 
 
 class GreedyKlConfig(SearchConfig):
@@ -19,10 +21,18 @@ class GreedyKlConfig(SearchConfig):
         None, "keep no further layer once the KL is at most this; the budget is then the most"
     )
     swaps: bool = about(False, "afterwards exchange single layers until no exchange lowers the KL")
+    beam: Count = about(1, "sets that a round keeps, each extended by every layer; more than 1 is a beam search")
+
+    def trouble(self, measure: MeasureConfig) -> str | None:
+        if self.beam > 1 and (self.first_tokens or self.swaps or self.stop_kl):
+            return f"beam {self.beam} goes without first_tokens, swaps and stop_kl"
+        return super().trouble(measure)
 
 
 def choose(given: Given, count: int) -> Choice:
     settings, depth = given.own(GreedyKlConfig), given.depth
+    if settings.beam > 1:
+        return beam_search(given, count, settings.beam, given.student)
     search = Search(given, settings, frozenset(), count)
     order: list[int] = []
     while len(order) < count and not (order and settings.stop_kl and search.kl <= settings.stop_kl):

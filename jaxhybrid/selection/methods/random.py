@@ -10,4 +10,4 @@ def choose(given: Given, count: int) -> Choice:
     return exactly([int(layer) for layer in draw])
 
 
-METHODS = {"random": Method(choose)}
+METHODS = {"random": Method(choose, drawn=True)}
