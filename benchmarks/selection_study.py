@@ -20,7 +20,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,35 @@ class Study:
             say("candidates' KL: " + " ".join(f"{candidate.kl('heldout'):.3f}" for candidate in found))
             self._scores = Scores(tuple(found))
         return self._scores
+
+    def student_on(self, measure: MeasureConfig) -> MaskedStudent:
+        """With nothing measured yet; on text, and on recall prompts if they are to count."""
+        if not (share := measure.recall):
+            return self.chosen_on.of(self.student)
+        context, prompts = self.teacher.config.max_position_embeddings, self.chosen_on.batches * measure.batch_size
+        key = "measure.recall_pairs"
+        task = recall_prompts(self.vocabulary, measure.recall_pairs, prompts, 1, context, key)
+        texts = [(1.0 - share, self.chosen_rows), (share, answer_batches(task, measure.batch_size))]
+        return MaskedStudent(self.teacher, self.student, texts, self.mesh, self.dtype, self.options.kl_chunk)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        config, files = self.config.data, self.models.teacher_files
+        folder = config.tokenizer or str(files.folder)
+        return load_vocabulary(folder, files.config.vocab_size, config.document_end_token, config.prepend_bos)
+
+    @contextmanager
+    def training(self, settings: TrainingConfig) -> Iterator[Iterator[Rows]]:
+        """The study's training rows, whatever their length, in an order of their own."""
+        length = self.train["tokens"].shape[1]
+        if settings.sequence_length != length:
+            raise ConfigError(
+                f"Training rows have {length} tokens; give the method sequence_length={length}, not "
+                f"{settings.sequence_length}."
+            )
+        if settings.batch_size > len(self.train["tokens"]):
+            raise ConfigError(f"There are {len(self.train['tokens'])} training rows, less than one batch.")
+        yield forever(self.train, settings.batch_size, 2000)
 
     # --- distillation, by one program for every set
 

@@ -1,4 +1,4 @@
-"""Each layer alone: the KL(teacher, student) of the teacher in which its aligned mixer replaces its attention, untrained.
+"""Each layer alone: the KL to the teacher when its aligned mixer replaces its attention in the teacher, untrained.
 
 Removal scored once, as single_kl is addition scored once; Puzzle's replace-1-block score (arXiv 2411.19146).
 """

@@ -1,5 +1,5 @@
-"""A supernet and a beam search over it, as PostNAS (Jet-Nemotron, arXiv 2508.15884): the linear mixers are trained once,
-with other layers softmax in every step, and sets of layers are then compared without training any of them.
+"""A supernet and a beam search over it, as PostNAS (Jet-Nemotron, arXiv 2508.15884): the linear mixers are trained
+once, with other layers softmax in every step, and sets of layers are then compared without training any of them.
 
 PostNAS trains on 50 billion tokens, with windows as a third kind of layer, and searches for each family of tasks by
 itself; here the measure is that of `select.measure`, text and answers.
