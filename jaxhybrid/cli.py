@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -158,7 +159,8 @@ def select(
     from jaxhybrid import hosts
     from jaxhybrid.report.screen import print_comparison
 
-    found = p.compare(others or [])
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what is said on the way is no JSON
+        found = p.compare(others or [])
     if hosts.is_first():
         print(json.dumps(found, indent=2)) if as_json else print_comparison(found)
 

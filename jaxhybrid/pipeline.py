@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from jaxhybrid.model.transformer import Model, abstract_params, model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
 from jaxhybrid.selection.choice import Given
-from jaxhybrid.selection.compare import comparison, of_choice, published
+from jaxhybrid.selection.compare import Listed, comparison, of_choice, published
 from jaxhybrid.selection.kl_guided import score_candidates
 from jaxhybrid.selection.masked import MaskedStudent, Texts
 from jaxhybrid.selection.methods import METHODS, choose
@@ -237,7 +237,8 @@ class Pipeline:
     def select(self) -> tuple[int, ...]:
         """The layers that stay softmax; written to `layers.json` with what the choice rests on."""
         measures = METHODS[self.config.select.method].runs_models
-        given = self._given(self.config.select, self._rounds(self.config.select, "rounds") if measures else RoundLog())
+        log = self._rounds(self.config.select, "rounds") if measures else RoundLog()
+        given = self._given(self.config.select, cache(self._masked_student), log)
         measured = choose(given) if measures else None  # by all processes
 
         def decide() -> dict[str, Any]:
@@ -267,20 +268,29 @@ class Pipeline:
         names = [*others, *(name for name, method in METHODS.items() if method.needs == "nothing" and not method.drawn)]
         if self.folder.is_done("align"):
             names.append("alignment_loss")
-        lists = []
-        for name in dict.fromkeys(names):
+        student = cache(self._masked_student)
+
+        def listed(name: str) -> Listed:
             settings = select_config(**select.model_dump() | {"method": name, "layers": None, "budget": count})
             log = self._rounds(settings, f"compare-{name}") if METHODS[name].runs_models else RoundLog()
-            lists.append(of_choice(name, "computed now", choose(self._given(settings, log)), depth))
-        return comparison([*hosts.by_first(lambda: at_hand(path), "rankings"), *lists, *published(depth)], depth, count)
+            return of_choice(name, "computed now", choose(self._given(settings, student, log)), depth)
 
-    def _given(self, select: SelectConfig, log: RoundLog) -> Given:
+        names = list(dict.fromkeys(names))
+        measured = {name: listed(name) for name in names if METHODS[name].runs_models}  # by all processes
+
+        def compared() -> dict[str, Any]:
+            lists = [measured.get(name) or listed(name) for name in names]
+            return comparison([*at_hand(path), *lists, *published(depth)], depth, count)
+
+        return hosts.by_first(compared, "compare")
+
+    def _given(self, select: SelectConfig, student: Callable[[], MaskedStudent], log: RoundLog) -> Given:
         return Given(
             self.models.depth,
             select,
             scores=self.scores,
             layer_losses=lambda: self.folder.read("align/done.json", "align")["heldout_layer_loss_after"],
-            student=lambda: self._masked_student,
+            student=student,
             teacher=lambda: self.models.frozen_teacher,
             vocabulary=lambda: self.text.vocabulary,
             training=lambda settings: closing(self._selection_text(settings.sequence_length, settings.batch_size)),
@@ -307,7 +317,6 @@ class Pipeline:
 
         return RoundLog(self.folder.path / "select" / f"{name}.json", hosts.by_first(key, "key of the rounds"))
 
-    @cached_property
     def _masked_student(self) -> MaskedStudent:
         chunk, student = self.config.select.measure.kl_chunk, self.models.candidates()
         teacher, texts = self.models.frozen_teacher, self._measured_texts()

@@ -10,8 +10,9 @@ from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, create_model, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, create_model, model_validator
 
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.settings.budget import Budget
 from jaxhybrid.settings.types import Count, Ints, RankBy, Section, UniformBy, about, free
 
@@ -163,5 +164,9 @@ Select = Annotated[SelectConfig, WrapValidator(_read)]
 
 
 def select_config(**settings: Any) -> SelectConfig:
-    """Settings of a choice outside a run, checked as those of a run are."""
-    return SelectConfig.whole()(**settings)
+    """Settings of a choice outside a run, checked as those of a run are. Raises ConfigError."""
+    try:
+        return SelectConfig.whole()(**settings)
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, ('select', *one['loc'])))}: {one['msg']}" for one in error.errors())
+        raise ConfigError("\n".join(found)) from error

@@ -128,3 +128,23 @@ def test_compare_shows_what_is_at_hand_and_published(compare, tmp_path):
 def test_bad_comparisons_are_refused(compare, options, message):
     with pytest.raises(Exception, match=message):
         compare(*options)
+
+
+@pytest.mark.slow
+def test_methods_run_in_a_run(whole):
+    """By the command line: questions by the teacher's tokenizer, training text, the measured student."""
+    sizes = "select.measure={tokens: 512, sequence_length: 64, batch_size: 8}"
+    own = [
+        "select.supernet={tokens: 1024, sequence_length: 64, batch_size: 8}",
+        "select.answer_likelihood={pairs: 2, samples: 4}",
+        "select.associative_recall={pairs: 2, samples: 4}",
+    ]
+    names = [setting.split("=")[0].removeprefix("select.") for setting in own]
+    asked = [part for name in names for part in ("--with", name)]
+    found = json.loads(whole.finish("select", whole.config, sizes, *own, "--compare", "--json", *asked))
+    lists = {one["name"]: one["layers"] for one in found["lists"]}
+    assert {*names, "alignment_loss", "kl_guided (heldout KL)", "kl_guided (training KL)"} <= lists.keys()
+    assert all(len(layers) == found["count"] for layers in lists.values())
+    for name in names:
+        rounds = json.loads((whole.run / "select" / f"compare-{name}.json").read_text())["rounds"]
+        assert rounds[-1]["forward_tokens"] > 0

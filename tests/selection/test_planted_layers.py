@@ -41,7 +41,8 @@ def one_device(compiled_once):
 
 
 @pytest.fixture(scope="module")
-def models(one_device):
+def aligned(one_device):
+    """The teacher, and a student whose mixers say something."""
     teacher = make_teacher(num_layers=DEPTH)
     attention = teacher.params["mixers"][F]
     scaled = attention["o_proj"]["kernel"] * SHARES[:, None, None, None]
@@ -49,6 +50,13 @@ def models(one_device):
     embed = {"embedding": 50 * teacher.params["embed"]["embedding"]}  # so that no layer changes the whole stream
     teacher = Model({**teacher.params, "embed": embed, "mixers": mixers}, teacher.config)
     linear = convert(teacher, (G,) * DEPTH, GatedDeltaNetConfig(), jax.random.key(3))
+    return teacher, linear
+
+
+@pytest.fixture(scope="module")
+def models(aligned):
+    """The same with mixers that give nothing."""
+    teacher, linear = aligned
     silent = linear.params["mixers"][G]
     silent = silent | {"o_proj": jax.tree.map(jnp.zeros_like, silent["o_proj"])}
     return teacher, Model({**linear.params, "mixers": {G: silent}}, linear.config)
@@ -80,7 +88,7 @@ def select(student):
         ("single_kl", {}),
         ("replacement_kl", {}),
         ("perplexity", {}),
-        ("activation_mse", {}),
+        pytest.param("activation_mse", {}, marks=pytest.mark.slow),
         ("smart", {}),
         ("average_rank", {"of": ("single_kl", "replacement_kl", "activation_mse")}),
         ("greedy_kl", {"beam": 2}),
@@ -88,7 +96,7 @@ def select(student):
         ("gram", {"start": "linear"}),
         ("gram", {"start": "softmax", "confirm": 3}),
         ("joint_gates", {"tokens": 40 * ROWS * LENGTH, "learning_rate": 0.05}),
-        ("supernet", TRAINING | {"beam": 2}),
+        pytest.param("supernet", TRAINING | {"beam": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_the_planted_layers_are_kept(select, method, own):
@@ -162,10 +170,10 @@ def _replayed(log):
     return again
 
 
-def test_gates_mix_both_branches_on_the_stream_that_goes_on(models, student):
-    teacher, gates, batch = models[0], np.array([1.0, 0.25, 0.5, 0.0], np.float32), TEXT[0]
-    aligned = convert(teacher, (G,) * DEPTH, GatedDeltaNetConfig(), jax.random.key(3))  # whose mixers say something
-    both = Model({**aligned.params, "mixers": aligned.params["mixers"] | teacher.params["mixers"]}, aligned.config)
+def test_gates_mix_both_branches_on_the_stream_that_goes_on(aligned):
+    (teacher, linear), batch = aligned, TEXT[0]
+    gates = np.array([1.0, 0.25, 0.5, 0.0], np.float32)
+    both = Model({**linear.params, "mixers": linear.params["mixers"] | teacher.params["mixers"]}, linear.config)
 
     @jax.jit
     def plain(both, batch):
@@ -184,6 +192,10 @@ def test_gates_mix_both_branches_on_the_stream_that_goes_on(models, student):
     run = jax.jit(partial(gated_states, dtype=jnp.float32))
     found = run(both, gates, batch["tokens"], batch["segment_ids"])
     np.testing.assert_allclose(found, plain(both, batch), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_gates_that_are_open_or_closed_give_the_kl_of_a_set(student):
     placed = student.placed(0)[0]
     for kept in ((), (1, 3)):
         mask = np.isin(np.arange(DEPTH), kept).astype(np.float32)
@@ -261,7 +273,7 @@ def test_answers_count_in_the_loss_as_they_do_in_the_kl(models):
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(select, method, own, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         select(method, **own)
 
 

@@ -181,7 +181,7 @@ def test_prompts_are_begun_as_texts_and_hold_their_answers(vocabulary):
 
 
 def test_settings_that_ask_for_what_cannot_be_are_refused(select):
-    with pytest.raises(ValueError, match=r"associative_recall\.asked 3 is more than the 2 of pairs"):
+    with pytest.raises(ConfigError, match=r"associative_recall\.asked 3 is more than the 2 of pairs"):
         select("associative_recall", pairs=2, asked=3)
     with pytest.raises(ConfigError, match="no three that are more frequent"):
         FrequentWords(alpha=60.0).questions()
