@@ -653,8 +653,8 @@ FAULTS = [
     Fault(
         "diagnostic data: all layers but the one asked for are removed",
         "selection/ablated.py",
-        "jnp.where(removed, jnp.zeros_like(mixed), mixed)",
-        "jnp.where(removed, mixed, jnp.zeros_like(mixed))",
+        "jnp.where(kept, mixed, jnp.zeros_like(mixed))",
+        "jnp.where(kept, jnp.zeros_like(mixed), mixed)",
         f"{RECALLED}::test_ablation_is_the_walk_without_a_mixer",
     ),
     Fault(

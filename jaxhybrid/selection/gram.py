@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxhybrid.evaluate.answers import softmax_states
 from jaxhybrid.model.head import SHARERS, gathered, in_chunks, log_partition, own_columns
 from jaxhybrid.model.partition import BATCH_AXES, batch_spec, head_spec, on_shards, total
-from jaxhybrid.selection.masked import MaskedStudent, masked_states
+from jaxhybrid.selection.masked import MaskedStudent
 from jaxhybrid.stages.batch import Batch
 
 
@@ -60,7 +61,7 @@ def quadratic_kl(student: MaskedStudent, softmax_first: bool) -> QuadraticKl:
     depth, layers = student.depth, np.arange(student.depth)
     start = np.full(depth, softmax_first)
     masks = [start, *(np.where(layers == layer, ~start, start) for layer in layers)]
-    states = jax.jit(partial(masked_states, dtype=student.dtype))
+    states = jax.jit(partial(softmax_states, dtype=student.dtype))
     add_up = jax.jit(partial(_products, vocab_size=student.student.config.vocab_size, chunk=student.chunk_tokens))
     sums = np.zeros((len(student.shares), depth + 1, depth + 1))
     for number in range(student.batches):

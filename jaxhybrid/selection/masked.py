@@ -104,8 +104,7 @@ class MaskedStudent:
 
     def answer(self, prompts: Prompts | RecallTask, kept: Collection[int], rows: int) -> Answered:
         """How well the student with the layers `kept` softmax answers; `rows` prompts at once."""
-        run = {"rows": rows, "dtype": self.dtype, "states": masked_states}
-        return answer(self.student, prompts, **run, choice=self._mask(kept))
+        return answer(self.student, prompts, self._mask(kept), rows=rows, dtype=self.dtype)
 
     def activation_errors(self) -> list[float]:
         """Mean squared difference of each layer's attention output and its aligned mixer's, for the teacher's input."""
@@ -143,11 +142,6 @@ class MaskedStudent:
         if number not in self._counts:
             self._counts[number] = [max(float(batch["count"]), 1.0) for batch in self.placed(number)]
         return self._counts[number]
-
-
-def masked_states(model: Model, tokens: jax.Array, segment_ids: jax.Array, softmax: jax.Array, dtype: Any) -> Any:
-    """Final hidden states [B,T,D] of a student with the layers `softmax` [L] softmax."""
-    return hidden_states(model, tokens, segment_ids, softmax=softmax, dtype=dtype)
 
 
 def _prepare(teacher: Model, batch: Batch, *, dtype: Any) -> Batch:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.evaluate.answers import NO_TOKEN, States, is_answer, plain_states, read_answers
+from jaxhybrid.evaluate.answers import NO_TOKEN, States, is_answer, read_answers, softmax_states
 from jaxhybrid.evaluate.recall_prompts import RecallTask, recall_task
 from jaxhybrid.model.transformer import Model
 
@@ -76,15 +76,15 @@ def recall_prompts(vocabulary: Vocabulary, pairs: int, prompts: int, seed: int, 
 def answer(
     model: Model,
     prompts: Prompts | RecallTask,
+    softmax: np.ndarray,
     *,
     rows: int,
     dtype: Any,
-    states: States = plain_states,
-    choice: Any = None,
+    states: States = softmax_states,
 ) -> Answered:
-    """How well the model, run by `states` with `choice`, answers; `rows` prompts at once."""
+    """How well the model answers with the layers `softmax` [L] softmax, as `states` has it; `rows` prompts at once."""
     likelihood, greedy = read_answers(
-        model, prompts.tokens, prompts.places, prompts.answers, rows=rows, dtype=dtype, states=states, choice=choice
+        model, prompts.tokens, prompts.places, prompts.answers, rows=rows, dtype=dtype, softmax=softmax, states=states
     )
     return Answered(float(is_answer(greedy, prompts.answers).mean()), float(likelihood.mean()))
 

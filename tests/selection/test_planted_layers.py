@@ -95,7 +95,7 @@ def select(student):
         ("removal", {}),
         ("gram", {"start": "linear"}),
         ("gram", {"start": "softmax", "confirm": 3}),
-        ("joint_gates", {"tokens": 40 * ROWS * LENGTH, "learning_rate": 0.05}),
+        pytest.param("joint_gates", {"tokens": 40 * ROWS * LENGTH, "learning_rate": 0.05}, marks=pytest.mark.slow),
         pytest.param("supernet", TRAINING | {"beam": 2}, marks=pytest.mark.slow),
     ],
 )
@@ -176,22 +176,20 @@ def test_gates_mix_both_branches_on_the_stream_that_goes_on(aligned):
     both = Model({**linear.params, "mixers": linear.params["mixers"] | teacher.params["mixers"]}, linear.config)
 
     @jax.jit
-    def plain(both, batch):
-        x = embed(teacher, batch["tokens"])
+    def mix(params, soft, linear, x, gate):
         context = token_context(teacher.config, batch["tokens"], batch["segment_ids"], None)
-        for layer, gate in enumerate(gates):
-            block = bind(Block, teacher.config, row(teacher.params["blocks"], layer))
-            normed = block.input_norm(x)
-            soft, linear = (
-                bind(MIXERS[kind], both.config, row(both.params["mixers"][kind], layer))(normed, context)[0]
-                for kind in (F, G)
-            )
-            x = block.add_mlp(x + gate * soft + (1 - gate) * linear)
-        return final_norm(teacher, x)
+        block = bind(Block, teacher.config, params)
+        normed = block.input_norm(x)
+        branches = (bind(MIXERS[kind], both.config, p)(normed, context)[0] for kind, p in ((F, soft), (G, linear)))
+        return block.add_mlp(x + gate * next(branches) + (1 - gate) * next(branches))
 
+    x = embed(teacher, batch["tokens"])
+    for layer, gate in enumerate(gates):
+        stacks = both.params["blocks"], both.params["mixers"][F], both.params["mixers"][G]
+        x = mix(*(row(stack, layer) for stack in stacks), x, gate)
     run = jax.jit(partial(gated_states, dtype=jnp.float32))
     found = run(both, gates, batch["tokens"], batch["segment_ids"])
-    np.testing.assert_allclose(found, plain(both, batch), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(found, final_norm(teacher, x), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.slow

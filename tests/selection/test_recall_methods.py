@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -76,26 +76,26 @@ def test_ablation_is_the_walk_without_a_mixer(vocabulary, teacher):
     task = recall_task(vocabulary[0], 3, prompts=4, seed=5)
     seen = (np.arange(task.tokens.shape[1]) < task.lengths[:, None]).astype(np.int32)
 
-    @partial(jax.jit, static_argnames="removed")
-    def plain(teacher, removed):
-        x = embed(teacher, task.tokens)
+    @jax.jit
+    def block_of(params, mixer, x, factor):
         context = token_context(teacher.config, task.tokens, seen, None)
-        for layer in range(4):
-            block = bind(Block, teacher.config, row(teacher.params["blocks"], layer))
-            mixer = bind(
-                MIXERS["full_attention"], teacher.config, row(teacher.params["mixers"]["full_attention"], layer)
-            )
-            x = block.add_mlp(x if layer == removed else x + mixer(block.input_norm(x), context)[0])
-        return final_norm(teacher, x) @ teacher.head
+        block = bind(Block, teacher.config, params)
+        mixed = bind(MIXERS["full_attention"], teacher.config, mixer)(block.input_norm(x), context)[0]
+        return block.add_mlp(x + factor * mixed)
 
     for removed in (-1, 0, 2):
-        logits = np.asarray(plain(teacher, removed), np.float64)
+        x = embed(teacher, task.tokens)
+        for layer in range(4):
+            own = (
+                row(stack, layer) for stack in (teacher.params["blocks"], teacher.params["mixers"]["full_attention"])
+            )
+            x = block_of(*own, x, float(layer != removed))
+        logits = np.asarray(final_norm(teacher, x) @ teacher.head, np.float64)
         log_p = logits - logsumexp(logits, axis=-1, keepdims=True)
         p = np.arange(len(task.places))[:, None]
         expected = log_p[p, task.places, task.answers[..., 0]].mean()
         right = (log_p[p, task.places].argmax(-1) == task.answers[..., 0]).mean()
-        choice = np.arange(4) == removed
-        found = answer(teacher, task, rows=4, dtype=jnp.float32, states=ablated_states, choice=choice)
+        found = answer(teacher, task, np.arange(4) != removed, rows=4, dtype=jnp.float32, states=ablated_states)
         assert found.likelihood == pytest.approx(expected, rel=1e-3, abs=1e-3)
         assert found.right == right
 
@@ -104,12 +104,11 @@ def test_replacement_methods_find_the_layers_that_carry_recall(select):
     likely = select("answer_likelihood", pairs=3, samples=8)
     assert likely.layers == planted.RECALLS
     assert likely.rounds[0]["answered"]["accuracy"] == 1
-    for form in ("paper", "code"):
-        found = select("halo_ratio", pairs=3, samples=8, form=form)
-        assert found.layers == planted.RECALLS
-        measured = found.rounds[0]
-        assert measured["recall"]["1"] < 0.5 < measured["recall"]["0"]
-        assert all(0 < value < 1 for value in measured["text_likelihood"].values())
+    found = select("halo_ratio", pairs=3, samples=8)
+    assert found.layers == planted.RECALLS
+    measured = found.rounds[0]
+    assert measured["recall"]["1"] < 0.5 < measured["recall"]["0"]
+    assert all(0 < value < 1 for value in measured["text_likelihood"].values())
     # What is said of text without repetitions rests on the other two.
     assert select("perplexity").layers != planted.RECALLS
 

@@ -171,8 +171,8 @@ def choose(given: Given, count: int) -> Choice:
         prompts = prompts_of(given.vocabulary(), settings.questions(), context, key)
         dtype = teacher.params["embed"]["embedding"].dtype
         whole, *without = (
-            answer(teacher, prompts, rows=settings.batch_size, dtype=dtype, states=ablated_states, choice=removed)
-            for removed in (np.arange(given.depth) == layer for layer in range(-1, given.depth))
+            answer(teacher, prompts, softmax, rows=settings.batch_size, dtype=dtype, states=ablated_states)
+            for softmax in (np.arange(given.depth) != layer for layer in range(-1, given.depth))
         )
         hosts.say(f"select: {name}: the teacher answers {whole.right:.1%} of {settings.samples} questions")
         falls = {
