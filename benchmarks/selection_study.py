@@ -13,8 +13,8 @@ softmax is a traced mask.
 A finished measurement is a line of `--records`; what is there already is not done again, so a study can be made in
 pieces (`--minutes`). With a run folder whose align stage is done, instead of a config, its mixers are taken.
 A method is NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true; of select.measure
-with measure., as single_kl:measure.recall=0.5; of select itself where it has no section. Lists are [a,b]. text=long lets it
-choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's candidate.
+with measure., as single_kl:measure.recall=0.5; of select itself where it has no section. Lists are [a,b]. text=long
+lets it choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's candidate.
 Methods that ask questions of their own take the tokenizer from the teacher's folder.
 """
 
@@ -24,7 +24,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ from jaxhybrid.train.placement import place_batch
 
 MAIN = ("greedy_kl", "kl_guided", "uniform", "random:seed=0", "single_kl")
 OTHERS = (
-    "removal", "replacement_kl", "average_rank", "greedy_kl:swaps=true", "greedy_kl:beam=4", "greedy_kl:measure.recall=0.5",
+    "removal", "replacement_kl", "average_rank", "greedy_kl:swaps=true", "greedy_kl:beam=4",
+    "greedy_kl:measure.recall=0.5",
     "single_kl:measure.recall=0.5", "perplexity", "perplexity:measure.recall=0.5", "answer_likelihood", "halo_ratio",
     "halo_ratio:form=paper", "smart", "gram", "gram:start=softmax", "gram:confirm=20", "joint_gates",
     "joint_gates:measure.recall=0.5", "supernet", "associative_recall", "multihop_recall", "variable_tracking",
