@@ -14,8 +14,8 @@ A finished measurement is a line of `--records`; what is there already is not do
 pieces (`--minutes`). With a run folder whose align stage is done, instead of a config, its mixers are taken.
 A method is NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true; of select.measure
 with measure., as single_kl:measure.recall=0.5; of select itself where it has no section. Lists are [a,b]. text=long
-lets it choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's candidate.
-Methods that ask questions of their own take the tokenizer from the teacher's folder.
+lets it choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's
+candidate. Methods that ask questions of their own take the tokenizer from the teacher's folder.
 """
 
 import argparse

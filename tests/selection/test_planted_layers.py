@@ -90,7 +90,7 @@ def select(student):
         ("perplexity", {}),
         pytest.param("activation_mse", {}, marks=pytest.mark.slow),
         ("smart", {}),
-        ("average_rank", {"of": ("single_kl", "replacement_kl", "activation_mse")}),
+        ("average_rank", {}),
         ("greedy_kl", {"beam": 2}),
         ("removal", {}),
         ("gram", {"start": "linear"}),

@@ -142,7 +142,8 @@ def test_answers_follow_from_the_questions():
                 while not listed[name].isdigit():
                     name, steps = listed[name], steps + 1
                 total += int(listed[name])
-                hops[steps] += number == 0
+                if number == 0:
+                    hops[steps] += 1
             assert said == f" {total}"
     assert hops.keys() == {1, 2}  # the first one asked for stands for another
     for text, said in VariableTracking(samples=20, chains=3, hops=3).questions():
