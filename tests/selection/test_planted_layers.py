@@ -17,12 +17,17 @@ from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model, embed, final_norm, forward, token_context
+from jaxhybrid.selection.ablated import ablated_states
 from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.gated import gated_kl, gated_states
 from jaxhybrid.selection.gram import quadratic_kl
 from jaxhybrid.selection.methods import METHODS, choose
+from jaxhybrid.selection.methods.joint_gates import train_gates
 from jaxhybrid.selection.rounds import RoundLog
+from jaxhybrid.selection.supernet import train_supernet
 from jaxhybrid.settings.select import select_config
+from jaxhybrid.settings.stages import AlignConfig
+from jaxhybrid.train.placement import place_batch
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_batch, make_teacher
 from tests.oracles import row
@@ -31,6 +36,7 @@ from tests.selection.test_measured import DEPTH, LENGTH, ROWS, F, G, Made, measu
 PLANTED, SHARES = (1, 2), np.array([0.02, 1.0, 0.8, 0.02], np.float32)
 TEXT = [make_batch(61, ROWS, LENGTH, seed) for seed in range(2)]
 MEASURE = {"tokens": 2 * ROWS * LENGTH, "sequence_length": LENGTH, "batch_size": ROWS}
+SUPERNET = AlignConfig(tokens=3 * ROWS * LENGTH, sequence_length=LENGTH, batch_size=ROWS, warmup_steps=0)
 TRAINING = {"tokens": 4 * ROWS * LENGTH, "sequence_length": LENGTH, "batch_size": ROWS}
 
 
@@ -281,3 +287,29 @@ def test_every_method_is_declared_once_and_says_what_it_needs():
         if method.settings is not None:
             assert select_config(method=name).own == method.settings()
             assert method.settings.__doc__
+
+
+@pytest.mark.slow
+def test_eight_devices_measure_as_one(models, student):
+    settings = METHODS["joint_gates"].settings(tokens=6 * ROWS * LENGTH)
+    batch, kept = TEXT[0], np.arange(DEPTH) != 1
+    expected = (
+        quadratic_kl(student, False).products,
+        train_gates(student, settings, 1e-3)[0],
+        ablated_states(models[0], batch["tokens"], batch["segment_ids"], kept, jnp.float32),
+    )
+    trained = train_supernet(student, repeat(TEXT[0]), SUPERNET, 2, 0)
+    mesh = make_mesh(devices=jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        many = measured(models, ((1.0, TEXT),), devices=8)
+        placed = place_batch(batch, mesh)
+        states = jax.jit(partial(ablated_states, dtype=jnp.float32))
+        found = (
+            quadratic_kl(many, False).products,
+            train_gates(many, settings, 1e-3)[0],
+            states(many.teacher, placed["tokens"], placed["segment_ids"], kept),
+        )
+        kl = train_supernet(many, repeat(TEXT[0]), SUPERNET, 2, 0).kl((1,))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=2e-3, atol=2e-5)
+    assert kl == pytest.approx(trained.kl((1,)), rel=2e-3)
