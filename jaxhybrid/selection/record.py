@@ -47,10 +47,8 @@ def choice_record(choice: Choice, given: Given, config: RunConfig, parameters: i
     if settings.method == "kl_guided":
         record |= {"rank_by": by, "stability": given.scores().stability(len(choice.layers), by)}
     if choice.importance is not None:
-        record |= {
-            "ranking": list(choice.order),
-            "importance": {str(layer): value for layer, value in choice.importance.items()},
-        }
+        record |= {"ranking": list(choice.order)} if choice.order else {}
+        record |= {"importance": {str(layer): value for layer, value in choice.importance.items()}}
     if choice.rounds:
         record["rounds"] = choice.rounds
     record |= {"cost": _cost(choice, parameters), "provenance": _provenance(config)}
