@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -134,9 +135,34 @@ def score(
 
 
 @verb
-def select(p: Opened) -> None:
-    """The layers that stay softmax, by the scores or a baseline; writes layers.json."""
-    p.select()
+def select(
+    p: Opened,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Choose nothing: print how far the run's rankings, its methods' and published layers agree.",
+        ),
+    ] = False,
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="METHOD", help="With --compare: this method of select.method, too."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --compare: print JSON, for programs.")] = False,
+) -> None:
+    """The layers that stay softmax, by select.method; writes layers.json."""
+    if not compare:
+        if others or as_json:
+            raise ConfigError("--with and --json belong to --compare.")
+        p.select()
+        return
+    from jaxhybrid import hosts
+    from jaxhybrid.report.screen import print_comparison
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what is said on the way is no JSON
+        found = p.compare(others or [])
+    if hosts.is_first():
+        print(json.dumps(found, indent=2)) if as_json else print_comparison(found)
 
 
 @verb

@@ -28,6 +28,8 @@ CONVERT = "tests/weights/test_convert.py"
 DECODING = "tests/decoding"
 SCORING = "tests/selection/test_kl_guided.py"
 MEASURED = "tests/selection/test_measured.py"
+RECALLED = "tests/selection/test_recall_methods.py"
+LAYERS = "tests/selection/test_planted_layers.py"
 PACKING = "tests/export/test_packing.py"
 RECALL = "tests/evaluate/test_recall.py"
 ANSWERS = "tests/evaluate/test_answers.py"
@@ -727,6 +729,41 @@ FAULTS = [
         "return np.isin(np.arange(self.depth), list(kept))",
         "return ~np.isin(np.arange(self.depth), list(kept))",
         f"{MEASURED}::test_the_mask_gives_the_kl_of_a_hybrid_of_its_own",
+    ),
+    Fault(
+        "diagnostic data: all layers but the one asked for are removed",
+        "selection/ablated.py",
+        "jnp.where(kept, mixed, jnp.zeros_like(mixed))",
+        "jnp.where(kept, jnp.zeros_like(mixed), mixed)",
+        f"{RECALLED}::test_ablation_is_the_walk_without_a_mixer",
+    ),
+    Fault(
+        "Gram: changes of all logits of a token count",
+        "selection/gram.py",
+        "changes - means[..., None]",
+        "changes - 0 * means[..., None]",
+        f"{LAYERS}::test_the_form_is_that_of_whole_logits",
+    ),
+    Fault(
+        "gates: open is linear",
+        "selection/gated.py",
+        "gate * attention(normed, context)[0] + (1 - gate) * linear(normed, context)[0]",
+        "(1 - gate) * attention(normed, context)[0] + gate * linear(normed, context)[0]",
+        f"{LAYERS}::test_gates_mix_both_branches_on_the_stream_that_goes_on",
+    ),
+    Fault(
+        "HALO: the paper's falls are the code's",
+        "selection/methods/halo_ratio.py",
+        'whole if form == "paper" else',
+        'whole if form == "code" else',
+        f"{RECALLED}::test_the_two_forms_of_halos_ratio",
+    ),
+    Fault(
+        "beam: one set is kept",
+        "selection/beam.py",
+        "[:width]",
+        "[:1]",
+        f"{LAYERS}::test_a_beam_finds_a_pair_that_greedy_cannot",
     ),
     Fault(
         "a stage reads short documents",
