@@ -57,7 +57,7 @@ def timed(work: Callable[[int], Any], prompts: int, warm: int) -> tuple[Any, flo
 
 def probe(model: Model, task: RecallTask, alone: int) -> tuple[float, float]:
     """Seconds of an answer, read in one batch and by a prompt for each question of the first `alone` prompts."""
-    length, longest = task.tokens.shape[1], task.answers.shape[2]
+    longest = task.answers.shape[2]
 
     def together(prompts: int) -> np.ndarray:
         asked = np.maximum(task.answers, 0)

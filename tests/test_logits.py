@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxhybrid.evaluate.answers import _read
+from jaxhybrid.evaluate.answers import _read, softmax_states
 from jaxhybrid.evaluate.quality import _sums
 from jaxhybrid.model.decode import decode_token, initial_states, unstack
 from jaxhybrid.model.transformer import forward, outputs
@@ -47,7 +47,7 @@ def makers_of_logits(model, batch):
                 "lengths_B": jnp.zeros(8, jnp.int32),
             },
         ),
-        "answers": (partial(_read, softmax=None, **BF16), {"model": model, "batch": answers}),
+        "answers": (partial(_read, softmax=None, states=softmax_states, **BF16), {"model": model, "batch": answers}),
         "quality": (
             lambda model, batch: _sums(
                 *[outputs(model, batch["tokens"], **BF16)] * 2, batch | {"bucket": tokens}, buckets=1, **BF16
