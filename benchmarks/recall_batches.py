@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.evaluate.answers import NO_TOKEN, is_answer, read_answers
 from jaxhybrid.evaluate.prompts import Asker, PromptSet
 from jaxhybrid.evaluate.recall_prompts import RecallTask, recall_task
 from jaxhybrid.evaluate.ruler import ruler_prompts
 from jaxhybrid.evaluate.written import write_answers
-from jaxhybrid.generate import generate
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import Model, random_params
@@ -57,7 +57,7 @@ def timed(work: Callable[[int], Any], prompts: int, warm: int) -> tuple[Any, flo
 
 def probe(model: Model, task: RecallTask, alone: int) -> tuple[float, float]:
     """Seconds of an answer, read in one batch and by a prompt for each question of the first `alone` prompts."""
-    length, longest = task.tokens.shape[1], task.answers.shape[2]
+    longest = task.answers.shape[2]
 
     def together(prompts: int) -> np.ndarray:
         asked = np.maximum(task.answers, 0)
@@ -68,7 +68,7 @@ def probe(model: Model, task: RecallTask, alone: int) -> tuple[float, float]:
         right = np.zeros((prompts, task.pairs), bool)
         for prompt, question in np.ndindex(*right.shape):
             tokens = task.tokens[prompt, : task.places[prompt, question] + 1].tolist()
-            (said,) = generate(model, [tokens], longest, length_multiple=length)
+            (said,) = generate(model, [tokens], longest)
             answer = task.answers[prompt, question]
             answer = answer[answer != NO_TOKEN].tolist()
             right[prompt, question] = said[: len(answer)] == answer

@@ -12,15 +12,19 @@ softmax is a traced mask.
 
 A finished measurement is a line of `--records`; what is there already is not done again, so a study can be made in
 pieces (`--minutes`). With a run folder whose align stage is done, instead of a config, its mixers are taken.
-A method is NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true; text=long lets it
-choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's candidate.
+A method is NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true; of select.measure
+with measure., as single_kl:measure.recall=0.5; of select itself where it has no section. Lists are [a,b]. text=long
+lets it choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's
+candidate. Methods that ask questions of their own take the tokenizer from the teacher's folder.
 """
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ import yaml
 from study_rows import Rows, StudyRows, batches_of
 
 from jaxhybrid.assembly import RunModels
+from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.answers import is_answer, read_answers
 from jaxhybrid.model.blueprint import Params, count_parameters
 from jaxhybrid.model.partition import make_mesh
@@ -43,8 +49,7 @@ from jaxhybrid.selection.ranking import CandidateScore, Scores
 from jaxhybrid.selection.rounds import RoundLog
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
-from jaxhybrid.settings.select import SelectConfig
-from jaxhybrid.settings.types import Section
+from jaxhybrid.settings.select import TrainingConfig, select_config
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
 from jaxhybrid.stages.score import masked_kl
@@ -52,7 +57,14 @@ from jaxhybrid.train.optimizer import TrainState, make_optimizer, start, update
 from jaxhybrid.train.placement import place_batch
 
 MAIN = ("greedy_kl", "kl_guided", "uniform", "random:seed=0", "single_kl")
-OTHERS = ("removal", "perplexity", "activation_mse", "alignment_loss", "cosine", "first", "middle", "last")
+OTHERS = (
+    "removal", "replacement_kl", "average_rank", "greedy_kl:swaps=true", "greedy_kl:beam=4",
+    "greedy_kl:measure.recall=0.5",
+    "single_kl:measure.recall=0.5", "perplexity", "perplexity:measure.recall=0.5", "answer_likelihood", "halo_ratio",
+    "halo_ratio:form=paper", "smart", "gram", "gram:start=softmax", "gram:confirm=20", "joint_gates",
+    "joint_gates:measure.recall=0.5", "supernet", "associative_recall", "multihop_recall", "variable_tracking",
+    "common_words", "frequent_words", "activation_mse", "alignment_loss", "cosine", "first", "middle", "last",
+)  # fmt: skip
 BEGAN = time.perf_counter()
 Layers = tuple[int, ...]
 
@@ -148,15 +160,16 @@ class Study:
 
     def choose(self, method: str, budget: int) -> Choice:
         name, _, given = method.partition(":")
-        pairs = (pair.partition("=") for pair in given.split(",") if pair)
+        pairs = (pair.partition("=") for pair in re.split(r",(?![^\[]*\])", given) if pair)
         own = {key: yaml.safe_load(value) for key, _, value in pairs}
         text = self.texts[own.pop("text", "short")]
         rows, length = text[0]["tokens"].shape
         measure = {"tokens": len(text) * rows * length, "sequence_length": length, "batch_size": rows}
+        measure |= {key.removeprefix("measure."): own.pop(key) for key in list(own) if key.startswith("measure.")}
+        has_section = name in METHODS and METHODS[name].settings is not None
         select: dict[str, Any] = {"method": name, "budget": budget, "measure": measure}
-        has_section = isinstance(getattr(SelectConfig(), name, None), Section)
-        settings = SelectConfig(**select | ({name: own} if has_section else own))
-        share = own.get("recall", 0.0)
+        settings = select_config(**select | ({name: own} if has_section else own))
+        share = settings.measure.recall  # at the prompts of the rows file
         masked = self._masked([(1 - share, text), (share, self.asked[: len(text)])] if share else [(1.0, text)])
         return choose(
             Given(
@@ -164,10 +177,30 @@ class Study:
                 settings,
                 scores=lambda: self.scores,
                 layer_losses=self._layer_losses,
-                student=cache(lambda: masked),
+                student=lambda: masked,
+                teacher=lambda: self.teacher,
+                vocabulary=lambda: self.vocabulary,
+                training=self._training,
                 log=RoundLog(),
             )
         )
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        data, files = self.config.data, self.models.teacher_files
+        folder = data.tokenizer or str(files.folder)
+        return load_vocabulary(folder, files.config.vocab_size, data.document_end_token, data.prepend_bos)
+
+    @contextmanager
+    def _training(self, settings: TrainingConfig) -> Iterator[Iterator[Rows]]:
+        """The study's training rows in an order of their own."""
+        rows, length = self.train["tokens"].shape
+        if settings.sequence_length != length or settings.batch_size > rows:
+            raise ConfigError(
+                f"There are {rows} training rows of {length} tokens; the method asks for batches of "
+                f"{settings.batch_size} with sequence_length {settings.sequence_length}."
+            )
+        yield self._forever(settings.batch_size, 2000)
 
     def _layer_losses(self) -> list[float]:
         """After alignment, on held-out rows."""
@@ -265,10 +298,10 @@ def run(study: Study, options: argparse.Namespace, records: Records) -> None:
 
             def make(method: str = method, budget: int = budget) -> dict[str, Any]:
                 chosen = study.choose(method, budget)
-                flops = 2 * study.parameters * chosen.forward_tokens + 6 * study.parameters * chosen.trained_tokens
-                cost = {"forward_tokens": chosen.forward_tokens, "trained_tokens": chosen.trained_tokens}
-                order = list(chosen.order)
-                return {"layers": list(chosen.layers), "order": order, **cost, "flops": flops}
+                forward, trained = chosen.cost
+                cost = {"forward_tokens": forward, "trained_tokens": trained}
+                flops = study.parameters * (2 * forward + 6 * trained)
+                return {"layers": list(chosen.layers), "order": list(chosen.order), **cost, "flops": flops}
 
             found = records.get({"kind": "choice", "method": method, "budget": budget}, make)
             say(f"{method}, {budget}: {found['layers']}, {found['seconds']} s")

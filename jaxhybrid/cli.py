@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -135,9 +136,34 @@ def score(
 
 
 @verb
-def select(p: Opened) -> None:
-    """The layers that stay softmax, by the scores or a baseline; writes layers.json."""
-    p.select()
+def select(
+    p: Opened,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Choose nothing: print how far the run's rankings, its methods' and published layers agree.",
+        ),
+    ] = False,
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="METHOD", help="With --compare: this method of select.method, too."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --compare: print JSON, for programs.")] = False,
+) -> None:
+    """The layers that stay softmax, by select.method; writes layers.json."""
+    if not compare:
+        if others or as_json:
+            raise ConfigError("--with and --json belong to --compare.")
+        p.select()
+        return
+    from jaxhybrid import hosts
+    from jaxhybrid.report.screen import print_comparison
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what is said on the way is no JSON
+        found = p.compare(others or [])
+    if hosts.is_first():
+        print(json.dumps(found, indent=2)) if as_json else print_comparison(found)
 
 
 @verb
@@ -199,17 +225,54 @@ def compare(
 @app.command()
 def generate(
     folder: ModelFolder,
-    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts; they are answered together.")],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; 1 draws as the model says.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw only from the k most likely tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw only from the most likely tokens that together are this likely.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw only from tokens at least this share as likely as the most likely one.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1: tokens that occurred become less likely. Default: as generation_config.json says."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of drawing; prompt i takes seed + i.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End an answer before this text; may be given several times.")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Put each prompt through the chat template.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Weights and computation: float32, or bfloat16 with half the memory.")
+    ] = "float32",
+    tensor: Annotated[int, typer.Option(help="Devices that share the model's heads, MLPs and vocabulary.")] = 1,
 ) -> None:
-    """Text from a model, in JAX, on the hybrid state."""
+    """Text from a model, in JAX, on the hybrid state. One answer is printed as it comes, several when all are there."""
     from jaxhybrid.complete import complete
 
-    for text in complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat):
-        print(text)
+    def show(_: int, piece: str) -> None:
+        if len(prompt) == 1:
+            print(piece, end="", flush=True)
+
+    answers = complete(
+        folder,
+        prompt,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        chat=chat,
+        dtype=dtype,
+        tensor=tensor,
+        on_text=show,
+    )
+    print("\n".join(answers) if len(prompt) > 1 else "")
 
 
 @app.command()

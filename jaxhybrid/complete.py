@@ -1,24 +1,33 @@
 """Prompts in, text out: tokenizer, chat template and generation together."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxhybrid.data import Vocabulary, load_vocabulary
-from jaxhybrid.errors import DataError
+from jaxhybrid.decoding.engine import Engine, Request, rounded
+from jaxhybrid.decoding.generate import seeded
+from jaxhybrid.decoding.sampling import Sampling
+from jaxhybrid.decoding.text import Answer
+from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.families.student import is_student
-from jaxhybrid.generate import generate
+from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.weights.huggingface import load_student, load_teacher
 from jaxhybrid.weights.safetensors import read_table
 
 SETTINGS = ("generation_config.json", "config.json")
+PENALTY = "repetition_penalty"  # built here, for callers that apply it
 # What changes transformers' greedy text, unless it is one of NEUTRAL.
 NOT_BUILT = (
-    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "guidance_scale", "num_beams",
+    PENALTY, "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "guidance_scale", "num_beams",
     "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length",
     "min_new_tokens", "exponential_decay_length_penalty",
 )  # fmt: skip
@@ -26,7 +35,12 @@ NEUTRAL: tuple[Any, ...] = (None, 0, 1, [], {})
 
 
 def open_model(
-    folder: str, prepend_bos: bool | None = None, mesh: Mesh | None = None
+    folder: str,
+    prepend_bos: bool | None = None,
+    mesh: Mesh | None = None,
+    *,
+    dtype: Any = "float32",
+    applied: Sequence[str] = (),
 ) -> tuple[Model, Vocabulary, list[int]]:
     """An exported hybrid or a teacher, whichever the folder's config says it is; its vocabulary; what ends an answer.
 
@@ -35,15 +49,18 @@ def open_model(
     Args:
         prepend_bos: begin texts with BOS, or never. None: as the tokenizer does by itself.
         mesh: place the model on it. None: on the default device.
+        dtype: of the parameters.
+        applied: the settings among NOT_BUILT that the caller applies.
     """
     load = load_student if is_student(Path(folder).expanduser()) else load_teacher
-    model = load(folder, mesh=mesh)
+    model = load(folder, jnp.dtype(dtype), mesh=mesh)
     vocabulary = load_vocabulary(model.folder, model.config.vocab_size, prepend_bos=prepend_bos)
     settings = _generation_settings(Path(model.folder))
-    told = [f"{key}={settings[key]!r}" for key in NOT_BUILT if settings.get(key) not in NEUTRAL]
-    if told:
+    changing = [key for key in NOT_BUILT if key not in applied and settings.get(key) not in NEUTRAL]
+    if changing:
+        told = ", ".join(f"{key}={settings[key]!r}" for key in changing)
         warnings.warn(
-            f"The generation settings of {model.folder} have {', '.join(told)}, which transformers' `generate` "
+            f"The generation settings of {model.folder} have {told}, which transformers' `generate` "
             "applies. That is not built here: greedy text is the model's own.",
             stacklevel=2,
         )
@@ -69,23 +86,78 @@ def complete(
     max_new_tokens: int = 64,
     *,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
     seed: int = 0,
+    stop: Sequence[str] = (),
     chat: bool = False,
+    dtype: str = "float32",
+    tensor: int = 1,
+    on_text: Callable[[int, str], None] = lambda number, piece: None,
 ) -> list[str]:
-    """The continuation of each prompt, ended at one of the model's end tokens.
+    """The continuation of each prompt, ended at one of the model's end tokens or before a stop string.
+
+    Args:
+        temperature, top_k, top_p, min_p, seed: see `Sampling`; prompt i draws with `seed + i`.
+        repetition_penalty: None takes that of the folder's generation settings, as transformers does, or none.
+        chat: put each prompt through the chat template, as a user's message.
+        dtype: of weights and computation, float32 or bfloat16.
+        tensor: devices that share heads, MLPs and the vocabulary.
+        on_text: gets (number of the prompt, piece of its answer) as text comes.
+
+    Raises:
+        DataError: the chat template is asked for and the tokenizer has none.
+        ConfigError: a setting is out of range.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype={dtype}: use float32 or bfloat16.")
+    if "" in stop:
+        raise ConfigError("A stop string is empty; every text would end before it begins.")
+    if not 1 <= tensor <= len(jax.devices()):
+        raise ConfigError(f"tensor={tensor}: there are {len(jax.devices())} devices here.")
+    choice = Sampling(temperature, top_k, top_p, min_p, 1.0 if repetition_penalty is None else repetition_penalty, seed)
+    mesh = make_mesh(1, 1, tensor, devices=jax.devices()[:tensor]) if tensor > 1 else None
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        model, vocabulary, ends = open_model(folder, mesh=mesh, dtype=dtype, applied=[PENALTY])
+        if repetition_penalty is None:
+            choice = replace(choice, repetition_penalty=_generation_settings(Path(model.folder)).get(PENALTY) or 1.0)
+        requests = {
+            number: Request(tokens, max_new_tokens, seeded(choice, number), tuple(ends))
+            for number, tokens in enumerate(prompt_tokens(vocabulary, prompts, chat))
+        }
+        if not requests:
+            return []
+        engine = Engine(model, rounded(len(requests)), dtype=dtype, consume=True)
+        engine.prefill(requests)
+        decode = lambda tokens: str(vocabulary.tokenizer.decode(tokens, skip_special_tokens=True))  # noqa: E731
+        answers = {number: Answer(decode, stop) for number in requests}
+        while engine.busy:
+            for number, tokens in engine.step().items():
+                answer = answers[number]
+                piece = answer.add(tokens)
+                if answer.is_stopped:
+                    engine.stop(number)
+                if number not in engine.busy:
+                    piece += answer.rest()
+                on_text(number, piece)
+    return [answer.text for answer in answers.values()]
+
+
+def prompt_tokens(vocabulary: Vocabulary, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    """Each prompt as the model shall read it.
 
     Raises:
         DataError: the chat template is asked for and the tokenizer has none.
     """
-    model, vocabulary, ends = open_model(folder)
+    if not chat:
+        return [vocabulary.prompt(prompt) for prompt in prompts]
     tokenizer = vocabulary.tokenizer
-    if chat:
-        if not tokenizer.chat_template:
-            raise DataError(f"The tokenizer of {model.folder} has no chat template; leave --chat out.")
-        prompts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-            for p in prompts
-        ]
-    tokens = [vocabulary.prompt(prompt, begin=not chat) for prompt in prompts]
-    answers = generate(model, tokens, max_new_tokens, eos_ids=ends, temperature=temperature, seed=seed)
-    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    if not tokenizer.chat_template:
+        raise DataError(f"The tokenizer of {vocabulary.name} has no chat template; leave --chat out.")
+    texts = (
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+        for p in prompts
+    )
+    return [vocabulary.prompt(text, begin=False) for text in texts]

@@ -30,14 +30,17 @@ from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
 from jaxhybrid.selection.choice import Given
+from jaxhybrid.selection.compare import Listed, comparison, of_choice, published
 from jaxhybrid.selection.kl_guided import score_candidates
 from jaxhybrid.selection.masked import MaskedStudent, Texts
 from jaxhybrid.selection.methods import METHODS, choose
 from jaxhybrid.selection.ranking import Scores, read_scores
-from jaxhybrid.selection.record import choice_record, merge_scores, scores_record
+from jaxhybrid.selection.record import at_hand, choice_record, merge_scores, scores_record
 from jaxhybrid.selection.rounds import RoundLog
+from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.compare import fingerprint, flat
 from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.select import SelectConfig, select_config
 from jaxhybrid.settings.stages import STAGES, StageConfig
 from jaxhybrid.stages.align import align_loss
 from jaxhybrid.stages.batch import Metrics
@@ -231,15 +234,9 @@ class Pipeline:
 
     def select(self) -> tuple[int, ...]:
         """The layers that stay softmax; written to `layers.json` with what the choice rests on."""
-        measures = METHODS[self.config.select.method].needs == "student"
-        given = Given(
-            self.models.depth,
-            self.config.select,
-            scores=self.scores,
-            layer_losses=lambda: self.folder.read("align/done.json", "align")["heldout_layer_loss_after"],
-            student=cache(self._masked_student),
-            log=self._rounds() if measures else RoundLog(),
-        )
+        measures = METHODS[self.config.select.method].runs_models
+        log = self._rounds(self.config.select, "rounds") if measures else RoundLog()
+        given = self._given(self.config.select, cache(self._masked_student), log)
         measured = choose(given) if measures else None  # by all processes
 
         def decide() -> dict[str, Any]:
@@ -254,19 +251,69 @@ class Pipeline:
         hosts.say(notes.choice(record))
         return tuple(record["softmax_layers"])
 
+    def compare(self, others: Sequence[str] = ()) -> dict[str, Any]:
+        """The rankings at hand, those of the methods that measure nothing and of `others`, and published ones.
+
+        Nothing is chosen. What `others` measure is kept beside the rounds of the selection.
+
+        Raises:
+            ConfigError: one of `others` is no method, or needs what is not there.
+        """
+        depth, select, path = self.models.depth, self.config.select, self.folder.path
+        if unknown := [name for name in others if name not in METHODS]:
+            raise ConfigError(f"--with {unknown[0]} is no method of selection; choose of {', '.join(METHODS)}.")
+        count = layers_in_budget(select.budget, depth)
+        names = [*others, *(name for name, method in METHODS.items() if method.needs == "nothing" and not method.drawn)]
+        if self.folder.is_done("align"):
+            names.append("alignment_loss")
+        student = cache(self._masked_student)
+
+        def listed(name: str) -> Listed:
+            settings = select_config(**select.model_dump() | {"method": name, "layers": None, "budget": count})
+            log = self._rounds(settings, f"compare-{name}") if METHODS[name].runs_models else RoundLog()
+            return of_choice(name, "computed now", choose(self._given(settings, student, log)), depth)
+
+        names = list(dict.fromkeys(names))
+        measured = {name: listed(name) for name in names if METHODS[name].runs_models}  # by all processes
+
+        def compared() -> dict[str, Any]:
+            lists = [measured.get(name) or listed(name) for name in names]
+            return comparison([*at_hand(path), *lists, *published(depth)], depth, count)
+
+        return hosts.by_first(compared, "compare")
+
+    def _given(self, select: SelectConfig, student: Callable[[], MaskedStudent], log: RoundLog) -> Given:
+        return Given(
+            self.models.depth,
+            select,
+            scores=self.scores,
+            layer_losses=lambda: self.folder.read("align/done.json", "align")["heldout_layer_loss_after"],
+            student=student,
+            teacher=lambda: self.models.frozen_teacher,
+            vocabulary=lambda: self.text.vocabulary,
+            training=lambda settings: closing(self._selection_text(settings.sequence_length, settings.batch_size)),
+            log=log,
+        )
+
+    def _selection_text(self, sequence_length: int, batch_size: int) -> BatchIterator:
+        """Training batches in an order that no stage sees."""
+        rows = self.config.align.model_copy(update={"sequence_length": sequence_length, "batch_size": batch_size})
+        return self.text.training_batches(rows, self.config.seed * 1000 + 1 + len(STAGES))
+
     @cached_property
     def teacher_parameters(self) -> int:
         return count_parameters(model_variables(self.models.teacher_config))
 
-    def _rounds(self) -> RoundLog:
-        """Of this selection, from where it was left."""
+    def _rounds(self, select: SelectConfig, name: str) -> RoundLog:
+        """Of a selection, from where it was left."""
+        config = self.config.model_copy(update={"select": select})
         aligned = self.folder.stage("align") / "params" / MANIFEST
 
         def key() -> dict[str, Any]:
-            settings = fingerprint(self.config, ("seed", "teacher", "dtype", "mixer", "data", "align", "select"))
+            settings = fingerprint(config, ("seed", "teacher", "dtype", "mixer", "data", "align", "select"))
             return {"settings": settings, "aligned": file_checksum(aligned) if aligned.exists() else None}
 
-        return RoundLog(self.folder.path / "select" / "rounds.json", hosts.by_first(key, "key of the rounds"))
+        return RoundLog(self.folder.path / "select" / f"{name}.json", hosts.by_first(key, "key of the rounds"))
 
     def _masked_student(self) -> MaskedStudent:
         chunk, student = self.config.select.measure.kl_chunk, self.models.candidates()
@@ -275,25 +322,22 @@ class Pipeline:
 
     def _measured_texts(self) -> Texts:
         """This process's rows of what `select.measure` names, and of recall prompts if they are to count."""
-        select, measure = self.config.select, self.config.select.measure
+        measure = self.config.select.measure
         batches: Sequence[HostBatch]
         if measure.source == "heldout":
             batches = self.text.heldout_batches(measure.sequence_length, measure.batch_size, measure.tokens)
         else:
-            sizes = {"sequence_length": measure.sequence_length, "batch_size": measure.batch_size}
-            seed = self.config.seed * 1000 + 1 + len(STAGES)
-            with closing(self.text.training_batches(self.config.align.model_copy(update=sizes), seed)) as stream:
+            with closing(self._selection_text(measure.sequence_length, measure.batch_size)) as stream:
                 batches = list(islice(stream, measure.batches))
-        share = select.greedy_kl.recall if select.method == "greedy_kl" else 0.0
-        if not share:
+        if not (share := measure.recall):
             return [(1.0, batches)]
         prompts = len(batches) * measure.batch_size
         # Of another seed than those of the evaluation.
-        task = recall_task(self.text.vocabulary, select.greedy_kl.recall_pairs, prompts=prompts, seed=1)
+        task = recall_task(self.text.vocabulary, measure.recall_pairs, prompts=prompts, seed=1)
         context = self.models.teacher_config.max_position_embeddings
         if task.tokens.shape[1] > context:
             raise ConfigError(
-                f"select.greedy_kl.recall_pairs {task.pairs}: prompts take {task.tokens.shape[1]} tokens, the teacher "
+                f"select.measure.recall_pairs {task.pairs}: prompts take {task.tokens.shape[1]} tokens, the teacher "
                 f"has a context of {context}. Ask for fewer pairs."
             )
         asked = answer_batches(task, measure.batch_size, *own_share(self.mesh, *ROWS))

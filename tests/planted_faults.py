@@ -25,8 +25,11 @@ OPTIMIZER = "tests/train/test_optimizer.py"
 QUALITY = "tests/evaluate/test_quality.py"
 LIFETIMES = "tests/test_lifetimes.py"
 CONVERT = "tests/weights/test_convert.py"
+DECODING = "tests/decoding"
 SCORING = "tests/selection/test_kl_guided.py"
 MEASURED = "tests/selection/test_measured.py"
+RECALLED = "tests/selection/test_recall_methods.py"
+LAYERS = "tests/selection/test_planted_layers.py"
 PACKING = "tests/export/test_packing.py"
 RECALL = "tests/evaluate/test_recall.py"
 ANSWERS = "tests/evaluate/test_answers.py"
@@ -69,7 +72,7 @@ FAULTS = [
     Fault(
         "mesh: padding columns of the head count as words",
         "model/head.py",
-        'is_padded = self.weight.shape[1] * shards() * axis_size("tensor") > vocab_size',
+        'is_padded = self.numbers.shape[0] * shards() * axis_size("tensor") > vocab_size',
         "is_padded = False",
         f"{AXES}::test_devices_together_equal_one[finetune-shape1-61-mixer1]",
     ),
@@ -113,7 +116,7 @@ FAULTS = [
     Fault(
         "walk: a kind's rows at the layers of another",
         "model/walk.py",
-        "first = places.index(start + begin)",
+        "first = places.index(begin)",
         "first = 0",
         f"{MODEL}::test_rows_are_spread_over_the_layers_and_collected_again",
     ),
@@ -412,6 +415,85 @@ FAULTS = [
         "return index + 0 * np.maximum.accumulate(np.where(begins, index, 0), axis=1)",
         QUALITY,
     ),
+    # Decoding.
+    Fault(
+        "decoding: the place after a row's text is seen",
+        "model/softmax.py",
+        "seen = jnp.arange(M, dtype=jnp.int32) <= last[:, None]",
+        "seen = jnp.arange(M, dtype=jnp.int32) <= last[:, None] + 1",
+        f"{DECODING}/test_generate.py::test_a_long_answer_through_growing_caches_equals_recomputation",
+    ),
+    Fault(
+        "decoding: a filled slot remembers the text before",
+        "model/decode.py",
+        "jnp.where(chunk.first == 0, 0, s)",
+        "jnp.where(chunk.first < 0, 0, s)",
+        f"{DECODING}/test_engine.py::test_slots_are_filled_and_freed_while_others_run",
+    ),
+    Fault(
+        "decoding: positions begin anew with each chunk",
+        "model/decode.py",
+        "jnp.zeros_like(segments) + chunk.first + places",
+        "jnp.zeros_like(segments) + places",
+        f"{DECODING}/test_engine.py::test_a_prompt_in_chunks_gives_the_state_of_the_whole[conv]",
+    ),
+    Fault(
+        "decoding: a memory takes what is beside a prompt",
+        "model/decode.py",
+        "segments = (places < chunk.counts[:, None]).astype(jnp.int32)",
+        "segments = (places <= chunk.counts[:, None]).astype(jnp.int32)",
+        f"{DECODING}/test_engine.py::test_slots_are_filled_and_freed_while_others_run",
+    ),
+    Fault(
+        "decoding: the state is copied into each step",
+        "decoding/engine.py",
+        '@partial(jax.jit, static_argnames=("steps", "drawn"), donate_argnames="states")',
+        '@partial(jax.jit, static_argnames=("steps", "drawn"))',
+        f"{DECODING}/test_engine.py::test_a_step_writes_the_state_in_place_and_copies_no_cache_and_no_weight",
+    ),
+    Fault(
+        "decoding: a tied head is turned for each call",
+        "model/decode.py",
+        "if model.config.tie_embeddings else columns",
+        "if not model.config else columns",
+        f"{DECODING}/test_engine.py::test_a_step_writes_the_state_in_place_and_copies_no_cache_and_no_weight",
+    ),
+    Fault(
+        "decoding: a program for each number of end tokens",
+        "decoding/engine.py",
+        "return Rows(token, length, still, ends_of, in_rows(settings), seen)",
+        "return Rows(token, length, still, ends_of[:, : max(len(r.end_ids) for r in self.requests.values())], "
+        "in_rows(settings), seen)",
+        f"{DECODING}/test_engine.py::test_few_programs_serve_all_lengths_and_settings",
+    ),
+    Fault(
+        "decoding: top-p without the token that reaches p",
+        "decoding/sampling.py",
+        "likelier = jnp.cumsum(kept, axis=-1) - kept",
+        "likelier = jnp.cumsum(kept, axis=-1)",
+        f"{DECODING}/test_sampling.py::test_filters_keep_what_their_rules_keep",
+    ),
+    Fault(
+        "decoding: the same noise at every place",
+        "decoding/sampling.py",
+        "jax.random.fold_in(jax.random.key(seed), place)",
+        "jax.random.fold_in(jax.random.key(seed), 0 * place)",
+        f"{DECODING}/test_sampling.py::test_noise_follows_seed_and_place",
+    ),
+    Fault(
+        "decoding: the beginning of a stop string is given out",
+        "decoding/text.py",
+        "return self._piece(len(sure) - begun)",
+        "return self._piece(len(sure))",
+        f"{DECODING}/test_text.py",
+    ),
+    Fault(
+        "decoding: the folder's repetition penalty forgotten",
+        "complete.py",
+        ".get(PENALTY) or 1.0)",
+        ".get(PENALTY) and 1.0)",
+        "tests/test_complete.py::test_answers_are_those_of_transformers_with_the_folders_penalty",
+    ),
     # Conversion.
     Fault(
         "rows repeated instead of heads",
@@ -647,6 +729,41 @@ FAULTS = [
         "return np.isin(np.arange(self.depth), list(kept))",
         "return ~np.isin(np.arange(self.depth), list(kept))",
         f"{MEASURED}::test_the_mask_gives_the_kl_of_a_hybrid_of_its_own",
+    ),
+    Fault(
+        "diagnostic data: all layers but the one asked for are removed",
+        "selection/ablated.py",
+        "jnp.where(kept, mixed, jnp.zeros_like(mixed))",
+        "jnp.where(kept, jnp.zeros_like(mixed), mixed)",
+        f"{RECALLED}::test_ablation_is_the_walk_without_a_mixer",
+    ),
+    Fault(
+        "Gram: changes of all logits of a token count",
+        "selection/gram.py",
+        "changes - means[..., None]",
+        "changes - 0 * means[..., None]",
+        f"{LAYERS}::test_the_form_is_that_of_whole_logits",
+    ),
+    Fault(
+        "gates: open is linear",
+        "selection/gated.py",
+        "gate * attention(normed, context)[0] + (1 - gate) * linear(normed, context)[0]",
+        "(1 - gate) * attention(normed, context)[0] + gate * linear(normed, context)[0]",
+        f"{LAYERS}::test_gates_mix_both_branches_on_the_stream_that_goes_on",
+    ),
+    Fault(
+        "HALO: the paper's falls are the code's",
+        "selection/methods/halo_ratio.py",
+        'whole if form == "paper" else',
+        'whole if form == "code" else',
+        f"{RECALLED}::test_the_two_forms_of_halos_ratio",
+    ),
+    Fault(
+        "beam: one set is kept",
+        "selection/beam.py",
+        "[:width]",
+        "[:1]",
+        f"{LAYERS}::test_a_beam_finds_a_pair_that_greedy_cannot",
     ),
     Fault(
         "a stage reads short documents",

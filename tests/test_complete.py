@@ -6,8 +6,13 @@ import warnings
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from jaxhybrid import complete
+from jaxhybrid.cli import app
+from jaxhybrid.data import load_vocabulary
+from jaxhybrid.decoding import engine
+from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.export.folder import export
 from jaxhybrid.weights.huggingface import load_teacher
 from tests.tiny import write_teacher, write_tokenizer
@@ -21,24 +26,84 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["$A", "<begin> $A", "<begin> $A <end>"])
-def test_prompts_begin_as_the_tokenizer_begins_a_text(form, folder, monkeypatch):
+def test_prompts_begin_as_the_tokenizer_begins_a_text(form, folder):
     write_tokenizer(folder, form)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+    vocabulary = load_vocabulary(str(folder), 320)
     begin, anna = [tokenizer.bos_token_id], tokenizer("anna", add_special_tokens=False).input_ids
-    taken = []
-
-    def generate(model, prompts, *_, **__):
-        taken.extend(prompts)
-        return [[] for _ in prompts]
-
-    monkeypatch.setattr(complete, "generate", generate)
-    complete.complete(str(folder), ["anna", "<begin>anna"])
+    taken = complete.prompt_tokens(vocabulary, ["anna", "<begin>anna"], chat=False)
     assert taken == [begin * form.startswith("<begin>") + anna, begin + anna]
-    complete.complete(str(folder), ["anna"], chat=True)
+    taken = complete.prompt_tokens(vocabulary, ["anna"], chat=True)
     expected = tokenizer.apply_chat_template([{"role": "user", "content": "anna"}], return_dict=False)
-    assert taken[2] == expected == begin + tokenizer("anna:", add_special_tokens=False).input_ids
+    assert taken == [expected] == [begin + tokenizer("anna:", add_special_tokens=False).input_ids]
+
+
+def theirs(folder, prompt, tokens, **settings):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **settings)[0]
+    return tokenizer.decode(made[inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_answers_are_those_of_transformers_with_the_folders_penalty(folder):
+    write_tokenizer(folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"repetition_penalty": 1.3, "eos_token_id": 0}))
+    prompts = ["anna likes the", "bert"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert complete.complete(str(folder), prompts, 12) == [theirs(folder, prompt, 12) for prompt in prompts]
+    free = complete.complete(str(folder), prompts, 12, repetition_penalty=1.0)
+    assert free == [theirs(folder, prompt, 12, repetition_penalty=1.0) for prompt in prompts]
+    assert free != complete.complete(str(folder), prompts, 12)
+
+
+def test_an_answer_comes_in_pieces_and_ends_before_a_stop_string(folder, monkeypatch):
+    write_tokenizer(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    monkeypatch.setattr(engine, "STEPS", (3, 3))
+    pieces = {0: [], 1: []}
+    whole = complete.complete(
+        str(folder), ["anna likes the", "bert"], 12, on_text=lambda number, piece: pieces[number].append(piece)
+    )
+    assert ["".join(pieces[0]), "".join(pieces[1])] == whole
+    assert len(pieces[0]) == 4
+    stop = whole[0][4:7]
+    pieces = {0: [], 1: []}
+    cut = complete.complete(
+        str(folder), ["anna likes the"], 12, stop=["never", stop], on_text=lambda n, piece: pieces[n].append(piece)
+    )
+    assert cut == [whole[0][: whole[0].index(stop)]] == ["".join(pieces[0])]
+    assert len(pieces[0]) < 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float16"}, "dtype=float16: use float32 or bfloat16"),
+        ({"stop": [""]}, "stop string is empty"),
+        ({"tensor": 99}, "tensor=99: there are 8 devices"),
+        ({"top_k": -2}, "top_k=-2"),
+        ({"chat": True}, "has no chat template; leave --chat out"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(settings, message, folder):
+    write_tokenizer(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(JaxHybridError, match=message):
+        complete.complete(str(folder), ["anna"], **settings)
+
+
+def test_the_command_prints_one_answer_as_it_comes_and_several_together(folder):
+    write_tokenizer(folder)
+    one, other = complete.complete(str(folder), ["anna likes the", "bert"], 6, temperature=1.0, seed=4)
+    arguments = ["generate", str(folder), "--max-new-tokens", "6", "--temperature", "1"]
+    run = CliRunner().invoke(app, [*arguments, "--seed", "4", "anna likes the", "bert"])
+    assert run.stdout == f"{one}\n{other}\n"
+    assert CliRunner().invoke(app, [*arguments, "--seed", "5", "bert"]).stdout == f"{other}\n"
 
 
 @pytest.mark.parametrize(

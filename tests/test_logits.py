@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jaxhybrid.evaluate.answers import _read
+from jaxhybrid.evaluate.answers import _read, softmax_states
 from jaxhybrid.evaluate.quality import _sums
-from jaxhybrid.model.decode import decode, initial_decode_state
+from jaxhybrid.model.decode import decode_token, initial_states, unstack
 from jaxhybrid.model.transformer import forward, outputs
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
@@ -39,10 +39,15 @@ def makers_of_logits(model, batch):
     return {
         "forward": (partial(forward, **BF16), {"model": model, "tokens_BT": tokens}),
         "decode": (
-            partial(decode, **BF16),
-            {"model": model, "tokens_BT": tokens, "state": initial_decode_state(config, 8, 32, jnp.bfloat16)},
+            decode_token,
+            {
+                "model": unstack(model, jnp.bfloat16),
+                "tokens_B": tokens[:, 0],
+                "states": initial_states(config, 8, 32, jnp.bfloat16),
+                "lengths_B": jnp.zeros(8, jnp.int32),
+            },
         ),
-        "answers": (partial(_read, **BF16), {"model": model, "batch": answers}),
+        "answers": (partial(_read, softmax=None, states=softmax_states, **BF16), {"model": model, "batch": answers}),
         "quality": (
             lambda model, batch: _sums(
                 *[outputs(model, batch["tokens"], **BF16)] * 2, batch | {"bucket": tokens}, buckets=1, **BF16

@@ -178,12 +178,12 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         (["mesh.tensor=-1"], "mesh: tensor is -1; give a positive number."),
         (["mesh.data=0"], "mesh: data is 0; give a positive number, or -1 for the rest of the devices."),
         (["select.method=explicit"], "select: layers is None with method 'explicit'"),
-        (["select.method=greedy"], "select.method is 'greedy' (str); it should be 'kl_guided', 'uniform'"),
+        (["select.method=greedy"], "select.method is 'greedy' (str); it should be 'activation_mse', 'alignment_loss'"),
         (["select.greedy_kl.rescored=2"], "Unknown setting 'select.greedy_kl.rescored'. Did you mean"),
         (["select.greedy_kl.rescore=0"], "select.greedy_kl.rescore is 0 (int); it should be greater than 0."),
         (
-            ["select.greedy_kl.recall=1.5"],
-            "select.greedy_kl.recall is 1.5 (float); it should be less than or equal to 1.",
+            ["select.measure.recall=1.5"],
+            "select.measure.recall is 1.5 (float); it should be less than or equal to 1.",
         ),
         (
             ["select.method=removal", "select.removal.first_tokens=65_536"],

@@ -19,9 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jaxhybrid.data.vocabulary import Vocabulary
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate.answers import NO_TOKEN, is_answer, read_answers
-from jaxhybrid.generate import generate
 from jaxhybrid.model.transformer import Model
 
 BOOTSTRAPS = 1000  # resamples behind a perplexity's standard error; the harness's own 100,000 take minutes
@@ -184,14 +184,7 @@ class HarnessModel(TemplateLM):
                 for group in batched(numbers, self.batch_size):
                     prompts = [self._kept(self.tok_encode(requests[number].args[0]), room) for number in group]
                     prompts += prompts[-1:] * (self.batch_size - len(group))
-                    produced = generate(
-                        self.model,
-                        prompts,
-                        new_tokens,
-                        eos_ids=self.end_ids,
-                        dtype=self.dtype,
-                        length_multiple=SHORTEST[0],
-                    )
+                    produced = generate(self.model, prompts, new_tokens, eos_ids=self.end_ids, dtype=self.dtype)
                     for number, tokens in zip(group, produced):
                         stops = handle_stop_sequences(settings[number]["until"], eos=end)
                         text = self.tokenizer.decode(tokens, skip_special_tokens=True)

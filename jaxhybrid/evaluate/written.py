@@ -14,15 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxhybrid.data.vocabulary import Vocabulary
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.bootstrap import mean_interval, ratio_interval
 from jaxhybrid.evaluate.prompts import Prompt, PromptSet
 from jaxhybrid.evaluate.recall import LEAST_TEACHER
-from jaxhybrid.generate import generate
 from jaxhybrid.model.transformer import Model
 
 DEPTHS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
-LENGTH_MULTIPLE = 256  # of prompts that have no common length
 
 Keep = Callable[[str, PromptSet, list[str], np.ndarray], None]  # model, set, its answers, their scores
 
@@ -92,7 +91,6 @@ def write_answers(
     label: str = "",
 ) -> list[str]:
     """The text that greedy decoding puts after each prompt, on the active mesh, in batches of about `batch_tokens`."""
-    multiple = LENGTH_MULTIPLE if given.length is None else given.length - given.new_tokens
     longest = max(len(tokens) for tokens in given.tokens) + given.new_tokens
     rows = min(max(batch_tokens // longest, 1), len(given.tokens))
     said = [""] * len(given.tokens)
@@ -100,8 +98,8 @@ def write_answers(
     with tqdm(total=len(said), desc=label, disable=not label, leave=False) as bar:
         for group in batched(order, rows):
             prompts = [given.tokens[number] for number in group]
-            prompts += prompts[-1:] * (rows - len(group))  # of one shape with the others
-            written = generate(model, prompts, given.new_tokens, eos_ids=end_ids, dtype=dtype, length_multiple=multiple)
+            prompts += prompts[-1:] * (rows - len(group))  # as many as in the others: programs are for a number of rows
+            written = generate(model, prompts, given.new_tokens, eos_ids=end_ids, dtype=dtype)
             for number, tokens in zip(group, written):
                 text = vocabulary.encoder.decode(tokens, skip_special_tokens=True)
                 said[number] = text.split(given.stop)[0] if given.stop else text

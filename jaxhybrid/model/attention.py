@@ -11,14 +11,14 @@ from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext
 from jaxhybrid.model.partition import joined, own_heads
 from jaxhybrid.model.rope import rotate
-from jaxhybrid.model.softmax import cached_attention, causal_attention
+from jaxhybrid.model.softmax import causal_attention, decode_attention
 
 
 class Attention(nnx.Module):
     """Grouped-query softmax attention with rotary embedding, and a teacher's biases and norms where it has them."""
 
     kind = FULL_ATTENTION
-    state_heads: ClassVar[dict[str, int]] = {"k": 2, "v": 2}  # the axis of heads in the state of one layer
+    state_heads: ClassVar[dict[str, int]] = {"k": 1, "v": 1}  # the axis of heads in the state of one layer
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, H, G, K = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -32,8 +32,11 @@ class Attention(nnx.Module):
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
-        """An empty key/value cache of `capacity` tokens for one layer, of this device's heads."""
-        shape = (batch, capacity, own_heads(config.num_kv_heads), config.head_dim)
+        """An empty key/value cache of `capacity` tokens for one layer, of this device's heads: [B,G,M,K].
+
+        Heads before tokens, so that a head's keys lie together, as the matrix product of a decoding step wants them.
+        """
+        shape = (batch, own_heads(config.num_kv_heads), capacity, config.head_dim)
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def __call__(
@@ -50,13 +53,23 @@ class Attention(nnx.Module):
             )  # fmt: skip
             return self.o_proj(out), None
         assert context.cache_index is not None
-        index = context.cache_index
-        state = {
-            name: jax.lax.dynamic_update_slice_in_dim(state[name], new.astype(state[name].dtype), index, 1)
-            for name, new in (("k", k), ("v", v))
-        }
-        keys, values = (state[name].astype(q.dtype) for name in ("k", "v"))
-        out = cached_attention(q, keys, values, context.segment_ids, context.key_segment_ids, index)
+        index, new = context.cache_index, {"k": k, "v": v}
+        if index.ndim:  # one token a row, each at a place of its own
+            # Indexed by head, too: XLA for GPUs transposes what is scattered into until its indexed axes come first.
+            rows, heads = (jnp.arange(size, dtype=jnp.int32) for size in state["k"].shape[:2])
+            at = rows[:, None], heads, index[:, None]
+            state = {
+                name: cache.at[at].set(new[name][:, 0], mode="drop", unique_indices=True)
+                for name, cache in state.items()
+            }
+            out = decode_attention(q[:, 0], state["k"], state["v"], index)[:, None]
+        else:
+            state = {
+                name: jax.lax.dynamic_update_slice_in_dim(cache, jnp.moveaxis(new[name], 1, 2), index, 2)
+                for name, cache in state.items()
+            }
+            keys, values = (jnp.moveaxis(state[name], 2, 1) for name in ("k", "v"))
+            out = causal_attention(q, keys, values, None, first_query=index)
         return self.o_proj(out), state
 
 

@@ -37,8 +37,24 @@ class Columns(NamedTuple):
         """[N,s], in float32 or wider, of tokens that all sharers hold alike (`gathered`)."""
         with jax.named_scope("head"):
             logits = jnp.dot(hidden_ND, self.weight, preferred_element_type=exact_dtype(hidden_ND.dtype))
-        is_padded = self.weight.shape[1] * shards() * axis_size("tensor") > vocab_size
+        return self._marked(logits, vocab_size)
+
+    def _marked(self, logits: jax.Array, vocab_size: int) -> jax.Array:
+        is_padded = self.numbers.shape[0] * shards() * axis_size("tensor") > vocab_size
         return jnp.where(self.numbers < vocab_size, logits, NO_WORD) if is_padded else logits
+
+
+class TiedColumns(Columns):
+    """Those of an embedding that is the head, as it lies: `weight` is [s,D].
+
+    A loop would be given its transpose, and that one is made: a second head.
+    """
+
+    def logits(self, hidden_ND: jax.Array, vocab_size: int) -> jax.Array:
+        with jax.named_scope("head"):
+            exact = exact_dtype(hidden_ND.dtype)
+            logits = jnp.einsum("nd,sd->ns", hidden_ND, self.weight, preferred_element_type=exact)
+        return self._marked(logits, vocab_size)
 
 
 def own_columns(head_DS: jax.Array, vocab_size: int, dtype: Any) -> Columns:

@@ -27,10 +27,9 @@ class TokenContext(NamedTuple):
     segment_ids: jax.Array | None
     cos: jax.Array  # [B,T,K/2] rotary tables
     sin: jax.Array
-    key_segment_ids: jax.Array | None = (
-        None  # [B,M] of all keys: of every cache slot, or of the whole row if it is split
-    )
-    cache_index: jax.Array | None = None  # scalar: the slot of this call's first token, when decoding
+    key_segment_ids: jax.Array | None = None  # [B,M] of the whole row, if it is split
+    # When decoding, the place of this call's first token in the cache: a scalar for a chunk, [B] for one token a row.
+    cache_index: jax.Array | None = None
     first_token: jax.Array | None = None  # scalar: the place in the row of this device's first token, if rows are split
 
 

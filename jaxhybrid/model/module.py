@@ -62,10 +62,10 @@ class Unrolled(nnx.Module):
             segment_ids: [B,T], documents of a row counted from 1, 0 is padding. With neither a row is one document.
 
         Raises:
-            NotImplementedError: a cache is given; `jaxhybrid.model.decode` goes on from a state.
+            NotImplementedError: a cache is given; `jaxhybrid.generate` has one.
         """
         if cache is not None:
-            raise NotImplementedError("The unrolled module has no cache; decode with jaxhybrid.model.decode.")
+            raise NotImplementedError("The unrolled module has no cache; use jaxhybrid.generate with model_of(net).")
         if attention_mask is not None and segment_ids is None:
             segment_ids = jnp.diagonal(attention_mask, axis1=-2, axis2=-1).astype(jnp.int32)
         context = token_context(self.config, tokens_BT, segment_ids, positions)

@@ -11,16 +11,20 @@ from jaxhybrid.model.layers import exact_dtype
 from jaxhybrid.model.partition import BATCH_AXES, largest
 
 
-def rotary_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotary_tables(
+    config: ModelConfig, positions_BT: jax.Array, longest: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B,T,K/2], for the given token positions.
 
-    The `dynamic` rule takes its length from the largest position present, as transformers does.
+    The `dynamic` rule takes its length from the largest position present, as transformers does, or from `longest`, the
+    tokens of the longest text, where these are a part of them.
     """
     rope, width = config.rope, config.head_dim
     scale = 1.0
     frequencies: jax.Array | np.ndarray
     if rope.kind == "dynamic":
-        frequencies = _dynamic_frequencies(rope, width, config.max_position_embeddings, positions_BT)
+        length = jnp.max(positions_BT) + 1 if longest is None else longest
+        frequencies = _dynamic_frequencies(rope, width, config.max_position_embeddings, length)
     elif rope.kind == "llama3":
         frequencies = _llama3_frequencies(rope, width)
     elif rope.kind == "yarn":
@@ -42,9 +46,9 @@ def _frequencies(theta: float, width: int) -> np.ndarray:
     return 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
 
 
-def _dynamic_frequencies(rope: RopeConfig, width: int, max_positions: int, positions: jax.Array) -> jax.Array:
+def _dynamic_frequencies(rope: RopeConfig, width: int, max_positions: int, length: jax.Array) -> jax.Array:
     original = rope.original_max_position_embeddings or max_positions
-    length = jnp.maximum(largest(jnp.max(positions), *BATCH_AXES) + 1, original).astype(jnp.float32)
+    length = jnp.maximum(largest(length, *BATCH_AXES), original).astype(jnp.float32)
     theta = rope.theta * (rope.factor * length / original - (rope.factor - 1)) ** (width / (width - 2))
     return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 

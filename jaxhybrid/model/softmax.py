@@ -4,6 +4,7 @@ Only rows that are short make an array of tokens by tokens. On TPUs JAX's splash
 elsewhere and for 32 bits plain JAX. docs/attention.md has the figures, and what was tried besides.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ GPU_QUERY_BLOCK = 512
 GPU_QUERIES = 4096  # that one call of cuDNN should have at least, to fill the chip
 TPU_BLOCK = 512  # queries, and keys, of a block of splash attention
 TPU_LONG_BLOCK, TPU_LONG = 1024, 32768  # in longer rows: a table of all pairs of blocks is in scalar memory
+DECODE_BLOCK = 512  # keys of a block of the cache
 LANES = 128
 CUDNN: Literal["cudnn", "xla"] = "cudnn"
 
@@ -76,19 +78,24 @@ def causal_attention(
     return windowed_attention(q, k, v, query_starts, first, attend=_plain_masked, size=QUERY_BLOCK, at_once=1)
 
 
-def cached_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-    cache_segment_ids: jax.Array | None,
-    first_query: jax.Array,
-) -> jax.Array:
-    """Of q [B,Q,H,K], whose own keys are in slots first_query, first_query+1, ... of the cache k, v [B,M,G,K]."""
-    visible = (jnp.arange(k.shape[1])[None, :] <= first_query + jnp.arange(q.shape[1])[:, None])[None]
-    if segment_ids is not None and cache_segment_ids is not None:
-        visible = visible & (segment_ids[:, :, None] == cache_segment_ids[:, None, :])
-    return _plain_masked(q, k, v, visible)
+def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
+    """One query a row, q [B,H,K], to the keys up to `last` [B] of the caches k, v [B,G,M,K]: [B,H,K].
+
+    The sum over values is made in blocks of the cache and the blocks are added up: with one row and few heads, one
+    product for each head would leave most of a GPU idle.
+    """
+    (B, H, K), (G, M) = q.shape, k.shape[1:3]
+    exact, block = exact_dtype(q.dtype), math.gcd(M, DECODE_BLOCK)
+    scores = jnp.einsum("bgrk,bgmk->bgrm", q.reshape(B, G, H // G, K), k, preferred_element_type=exact)
+    seen = jnp.arange(M, dtype=jnp.int32) <= last[:, None]
+    scores = jnp.where(seen[:, None, None], scores * K**-0.5, MASKED)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    sums = jnp.einsum(
+        "bgrnm,bgnmk->bgnrk", weights.astype(v.dtype).reshape(B, G, H // G, -1, block), v.reshape(B, G, -1, block, K),
+        preferred_element_type=exact,
+    )  # fmt: skip
+    out = jnp.sum(sums, axis=2) / jnp.sum(weights, axis=-1, keepdims=True)
+    return out.reshape(B, H, K).astype(q.dtype)
 
 
 def _visible(query_starts: jax.Array, first: jax.Array, keys: int) -> jax.Array:

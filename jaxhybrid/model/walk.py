@@ -1,10 +1,8 @@
-"""The one loop over the layers: training, scoring, alignment and decoding are bodies of it.
+"""The one loop over the layers: training, scoring and alignment are bodies of it. Decoding takes `one_layer` at a time.
 
-Layers of one kind are one `lax.scan`. Where kinds alternate there are two ways. By default all layers are one scan, in
-which a `lax.switch` picks the kind: compile time follows the kinds and not their pattern, and the choice may be traced.
-Each kind's rows are then spread over all layers, zeros where a layer is of another kind: rows taken by index from the
-whole stack would add a gradient of the whole stack in every turn. `by_run` scans each run of equal layers by itself:
-no choice at run time and nothing spread, which is for decoding, where there are states instead of gradients.
+All layers are one `lax.scan`. Where kinds alternate a `lax.switch` picks the kind: compile time follows the kinds and
+not their pattern, and the choice may be traced. Each kind's rows are then spread over all layers, zeros where a layer
+is of another kind: rows taken by index from the whole stack would add a gradient of the whole stack in every turn.
 """
 
 from collections.abc import Callable
@@ -48,7 +46,6 @@ def walk(
     *,
     extra: Params | None = None,
     softmax: jax.Array | None = None,
-    by_run: bool = False,
     remat: Remat = "none",
     sums: Any = jnp.float32,
     watch: Watch | None = None,
@@ -69,33 +66,44 @@ def walk(
         x after the last block, and by kind the stacked results. Where kinds share a scan there are no extras and no
         results: a `lax.switch` would have to make them for every kind.
     """
-    results: dict[str, list[Any]] = {kind: [] for kind in config.layer_types}
     blocks = _Blocks(config, mix, remat, sums, x.dtype, watch)
-    for start, stop in _runs(config.layer_types) if by_run else [(0, config.num_layers)]:
-        kinds, which = _choice(config.layer_types[start:stop], softmax)
-        stacks, shared = {}, {}
-        for kind in kinds:
-            stack = params["mixers"][kind]
-            if len(kinds) > 1:
-                stack = blocks.in_compute_dtype(kind, stack)
-            if softmax is None:
-                stacks[kind] = spread(stack, config.layer_types, kind, start, stop)
-            elif jax.tree.leaves(stack)[0].shape[0] == config.num_layers:
-                stacks[kind] = stack
-            else:
-                shared[kind] = jax.tree.map(lambda w: jnp.squeeze(w, 0), stack)
-        assert extra is None or len(kinds) == 1, "extras are for scans of one kind"
-        own = None if extra is None else spread(extra[kinds[0]], config.layer_types, kinds[0], start, stop)
-        block = blocks.of(kinds[0]) if len(kinds) == 1 else blocks.of_any(kinds)
+    kinds, which = _choice(config.layer_types, softmax)
+    stacks, shared = {}, {}
+    for kind in kinds:
+        stack = params["mixers"][kind]
+        if len(kinds) > 1:
+            stack = blocks.in_compute_dtype(kind, stack)
+        if softmax is None:
+            stacks[kind] = spread(stack, config.layer_types, kind)
+        elif jax.tree.leaves(stack)[0].shape[0] == config.num_layers:
+            stacks[kind] = stack
+        else:
+            shared[kind] = jax.tree.map(lambda w: jnp.squeeze(w, 0), stack)
+    assert extra is None or len(kinds) == 1, "extras are for scans of one kind"
+    block = blocks.of(kinds[0]) if len(kinds) == 1 else blocks.of_any(kinds)
 
-        def body(x: jax.Array, scanned: Any, block: Any = block, shared: Params = shared) -> tuple[jax.Array, Any]:
-            which, block_params, rows, own = scanned
-            return block(which, x, context, block_params, rows | shared, own)
+    def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+        which, block_params, rows, own = scanned
+        return block(which, x, context, block_params, rows | shared, own)
 
-        x, result = jax.lax.scan(body, x, (which, take_layers(params["blocks"], start, stop), stacks, own))
-        if len(kinds) == 1:
-            results[kinds[0]].append(result)
-    return x, {kind: _joined(found) for kind, found in results.items() if found}
+    own = None if extra is None else extra[kinds[0]]
+    x, result = jax.lax.scan(body, x, (which, params["blocks"], stacks, own))
+    return x, {kinds[0]: result} if len(kinds) == 1 else {}
+
+
+def one_layer(
+    config: ModelConfig,
+    kind: str,
+    x: jax.Array,
+    context: TokenContext,
+    mix: Mix,
+    block_params: Params,
+    mixer_params: Params,
+    extra: Any,
+) -> tuple[jax.Array, Any]:
+    """x [B,T,D] through one block with its own parameters: (x after it, the result of `mix`)."""
+    block = _Blocks(config, mix, "none", jnp.float32, x.dtype).of(kind)
+    return block(None, x, context, block_params, {kind: mixer_params}, extra)
 
 
 # (which kind, x, context, the block's parameters, mixers' parameters by kind, extra) -> (x, result)
@@ -207,16 +215,16 @@ def _choice(layer_types: tuple[str, ...], softmax: jax.Array | None) -> tuple[tu
     return (linear, FULL_ATTENTION), softmax.astype(jnp.int32)
 
 
-def spread(stack: Any, layer_types: tuple[str, ...], kind: str, start: int = 0, stop: int | None = None) -> Any:
-    """A kind's rows at its layers of [start, stop), zeros at the others; for a run of that kind just its rows."""
-    places, types = layers_of_kind(layer_types, kind), layer_types[start:stop]
+def spread(stack: Any, layer_types: tuple[str, ...], kind: str) -> Any:
+    """A kind's rows at its layers, zeros at the others."""
+    places = layers_of_kind(layer_types, kind)
 
     def own(x: jax.Array) -> jax.Array:
         nothing = jnp.zeros_like(take_layers(x, 0, 1))
         pieces = []
-        for begin, end in _runs(types):
-            if types[begin] == kind:
-                first = places.index(start + begin)
+        for begin, end in _runs(layer_types):
+            if layer_types[begin] == kind:
+                first = places.index(begin)
                 pieces.append(take_layers(x, first, first + end - begin))
             else:
                 pieces.append(jnp.broadcast_to(nothing, (end - begin, *x.shape[1:])))

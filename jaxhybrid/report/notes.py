@@ -23,7 +23,8 @@ def choice(record: dict[str, Any]) -> str:
     """Of `layers.json`."""
     kept = f"select: {record['method']} keeps layers {record['softmax_layers']} softmax"
     cost, last = record["cost"], record.get("rounds", [{}])[-1]
-    reached = f", KL {last['kl']:.4f} without training" if "kl" in last else ""
+    untrained = "" if cost["trained_tokens"] else " without training"
+    reached = f", KL {last['kl']:.4f}{untrained}" if "kl" in last else ""
     spent = [f"{cost[name]:,} tokens {what}" for name, what in COSTS.items() if cost[name]]
     return f"{kept}{reached}" + (f" ({' and '.join(spent)}, {cost['flops']:.1e} FLOPs)" if spent else "")
 

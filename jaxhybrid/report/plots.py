@@ -292,10 +292,12 @@ def layer_importance(importance: dict[str, float], kept: Sequence[int]) -> Figur
 def kept_curve(rounds: Sequence[dict[str, Any]]) -> Figure:
     """KL by the number of softmax layers over the rounds of a greedy search, each with the layer it kept or dropped."""
     figure, axes = _figure(3.6)
-    steps = [found for found in rounds if found["action"] in ("start", "keep", "drop")]
+    steps = [found for found in rounds if found["action"] in ("start", "keep", "drop", "beam")]
     counts, kls = [len(found["kept"]) for found in steps], [found["kl"] for found in steps]
     axes.plot(counts, kls, color=BLUE, marker="o", markersize=5)
     for found, count, kl in zip(steps[1:], counts[1:], kls[1:]):
+        if found["layer"] is None:  # of a beam: the set may have nothing in common with the one before
+            continue
         axes.annotate(f"{found['layer']}", (count, kl), (0, 6), textcoords="offset points", ha="center", fontsize=10)
     swapped = [found for found in rounds if found["action"] == "swap"]
     if swapped:

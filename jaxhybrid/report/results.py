@@ -59,7 +59,7 @@ class Results:
     def rounds(self) -> list[dict[str, Any]]:
         """Of a greedy selection, as `layers.json` has them."""
         found = (self.layers or {}).get("rounds", [])
-        return [] if found and found[0]["action"] == "rank" else found
+        return found if found and found[0]["action"] == "start" else []
 
     @property
     def depth(self) -> int | None:

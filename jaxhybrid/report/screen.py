@@ -8,17 +8,40 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxhybrid.disk import size_text
-from jaxhybrid.report.table import evaluation_rows
+from jaxhybrid.report.table import comparison_rows, evaluation_rows
 
 PIPED_WIDTH = 120  # characters, where there is no terminal to ask
+PIPED_TABLE = 1000  # of a table that programs may read: no line is broken
 STATE_STYLE = {"done": "green", "damaged": "red", "not begun": "dim"}
+
+
+def _console(piped_width: int = PIPED_WIDTH) -> Console:
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = piped_width
+    return console
+
+
+def print_comparison(found: dict[str, Any]) -> None:
+    """Prints what `Pipeline.compare` found."""
+    header, rows = comparison_rows(found)
+    console, papers = _console(PIPED_TABLE), [one for one in found["lists"] if one["published"]]
+    console.print(_table(header, [list(map(Text, row)) for row in rows], left=2))
+    told = [
+        f"Overlap (Jaccard) of {found['count']} of {found['depth']} layers, and rank correlation (Spearman) where both "
+        f"are rankings. Two random sets overlap by {found['jaccard_of_random_sets']:.2f} on average.",
+        *dict.fromkeys(f"{one['name'].split(': ')[0]}: {one['source']}" for one in papers),
+    ]
+    if not papers:
+        told.append(f"No list is published for a teacher of {found['depth']} layers.")
+    console.print()
+    for sentence in told:
+        console.print(sentence, soft_wrap=True)
 
 
 def print_run(found: dict[str, Any]) -> None:
     """Prints what `inspect_run` found; in colours on a terminal only."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPED_WIDTH
+    console = _console()
 
     def line(label: str, text: str, style: str = "") -> None:
         console.print(Text.assemble((f"{label:9} ", "bold"), (text, style)), soft_wrap=True)

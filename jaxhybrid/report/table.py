@@ -194,3 +194,21 @@ def _share(key: str, figure: dict[str, float] | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def comparison_rows(found: dict[str, Any]) -> tuple[list[str], Rows]:
+    """Column names, and a row for each list of layers: its overlap and rank correlation with those that are not
+    published, which are the columns."""
+    pairs = {frozenset((pair["a"], pair["b"])): pair for pair in found["pairs"]}
+    columns = [one["name"] for one in found["lists"] if not one["published"]]
+
+    def cell(row: str, column: str) -> str:
+        if row == column:
+            return ""
+        pair = pairs[frozenset((row, column))]
+        return f"{pair['jaccard']:.2f}" + ("" if pair["correlation"] is None else f" {pair['correlation']:+.2f}")
+
+    return ["", "layers", *columns], [
+        [one["name"], " ".join(map(str, one["layers"])), *(cell(one["name"], column) for column in columns)]
+        for one in found["lists"]
+    ]

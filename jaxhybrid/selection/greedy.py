@@ -6,15 +6,30 @@ from jaxhybrid import hosts
 from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.masked import MaskedStudent
 from jaxhybrid.selection.rounds import Round
-from jaxhybrid.settings.select import RemovalConfig
+from jaxhybrid.settings.select import MeasureConfig, MethodConfig
+from jaxhybrid.settings.types import Count, about
 
 Kept = frozenset[int]
+
+
+class SearchConfig(MethodConfig):
+    """How sets of a round are compared."""
+
+    first_tokens: Count | None = about(
+        None, "tokens of select.measure that the first round compares sets on, growing to all in the last; null: all"
+    )
+    rescore: Count = about(3, "the closest sets of a round on fewer tokens, compared again on all")
+
+    def trouble(self, measure: MeasureConfig) -> str | None:
+        if self.first_tokens is None or self.first_tokens <= measure.tokens:
+            return None
+        return f"first_tokens {self.first_tokens:,} are more than the {measure.tokens:,} of measure.tokens"
 
 
 class Search:
     """A set that gets better, or less bad, by the best of the options of every round."""
 
-    def __init__(self, given: Given, settings: RemovalConfig, kept: Kept, rounds: int):
+    def __init__(self, given: Given, settings: SearchConfig, kept: Kept, rounds: int):
         self._given, self._settings, self._expected = given, settings, rounds
         self.rounds: list[Round] = []
 

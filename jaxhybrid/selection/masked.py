@@ -12,9 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxhybrid.errors import DivergenceError
+from jaxhybrid.evaluate.recall_prompts import RecallTask
 from jaxhybrid.losses import CHUNK_TOKENS, linear_cross_entropy, next_token_targets, squared_error
 from jaxhybrid.model.transformer import Model, hidden_states, outputs
 from jaxhybrid.selection.cosine import block_cosines
+from jaxhybrid.selection.prompts import Answered, Prompts, answer
 from jaxhybrid.stages.align import align_loss, linear_mixers
 from jaxhybrid.stages.batch import Batch, token_mask
 from jaxhybrid.stages.score import masked_kl
@@ -46,7 +48,7 @@ class MaskedStudent:
             student: the all-linear student, with the teacher's attention of every layer beside its own mixers.
             texts: this process's rows; as many batches of each text.
         """
-        self.teacher, self.mesh, self.dtype = teacher, mesh, dtype
+        self.teacher, self.mesh, self.dtype, self.chunk_tokens = teacher, mesh, dtype, chunk_tokens
         self._cast = jax.jit(lambda student: student.cast(dtype))
         self.student = self._cast(student)
         self.shares, self._host = zip(*texts)
@@ -55,7 +57,7 @@ class MaskedStudent:
         self._placed: dict[int, list[Batch]] = {}
         self._kls: dict[tuple[int, ...], list[list[float]]] = {}  # of a set: for each batch, a sum for each text
         self._counts: dict[int, list[float]] = {}
-        self._head = jax.jit(lambda teacher: teacher.head.astype(dtype))(teacher)
+        self.head = jax.jit(lambda teacher: teacher.head.astype(dtype))(teacher)
         self._prepare = jax.jit(partial(_prepare, dtype=dtype))
         self._kl = jax.jit(partial(_kl, dtype=dtype, chunk_tokens=chunk_tokens))
         self._cross_entropy = jax.jit(partial(_cross_entropy, dtype=dtype))
@@ -70,9 +72,9 @@ class MaskedStudent:
         sums = self._kls.setdefault(name, [])
         for number in range(len(sums), batches):
             mask = self._mask(kept)
-            parts = [self._kl(self.student, mask, batch, self._head) for batch in self._batch(number)]
+            parts = [self._kl(self.student, mask, batch, self.head) for batch in self.placed(number)]
             sums.append([float(part) for part in parts])
-        totals = np.sum(sums[:batches], axis=0) / np.sum([self._count(i) for i in range(batches)], axis=0)
+        totals = np.sum(sums[:batches], axis=0) / np.sum([self.counts(i) for i in range(batches)], axis=0)
         value = float(np.dot(self.shares, totals))
         if not math.isfinite(value):
             raise DivergenceError(
@@ -90,15 +92,19 @@ class MaskedStudent:
     def tokens(self, batches: int | None = None) -> int:
         """Tokens of the first so many batches on all processes, padding included."""
         batches = self.batches if batches is None else batches
-        return sum(batch["tokens"].size for number in range(batches) for batch in self._batch(number))
+        return sum(batch["tokens"].size for number in range(batches) for batch in self.placed(number))
 
     def cross_entropy(self, kept: Collection[int]) -> float:
-        """Of the student with the layers `kept` softmax, in nats per predicted token of the first text."""
-        total = predicted = 0.0
+        """Of the student with the layers `kept` softmax, in nats per token that is predicted and counts."""
+        mask, sums = self._mask(kept), np.zeros((len(self.shares), 2))
         for number in range(self.batches):
-            found = self._cross_entropy(self.student, self._mask(kept), self._batch(number)[0])
-            total, predicted = total + float(found[0]), predicted + float(found[1])
-        return total / predicted
+            batches = self.placed(number)
+            sums += np.array([self._cross_entropy(self.student, mask, batch) for batch in batches], np.float64)
+        return float(np.dot(self.shares, sums[:, 0] / sums[:, 1]))
+
+    def answer(self, prompts: Prompts | RecallTask, kept: Collection[int], rows: int) -> Answered:
+        """How well the student with the layers `kept` softmax answers; `rows` prompts at once."""
+        return answer(self.student, prompts, self._mask(kept), rows=rows, dtype=self.dtype)
 
     def activation_errors(self) -> list[float]:
         """Mean squared difference of each layer's attention output and its aligned mixer's, for the teacher's input."""
@@ -117,24 +123,24 @@ class MaskedStudent:
 
     def _layer_means(self, measure: Any) -> list[float]:
         """measure: [L] means over the tokens of a batch."""
-        weights = [self._count(number)[0] for number in range(self.batches)]
-        means = [np.asarray(measure(self._batch(number)[0]), np.float64) for number in range(self.batches)]
+        weights = [self.counts(number)[0] for number in range(self.batches)]
+        means = [np.asarray(measure(self.placed(number)[0]), np.float64) for number in range(self.batches)]
         return np.average(means, axis=0, weights=weights).tolist()
 
     def _mask(self, kept: Collection[int]) -> np.ndarray:
         return np.isin(np.arange(self.depth), list(kept))
 
-    def _batch(self, number: int) -> list[Batch]:
+    def placed(self, number: int) -> list[Batch]:
         """Batch `number` of each text."""
         if number not in self._placed:
             placed = [place_batch(batches[number], self.mesh) for batches in self._host]
             self._placed[number] = [self._prepare(self.teacher, batch) for batch in placed]
         return self._placed[number]
 
-    def _count(self, number: int) -> list[float]:
+    def counts(self, number: int) -> list[float]:
         """Tokens of each text that count in batch `number`."""
         if number not in self._counts:
-            self._counts[number] = [max(float(batch["count"]), 1.0) for batch in self._batch(number)]
+            self._counts[number] = [max(float(batch["count"]), 1.0) for batch in self.placed(number)]
         return self._counts[number]
 
 
@@ -151,5 +157,6 @@ def _kl(student: Model, softmax: jax.Array, batch: Batch, head: jax.Array, **sta
 
 def _cross_entropy(student: Model, softmax: jax.Array, batch: Batch, *, dtype: Any) -> tuple[jax.Array, jax.Array]:
     targets, mask = next_token_targets(batch["tokens"], batch["segment_ids"])
+    mask = mask * batch["counted"]
     own = outputs(student, batch["tokens"], batch["segment_ids"], softmax=softmax, dtype=dtype)
     return linear_cross_entropy(*own, targets, mask), jnp.sum(mask)

@@ -7,13 +7,13 @@ from typing import Any
 from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.errors import RunError
 from jaxhybrid.selection.choice import Choice, Given
+from jaxhybrid.selection.compare import Listed
 from jaxhybrid.selection.methods import METHODS, choose
 from jaxhybrid.selection.ranking import Scores
 from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.compare import differences, fingerprint
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
-from jaxhybrid.settings.select import SECTIONS
 from jaxhybrid.settings.types import RankBy
 
 
@@ -47,10 +47,8 @@ def choice_record(choice: Choice, given: Given, config: RunConfig, parameters: i
     if settings.method == "kl_guided":
         record |= {"rank_by": by, "stability": given.scores().stability(len(choice.layers), by)}
     if choice.importance is not None:
-        record |= {
-            "ranking": list(choice.order),
-            "importance": {str(layer): value for layer, value in choice.importance.items()},
-        }
+        record |= {"ranking": list(choice.order)} if choice.order else {}
+        record |= {"importance": {str(layer): value for layer, value in choice.importance.items()}}
     if choice.rounds:
         record["rounds"] = choice.rounds
     record |= {"cost": _cost(choice, parameters), "provenance": _provenance(config)}
@@ -58,6 +56,20 @@ def choice_record(choice: Choice, given: Given, config: RunConfig, parameters: i
         others = {str(budget): _other(choice, given, budget) for budget in config.score.budgets}
         record["other_budgets"] = {budget: layers for budget, layers in others.items() if layers is not None}
     return record
+
+
+def at_hand(run: Path) -> list[Listed]:
+    """Rankings and sets that a run has written: its choice and its scores."""
+    found = []
+    if (run / "layers.json").exists():
+        layers = read_result(run / "layers.json")
+        name, ranking = f"{layers['method']} (the run's choice)", layers.get("ranking")
+        found.append(Listed(name, "layers.json", order=tuple(ranking or ()), kept=tuple(layers["softmax_layers"])))
+    if (run / "scores.json").exists():
+        scores = read_result(run / "scores.json")
+        for by in ("heldout", "training"):
+            found.append(Listed(f"kl_guided ({by} KL)", "scores.json", order=tuple(scores[f"ranking_by_{by}_kl"])))
+    return found
 
 
 def _other(choice: Choice, given: Given, budget: int | float) -> list[int] | None:
@@ -71,7 +83,7 @@ def _other(choice: Choice, given: Given, budget: int | float) -> list[int] | Non
 
 
 def _cost(choice: Choice, parameters: int) -> dict[str, Any]:
-    forward, trained = choice.forward_tokens, choice.trained_tokens
+    forward, trained = choice.cost
     return {
         "forward_tokens": forward,
         "trained_tokens": trained,
@@ -83,7 +95,7 @@ def _cost(choice: Choice, parameters: int) -> dict[str, Any]:
 def _provenance(config: RunConfig) -> dict[str, Any]:
     """What the choice was made from."""
     settings = config.select.model_dump(mode="json")
-    read = {name: settings[name] for name in SECTIONS.get(config.select.method, ())}
+    read = {name: settings[name] for name in config.select.reads}
     return {"needs": METHODS[config.select.method].needs, **read}
 
 

@@ -1,6 +1,6 @@
 """The rounds of a method that measures: written as they end, so that a method that was stopped goes on after them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,27 @@ from jaxhybrid.checksums import read_result, write_result
 from jaxhybrid.train.interrupt import stop_between
 
 # One comparison of sets, as layers.json has it (keys of `scores` and `rescored` are layers as text):
-#   action          start, keep, drop or swap; rank: a score for each layer, no set
+#   action          start, keep, drop or swap; beam: several sets at once; rank: a score for each layer, no set;
+#                   form: a quadratic form over layers, no set; confirm: proposed sets compared
 #   layer, out      what it kept or dropped; for a swap what came in (null: nothing was better) for `out`
 #   kept, kl        the set after it, ascending, and its KL in nats per token on all tokens
 #   scores, tokens  each option's KL (rank: importance) on so many tokens
 #   rescored        the closest options' KL on all tokens, where `tokens` are fewer
-#   forward_tokens  tokens that went through a model for it
+#   forward_tokens  tokens that went through a model for it; trained_tokens: through one in training
+#   beam, tried     of several sets what each keeps and its KL
+#   finer           a second score for each layer, which decides between equal ones
+#   answered        how well the teacher answers the questions that a score rests on
 Round = dict[str, Any]
+
+
+def by_layer(values: Iterable[float]) -> dict[str, float]:
+    """A figure of each layer as rounds have it."""
+    return {str(layer): float(value) for layer, value in enumerate(values)}
+
+
+def from_layers(values: dict[str, float]) -> dict[int, float]:
+    """The reverse of `by_layer`."""
+    return {int(layer): value for layer, value in values.items()}
 
 
 class RoundLog:
@@ -49,14 +63,19 @@ class RoundLog:
 
 
 def _told(found: Round) -> str:
-    if found["action"] == "rank":
-        return f"select: {len(found['scores'])} layers measured on {found['tokens']:,} tokens"
+    action, tokens = found["action"], found["tokens"]
+    if action == "rank":
+        return f"select: {len(found['scores'])} layers measured on {tokens:,} tokens"
+    if action == "form":
+        return f"select: {len(found['missing'])} layers and their pairs measured on {tokens:,} tokens"
     done = {
         "start": "from",
-        "keep": f"keeps layer {found['layer']}:",
-        "drop": f"makes layer {found['layer']} linear:",
-        "swap": f"{found['layer']} in place of {found.get('out')}:",
-    }[found["action"]]
-    if found["action"] == "swap" and found["layer"] is None:
+        "keep": f"keeps layer {found.get('layer')}:",
+        "drop": f"makes layer {found.get('layer')} linear:",
+        "swap": f"{found.get('layer')} in place of {found.get('out')}:",
+        "beam": f"best of {len(found.get('beam', ()))} sets:",
+        "confirm": f"best of {len(found.get('tried', ()))} sets:",
+    }[action]
+    if action == "swap" and found["layer"] is None:
         done = f"nothing in place of {found['out']}:"
     return f"select: {done} {len(found['kept'])} layers softmax, KL {found['kl']:.4f}"

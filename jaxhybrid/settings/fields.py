@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.types import Section
 
 
 def describe() -> str:
@@ -37,8 +38,8 @@ def fields(model: type[BaseModel], prefix: str = "", binding: bool = False) -> I
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model of a field that holds a section, optional or not."""
     for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind.whole()
     return None
 
 

@@ -11,7 +11,7 @@ from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.settings.budget import check_layers, layers_in_budget
 from jaxhybrid.settings.evaluate import EvaluateConfig
 from jaxhybrid.settings.mixer import MixerSettings
-from jaxhybrid.settings.select import SelectConfig
+from jaxhybrid.settings.select import Select, select_config
 from jaxhybrid.settings.stages import STAGES, AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig
 from jaxhybrid.settings.types import Count, Dtype, Names, Section, Sources, about, free
 
@@ -130,7 +130,7 @@ class RunConfig(Section):
     mesh: MeshConfig = free(MeshConfig(), "devices")
     align: AlignConfig = about(AlignConfig(), "stage 1")
     score: ScoreConfig = about(ScoreConfig(), "layer importance")
-    select: SelectConfig = about(SelectConfig(), "choice of the softmax layers")
+    select: Select = Field(default_factory=select_config, description="choice of the softmax layers")
     distill: DistillConfig = about(DistillConfig(), "stage 2")
     finetune: FinetuneConfig = about(FinetuneConfig(), "stage 3")
     evaluate: EvaluateConfig = free(EvaluateConfig(), "figures")

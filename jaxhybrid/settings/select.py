@@ -1,33 +1,33 @@
-"""Settings of the choice of the softmax layers: the methods, and a section for each that has settings of its own."""
+"""Settings of the choice of the softmax layers.
+
+A method of selection is one file of `selection/methods`, its settings are a class in that file, and its section of the
+config is named as it is. Those files stand above the settings: they are imported by name once a config is read.
+"""
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, create_model, model_validator
 
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.settings.budget import Budget
 from jaxhybrid.settings.types import Count, Ints, RankBy, Section, UniformBy, about, free
 
-SelectMethod = Literal[
-    "kl_guided", "uniform", "random", "explicit", "first", "middle", "last", "alignment_loss", "greedy_kl", "removal",
-    "single_kl", "perplexity", "activation_mse", "cosine",
-]  # fmt: skip
-# The sections that a method reads; the others are not part of what it gives.
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "greedy_kl": ("measure", "greedy_kl"),
-    "removal": ("measure", "removal"),
-    **dict.fromkeys(("single_kl", "perplexity", "activation_mse", "cosine"), ("measure",)),
-}
-
 
 class MeasureConfig(Section):
-    """The text on which methods that measure the aligned student do so: greedy_kl, removal, single_kl, perplexity,
-    activation_mse, cosine."""
+    """The text on which methods that measure the aligned student do so; docs/selection.md says which do."""
 
     source: Literal["heldout", "train"] = about("heldout", "held-out text, or the training text's first batches")
     tokens: Count = about(32_768, "tokens, padding included; whole batches that hold them are taken")
     sequence_length: Annotated[int, Field(ge=2)] = about(512, "tokens of a row")
     batch_size: Count = about(16, "rows run at once")
+    recall: Annotated[float, Field(ge=0, le=1)] = about(
+        0.0, "share of the KL or loss at answers of the recall probe's prompts; the rest is the text's"
+    )
+    recall_pairs: Annotated[int, Field(ge=2)] = about(16, "pairs listed in such a prompt")
     kl_chunk: Count = free(2048, "tokens whose logits are held at once")
 
     @property
@@ -39,32 +39,34 @@ class MeasureConfig(Section):
         return math.ceil(math.ceil(tokens / self.sequence_length) / self.batch_size)
 
 
-class RemovalConfig(Section):
-    """Greedy removal on true KL: from the all-softmax model, the layer whose loss costs least becomes linear."""
+class MethodConfig(Section):
+    """Settings of one method."""
 
-    first_tokens: Count | None = about(
-        None, "tokens of select.measure that the first round compares sets on, growing to all in the last; null: all"
-    )
-    rescore: Count = about(3, "the closest sets of a round on fewer tokens, compared again on all")
+    def trouble(self, measure: MeasureConfig) -> str | None:
+        """What of these settings does not go with `select.measure`, in words."""
+        return None
 
 
-class GreedyKlConfig(RemovalConfig):
-    """Greedy addition on true KL: from the aligned all-linear student, the layer that lowers KL most stays softmax."""
+class TrainingConfig(MethodConfig):
+    """Training text of a method that trains."""
 
-    stop_kl: Annotated[float, Field(gt=0)] | None = about(
-        None, "keep no further layer once the KL is at most this; the budget is then the most"
-    )
-    swaps: bool = about(False, "afterwards exchange single layers until no exchange lowers the KL")
-    recall: Annotated[float, Field(ge=0, le=1)] = about(
-        0.0, "share of the KL at answers of the recall probe's prompts; the rest is the text's"
-    )
-    recall_pairs: Annotated[int, Field(ge=2)] = about(16, "pairs listed in such a prompt")
+    tokens: Count = about(2_097_152, "training tokens, padding included; whole steps that fit in it are taken")
+    sequence_length: Annotated[int, Field(ge=2)] = about(512, "tokens of a row")
+    batch_size: Count = about(32, "rows of a step")
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.sequence_length * self.batch_size)
+
+    def trouble(self, measure: MeasureConfig) -> str | None:
+        step = self.sequence_length * self.batch_size
+        return None if self.steps else f"tokens {self.tokens:,} are less than one step, {step:,}"
 
 
 class SelectConfig(Section):
     """Which layers keep softmax attention."""
 
-    method: SelectMethod = about("kl_guided", "how the softmax layers are chosen: docs/selection.md")
+    method: str = about("kl_guided", "how the softmax layers are chosen: docs/selection.md")
     budget: Budget = about(0.25, "softmax layers: how many (4), or a share of the depth, rounded half up (0.25)")
     layers: Ints | None = about(None, "the softmax layers of method explicit, from 0")
     seed: int = about(0, "seed of method random")
@@ -75,18 +77,28 @@ class SelectConfig(Section):
         "heldout", "KL that ranks layers for kl_guided and stop_when_stable: on held-out text or at the last steps"
     )
     measure: MeasureConfig = about(MeasureConfig(), "the text of methods that measure")
-    greedy_kl: GreedyKlConfig = about(GreedyKlConfig(), "method greedy_kl")
-    removal: RemovalConfig = about(RemovalConfig(), "method removal")
+
+    @classmethod
+    def whole(cls) -> type[Self]:
+        """With the names of all methods and a section for each that has settings."""
+        return _with_methods(cls)
+
+    @property
+    def own(self) -> MethodConfig | None:
+        """The section of the method, if it has one."""
+        return getattr(self, self.method, None) if methods()[self.method].settings else None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The sections that the method reads; the others are not part of what it gives."""
+        method = methods()[self.method]
+        return ("measure",) * method.measures_text + (self.method,) * (method.settings is not None)
 
     @property
     def idle(self) -> frozenset[str]:
         """Sections that the method does not read."""
-        return frozenset({"measure", "greedy_kl", "removal"} - set(SECTIONS.get(self.method, ())))
-
-    @property
-    def greedy(self) -> RemovalConfig | None:
-        """The section of a greedy method, if the method is one."""
-        return getattr(self, self.method) if self.method in ("greedy_kl", "removal") else None
+        sections = {name for name, method in methods().items() if method.settings is not None}
+        return frozenset((sections | {"measure"}) - set(self.reads))
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +106,20 @@ class SelectConfig(Section):
         if isinstance(data, dict) and data.get("method") == "explicit" and isinstance(data.get("layers"), list | tuple):
             return {"budget": len(data["layers"]), **data}
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recall_of_earlier_versions(cls, data: Any) -> Any:
+        """There it was greedy_kl's alone."""
+        greedy = data.get("greedy_kl") if isinstance(data, dict) else None
+        if not isinstance(greedy, dict) or not (named := greedy.keys() & {"recall", "recall_pairs"}):
+            return data
+        measure = {**(data.get("measure") or {})}
+        for key in named if data.get("method") == "greedy_kl" else ():
+            if measure.setdefault(key, greedy[key]) != greedy[key]:
+                raise ValueError(f"measure.{key} is {measure[key]} and greedy_kl.{key} {greedy[key]}; give the first")
+        kept = {key: value for key, value in greedy.items() if key not in named}
+        return {**data, "greedy_kl": kept, "measure": measure}
 
     @model_validator(mode="after")
     def _check(self) -> "SelectConfig":
@@ -103,9 +129,44 @@ class SelectConfig(Section):
             )
         if self.layers is not None and (len(set(self.layers)) != len(self.layers) or self.budget != len(self.layers)):
             raise ValueError(f"layers {list(self.layers)} must be different ones and as many as budget {self.budget}")
-        first = self.greedy.first_tokens if self.greedy else None
-        if first is not None and first > self.measure.tokens:
-            raise ValueError(
-                f"{self.method}.first_tokens {first:,} are more than the {self.measure.tokens:,} of measure.tokens"
-            )
+        if trouble := self.own and self.own.trouble(self.measure):
+            raise ValueError(f"{self.method}.{trouble}")
+        method = methods()[self.method]
+        if self.measure.recall and method.measures_text and not method.answers:
+            raise ValueError(f"measure.recall is {self.measure.recall}, but method {self.method!r} counts no answers")
         return self
+
+
+def methods() -> Mapping[str, Any]:
+    """Every method of selection by its name, as the files of `selection/methods` declare them."""
+    return import_module("jaxhybrid.selection.methods").METHODS
+
+
+@cache
+def _with_methods(base: type[SelectConfig]) -> Any:
+    found = methods()
+    sections = {
+        name: (method.settings, about(method.settings(), f"method {name}"))
+        for name, method in found.items()
+        if method.settings is not None
+    }
+    name = Literal[tuple(found)]  # type: ignore[valid-type]
+    fields = {"method": (name, base.model_fields["method"]), **sections}
+    return create_model(base.__name__, __base__=base, __doc__=base.__doc__, **fields)  # type: ignore[call-overload]
+
+
+def _read(value: Any, _: ValidatorFunctionWrapHandler) -> SelectConfig:
+    return SelectConfig.whole().model_validate(value)
+
+
+# A section of a config: `SelectConfig` as it is when all methods are known.
+Select = Annotated[SelectConfig, WrapValidator(_read)]
+
+
+def select_config(**settings: Any) -> SelectConfig:
+    """Settings of a choice outside a run, checked as those of a run are. Raises ConfigError."""
+    try:
+        return SelectConfig.whole()(**settings)
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, ('select', *one['loc'])))}: {one['msg']}" for one in error.errors())
+        raise ConfigError("\n".join(found)) from error

@@ -1,6 +1,6 @@
 """What settings are made of: a section, its fields, and the types of their values."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -54,3 +54,8 @@ class Section(BaseModel):
     """Frozen, strict about types, and without room for unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def whole(cls) -> type[Self]:
+        """The section with all of its fields; one whose fields are declared elsewhere has more than the class."""
+        return cls

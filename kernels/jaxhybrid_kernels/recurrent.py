@@ -44,20 +44,25 @@ def step(
     scale: float,
     sizes: Sizes,
 ) -> tuple[jax.Array, jax.Array]:
-    """`linear_attention_step` without its checks."""
+    """`linear_attention_step` without its checks.
+
+    The state is read once for both products and once to become the next: with decay a,
+    k' (a S) = (a k)' S and q' (a S + k u') = (a q)' S + (q' k) u'.
+    """
     dtype = state_dtype(q, k, v, log_decay, beta, state)
     B, N = v.shape[:2]
     queries = jnp.repeat(q, sizes.out_heads // sizes.Hq, axis=1).astype(dtype)
     queries = queries.reshape(B, N, sizes.queries_per_state, sizes.K)
     keys = jnp.repeat(k, N // sizes.Hk, axis=1).astype(dtype)
     state = state.astype(dtype)
-    if log_decay is not None:
-        state = state * jnp.exp(log_decay.astype(dtype)).reshape(B, N, -1, 1)
+    decay = jnp.ones((B, N, 1), dtype) if log_decay is None else jnp.exp(log_decay.astype(dtype)).reshape(B, N, -1)
+    rows = jnp.concatenate([keys[:, :, None], queries], axis=2) * decay[:, :, None]
+    read = product("bnrk,bnkv->bnrv", rows if beta is not None else rows[:, :, 1:], state)
     update = v.astype(dtype)
     if beta is not None:
-        update = beta.astype(dtype)[..., None] * (update - product("bnkv,bnk->bnv", state, keys))
-    state = state + keys[..., None] * update[..., None, :]
-    out = scale * product("bnrk,bnkv->bnrv", queries, state)
+        update, read = beta.astype(dtype)[..., None] * (update - read[:, :, 0]), read[:, :, 1:]
+    state = state * decay[..., None] + keys[..., None] * update[..., None, :]
+    out = scale * (read + product("bnrk,bnk->bnr", queries, keys)[..., None] * update[:, :, None])
     return out.reshape(B, sizes.out_heads, sizes.V).astype(v.dtype), state
 
 

@@ -15,9 +15,9 @@ from lm_eval.models.huggingface import HFLM
 
 from jaxhybrid.cli import main
 from jaxhybrid.complete import open_model
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate.harness import HarnessModel, run_tasks
-from jaxhybrid.generate import generate
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import forward
 from tests.tiny import write_teacher, write_tokenizer

@@ -8,9 +8,9 @@ import pytest
 
 from jaxhybrid.cli import read_settings
 from jaxhybrid.complete import open_model
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate.record import prepare
-from jaxhybrid.generate import generate
 from jaxhybrid.pipeline import Pipeline
 from jaxhybrid.report import evaluation_table, write_report
 from jaxhybrid.settings.compare import fingerprint

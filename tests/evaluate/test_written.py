@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate import written
 from jaxhybrid.evaluate.ablation import ablated, ablations
 from jaxhybrid.evaluate.completion import completion_prompts, source_name
 from jaxhybrid.evaluate.prompts import Asker, Prompt, PromptSet
 from jaxhybrid.evaluate.written import chance, compare_written, require_room, score, write_answers, written_figures
-from jaxhybrid.generate import generate
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh, param_shardings
@@ -122,7 +122,7 @@ def random_prompts(count, longest=20):
 def alone(hybrid):
     """Prompts, and what the model writes after each of them alone."""
     given = prompt_set(random_prompts(7), Digits(), new_tokens=4, length=24)
-    said = [generate(hybrid, [tokens], 4, eos_ids=[5], length_multiple=20)[0] for tokens in given.tokens]
+    said = [generate(hybrid, [tokens], 4, eos_ids=[5])[0] for tokens in given.tokens]
     return given, [Digits().decode(tokens) for tokens in said]
 
 

@@ -10,7 +10,8 @@ from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.selection.kl_guided import _Programs, score_candidates
 from jaxhybrid.selection.ranking import Scores, read_scores
-from jaxhybrid.settings.run import DataConfig, RunConfig, SelectConfig
+from jaxhybrid.settings.run import DataConfig, RunConfig
+from jaxhybrid.settings.select import select_config
 from jaxhybrid.settings.stages import ScoreConfig
 from jaxhybrid.weights.convert import convert
 from tests.tiny import stop_rule
@@ -58,7 +59,7 @@ def score(teacher, compiled_once):
     student = convert(teacher, (GatedDeltaNetConfig.kind,) * 4, GatedDeltaNetConfig(), jax.random.key(1))
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
 
-    def run(folder, candidates=range(4), batches=Stream, select=SelectConfig(), **changes):  # noqa: B008  # frozen
+    def run(folder, candidates=range(4), batches=Stream, select=select_config(), **changes):  # noqa: B008  # frozen
         settings = SETTINGS.model_copy(update=changes)
         config = CONFIG.model_copy(update={"score": settings, "select": select})
         with jax.set_mesh(mesh):
@@ -166,7 +167,7 @@ def test_scoring_ends_when_the_best_layers_stay_the_same(score, tmp_path, capsys
 
     monkeypatch.setattr(Scores, "is_stable", listened)
     rule = stop_rule(window_tokens=2 * ROWS * LENGTH)
-    every_layer = SelectConfig(budget=4, rank_by="train")  # all four are always the best four
+    every_layer = select_config(budget=4, rank_by="train")  # all four are always the best four
     stopped, _ = score(tmp_path, stop_when_stable=rule, select=every_layer)
     assert {c.heldout[-1][0] for c in stopped.candidates} == {3 * ROWS * LENGTH}
     assert "have not moved for 64 tokens" in capsys.readouterr().out

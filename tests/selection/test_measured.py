@@ -19,9 +19,9 @@ from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, embed, forward, model_variables, token_context
 from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.masked import MaskedStudent
-from jaxhybrid.selection.methods import METHODS, choose, layer_types
+from jaxhybrid.selection.methods import choose, layer_types
 from jaxhybrid.selection.rounds import RoundLog
-from jaxhybrid.settings.select import SECTIONS, SelectConfig
+from jaxhybrid.settings.select import select_config
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from tests.conftest import make_batch, make_teacher
 from tests.oracles import row
@@ -66,7 +66,7 @@ def on(model, mesh):
 
 
 def select(student, tmp_path=None, log=None, **settings):
-    settings = SelectConfig(**{"measure": MEASURE} | settings)
+    settings = select_config(**{"measure": MEASURE} | settings)
     log = log or RoundLog(tmp_path and tmp_path / "rounds.json")
     return choose(Given(DEPTH, settings, student=student if callable(student) else lambda: student, log=log))
 
@@ -304,8 +304,3 @@ def test_a_kl_that_is_no_number_is_refused(models):
     student = measured((teacher, Model({**linear.params, "mixers": broken}, linear.config)))
     with pytest.raises(DivergenceError, match=r"layers \[1\] softmax is nan. Align again at a lower"):
         student.kl([1])
-
-
-def test_every_method_has_its_name_in_the_settings():
-    assert set(METHODS) == set(SelectConfig.model_fields["method"].annotation.__args__)
-    assert set(SECTIONS) == {name for name, method in METHODS.items() if method.needs == "student"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.model.decode import decode, initial_decode_state
+from jaxhybrid.model.decode import Chunk, decode_token, embedded, initial_states, prefill_layer, unstack
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings, rows_sharding
@@ -112,21 +112,23 @@ def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
     ],
 )
 def test_decoding_on_a_mesh_equals_one_device(shape, mixer):
-    """Logits and state after a prompt and after one more token; heads that are fewer than devices lie there twice."""
+    """Logits and state after prompts and one more token; heads that are fewer than devices lie there twice."""
     teacher = make_teacher(vocab_size=60, num_layers=3)
     model = convert(teacher, (mixer.kind, F, mixer.kind), mixer, jax.random.key(1))
     tokens = np.random.default_rng(0).integers(0, 60, (8, 6)).astype(np.int32)
-    mask = (np.arange(6) >= np.arange(8)[:, None] % 3).astype(np.int32)
+    lengths = (5 - np.arange(8) % 3).astype(np.int32)
 
-    def run(model, tokens, mask):
-        first, state = decode(model, tokens[:, :5], initial_decode_state(model.config, 8, 8), mask[:, :5])
-        second, state = decode(model, tokens[:, 5:], state)
-        return first, second, state
+    def run(model, tokens, lengths):
+        own, states = unstack(model, jnp.float32), list(initial_states(model.config, 8, 8, jnp.float32))
+        chunk, x = Chunk(jnp.int32(0), lengths, jnp.int32(6), None), embedded(own, tokens[:, :5])
+        for layer, kind in enumerate(model.config.layer_types):
+            x, states[layer] = prefill_layer(model.config, kind, own.layers[layer], x, states[layer], chunk)
+        return decode_token(own, tokens[:, 5], tuple(states), lengths)
 
-    expected = jax.jit(run)(model, tokens, mask)
+    expected = jax.jit(run)(model, tokens, lengths)
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
-        actual = jax.jit(run)(on(model, mesh), *jax.device_put((tokens, mask), rows_sharding(mesh)))
+        actual = jax.jit(run)(on(model, mesh), *jax.device_put((tokens, lengths), rows_sharding(mesh)))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         for axis, (ours, theirs) in enumerate(zip(a.shape, b.shape)):
             b = np.repeat(b, ours // theirs, axis)

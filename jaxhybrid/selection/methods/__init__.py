@@ -1,44 +1,24 @@
-"""Which layers stay softmax: every method behind one function. docs/selection.md compares them."""
+"""Which layers stay softmax: every method behind one function. docs/selection.md compares them.
+
+Each file here is a method, or some that are alike, and declares them in its `METHODS`; there is no other list.
+"""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from pkgutil import iter_modules
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.selection.choice import Choice, Given, Method
-from jaxhybrid.selection.methods import (
-    activation_mse,
-    alignment_loss,
-    cosine,
-    explicit,
-    greedy_kl,
-    kl_guided,
-    perplexity,
-    position,
-    random,
-    removal,
-    single_kl,
-    uniform,
-)
 from jaxhybrid.selection.ranking import Scores
 from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.select import SelectConfig
 from jaxhybrid.settings.types import RankBy, UniformBy
 
 METHODS: dict[str, Method] = {
-    "greedy_kl": Method(greedy_kl.choose, "student"),
-    "removal": Method(removal.choose, "student"),
-    "kl_guided": Method(kl_guided.choose, "scores"),
-    "alignment_loss": Method(alignment_loss.choose, "alignment"),
-    "single_kl": Method(single_kl.choose, "student"),
-    "perplexity": Method(perplexity.choose, "student"),
-    "activation_mse": Method(activation_mse.choose, "student"),
-    "cosine": Method(cosine.choose, "student"),
-    "uniform": Method(uniform.choose),
-    "random": Method(random.choose),
-    "first": Method(position.first),
-    "middle": Method(position.middle),
-    "last": Method(position.last),
-    "explicit": Method(explicit.choose),
+    name: method
+    for file in sorted(module.name for module in iter_modules(__path__))
+    for name, method in import_module(f"{__name__}.{file}").METHODS.items()
 }
 
 

@@ -1,7 +1,7 @@
 """The layers the user names."""
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.selection.choice import Choice, Given, exactly
+from jaxhybrid.selection.choice import Choice, Given, Method, exactly
 from jaxhybrid.settings.budget import check_layers
 
 
@@ -18,3 +18,6 @@ def choose(given: Given, count: int) -> Choice:
     if not layers:
         raise ConfigError("select.method=explicit needs select.layers, a list such as [2, 9, 16].")
     return exactly(layers)
+
+
+METHODS = {"explicit": Method(choose, drawn=True)}

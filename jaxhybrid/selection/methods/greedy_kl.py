@@ -3,12 +3,36 @@
 No candidate is trained. Every round measures the sets that differ from the best one so far by one layer.
 """
 
-from jaxhybrid.selection.choice import Choice, Given
-from jaxhybrid.selection.greedy import Search
+from typing import Annotated
+
+from pydantic import Field
+
+from jaxhybrid.selection.beam import beam_search
+from jaxhybrid.selection.choice import Choice, Given, Method
+from jaxhybrid.selection.greedy import Search, SearchConfig
+from jaxhybrid.settings.select import MeasureConfig
+from jaxhybrid.settings.types import Count, about
+
+
+class GreedyKlConfig(SearchConfig):
+    """Greedy addition on true KL: from the aligned all-linear student, the layer that lowers KL most stays softmax."""
+
+    stop_kl: Annotated[float, Field(gt=0)] | None = about(
+        None, "keep no further layer once the KL is at most this; the budget is then the most"
+    )
+    swaps: bool = about(False, "afterwards exchange single layers until no exchange lowers the KL")
+    beam: Count = about(1, "sets that a round keeps, each extended by every layer; more than 1 is a beam search")
+
+    def trouble(self, measure: MeasureConfig) -> str | None:
+        if self.beam > 1 and (self.first_tokens or self.swaps or self.stop_kl):
+            return f"beam {self.beam} goes without first_tokens, swaps and stop_kl"
+        return super().trouble(measure)
 
 
 def choose(given: Given, count: int) -> Choice:
-    settings, depth = given.settings.greedy_kl, given.depth
+    settings, depth = given.own(GreedyKlConfig), given.depth
+    if settings.beam > 1:
+        return beam_search(given, count, settings.beam, given.student)
     search = Search(given, settings, frozenset(), count)
     order: list[int] = []
     while len(order) < count and not (order and settings.stop_kl and search.kl <= settings.stop_kl):
@@ -32,3 +56,6 @@ def _exchange(search: Search, order: list[int], depth: int) -> bool:
             order[place], unchanged, moved = layer, 1, True
         place = (place + 1) % len(order)
     return moved
+
+
+METHODS = {"greedy_kl": Method(choose, "student", GreedyKlConfig, answers=True)}

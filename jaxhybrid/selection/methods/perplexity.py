@@ -1,6 +1,6 @@
 """Each layer alone: the rise of the teacher's cross entropy when its aligned mixer replaces its attention."""
 
-from jaxhybrid.selection.choice import Choice, Given
+from jaxhybrid.selection.choice import Choice, Given, Method
 from jaxhybrid.selection.masked import MaskedStudent
 from jaxhybrid.selection.measured import rank
 
@@ -13,3 +13,6 @@ def choose(given: Given, count: int) -> Choice:
         return [student.cross_entropy(layers - {layer}) - whole for layer in sorted(layers)]
 
     return rank(given, count, rises, given.depth + 2)
+
+
+METHODS = {"perplexity": Method(choose, "student", answers=True)}

@@ -1,6 +1,6 @@
 """Layers by their place alone: the first, the middle or the last ones, side by side."""
 
-from jaxhybrid.selection.choice import Choice, Given, exactly
+from jaxhybrid.selection.choice import Choice, Given, Method, exactly
 
 
 def first(given: Given, count: int) -> Choice:
@@ -14,3 +14,6 @@ def middle(given: Given, count: int) -> Choice:
 
 def last(given: Given, count: int) -> Choice:
     return exactly(range(given.depth - count, given.depth))
+
+
+METHODS = {"first": Method(first), "middle": Method(middle), "last": Method(last)}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxhybrid.selection.choice import Choice, Given, exactly
+from jaxhybrid.selection.choice import Choice, Given, Method, exactly
 
 
 def choose(given: Given, count: int) -> Choice:
@@ -19,3 +19,6 @@ def choose(given: Given, count: int) -> Choice:
     if (count - 1) * step < depth:
         return exactly(range(0, count * step, step))
     return exactly([i * depth // count for i in range(count)])
+
+
+METHODS = {"uniform": Method(choose)}

@@ -1,0 +1,50 @@
+"""A supernet and a beam search over it, as PostNAS (Jet-Nemotron, arXiv 2508.15884): the linear mixers are trained
+once, with other layers softmax in every step, and sets of layers are then compared without training any of them.
+
+PostNAS trains on 50 billion tokens, with windows as a third kind of layer, and searches for each family of tasks by
+itself; here the measure is that of `select.measure`, text and answers.
+"""
+
+from functools import cache
+
+from jaxhybrid.selection.beam import beam_search
+from jaxhybrid.selection.choice import Choice, Given, Method
+from jaxhybrid.selection.masked import MaskedStudent
+from jaxhybrid.selection.supernet import train_supernet
+from jaxhybrid.settings.select import TrainingConfig
+from jaxhybrid.settings.stages import AlignConfig
+from jaxhybrid.settings.types import Count, Positive, about
+
+
+class SupernetConfig(TrainingConfig):
+    """Linear mixers trained under random sets of softmax layers, then beam search."""
+
+    learning_rate: Positive = about(1e-4, "peak learning rate of the mixers; it ends at a tenth, by half a cosine")
+    beam: Count = about(4, "sets that a round of the search keeps")
+    draws_seed: int = about(0, "seed of the sets that are trained")
+
+    @property
+    def training(self) -> AlignConfig:
+        return AlignConfig(
+            tokens=self.tokens,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            final_learning_rate=self.learning_rate / 10,
+            warmup_steps=min(20, self.steps // 10),
+        )
+
+
+def choose(given: Given, count: int) -> Choice:
+    settings = given.own(SupernetConfig)
+
+    @cache
+    def trained() -> MaskedStudent:
+        with given.training(settings) as batches:
+            return train_supernet(given.student(), batches, settings.training, count, settings.draws_seed)
+
+    tokens = settings.steps * settings.batch_size * settings.sequence_length
+    return beam_search(given, count, settings.beam, trained, tokens)
+
+
+METHODS = {"supernet": Method(choose, "student", SupernetConfig, answers=True)}

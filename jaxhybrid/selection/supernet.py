@@ -1,0 +1,64 @@
+"""One training of the linear mixers for every set of softmax layers: each step draws the layers that are softmax."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhybrid.errors import DivergenceError
+from jaxhybrid.model.blueprint import Params
+from jaxhybrid.model.transformer import Model, hidden_states
+from jaxhybrid.selection.masked import MaskedStudent
+from jaxhybrid.settings.stages import AlignConfig
+from jaxhybrid.stages.align import linear_mixers
+from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
+from jaxhybrid.stages.score import masked_kl
+from jaxhybrid.train.loop import HostBatch
+from jaxhybrid.train.optimizer import TrainState, make_optimizer, start, update
+from jaxhybrid.train.placement import place_batch
+
+
+def train_supernet(
+    student: MaskedStudent, batches: Iterator[HostBatch], settings: AlignConfig, most: int, seed: int
+) -> MaskedStudent:
+    """The student with its linear mixers trained on the KL to the teacher, all else as it is.
+
+    Every step draws how many layers are softmax, 0 to `most`, and which; that is traced, so one program does it.
+    """
+    model, teacher, dtype = student.student, student.teacher, student.dtype
+    with_mixers = partial(_with_mixers, model)
+
+    def step(state: TrainState, mask: jax.Array, teacher: Model, batch: Batch) -> tuple[TrainState, jax.Array]:
+        hidden = hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=dtype)
+        batch, counted = {**batch, "teacher_hidden": hidden}, token_mask(batch["segment_ids"])
+
+        def loss(mixers: Params) -> jax.Array:
+            own = with_mixers(mixers)
+            kl = masked_kl(
+                own, mask, batch, counted, teacher.head, dtype=dtype, remat="block", chunk_tokens=student.chunk_tokens
+            )
+            return kl / count_tokens(batch)
+
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        return update(state, gradients, optimizer)[0], value
+
+    mixers = jax.tree.map(lambda w: w.astype(jnp.float32), linear_mixers(model.params))
+    optimizer = make_optimizer(settings, mixers)
+    state = jax.jit(partial(start, optimizer=optimizer))(mixers)
+    compiled, rng = jax.jit(step, donate_argnums=0), np.random.default_rng(seed)
+    for number, rows in zip(range(settings.steps), batches):
+        kept = rng.permutation(student.depth)[: rng.integers(most + 1)]
+        state, value = compiled(
+            state, np.isin(np.arange(student.depth), kept), teacher, place_batch(rows, student.mesh)
+        )
+        if not np.isfinite(float(value)):
+            raise DivergenceError(
+                f"The KL of the supernet is {float(value)} at step {number}. Lower select.supernet.learning_rate."
+            )
+    return student.of(with_mixers(state.params))
+
+
+def _with_mixers(student: Model, mixers: Params) -> Model:
+    return Model({**student.params, "mixers": student.params["mixers"] | mixers}, student.config, student.folder)
