@@ -14,7 +14,7 @@ from jaxhybrid.cli import app, main
 from jaxhybrid.families import hf_to_config
 from jaxhybrid.model.blueprint import count_parameters
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.model.decode import initial_decode_state
+from jaxhybrid.model.decode import initial_states
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.plan import serving, steps, surgery
@@ -93,7 +93,7 @@ def test_bytes_of_a_sequence_are_those_of_the_decode_state(plan_of, overrides):
     found = serving.serving(planned)
     for length in (1, 64):
         for config, ours in ((planned.hybrid, found.hybrid), (planned.teacher, found.teacher)):
-            state = jax.eval_shape(lambda c=config, n=length: initial_decode_state(c, 1, n, jnp.bfloat16))["mixers"]
+            state = jax.eval_shape(lambda c=config, n=length: initial_states(c, 1, n, jnp.bfloat16))
             assert ours(length) == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     before, there = found.smaller_from - 1, found.smaller_from
     assert found.hybrid(before) > found.teacher(before)
