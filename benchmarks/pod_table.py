@@ -3,8 +3,8 @@
     jaxhybrid plan configs/qwen2.5-7b-instruct.yaml --topology v6e:8x8 --json > 7b-v6e.json
     python benchmarks/pod_table.py 7b-v6e.json ...
 
-GiB of one device. "all" is the compiler's peak, with what a stage holds beside its step. A file is named after the model
-and the slice.
+GiB of one device. "all" is the compiler's peak, with what a stage holds beside its step. Files are named after model
+and slice.
 """
 
 import argparse
