@@ -19,6 +19,7 @@ candidate. Methods that ask questions of their own take the tokenizer from the t
 """
 
 import argparse
+import hashlib
 import json
 import re
 import time
@@ -73,6 +74,10 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - BEGAN:6.0f} s] {text}", flush=True)
 
 
+def _hash(*parts: bytes) -> str:
+    return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
+
+
 class Records:
     """What has been measured, a line each, under what identifies it."""
 
@@ -107,20 +112,38 @@ class Study:
         batches = batches_of(heldout, size)
         long, choose_long = (batches_of(rows.text(part), options.long_batch) for part in ("long", "choose_long"))
         count = -(-options.tokens // (size * length))
-        if count >= len(batches):
+        asked = batches_of(rows.prompts_to_choose_by, size)
+        if count >= len(batches) or not asked or not long or not choose_long:
             raise SystemExit(
-                f"error: --tokens {options.tokens:,} leave none of the {len(batches)} held-out batches of {size} rows "
-                "to compare on. Give more held-out rows, fewer --tokens or a smaller --batch-size."
+                f"error: {options.rows} has {len(batches)} held-out batches of {size} rows, of which --tokens "
+                f"{options.tokens:,} take {count}; {len(asked)} batches of prompts to choose by; and {len(long)} and "
+                f"{len(choose_long)} batches of {options.long_batch} long rows. Some of each must be left: write more "
+                "rows, or give fewer --tokens or smaller --batch-size and --long-batch."
             )
         self.student = self._student()
         of_long = -(-options.tokens // choose_long[0]["tokens"].size)
         self.texts = {"short": batches[:count], "long": choose_long[:of_long]}
-        asked = batches_of(rows.prompts_to_choose_by, size)
         self.asked = (asked * -(-count // len(asked)))[:count]  # as many batches of prompts as of text
         self.chosen_on = self._masked([(1.0, self.texts["short"])])
         self.compared_on = self._masked([(1.0, batches[count:][: options.test_batches])])
         self.long = self._masked([(1.0, long)])
         self.loss_rows = place_batch(batches[0], self.mesh)
+
+    @property
+    def design(self) -> dict[str, Any]:
+        """What all figures of a study share: those of another design are other figures."""
+        sections = [getattr(self.config, name) for name in ("mixer", "align", "score", "distill")]
+        text = [self.train["tokens"], self.rows.text("heldout")["tokens"]]
+        return {
+            "teacher": self.config.name,
+            "settings": _hash(*(section.model_dump_json(exclude_defaults=True).encode() for section in sections)),
+            "text": _hash(*(rows.astype(np.int32).tobytes() for rows in text)),
+            "align_tokens": self.options.align_tokens,
+            "align_seed": self.options.align_seed,
+            "chosen_on": self.options.tokens,
+            "compared_on": self.compared_on.tokens(),
+            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        }
 
     def _masked(self, texts: Any) -> MaskedStudent:
         return MaskedStudent(self.teacher, self.student, texts, self.mesh, self.dtype, self.options.kl_chunk)
@@ -303,10 +326,13 @@ def run(study: Study, options: argparse.Namespace, records: Records) -> None:
                 flops = study.parameters * (2 * forward + 6 * trained)
                 return {"layers": list(chosen.layers), "order": list(chosen.order), **cost, "flops": flops}
 
-            found = records.get({"kind": "choice", "method": method, "budget": budget}, make)
+            name = {"kind": "choice", "method": method, "budget": budget}
+            if METHODS[method.partition(":")[0]].needs == "scores":
+                name["score_tokens"] = options.score_tokens
+            found = records.get(name, make)
             say(f"{method}, {budget}: {found['layers']}, {found['seconds']} s")
-            name, seeds = (budget, tuple(found["layers"])), options.seeds if method in options.main else 1
-            sets[name] = max(sets.get(name, 0), seeds)
+            chosen, seeds = (budget, tuple(found["layers"])), options.seeds if method in options.main else 1
+            sets[chosen] = max(sets.get(chosen, 0), seeds)
             if out_of_time():
                 say("out of time; call again to go on")
                 return
@@ -321,7 +347,8 @@ def run(study: Study, options: argparse.Namespace, records: Records) -> None:
     for seed in range(max(sets.values())):
         for (_, layers), seeds in sets.items():
             if seed < seeds:
-                name = {"kind": "distilled", "layers": list(layers), "seed": seed, "tokens": options.distill_tokens}
+                name = {"kind": "distilled", "layers": list(layers), "seed": seed}
+                name |= {"tokens": options.distill_tokens, "batch": options.distill_batch}
                 found = records.get(name, lambda at=(layers, seed): study.measured(distill(*at), at[0]))
                 say(f"{layers}, seed {seed}: KL {found['kl']:.4f}, long {found['kl_long']:.4f}, {found['recall']}")
             if out_of_time():
@@ -361,14 +388,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         models = RunModels(config, RunFolder(folder), mesh)
         study = Study(models, config, StudyRows(options.rows), options)
-        common = {
-            "teacher": config.name,
-            "align_tokens": options.align_tokens,
-            "align_seed": options.align_seed,
-            "chosen_on": options.tokens,
-            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
-        }
-        run(study, options, Records(options.records, common))
+        run(study, options, Records(options.records, study.design))
 
 
 if __name__ == "__main__":

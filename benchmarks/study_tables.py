@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from jaxhybrid.selection.ranking import jaccard
+
 Record = dict[str, Any]
+# What records of a kind must agree in, to be of one study.
+SAME = {
+    "any": ("teacher", "settings", "text", "align_tokens", "align_seed", "chosen_on", "compared_on", "hardware"),
+    "distilled": ("tokens", "batch"),
+}
 Layers = tuple[int, ...]
 
 
@@ -26,6 +33,10 @@ class Measured:
     def __init__(self, path: Path):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         self.common = records[0]
+        for kind, keys in SAME.items():
+            designs = {tuple(r.get(key) for key in keys) for r in records if r["kind"] == kind or kind == "any"}
+            if len(designs) > 1:
+                raise SystemExit(f"error: {path} holds several studies, which differ in {keys}: {sorted(designs)}")
         self.reference = {r["name"]: r for r in records if r["kind"] == "reference"}
         self.choices = [r for r in records if r["kind"] == "choice"]
         self.untrained = {tuple(r["layers"]): r for r in records if r["kind"] == "untrained"}
@@ -112,9 +123,7 @@ def overlap(found: Measured, budget: int) -> str:
     choices = [c for c in found.choices if c["budget"] == budget and not c["method"].startswith("random")]
     lines = ["| | " + " | ".join(c["method"] for c in choices) + " |", "|" + "---|" * (len(choices) + 1)]
     for own in choices:
-        shares = [
-            len(set(own["layers"]) & set(c["layers"])) / len(set(own["layers"]) | set(c["layers"])) for c in choices
-        ]
+        shares = [jaccard(frozenset(own["layers"]), frozenset(choice["layers"])) for choice in choices]
         lines.append(f"| {own['method']} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
     return "\n".join(lines)
 
