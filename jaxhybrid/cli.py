@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jaxhybrid.errors import EXIT_PUT_RIGHT, ConfigError, JaxHybridError
+from jaxhybrid.errors import ConfigError, JaxHybridError, exit_code
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -466,14 +466,14 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         else:
             print("error: the log of the first process says why all of them end", file=sys.stderr)
-        _leave(getattr(error, "exit_code", EXIT_PUT_RIGHT), error)
+        _leave(error)
     except SystemExit as end:  # typer's, of a whole command too
         if end.code:
-            _leave(end.code, end)
+            _leave(end)
         raise
     except BaseException as error:
         traceback.print_exc()
-        _leave(1, error)
+        _leave(error)
 
 
 def _hosts() -> Any:
@@ -482,7 +482,7 @@ def _hosts() -> Any:
     return hosts
 
 
-def _leave(code: Any, error: BaseException) -> None:
+def _leave(error: BaseException) -> None:
     if "jaxhybrid.hosts" in sys.modules:
-        _hosts().leave(code, error)
-    sys.exit(code)
+        _hosts().leave(error)
+    sys.exit(exit_code(error))

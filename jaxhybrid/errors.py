@@ -1,5 +1,6 @@
 """Errors a user can act on. Messages name the offending value and the way out; the command line exits with 2."""
 
+EXIT_FAULT = 1  # of the program, or of the machine
 EXIT_PUT_RIGHT = 2  # somebody has to; the same command again would end the same way
 EXIT_TRY_AGAIN = 75  # nothing is wrong but the moment, as in sysexits.h
 
@@ -36,3 +37,10 @@ class DamageError(RunError):
 
 class DivergenceError(JaxHybridError):
     """Training produced a value that is not finite."""
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process ends with that this ends."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_FAULT
+    return getattr(error, "exit_code", EXIT_PUT_RIGHT) if isinstance(error, JaxHybridError) else EXIT_FAULT

@@ -288,11 +288,12 @@ def stop_agreed() -> bool:
 
 
 def report_failure(error: BaseException) -> None:
-    """Tells the other processes that this one cannot go on: they may be waiting for it, and end within seconds."""
+    """Tells the other processes that this one cannot go on: they may be waiting for it, and end within seconds, with
+    the exit code that it has."""
     if are_joined() and not getattr(error, "shared", False):
         text = f"process {jax.process_index()} on {platform.node()} failed: {type(error).__name__}: {error}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the service is gone
-            _service().key_value_set(FAILED, text)
+            _service().key_value_set(FAILED, json.dumps([errors.exit_code(error), text]))
 
 
 @contextmanager
@@ -305,9 +306,10 @@ def failures_reported() -> Iterator[None]:
         raise
 
 
-def leave(code: int, error: BaseException | None = None) -> None:
-    """Ends this process; after an error that the others do not have, without waiting for them."""
-    if error is None or not are_joined() or getattr(error, "shared", False):
+def leave(error: BaseException) -> None:
+    """Ends this process for an error; if it is one that the others do not have, without waiting for them."""
+    code = errors.exit_code(error)
+    if not are_joined() or getattr(error, "shared", False):
         sys.exit(code)
     report_failure(error)
     _end(code)
@@ -318,12 +320,12 @@ def _watch() -> None:
     client = _service()
     while not _ended.wait(1):
         try:
-            failure = client.key_value_try_get(FAILED)
+            code, failure = json.loads(client.key_value_try_get(FAILED))
         except jax.errors.JaxRuntimeError:  # none yet
             continue
         if not _ended.wait(GRACE_SECONDS):
             _tell(f"error: {failure}")
-            _end(errors.EXIT_PUT_RIGHT)
+            _end(code)
 
 
 def _end(code: int) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from jaxhybrid import hosts
-from jaxhybrid.errors import EXIT_TRY_AGAIN
+from jaxhybrid.errors import EXIT_TRY_AGAIN, RunError, exit_code
 from jaxhybrid.run_folder import RunFolder
 from jaxhybrid.settings.read import load_config
+from jaxhybrid.train.interrupt import Interrupted
 from jaxhybrid.train.loop import go_to, place_of
 from tests.runs import START, close, exported, free_port, read, records
 from tests.tiny import write_config
@@ -176,7 +177,7 @@ if me == 1: os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(3)
 try:
     for stage in ("score", "distill", "finetune"): stop_between(stage)
-except Interrupted as error: hosts.leave(error.exit_code, error)
+except Interrupted as error: hosts.leave(error)
 """,
     )
     assert [process.returncode for process in done] == [143, 143], [*map(last_lines, done)]
@@ -184,17 +185,35 @@ except Interrupted as error: hosts.leave(error.exit_code, error)
     assert "said" not in done[1].stdout
 
 
-def test_a_process_that_fails_ends_the_others(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RunError("no space"), 2),
+        (OSError("no space"), 1),
+        (Interrupted("stopped", 15), 143),
+        (SystemExit(75), 75),
+        (SystemExit("text"), 1),
+        (KeyboardInterrupt(), 1),
+    ],
+)
+def test_exit_codes(error, code):
+    assert exit_code(error) == code
+
+
+def test_a_process_that_fails_ends_the_others_with_its_code(tmp_path):
     done = joined(
         tmp_path / "logs",
         """
+class Late(RunError):
+    exit_code = 75
+
 if me == 1:
-    hosts.leave(2, RunError("no space"))
+    hosts.leave(Late("no space"))
 hosts.barrier("in vain")
 """,
     )
-    assert [process.returncode for process in done] == [2, 2], [*map(last_lines, done)]
-    assert "failed: RunError: no space" in done[0].stderr
+    assert [process.returncode for process in done] == [75, 75], [*map(last_lines, done)]
+    assert "failed: Late: no space" in done[0].stderr
 
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path):
