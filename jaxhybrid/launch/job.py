@@ -14,7 +14,9 @@ from jaxhybrid.settings.stages import STAGES, StageConfig
 
 MOUNT = "/mnt/runs"  # where the storage is on every host of a cloud
 LONGEST_NAME = 36  # names of node pools, which have a number besides, have at most 40 characters
-GO_ON = (EXIT_TRY_AGAIN, 128 + signal.SIGABRT, 128 + signal.SIGTERM)  # exit codes: also a lost host, a preemption
+TOLD = int(128 + signal.SIGTERM)  # exit code of a run that was told to stop, as before a preemption
+LOST = (EXIT_TRY_AGAIN, int(128 + signal.SIGABRT))  # exit codes where another host has not come or was lost
+GO_ON = (*LOST, TOLD)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jaxhybrid.errors import EXIT_PUT_RIGHT, RunError, TopologyError
 from jaxhybrid.files import make_folder, write_text
 from jaxhybrid.launch.gke import ACCOUNT, CONTAINER, FUSE_OPTIONS, jobset
-from jaxhybrid.launch.job import GO_ON, MOUNT, Bucket, Job
+from jaxhybrid.launch.job import LOST, MOUNT, TOLD, Bucket, Job
 from jaxhybrid.settings.read import to_yaml
 
 Launcher = Literal["gke", "tpu-vm", "slurm"]
 FILES = frozenset({"Dockerfile", "config.yaml", "environment", "job.sh", "jobset.yaml", "pod.sh"})  # of all launchers
+STOPPED = "stopped"  # the mark of a run on TPU VMs that somebody has stopped; it stays
 WAY_OUT = "choose another --output"
 
 
@@ -25,7 +26,7 @@ def write_job(job: Job, launcher: Launcher, folder: Path) -> list[Path]:
         RunError: the folder holds something else, or cannot be written.
     """
     texts = _WRITERS[launcher](job, folder)
-    others = sorted({entry.name for entry in folder.iterdir()} - FILES) if folder.is_dir() else []
+    others = sorted({entry.name for entry in folder.iterdir()} - FILES - {STOPPED}) if folder.is_dir() else []
     if others:
         raise RunError(f"{folder} holds {', '.join(others[:3])}, which no launch has written; {WAY_OUT}.")
     make_folder(folder, WAY_OUT)
@@ -66,9 +67,9 @@ def _tpu_vm(job: Job, folder: Path) -> dict[str, str]:
             job,
             nodes=nodes,
             request=_request(job),
+            stopped=STOPPED,
             fuse_options=mount,
             inspected="{{.State.Status}} {{.State.ExitCode}}",
-            go_on=" | ".join(f'*" {code} "*' for code in GO_ON),
         ),
         "Dockerfile": _render("Dockerfile", job, folder=folder),
     }
@@ -78,9 +79,7 @@ def _slurm(job: Job, folder: Path) -> dict[str, str]:
     # sbatch runs a copy of the script in a folder of its own.
     return {
         "config.yaml": to_yaml(job.config),
-        "job.sh": _render(
-            "slurm.sh", job, folder=shlex.quote(str(folder.absolute())), go_on=" | ".join(map(str, GO_ON))
-        ),
+        "job.sh": _render("slurm.sh", job, folder=shlex.quote(str(folder.absolute()))),
     }
 
 
@@ -117,6 +116,8 @@ def _render(name: str, job: Job, **values: Any) -> str:
         "bucket": job.storage.name if isinstance(job.storage, Bucket) else "",
         "mount": MOUNT,
         "stop": EXIT_PUT_RIGHT,
+        "told": TOLD,
+        "lost": " | ".join(map(str, LOST)),
         **values,
     }
     return _TEMPLATES.get_template(f"{name}.j2").render(given)

@@ -136,7 +136,7 @@ def test_what_follows_the_end_of_a_pod():
 
 @pytest.fixture
 def machine(tmp_path):
-    """Nothing is there yet but a bucket; `state` is what the JobSet ended with."""
+    """Nothing is there yet but a bucket; `state` is there when the JobSet is, and says what it ended as."""
     machine = Machine(tmp_path)
     gcloud = """
 case "$*" in
@@ -147,9 +147,14 @@ case "$*" in
   *\\ describe\\ *) exit 1 ;;
 esac"""
     machine.command("gcloud", gcloud)
-    machine.command("kubectl", '[[ "$*" != *jsonpath* ]] || cat state')
+    kubectl = """
+case "$*" in
+  *jsonpath*) [[ ! -e state ]] || echo "JobSet:$(cat state)" ;;
+  *delete\\ jobset*) rm -f state ;;
+  *apply\\ --filename\\ jobset.yaml*) touch state ;;
+esac"""
+    machine.command("kubectl", kubectl)
     (tmp_path / "hierarchical").write_text("True\n")
-    (tmp_path / "state").write_text("")
     return machine
 
 
@@ -194,11 +199,20 @@ def test_start_keep_and_delete(machine, tmp_path):
     assert machine.run(script, "start").returncode == 0
     assert not machine.calls("delete jobset")
     assert machine.run(script, "create").returncode == 0
+    assert machine.run(script, "start").returncode == 0
+    assert not machine.calls("delete jobset")  # it is at work
     for ended, code in (("Failed", 1), ("Completed", 0)):
         (tmp_path / "state").write_text(ended)
-        assert machine.run(script, "start").returncode == 0
         assert machine.run(script, "keep").returncode == code
+        assert machine.run(script, "start").returncode == 0
+        assert (tmp_path / "state").read_text() == ""
     assert len(machine.calls("delete jobset")) == 2
+    assert len(machine.calls("node-pools delete")) == 2
+    assert machine.run(script, "stop").returncode == 0
+    for verb, wanted in (("keep", 1), ("start", 0)):
+        done = machine.run(script, verb)
+        assert done.returncode == wanted
+        assert ("there is no run llama-3-2-3b-instruct to wait for" in done.stderr) == (verb == "keep")
     assert len(machine.calls("node-pools delete")) == 2
     assert machine.run(script, "delete").returncode == 0
     assert len(machine.calls("node-pools delete")) == 3

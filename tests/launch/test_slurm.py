@@ -45,7 +45,7 @@ def test_the_tasks_find_each_other(machine):
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"<2 of them, first: (\w+)>", done.stdout)) == ["False", "True"]
     assert not machine.calls("scontrol")
-    assert len(machine.calls(f"jaxhybrid run {machine.folder}/files/config.yaml")) == 3  # srun's own, and two tasks
+    assert len(machine.calls(f"jaxhybrid run {machine.folder}/files/config.yaml")) == 2
 
 
 @pytest.mark.parametrize(
@@ -54,17 +54,38 @@ def test_the_tasks_find_each_other(machine):
         ("2 2", 0, False),
         ("143 143", 0, True),
         ("143 75", 40, True),
-        ("1 134", 40, True),
-        ("1 1", 0, True),
-        ("1 1", 5, False),
+        ("0 134", 5, False),  # too soon
+        ("2 134", 0, False),
+        ("134 2", 0, False),
+        ("1 134", 4, True),
+        ("1 134", 5, False),
+        ("1 143", 5, False),
+        ("134 137", 5, False),
+        ("0 0", 0, False),
     ],
 )
 def test_what_is_queued_again(machine, codes, restarts, again):
     machine.command("jaxhybrid", f"codes=({codes}); exit ${{codes[$SLURM_PROCID]}}")
     count = {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
     done = machine.run(machine.folder / "files" / "job.sh", TASKS="2", SLURM_JOB_ID="7", **count)
-    assert done.returncode == max(map(int, codes.split()))
+    ended = sorted(map(int, codes.split()))
+    assert done.returncode == (2 if 2 in ended else ended[-1]), done.stderr
     assert machine.calls("scontrol") == ["scontrol requeue 7"] * again
+    assert not list(machine.folder.glob("*.codes"))
+
+
+def test_a_lost_node_after_a_while_is_no_fault(machine):
+    machine.command("jaxhybrid", "exit 134")
+    given = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "40", "SHORT_SECONDS": "0"}
+    assert machine.run(machine.folder / "files" / "job.sh", TASKS="2", **given).returncode == 134
+    assert machine.calls("scontrol") == ["scontrol requeue 7"]
+
+
+def test_sigterm_to_a_task_comes_to_its_run_which_has_time_to_answer(machine):
+    machine.command("jaxhybrid", "trap 'sleep 0.5; exit 143' TERM; kill -TERM $PPID; sleep 20 & wait")
+    done = machine.run(machine.folder / "files" / "job.sh", TASKS="1", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="40")
+    assert done.returncode == 143, done.stderr
+    assert machine.calls("scontrol") == ["scontrol requeue 7"]
 
 
 def test_what_is_asked_of_slurm(machine):
