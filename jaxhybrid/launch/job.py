@@ -1,6 +1,5 @@
 """One run on one kind of machine: what the files of every launcher are written from."""
 
-import math
 import re
 import signal
 from collections.abc import Iterator
@@ -9,7 +8,9 @@ from pathlib import Path
 
 from jaxhybrid.errors import EXIT_TRY_AGAIN, ConfigError, TopologyError
 from jaxhybrid.launch.slices import Generation, Slice
+from jaxhybrid.model.partition import check_batch, mesh_sizes
 from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.select import TrainingConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
 
 MOUNT = "/mnt/runs"  # where the storage is on every host of a cloud
@@ -135,19 +136,25 @@ def _name(run: str) -> str:
 
 def _check_paths(config: RunConfig) -> None:
     """Refuses files of this machine, which the hosts do not have."""
+    ids = ("teacher", "data.tokenizer")  # a bare name may be one of the hub
+    ruler = config.evaluate.ruler
     named = {
         "teacher": [config.teacher],
         "data.train": config.data.train,
         "data.heldout": config.data.heldout or (),
         "data.tokenizer": [config.data.tokenizer or ""],
         "export.folder": [config.export.folder or ""],
+        "evaluate.completion.sources": config.evaluate.completion.sources,
+        "evaluate.lm_eval.task_folder": [config.evaluate.lm_eval.task_folder or ""],
+        "evaluate.ruler.essays": ruler.essays,
+        "evaluate.ruler.squad": [ruler.squad or ""],
+        "evaluate.ruler.hotpotqa": [ruler.hotpotqa or ""],
     }
-    files = ("data.train", "data.heldout", "export.folder")  # the others may be ids of the hub
     for key, values in named.items():
         for value in values:
             if not value or value == "pydoc" or value.startswith(("hub:", "demo:", f"{MOUNT}/")):
                 continue
-            if key in files or value[0] in "/.~" or Path(value).exists():
+            if key not in ids or value[0] in "/.~" or Path(value).exists():
                 raise ConfigError(
                     f"{key} {value} would be a file of each host. Put it into the storage and name it there, below "
                     f"{MOUNT}, or use the hub."
@@ -156,43 +163,26 @@ def _check_paths(config: RunConfig) -> None:
 
 def _check_mesh(job: Job) -> None:
     """Refuses a mesh that is not as large as the slices, or over which the batches do not divide."""
-    sizes, devices = job.config.mesh.sizes, job.slices * job.slice.devices
     where = job.slice.name if job.slices == 1 else f"{job.slices} x {job.slice.name}"
-    told = f"{where} has {devices} devices"
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if devices % fixed or (not rest and fixed != devices):
-        raise TopologyError(
-            f"{told}, and mesh {_shown(sizes)} takes {fixed}{' or a multiple of it' * bool(rest)}. Change mesh, for "
-            "example mesh.fsdp=-1, or the topology."
-        )
-    sizes |= dict.fromkeys(rest, devices // fixed)
-    if sizes["data"] % job.slices:
-        raise TopologyError(
-            f"{told}; only mesh.data goes over several slices, and {sizes['data']} does not divide by {job.slices}. "
-            f"Set mesh.data={job.slices}."
-        )
-    shards, context = sizes["data"] * sizes["fsdp"], sizes["context"]
-    for section, rows, parts, length in _batches(job.config):
-        if rows % (parts * shards):
-            raise TopologyError(
-                f"{told}, mesh {_shown(sizes)}: {section}.batch_size {rows} does not divide over {parts} parts x "
-                f"{shards} devices of data x fsdp. Take another {section}.batch_size, or give some of the devices to "
-                "mesh.context or mesh.tensor (mesh.fsdp=32 mesh.context=2 for 64)."
-            )
-        if length % context:
-            raise TopologyError(f"{section}.sequence_length {length} does not divide over mesh.context={context}.")
+    devices, at = job.slices * job.slice.devices, "mesh"
+    try:
+        sizes = mesh_sizes(job.config.mesh.sizes, devices, job.slices)
+        for section, rows, parts, length in _batches(job.config, devices):
+            at = section
+            check_batch(rows, length, sizes, parts)
+    except TopologyError as error:
+        raise TopologyError(f"{where} has {devices} devices. {at}: {error}") from error
 
 
-def _batches(config: RunConfig) -> Iterator[tuple[str, int, int, int]]:
+def _batches(config: RunConfig, devices: int) -> Iterator[tuple[str, int, int, int]]:
     """Section, rows, parts that a step is run in and tokens of a row, of everything that a run runs on its mesh."""
     for name in STAGES:
         stage: StageConfig = getattr(config, name)
         yield name, stage.batch_size, stage.gradient_accumulation, stage.sequence_length
     yield "evaluate", config.evaluate.batch_size, 1, config.evaluate.sequence_length
+    for length in config.evaluate.lengths:
+        yield "evaluate.lengths", devices, 1, length  # the number of rows is made to fit
     if "measure" not in config.select.idle:
         yield "select.measure", config.select.measure.batch_size, 1, config.select.measure.sequence_length
-
-
-def _shown(sizes: dict[str, int]) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
+    if isinstance(own := config.select.own, TrainingConfig):
+        yield f"select.{config.select.method}", own.batch_size, 1, own.sequence_length

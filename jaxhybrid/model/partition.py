@@ -76,16 +76,17 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, 
     """A mesh of all (or the given) devices; one of `data` and `fsdp` may be -1, for what the others leave.
 
     Raises:
-        TopologyError: the sizes do not multiply to the device count.
+        TopologyError: the sizes do not multiply to the device count, or `data` does not divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes({"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = mesh_sizes({"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}, len(devices), slices)
     kinds = (AxisType.Explicit,) * len(MESH_AXES)
-    return Mesh(_placed(sizes, devices), MESH_AXES, axis_types=kinds)
+    return Mesh(_placed(sizes, devices, slices), MESH_AXES, axis_types=kinds)
 
 
-def mesh_sizes(wanted: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The sizes of the mesh axes for so many devices, -1 filled in; errors as `make_mesh`."""
+def mesh_sizes(wanted: Mapping[str, int], devices: int, slices: int = 1) -> dict[str, int]:
+    """The sizes of the mesh axes for so many devices in so many slices, -1 filled in; errors as `make_mesh`."""
     sizes = dict(wanted)
     rest = [name for name, size in sizes.items() if size == -1]
     if len(rest) > 1 or (rest and rest[0] not in ROWS):
@@ -97,19 +98,38 @@ def mesh_sizes(wanted: Mapping[str, int], devices: int) -> dict[str, int]:
             raise TopologyError(f"{devices} devices do not divide by the {fixed} of mesh {told}.")
         sizes[rest[0]] = devices // fixed
     elif fixed != devices:
-        raise TopologyError(f"mesh {told} needs {fixed} devices, there are {devices}.")
+        raise TopologyError(
+            f"mesh {told} needs {fixed} devices, there are {devices}; fsdp=-1 takes what the others leave."
+        )
+    if sizes["data"] % slices:
+        raise TopologyError(
+            f"mesh data={sizes['data']} does not divide over {slices} slices, and no other axis goes over several; use "
+            f"a multiple of {slices}."
+        )
     return sizes
 
 
-def _placed(sizes: dict[str, int], devices: Any) -> np.ndarray:
+def check_batch(rows: int, length: int, sizes: Mapping[str, int], microbatches: int = 1) -> None:
+    """Refuses a batch of so many rows of `length` tokens that does not divide over mesh axes of these sizes.
+
+    Raises:
+        TopologyError: the rows do not divide over microbatches and devices, or the tokens of a row over devices.
+    """
+    devices, context = math.prod(sizes[axis] for axis in ROWS), sizes["context"]
+    if rows % (microbatches * devices):
+        raise TopologyError(
+            f"batch_size={rows} does not divide over {microbatches} microbatches x {devices} devices of data x fsdp; "
+            f"use a multiple of {microbatches * devices}, or give some of the devices to mesh.context."
+        )
+    if length % context:
+        raise TopologyError(f"Rows of {length} tokens do not divide over mesh.context={context}.")
+
+
+def _placed(sizes: dict[str, int], devices: Any, slices: int) -> np.ndarray:
     """The devices in the shape of the mesh, neighbours near each other; slices of a multislice run along `data`."""
-    shape, slices = tuple(sizes.values()), len({getattr(device, "slice_index", 0) for device in devices})
+    shape = tuple(sizes.values())
     if slices == 1:  # a mesh axis may be half of one of the torus: 32 x 2 of 4 x 4 x 4
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if sizes["data"] % slices:
-        raise TopologyError(
-            f"mesh data={sizes['data']} does not divide over {slices} slices; use a multiple of {slices}."
-        )
     inside, across = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.launch.slices import find_slice
+from jaxhybrid.launch.slices import TPUS, find_slice
 from jaxhybrid.model.partition import MESH_AXES, AnyMesh, make_mesh, mesh_sizes
 
 
@@ -22,26 +22,33 @@ class Chip:
     """What one chip can do."""
 
     name: str
-    kind: Literal["tpu", "gpu"]
     tflops: float  # bfloat16 matrix products
     usable_gib: float  # of a device, for programs
     memory_gbps: float
     link_gbps: float  # one way: of one link of a TPU's torus, of all links of a GPU
     network_gbps: float  # one way, to other slices or nodes, of one chip
-    devices: int = 1  # that JAX sees of a chip
+
+    @property
+    def kind(self) -> Literal["tpu", "gpu"]:
+        return "tpu" if self.name in TPUS else "gpu"
+
+    @property
+    def devices(self) -> int:
+        """That JAX sees of a chip."""
+        return TPUS[self.name].devices_per_chip if self.kind == "tpu" else 1
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", 275, 30.75, 1200, 45, 3.1),
-        Chip("v5e", "tpu", 197, 15.75, 819, 45, 3.1),
-        Chip("v5p", "tpu", 459, 95.73, 2765, 90, 6.25),
-        Chip("v6e", "tpu", 918, 31.24, 1638, 90, 12.5),
-        Chip("tpu7x", "tpu", 2307, 94.74, 7380, 90, 12.5, devices=2),
-        Chip("h100", "gpu", 989, 0.95 * 80 * 1e9 / 2**30, 3350, 450, 50),
-        Chip("h200", "gpu", 989, 0.95 * 141 * 1e9 / 2**30, 4800, 450, 50),
-        Chip("b200", "gpu", 2250, 0.95 * 180 * 1e9 / 2**30, 8000, 900, 50),
+        Chip("v4", 275, 30.75, 1200, 45, 3.1),
+        Chip("v5e", 197, 15.75, 819, 45, 3.1),
+        Chip("v5p", 459, 95.73, 2765, 90, 6.25),
+        Chip("v6e", 918, 31.24, 1638, 90, 12.5),
+        Chip("tpu7x", 2307, 94.74, 7380, 90, 12.5),
+        Chip("h100", 989, 0.95 * 80 * 1e9 / 2**30, 3350, 450, 50),
+        Chip("h200", 989, 0.95 * 141 * 1e9 / 2**30, 4800, 450, 50),
+        Chip("b200", 2250, 0.95 * 180 * 1e9 / 2**30, 8000, 900, 50),
     )
 }
 

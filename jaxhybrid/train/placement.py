@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhybrid.errors import TopologyError
-from jaxhybrid.model.partition import ROWS, AnyMesh, batch_sharding, own_share, rows_sharding
+from jaxhybrid.model.partition import ROWS, AnyMesh, batch_sharding, check_batch, own_share, rows_sharding
 from jaxhybrid.settings.stages import StageConfig
 
 
@@ -21,7 +20,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1)
     (part, parts), (slot, slots) = own_share(mesh, *ROWS), own_share(mesh, "context")
     own_rows, length = batch["tokens"].shape
     rows = own_rows * parts
-    _check_divides(rows, length, mesh, microbatches)
+    check_batch(rows, length, mesh.shape, microbatches)
     rows, own_rows = rows // microbatches, own_rows // microbatches
 
     def place(x: np.ndarray) -> jax.Array:
@@ -43,22 +42,11 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1)
 def abstract_batch(settings: StageConfig, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and places of a stage's batch as `place_batch` gives it; errors as there."""
     parts = settings.gradient_accumulation
-    _check_divides(settings.batch_size, settings.sequence_length, mesh, parts)
+    check_batch(settings.batch_size, settings.sequence_length, mesh.shape, parts)
     leading = (parts,) if parts > 1 else ()
     shape = (*leading, settings.batch_size // parts, settings.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, leading=len(leading)))
     return {"tokens": tokens, "segment_ids": tokens}
-
-
-def _check_divides(rows: int, length: int, mesh: AnyMesh, microbatches: int) -> None:
-    devices, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
-    if rows % (microbatches * devices):
-        raise TopologyError(
-            f"batch_size={rows} does not divide over {microbatches} microbatches x {devices} devices of data x fsdp; "
-            f"use a multiple of {microbatches * devices}, or give some of the devices to mesh.context."
-        )
-    if length % context:
-        raise TopologyError(f"Rows of {length} tokens do not divide over mesh.context={context}.")
 
 
 def _from(wanted: slice, first: int) -> slice:

@@ -79,14 +79,38 @@ def test_slices_that_there_are_not(name, parts):
         ({"overrides": ["teacher=/models/llama"]}, ConfigError, ["teacher /models/llama", "/mnt/runs"]),
         ({"overrides": ["data.train=[pydoc, dclm/*.jsonl]"]}, ConfigError, ["data.train dclm/*.jsonl"]),
         ({"overrides": ["export.folder=out"]}, ConfigError, ["export.folder out"]),
+        *(
+            ({"overrides": [f"evaluate.{key}={value}"]}, ConfigError, [f"evaluate.{key} mine", "/mnt/runs"])
+            for key, value in {
+                "lm_eval.task_folder": "mine",
+                "completion.sources": "[hub:some/swde, mine]",
+                "ruler.essays": "[mine]",
+                "ruler.squad": "mine",
+                "ruler.hotpotqa": "mine",
+            }.items()
+        ),
         ({"topology": "h100:2x8"}, TopologyError, ["h100:2x8", "--on slurm"]),
-        ({"overrides": ["mesh.fsdp=16"]}, TopologyError, ["v5p:4x4x4 has 64 devices", "takes 32", "mesh.fsdp=-1"]),
-        ({"overrides": ["mesh.context=3"]}, TopologyError, ["64 devices", "takes 3 or a multiple"]),
-        ({"overrides": ["mesh.context=1"]}, TopologyError, ["align.batch_size 96", "1 parts x 64", "mesh.context=2"]),
-        ({"overrides": ["score.gradient_accumulation=2"]}, TopologyError, ["score.batch_size 96", "2 parts x 32"]),
-        ({"overrides": ["evaluate.batch_size=8"]}, TopologyError, ["evaluate.batch_size 8"]),
-        ({"overrides": ["evaluate.sequence_length=4095"]}, TopologyError, ["evaluate.sequence_length 4095"]),
-        ({"slices": 3, "overrides": ["mesh.data=1"]}, TopologyError, ["3 x v5p:4x4x4", "mesh.data=3"]),
+        ({"overrides": ["mesh.fsdp=16"]}, TopologyError, ["v5p:4x4x4 has 64 devices", "needs 32", "fsdp=-1 takes"]),
+        ({"overrides": ["mesh.context=3"]}, TopologyError, ["64 devices", "do not divide by the 3"]),
+        (
+            {"overrides": ["mesh.context=1"]},
+            TopologyError,
+            ["align: batch_size=96", "1 microbatches x 64", "mesh.context"],
+        ),
+        (
+            {"overrides": ["score.gradient_accumulation=2"]},
+            TopologyError,
+            ["score: batch_size=96", "2 microbatches x 32"],
+        ),
+        ({"overrides": ["evaluate.batch_size=8"]}, TopologyError, ["evaluate: batch_size=8 "]),
+        ({"overrides": ["evaluate.sequence_length=4095"]}, TopologyError, ["evaluate: Rows of 4095"]),
+        ({"overrides": ["evaluate.lengths=[1023]"]}, TopologyError, ["evaluate.lengths: Rows of 1023"]),
+        (
+            {"overrides": ["select.method=supernet", "select.supernet.batch_size=16", "select.measure.batch_size=32"]},
+            TopologyError,
+            ["select.supernet: batch_size=16"],
+        ),
+        ({"slices": 3, "overrides": ["mesh.data=1"]}, TopologyError, ["3 x v5p:4x4x4", "data=1", "multiple of 3"]),
     ],
 )
 def test_what_is_refused(given, kind, parts):
@@ -98,6 +122,8 @@ def test_what_is_refused(given, kind, parts):
 
 def test_files_in_the_storage_are_taken():
     job = make_job(overrides=["teacher=/mnt/runs/llama", "data.train=/mnt/runs/dclm/*.jsonl", "name=Mine_1"])
+    make_job(overrides=["evaluate.completion.sources=[hub:some/swde, /mnt/runs/fda.jsonl]"])
+    make_job(overrides=["select.supernet.batch_size=16"])  # another method is chosen
     assert (job.config.teacher, job.config.run_dir, job.name) == ("/mnt/runs/llama", "/mnt/runs/Mine_1", "mine-1")
 
 

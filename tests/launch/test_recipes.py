@@ -1,5 +1,6 @@
 """The recipes in configs/: they launch on the slice they are made for, and the figures at their heads are right."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from jaxhybrid.disk import DiskPlan, total
+from jaxhybrid.families import hf_to_config
 from jaxhybrid.launch.job import cloud_job
 from jaxhybrid.launch.slices import find_slice
 from jaxhybrid.model.blueprint import count_parameters
-from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.settings.budget import layers_in_budget
@@ -20,33 +22,14 @@ from jaxhybrid.settings.stages import STAGES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 H100, V5P = 400e12, 0.4 * 459e12  # floating-point operations a second at 40 % of the peak
-# Layers, width, query and K/V heads of 128, MLP, vocabulary, tied embeddings: from the teachers' config.json.
-TEACHERS = {
-    "llama-3.2-3b-instruct": ("llama", 28, 3072, 24, 8, 8192, 128_256, True),
-    "qwen2.5-1.5b-instruct": ("qwen2", 28, 1536, 12, 2, 8960, 151_936, True),
-    "qwen2.5-3b-instruct": ("qwen2", 36, 2048, 16, 2, 11_008, 151_936, True),
-    "qwen2.5-7b-instruct": ("qwen2", 28, 3584, 28, 4, 18_944, 152_064, False),
-    "qwen2.5-32b-instruct": ("qwen2", 64, 5120, 40, 8, 27_648, 152_064, False),
-    "qwen2.5-72b-instruct": ("qwen2", 80, 8192, 64, 8, 29_568, 152_064, False),
-    "qwen3-1.7b": ("qwen3", 28, 2048, 16, 8, 6144, 151_936, True),
-    "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 12_288, 151_936, False),
-}
+RECIPES = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "jaxhybrid launch" in path.read_text()]
 
 
 def teacher_of(name):
-    family, layers, width, heads, kv_heads, mlp, vocabulary, tied = TEACHERS[name]
-    return ModelConfig(
-        family=family, num_layers=layers, hidden_size=width, num_heads=heads, num_kv_heads=kv_heads, head_dim=128,
-        intermediate_size=mlp, vocab_size=vocabulary, tie_embeddings=tied, norm_eps=1e-6,
-        max_position_embeddings=32_768, qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
-    )  # fmt: skip
+    return hf_to_config(json.loads((CONFIGS / "teachers" / name / "config.json").read_text()))
 
 
-def test_every_recipe_that_launches_is_here():
-    assert TEACHERS.keys() == {path.stem for path in CONFIGS.glob("*.yaml") if "jaxhybrid launch" in path.read_text()}
-
-
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_fits_the_slice_that_its_head_launches(name):
     text = (CONFIGS / f"{name}.yaml").read_text()
     (command,) = re.findall(r"^#\s+jaxhybrid (launch .*)$", text, re.MULTILINE)
@@ -62,7 +45,7 @@ def test_a_recipe_fits_the_slice_that_its_head_launches(name):
     assert teacher.num_kv_heads % tensor == 0 or tensor % teacher.num_kv_heads == 0
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_figures_at_the_head_are_those_of_docs_recipes(name):
     config, teacher = load_config(CONFIGS / f"{name}.yaml"), teacher_of(name)
     mixer = GatedDeltaNetConfig().resolve(teacher)

@@ -50,7 +50,9 @@ def machine(tmp_path):
     return machine
 
 
-def keep(machine: Machine, *worlds: str, short: str = "0", **given) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def keep(
+    machine: Machine, *worlds: str, short: str = "0", **given
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """`pod.sh keep` in these worlds, and what it did to the request and its workers, in order."""
     (machine.folder / "worlds").write_text("".join(f"{world}\n" for world in worlds))
     write_job(make_job(**({"bucket": None, "nfs": "10.0.0.2:/runs"} | given)), "tpu-vm", machine.folder / "files")
