@@ -132,7 +132,7 @@ class Pipeline:
         hosts.by_first(refuse, "disk of the run")
         _ = self.asked
         self.align()
-        if METHODS[self.config.select.method].needs == "scores":
+        if "scores" in self.config.select.needs:
             self.score()
         self.select()
         self.distill()
@@ -242,7 +242,7 @@ class Pipeline:
         def decide() -> dict[str, Any]:
             choice = measured or choose(given)
             record = choice_record(choice, given, self.config, self.teacher_parameters)
-            if METHODS[record["method"]].needs == "scores":
+            if "scores" in self.config.select.needs:
                 self.write_scores()  # those of another run were ranked as that one has it
             write_result(self.folder.path / "layers.json", record)
             return record

@@ -18,6 +18,7 @@ from jaxhybrid.train.interrupt import stop_between
 #   forward_tokens  tokens that went through a model for it; trained_tokens: through one in training
 #   beam, tried     of several sets what each keeps and its KL
 #   finer           a second score for each layer, which decides between equal ones
+#   of              of several methods' rounds the one whose it is: then they are no search that ends at the choice
 #   answered        how well the teacher answers the questions that a score rests on
 Round = dict[str, Any]
 
