@@ -2,6 +2,7 @@
 rankings against plain loops over the layers, what is compiled, resumed and split over devices."""
 
 import json
+import warnings
 from functools import cache, partial
 
 import jax
@@ -18,6 +19,7 @@ from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, embed, forward, model_variables, token_context
 from jaxhybrid.selection.choice import Given
+from jaxhybrid.selection.gram import quadratic_kl
 from jaxhybrid.selection.masked import MaskedStudent
 from jaxhybrid.selection.methods import choose, layer_types
 from jaxhybrid.selection.rounds import RoundLog
@@ -298,9 +300,30 @@ def test_perplexity_is_of_the_teacher_with_one_layer_replaced(models, student):
     assert select(student, method="perplexity", budget=2).importance[3] == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("measure", ["activation_errors", "block_cosines"])
+def test_weights_are_no_constants_of_a_program(student, measure):
+    """Several processes cannot compile one that holds them."""
+    jax.config.update("jax_captured_constants_warn_bytes", 1000)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            getattr(student, measure)()
+    finally:
+        jax.config.update("jax_captured_constants_warn_bytes", 2 * 10**9)
+
+
 def test_a_kl_that_is_no_number_is_refused(models):
     teacher, linear = models
     broken = jax.tree.map(lambda w: w * np.nan, linear.params["mixers"])
     student = measured((teacher, Model({**linear.params, "mixers": broken}, linear.config)))
     with pytest.raises(DivergenceError, match=r"layers \[1\] softmax is nan. Align again at a lower"):
         student.kl([1])
+    with pytest.raises(DivergenceError, match=r"cross entropy of the student with layers \[1\] softmax is nan"):
+        student.cross_entropy([1])
+    with pytest.raises(DivergenceError, match="error of the mixer of layer 0 is nan"):
+        student.activation_errors()
+    with pytest.raises(DivergenceError, match="quadratic form of the student's KL is nan"):
+        quadratic_kl(student, softmax_first=True)
+    student.teacher = Model(jax.tree.map(lambda w: w * np.nan, teacher.params), teacher.config)
+    with pytest.raises(DivergenceError, match="block 0 is nan. Try dtype=float32"):
+        student.block_cosines()
