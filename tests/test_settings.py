@@ -190,8 +190,11 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
             "select: removal.first_tokens 65,536 are more than the 32,768 of measure.tokens.",
         ),
         (
-            ["select.method=average_rank", "select.average_rank.of=[removal, single_kl]"]
-            + ["select.removal.first_tokens=65_536"],
+            [
+                "select.method=average_rank",
+                "select.average_rank.of=[removal, single_kl]",
+                "select.removal.first_tokens=65_536",
+            ],
             "select: removal.first_tokens 65,536 are more than the 32,768 of measure.tokens.",
         ),
         (
@@ -391,6 +394,10 @@ def test_describe_lists_every_setting(load):
         (
             ["select.method=explicit", "select.layers=[1, 4]"],
             "select.layers names [4]; the model's layers are 0 to 3.",
+        ),
+        (
+            ["select.method=supernet", "select.supernet.sequence_length=8192"],
+            "select.supernet.sequence_length 8192 is beyond the 4096 tokens of context",
         ),
         (["distill.sequence_length=8192"], "distill.sequence_length 8192 is beyond the 4096 tokens of context"),
     ],

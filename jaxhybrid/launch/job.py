@@ -188,8 +188,8 @@ def _batches(config: RunConfig) -> Iterator[tuple[str, int, int, int]]:
         stage: StageConfig = getattr(config, name)
         yield name, stage.batch_size, stage.gradient_accumulation, stage.sequence_length
     yield "evaluate", config.evaluate.batch_size, 1, config.evaluate.sequence_length
-    if "measure" not in config.select.idle:
-        yield "select.measure", config.select.measure.batch_size, 1, config.select.measure.sequence_length
+    for name, text in config.select.texts.items():
+        yield f"select.{name}", text.batch_size, 1, text.sequence_length
 
 
 def _shown(sizes: dict[str, int]) -> str:

@@ -16,7 +16,7 @@ from jaxhybrid.evaluate.recall_prompts import RecallTask
 from jaxhybrid.losses import CHUNK_TOKENS, linear_cross_entropy, next_token_targets, squared_error
 from jaxhybrid.model.transformer import Model, hidden_states, outputs
 from jaxhybrid.selection.cosine import block_cosines
-from jaxhybrid.selection.prompts import Answered, Prompts, answer
+from jaxhybrid.selection.questions import Answered, Prompts, answer
 from jaxhybrid.stages.align import align_loss, linear_mixers
 from jaxhybrid.stages.batch import Batch, token_mask
 from jaxhybrid.stages.score import masked_kl

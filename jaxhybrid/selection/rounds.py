@@ -51,6 +51,11 @@ class RoundLog:
         self._next += 1
         return self._rounds[self._next - 1]
 
+    def all_or_none(self, count: int) -> None:
+        """The next `count` rounds are gone on with only if all were written: what they measure is not kept."""
+        if len(self._rounds) < self._next + count:
+            del self._rounds[self._next :]
+
     def _read(self) -> list[Round]:
         if self._file is None or not self._file.exists():
             return []

@@ -28,7 +28,9 @@ from jaxhybrid.settings.types import Count, Ints, RankBy, Section, UniformBy, ab
 class MeasureConfig(Section):
     """The text on which methods that measure the aligned student do so; docs/selection.md says which do."""
 
-    source: Literal["heldout", "train"] = about("heldout", "held-out text, or the training text's first batches")
+    source: Literal["heldout", "train"] = about(
+        "heldout", "held-out text, or training text in an order that no stage sees"
+    )
     tokens: Count = about(32_768, "tokens, padding included; whole batches that hold them are taken")
     sequence_length: Annotated[int, Field(ge=2)] = about(512, "tokens of a row")
     batch_size: Count = about(16, "rows run at once")
@@ -116,6 +118,12 @@ class SelectConfig(Section):
         """The sections that they read; the others are not part of what the method gives."""
         sections = tuple(name for name in self.asked if methods()[name].settings is not None)
         return ("measure",) * any(methods()[name].measures_text for name in self.asked) + sections
+
+    @property
+    def texts(self) -> "dict[str, MeasureConfig | TrainingConfig]":
+        """Of these sections, those that say what rows of text are run."""
+        read = {name: getattr(self, name) for name in self.reads}
+        return {name: text for name, text in read.items() if isinstance(text, MeasureConfig | TrainingConfig)}
 
     @property
     def idle(self) -> frozenset[str]:

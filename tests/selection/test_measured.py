@@ -198,6 +198,14 @@ def test_swaps_leave_a_place_that_greedy_cannot():
     assert list(swapped.nested) == [2]  # the first one of it is not what greedy gives for one layer
 
 
+@pytest.mark.parametrize(("method", "whole"), [("greedy_kl", [1, 2]), ("removal", [2, 3, 4])])
+def test_rounds_whose_tokens_depend_on_the_budget_say_nothing_of_others(method, whole):
+    """For one layer, or three, the rounds would take other tokens, and might keep other layers."""
+    made = Made(lambda kept: 1.0 - 0.2 * len(kept))
+    assert list(select(made, method=method, budget=2).nested) == whole
+    assert list(select(made, method=method, budget=2, **{method: {"first_tokens": ROWS * LENGTH}}).nested) == [2]
+
+
 def test_greedy_stops_at_a_kl_that_is_low_enough():
     kl = lambda kept: 1.0 - 0.2 * len(kept)  # noqa: E731
     assert select(Made(kl), method="greedy_kl", budget=4, greedy_kl={"stop_kl": 0.61}).layers == (0, 1)
@@ -325,5 +333,5 @@ def test_a_kl_that_is_no_number_is_refused(models):
     with pytest.raises(DivergenceError, match="quadratic form of the student's KL is nan"):
         quadratic_kl(student, softmax_first=True)
     student.teacher = Model(jax.tree.map(lambda w: w * np.nan, teacher.params), teacher.config)
-    with pytest.raises(DivergenceError, match="block 0 is nan. Try dtype=float32"):
+    with pytest.raises(DivergenceError, match=r"block 0 is nan\. Try dtype=float32"):
         student.block_cosines()

@@ -21,7 +21,7 @@ from jaxhybrid.selection.ablated import ablated_states
 from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.gated import gated_kl, gated_states
 from jaxhybrid.selection.gram import quadratic_kl
-from jaxhybrid.selection.methods import METHODS, choose
+from jaxhybrid.selection.methods import METHODS, choose, supernet
 from jaxhybrid.selection.methods.joint_gates import train_gates
 from jaxhybrid.selection.rounds import RoundLog
 from jaxhybrid.selection.supernet import train_supernet
@@ -227,6 +227,24 @@ def test_a_supernet_is_nearer_to_the_teacher_and_leaves_the_student_as_it_is(sel
     assert len(last["kept"]) == 2
     assert {kept: student.of(student.student).kl(kept) for kept in before} == pytest.approx(before, rel=1e-6)
     assert found.cost == (30 * ROWS * LENGTH + MEASURE["tokens"] * (2 + 4 + 5), 30 * ROWS * LENGTH)
+
+
+def test_a_supernet_search_that_was_stopped_begins_again(select, tmp_path, monkeypatch):
+    """Its mixers are gone: no round of theirs is mixed with those of others."""
+    trained = iter([Made(lambda kept: 9.0 - len(kept)), Made(lambda kept: 5.0 - len(kept))])
+    monkeypatch.setattr(supernet, "train_supernet", lambda *_: next(trained))
+
+    class Breaks(RoundLog):
+        def round(self, compute):
+            if self._next == 2:
+                raise OSError("the machine went away")
+            return super().round(compute)
+
+    with pytest.raises(OSError, match="the machine"):
+        select("supernet", log=Breaks(tmp_path / "rounds.json"), **TRAINING)
+    found = select("supernet", log=RoundLog(tmp_path / "rounds.json"), **TRAINING)
+    assert [one["kl"] for one in found.rounds] == [5.0, 4.0, 3.0]
+    assert select("supernet", log=RoundLog(tmp_path / "rounds.json"), **TRAINING).rounds == found.rounds  # untrained
 
 
 def test_a_beam_finds_a_pair_that_greedy_cannot(select):
