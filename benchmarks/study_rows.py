@@ -59,6 +59,7 @@ def main() -> None:
     # Only here: who reads such a file has none of the packages that these want.
     from jaxhybrid.data import open_text
     from jaxhybrid.evaluate.recall_prompts import answer_batches, recall_task
+    from jaxhybrid.selection.questions import CHOOSING_SEED
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
@@ -97,8 +98,7 @@ def main() -> None:
     for pairs in options.pairs:
         task = recall_task(text.vocabulary, pairs, prompts=options.prompts)
         arrays |= {f"recall_{pairs}_{name}": getattr(task, name) for name in ("tokens", "places", "answers")}
-    # Of another seed than those that are asked.
-    chosen_by = recall_task(text.vocabulary, options.choose_pairs, prompts=options.choose_prompts, seed=1)
+    chosen_by = recall_task(text.vocabulary, options.choose_pairs, prompts=options.choose_prompts, seed=CHOOSING_SEED)
     (batch,) = answer_batches(chosen_by, options.choose_prompts)
     arrays |= {f"choose_{name}": array for name, array in batch.items()}
     np.savez_compressed(options.rows, **arrays)

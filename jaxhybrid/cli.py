@@ -65,7 +65,7 @@ def verb(work: Callable[..., None]) -> Callable[..., None]:
         **options: Any,
     ) -> None:
         settings = read_settings(config, overrides)
-        # Imported here so that --help and config errors do not wait for JAX.
+        # Imported here so that --help does not wait for JAX.
         from jaxhybrid import hosts
 
         hosts.initialize(coordinator, processes, process)
@@ -151,7 +151,11 @@ def select(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --compare: print JSON, for programs.")] = False,
 ) -> None:
-    """The layers that stay softmax, by select.method; writes layers.json."""
+    """The layers that stay softmax, by select.method; writes layers.json.
+
+    With --compare nothing is chosen: it prints how far the run's rankings, those of methods named --with and
+    the published layers for a teacher of that depth agree, as overlap of the sets and rank correlation.
+    """
     if not compare:
         if others or as_json:
             raise ConfigError("--with and --json belong to --compare.")

@@ -76,7 +76,7 @@ class DiskPlan:
 
     def require_run(self, folder: Path, undone: Sequence[str]) -> None:
         """`require` for the run in `folder`, of whose stages these are not done."""
-        stages = [stage for stage in undone if stage != "score" or self.config.select.method == "kl_guided"]
+        stages = [stage for stage in undone if stage != "score" or "scores" in self.config.select.needs]
         if stages:
             there = used_bytes(folder / stage for stage in stages)
             exported = [] if self.config.export.folder else ["export"]

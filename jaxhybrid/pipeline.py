@@ -19,7 +19,7 @@ from jaxhybrid.complete import end_ids
 from jaxhybrid.data import BatchIterator, HeldoutBatches, Text, mean_segment_tokens, open_text
 from jaxhybrid.disk import DiskPlan, require
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.evaluate.recall_prompts import answer_batches, recall_task
+from jaxhybrid.evaluate.recall_prompts import answer_batches
 from jaxhybrid.evaluate.record import Asked, evaluation_record, prepare
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
@@ -34,6 +34,7 @@ from jaxhybrid.selection.compare import Listed, comparison, of_choice, published
 from jaxhybrid.selection.kl_guided import score_candidates
 from jaxhybrid.selection.masked import MaskedStudent, Texts
 from jaxhybrid.selection.methods import METHODS, choose
+from jaxhybrid.selection.questions import recall_prompts
 from jaxhybrid.selection.ranking import Scores, read_scores
 from jaxhybrid.selection.record import at_hand, choice_record, merge_scores, scores_record
 from jaxhybrid.selection.rounds import RoundLog
@@ -52,6 +53,7 @@ from jaxhybrid.train.metrics import read_metrics, training_figures
 from jaxhybrid.train.optimizer import TrainState, make_optimizer, start
 from jaxhybrid.train.placement import place_batch
 
+SELECTION_TEXTS = ("measure", "training")  # what a selection measures on, and what a method that trains trains on
 SAMPLED_TOKENS = 500_000  # of a stage's first batches, whose segments are measured
 
 
@@ -108,7 +110,7 @@ class Pipeline:
         return mean
 
     def _seed(self, name: str) -> int:
-        return self.config.seed * 1000 + 1 + STAGES.index(name)
+        return self.config.seed * 1000 + 1 + (*STAGES, *SELECTION_TEXTS).index(name)
 
     @cached_property
     def asked(self) -> Asked:
@@ -132,7 +134,7 @@ class Pipeline:
         hosts.by_first(refuse, "disk of the run")
         _ = self.asked
         self.align()
-        if METHODS[self.config.select.method].needs == "scores":
+        if "scores" in self.config.select.needs:
             self.score()
         self.select()
         self.distill()
@@ -242,7 +244,7 @@ class Pipeline:
         def decide() -> dict[str, Any]:
             choice = measured or choose(given)
             record = choice_record(choice, given, self.config, self.teacher_parameters)
-            if METHODS[record["method"]].needs == "scores":
+            if "scores" in self.config.select.needs:
                 self.write_scores()  # those of another run were ranked as that one has it
             write_result(self.folder.path / "layers.json", record)
             return record
@@ -291,14 +293,14 @@ class Pipeline:
             student=student,
             teacher=lambda: self.models.frozen_teacher,
             vocabulary=lambda: self.text.vocabulary,
-            training=lambda settings: closing(self._selection_text(settings.sequence_length, settings.batch_size)),
+            training=lambda text: closing(self._selection_text("training", text.sequence_length, text.batch_size)),
             log=log,
         )
 
-    def _selection_text(self, sequence_length: int, batch_size: int) -> BatchIterator:
-        """Training batches in an order that no stage sees."""
+    def _selection_text(self, use: str, sequence_length: int, batch_size: int) -> BatchIterator:
+        """Training batches in an order that no stage and no other of the `SELECTION_TEXTS` sees."""
         rows = self.config.align.model_copy(update={"sequence_length": sequence_length, "batch_size": batch_size})
-        return self.text.training_batches(rows, self.config.seed * 1000 + 1 + len(STAGES))
+        return self.text.training_batches(rows, self._seed(use))
 
     @cached_property
     def teacher_parameters(self) -> int:
@@ -327,19 +329,13 @@ class Pipeline:
         if measure.source == "heldout":
             batches = self.text.heldout_batches(measure.sequence_length, measure.batch_size, measure.tokens)
         else:
-            with closing(self._selection_text(measure.sequence_length, measure.batch_size)) as stream:
+            with closing(self._selection_text("measure", measure.sequence_length, measure.batch_size)) as stream:
                 batches = list(islice(stream, measure.batches))
         if not (share := measure.recall):
             return [(1.0, batches)]
         prompts = len(batches) * measure.batch_size
-        # Of another seed than those of the evaluation.
-        task = recall_task(self.text.vocabulary, measure.recall_pairs, prompts=prompts, seed=1)
-        context = self.models.teacher_config.max_position_embeddings
-        if task.tokens.shape[1] > context:
-            raise ConfigError(
-                f"select.measure.recall_pairs {task.pairs}: prompts take {task.tokens.shape[1]} tokens, the teacher "
-                f"has a context of {context}. Ask for fewer pairs."
-            )
+        context, key = self.models.teacher_config.max_position_embeddings, "select.measure.recall_pairs"
+        task = recall_prompts(self.text.vocabulary, measure.recall_pairs, prompts, context, key)
         asked = answer_batches(task, measure.batch_size, *own_share(self.mesh, *ROWS))
         return [(1.0 - share, batches), (share, asked)]
 

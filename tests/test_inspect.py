@@ -95,6 +95,13 @@ def test_a_half_done_run(screen, tmp_path):
     assert found["softmax_layers"] is None
 
 
+def test_a_mean_of_ranks_that_asks_for_scores_needs_them(screen, tmp_path):
+    for of, state in (("single_kl, kl_guided", "not begun"), ("single_kl, removal", "not needed")):
+        select = f"{{method: average_rank, average_rank: {{of: [{of}]}}}}"
+        write(tmp_path / "config.yaml", f"name: mean\nselect: {select}\n")
+        assert state in row(screen(tmp_path), "score")
+
+
 def test_a_run_that_has_just_begun(screen, tmp_path):
     write(tmp_path / "config.yaml", "name: new\n")
     text = screen(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from matplotlib import image
 
 from jaxhybrid.errors import RunError
-from jaxhybrid.report import evaluation_table, write_report
+from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.report.plots import _spread
 from jaxhybrid.selection.ranking import CandidateScore, Scores
 from jaxhybrid.settings.budget import layers_in_budget
@@ -394,6 +394,21 @@ def test_a_greedy_choice_is_shown_round_by_round(tmp_path):
     assert rows[3] == ["swap", "2 for 3", "2", "0.3105", "3", "2,048", "-"]
     assert "12,288 tokens forward and 0 in training, 3.3e+09 FLOPs (2 x parameters" in scores
     assert "The choice by greedy_kl needs no scores" in scores
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_rounds_of_several_methods_are_no_search_of_one(tmp_path, order):
+    write(tmp_path / "config.yaml", "name: m\nselect: {method: average_rank}\n")
+    importance = {str(i): 0.1 * i for i in range(4)}
+    rank = {"action": "rank", "scores": importance, "tokens": 10, "forward_tokens": 20, "of": "single_kl"}
+    rounds = [round_of("start", None, [0, 1], 0.5, of="removal"), round_of("drop", 0, [1], 0.625, of="removal")]
+    cost = {"forward_tokens": 12_288, "trained_tokens": 0, "flops": 3.3e9, "flops_are": "2 x"}
+    chosen = {"method": "average_rank", "budget": 1, "softmax_layers": [3], "importance": importance, "cost": cost}
+    chosen["rounds"] = [*rounds, rank][::order]
+    write(tmp_path / "layers.json", chosen)
+    write_report(tmp_path)
+    assert figures(tmp_path) == {"layer_importance"}
+    assert "KL" not in notes.choice(chosen)
 
 
 def test_a_ranking_without_scores_is_drawn(tmp_path):

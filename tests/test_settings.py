@@ -190,6 +190,18 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
             "select: removal.first_tokens 65,536 are more than the 32,768 of measure.tokens.",
         ),
         (
+            [
+                "select.method=average_rank",
+                "select.average_rank.of=[removal, single_kl]",
+                "select.removal.first_tokens=65_536",
+            ],
+            "select: removal.first_tokens 65,536 are more than the 32,768 of measure.tokens.",
+        ),
+        (
+            ["select.method=average_rank", "select.average_rank.of=[cosine, single_kl]", "select.measure.recall=0.5"],
+            "select: measure.recall is 0.5, but method 'cosine' counts no answers.",
+        ),
+        (
             ["select.method=greedy_kl", "select.measure.tokens=3_000_000"],
             "select.measure.tokens 3,000,000 are more than the 2,000,000 that data.heldout_tokens takes out of train",
         ),
@@ -333,6 +345,15 @@ def test_settings_of_another_method_of_selection_do_not_count(load):
     assert differences(load(), greedy[0]) == ["select.method: kl_guided -> greedy_kl"]
     less = load("select.method=greedy_kl", "select.measure.tokens=1024", "select.measure.kl_chunk=64")
     assert differences(greedy[0], less) == ["select.measure.tokens: 32_768 -> 1_024"]
+    mean = ("select.method=average_rank", "select.average_rank.of=[removal, kl_guided]")
+    asked = [load(*mean, *more) for more in ((), ("select.removal.rescore=5",), ("select.greedy_kl.rescore=5",))]
+    assert differences(asked[0], asked[1]) == ["select.removal.rescore: 3 -> 5"]
+    assert fingerprint(asked[0]) == fingerprint(asked[2]) != fingerprint(asked[1])
+    assert (asked[0].select.reads, asked[0].select.needs) == (
+        ("measure", "average_rank", "removal"),
+        {"student", "scores"},
+    )
+    assert load(text=to_yaml(asked[1])) == asked[1]
     keys = {f"select.{name}" for name in ("method", "budget", "layers", "seed", "uniform", "rank_by")}
     assert (
         _binding(load(), {"select"}).keys() == keys
@@ -373,6 +394,10 @@ def test_describe_lists_every_setting(load):
         (
             ["select.method=explicit", "select.layers=[1, 4]"],
             "select.layers names [4]; the model's layers are 0 to 3.",
+        ),
+        (
+            ["select.method=supernet", "select.supernet.sequence_length=8192"],
+            "select.supernet.sequence_length 8192 is beyond the 4096 tokens of context",
         ),
         (["distill.sequence_length=8192"], "distill.sequence_length 8192 is beyond the 4096 tokens of context"),
     ],

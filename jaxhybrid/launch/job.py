@@ -10,7 +10,6 @@ from jaxhybrid.errors import EXIT_TRY_AGAIN, ConfigError, TopologyError
 from jaxhybrid.launch.slices import Generation, Slice
 from jaxhybrid.model.partition import check_batch, mesh_sizes
 from jaxhybrid.settings.run import RunConfig
-from jaxhybrid.settings.select import TrainingConfig
 from jaxhybrid.settings.stages import STAGES, StageConfig
 
 MOUNT = "/mnt/runs"  # where the storage is on every host of a cloud
@@ -182,7 +181,5 @@ def _batches(config: RunConfig, devices: int) -> Iterator[tuple[str, int, int, i
     yield "evaluate", config.evaluate.batch_size, 1, config.evaluate.sequence_length
     for length in config.evaluate.lengths:
         yield "evaluate.lengths", devices, 1, length  # the number of rows is made to fit
-    if "measure" not in config.select.idle:
-        yield "select.measure", config.select.measure.batch_size, 1, config.select.measure.sequence_length
-    if isinstance(own := config.select.own, TrainingConfig):
-        yield f"select.{config.select.method}", own.batch_size, 1, own.sequence_length
+    for name, text in config.select.texts.items():
+        yield f"select.{name}", text.batch_size, 1, text.sequence_length

@@ -11,6 +11,7 @@ from jaxhybrid.checksums import MANIFEST, read_result, verify
 from jaxhybrid.disk import used_bytes
 from jaxhybrid.errors import RunError
 from jaxhybrid.report.table import evaluation_rows
+from jaxhybrid.selection.methods import METHODS
 from jaxhybrid.selection.ranking import CandidateScore
 from jaxhybrid.settings.stages import STAGES
 from jaxhybrid.train.metrics import Record, read_metrics, training_figures
@@ -33,13 +34,15 @@ def inspect_run(path: Path, check: bool = False) -> Found:
     config = reader.read(path / "config.yaml", _config) or {}
     layers = reader.read(path / "layers.json", _layers) or {}
     stages = {name: _stage(reader, path / name, config.get(name) or {}) for name in STAGES}
+    method = layers.get("method") or (config.get("select") or {}).get("method", "kl_guided")
     export = Path((config.get("export") or {}).get("folder") or path / "export").expanduser()
     report = path / "report" / "index.html"
     found = {
         "path": str(path),
         "name": config.get("name"),
         "teacher": config.get("teacher"),
-        "method": layers.get("method") or (config.get("select") or {}).get("method", "kl_guided"),
+        "method": method,
+        "needs_scores": _needs_scores(method, config.get("select") or {}),
         "softmax_layers": layers.get("softmax_layers"),
         "layers": stages["align"].pop("layers"),
         "stages": stages,
@@ -77,6 +80,12 @@ def _config(path: Path) -> Found:
     for section in (config, *(config.get(name) or {} for name in (*STAGES, "select", "export"))):
         section.keys()
     return config
+
+
+def _needs_scores(method: str, select: Found) -> bool:
+    """Whether the method rests on the score stage, or one of those that it asks."""
+    asked = (method, *((select.get(method) or {}).get("of") or ()))
+    return any(METHODS[name].needs == "scores" for name in asked if name in METHODS)
 
 
 def _layers(path: Path) -> Found:
@@ -145,7 +154,7 @@ def _seconds(records: list[Record]) -> float | None:
 
 def _next(found: Found) -> str:
     """The command to give next."""
-    needed = [name for name in STAGES if name != "score" or found["method"] == "kl_guided"]
+    needed = [name for name in STAGES if name != "score" or found["needs_scores"]]
     whole = all(found["stages"][name]["state"] == "done" for name in needed)
     if whole and all(found[name] for name in ("softmax_layers", "evaluation", "export", "report")):
         return f'jaxhybrid generate {shlex.quote(found["export"])} "The capital of France is"'

@@ -23,6 +23,7 @@ def choice(record: dict[str, Any]) -> str:
     """Of `layers.json`."""
     kept = f"select: {record['method']} keeps layers {record['softmax_layers']} softmax"
     cost, last = record["cost"], record.get("rounds", [{}])[-1]
+    last = {} if "of" in last else last  # the last set of a method that was asked is not the choice
     untrained = "" if cost["trained_tokens"] else " without training"
     reached = f", KL {last['kl']:.4f}{untrained}" if "kl" in last else ""
     spent = [f"{cost[name]:,} tokens {what}" for name, what in COSTS.items() if cost[name]]
@@ -35,7 +36,7 @@ def end_of_run(config: RunConfig, exported: Path, page: Path) -> str:
     distilled, choice = config.distill.tokens, ""
     if distilled >= FEW_TOKENS:
         return places
-    if config.select.method == "kl_guided":
+    if "scores" in config.select.needs:
         choice = f"It scored each layer on {config.score.tokens:,}, they on 200 million: the choice is mostly noise.\n"
     return (
         f"\nThis run distilled on {distilled:,} tokens; the papers use 600 million.\n{choice}"

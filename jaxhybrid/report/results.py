@@ -57,9 +57,9 @@ class Results:
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        """Of a greedy selection, as `layers.json` has them."""
+        """Of one greedy selection, as `layers.json` has them."""
         found = (self.layers or {}).get("rounds", [])
-        return found if found and found[0]["action"] == "start" else []
+        return found if found and found[0]["action"] == "start" and "of" not in found[0] else []
 
     @property
     def depth(self) -> int | None:

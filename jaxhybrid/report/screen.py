@@ -93,7 +93,7 @@ def _table(header: list[str], rows: list[list[Text]], left: int = 1) -> Table:
 
 
 def _state(name: str, stage: dict[str, Any], found: dict[str, Any]) -> str:
-    if name == "score" and stage["state"] == "not begun" and found["method"] != "kl_guided":
+    if name == "score" and stage["state"] == "not begun" and not found["needs_scores"]:
         return "not needed"
     if stage["state"] != "begun":
         return stage["state"]

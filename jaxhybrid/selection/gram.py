@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxhybrid.evaluate.answers import softmax_states
 from jaxhybrid.model.head import SHARERS, gathered, in_chunks, log_partition, own_columns
 from jaxhybrid.model.partition import BATCH_AXES, batch_spec, head_spec, on_shards, total
-from jaxhybrid.selection.masked import MaskedStudent
+from jaxhybrid.selection.masked import MaskedStudent, finite
 from jaxhybrid.stages.batch import Batch
 
 
@@ -71,6 +71,7 @@ def quadratic_kl(student: MaskedStudent, softmax_first: bool) -> QuadraticKl:
             sums[text] += np.asarray(add_up(hidden, batch, student.head), np.float64)
     counts = np.sum([student.counts(number) for number in range(student.batches)], axis=0)
     whole = np.einsum("t,tab->ab", np.array(student.shares) / counts, sums)
+    finite(float(whole.sum()), "quadratic form of the student's KL")
     return QuadraticKl(whole[1:, 1:], whole[0, 1:], 0.5 * float(whole[0, 0]))
 
 

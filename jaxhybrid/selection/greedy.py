@@ -49,6 +49,11 @@ class Search:
         """Of the set, on all tokens."""
         return self.rounds[-1]["kl"]
 
+    @property
+    def alike(self) -> bool:
+        """Whether the rounds are those of a search for any number of layers: else their tokens depend on it."""
+        return self._settings.first_tokens is None
+
     def step(self, action: str, options: dict[int, Kept]) -> int:
         """Takes the option, by layer, whose set has the lowest KL; ties go to the lower layer."""
         few = self._batches(len(self.rounds) - 1)

@@ -16,7 +16,7 @@ from jaxhybrid.evaluate.recall_prompts import RecallTask
 from jaxhybrid.losses import CHUNK_TOKENS, linear_cross_entropy, next_token_targets, squared_error
 from jaxhybrid.model.transformer import Model, hidden_states, outputs
 from jaxhybrid.selection.cosine import block_cosines
-from jaxhybrid.selection.prompts import Answered, Prompts, answer
+from jaxhybrid.selection.questions import Answered, Prompts, answer
 from jaxhybrid.stages.align import align_loss, linear_mixers
 from jaxhybrid.stages.batch import Batch, token_mask
 from jaxhybrid.stages.score import masked_kl
@@ -76,12 +76,7 @@ class MaskedStudent:
             sums.append([float(part) for part in parts])
         totals = np.sum(sums[:batches], axis=0) / np.sum([self.counts(i) for i in range(batches)], axis=0)
         value = float(np.dot(self.shares, totals))
-        if not math.isfinite(value):
-            raise DivergenceError(
-                f"The KL of the student with layers {list(name)} softmax is {value}. Align again at a lower "
-                "align.learning_rate."
-            )
-        return value
+        return finite(value, f"KL of the student with layers {list(name)} softmax")
 
     def of(self, student: Model) -> "MaskedStudent":
         """The same text, teacher and programs with other parameters of the student."""
@@ -100,31 +95,36 @@ class MaskedStudent:
         for number in range(self.batches):
             batches = self.placed(number)
             sums += np.array([self._cross_entropy(self.student, mask, batch) for batch in batches], np.float64)
-        return float(np.dot(self.shares, sums[:, 0] / sums[:, 1]))
+        value = float(np.dot(self.shares, sums[:, 0] / sums[:, 1]))
+        return finite(value, f"cross entropy of the student with layers {sorted(kept)} softmax")
 
     def answer(self, prompts: Prompts | RecallTask, kept: Collection[int], rows: int) -> Answered:
         """How well the student with the layers `kept` softmax answers; `rows` prompts at once."""
-        return answer(self.student, prompts, self._mask(kept), rows=rows, dtype=self.dtype)
+        found = answer(self.student, prompts, self._mask(kept), rows=rows, dtype=self.dtype)
+        finite(found.likelihood, f"log-likelihood of the answers of the student with layers {sorted(kept)} softmax")
+        return found
 
     def activation_errors(self) -> list[float]:
         """Mean squared difference of each layer's attention output and its aligned mixer's, for the teacher's input."""
-        mixers = linear_mixers(self.student.params)
         measure = partial(align_loss, config=self.student.config, dtype=self.dtype, distance=squared_error)
-        return self._layer_means(jax.jit(lambda batch: measure(mixers, self.teacher, batch)))
+        found = self._layer_means(measure, linear_mixers(self.student.params), self.teacher)
+        return [finite(value, f"error of the mixer of layer {layer}") for layer, value in enumerate(found)]
 
     def block_cosines(self) -> list[float]:
         """Mean cosine of what goes into each of the teacher's blocks and what comes out."""
-        return self._layer_means(jax.jit(lambda batch: block_cosines(self.teacher, batch, self.dtype)))
+        found, remedy = self._layer_means(partial(block_cosines, dtype=self.dtype), self.teacher), "Try dtype=float32."
+        return [finite(value, f"cosine of the teacher's block {layer}", remedy) for layer, value in enumerate(found)]
 
     def compiled(self) -> dict[str, int]:
         """How many executables each function has been compiled to."""
         used: dict[str, Any] = {"kl": self._kl, "teacher_forward": self._prepare}
         return {name: function._cache_size() for name, function in used.items()}
 
-    def _layer_means(self, measure: Any) -> list[float]:
-        """measure: [L] means over the tokens of a batch."""
+    def _layer_means(self, measure: Any, *models: Any) -> list[float]:
+        """measure: of models and a batch, [L] means over its tokens."""
+        compiled = jax.jit(measure)
         weights = [self.counts(number)[0] for number in range(self.batches)]
-        means = [np.asarray(measure(self.placed(number)[0]), np.float64) for number in range(self.batches)]
+        means = [np.asarray(compiled(*models, self.placed(number)[0]), np.float64) for number in range(self.batches)]
         return np.average(means, axis=0, weights=weights).tolist()
 
     def _mask(self, kept: Collection[int]) -> np.ndarray:
@@ -142,6 +142,13 @@ class MaskedStudent:
         if number not in self._counts:
             self._counts[number] = [max(float(batch["count"]), 1.0) for batch in self.placed(number)]
         return self._counts[number]
+
+
+def finite(value: float, what: str, remedy: str = "Align again at a lower align.learning_rate.") -> float:
+    """The value. Raises DivergenceError if it is no number."""
+    if not math.isfinite(value):
+        raise DivergenceError(f"The {what} is {value}. {remedy}")
+    return value
 
 
 def _prepare(teacher: Model, batch: Batch, *, dtype: Any) -> Batch:

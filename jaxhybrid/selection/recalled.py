@@ -7,11 +7,9 @@ from pydantic import Field
 
 from jaxhybrid.evaluate.recall_prompts import RecallTask
 from jaxhybrid.selection.choice import Given
-from jaxhybrid.selection.prompts import Answered, recall_prompts
+from jaxhybrid.selection.questions import Answered, recall_prompts
 from jaxhybrid.settings.select import MethodConfig
 from jaxhybrid.settings.types import Count, about
-
-SEED = 1  # of prompts for a choice; those of the evaluation have 0
 
 
 class RecallMeasureConfig(MethodConfig):
@@ -32,7 +30,7 @@ class ReplacedOnce:
     def prompts(self) -> RecallTask:
         name, context = self._given.settings.method, self.student.teacher.config.max_position_embeddings
         vocabulary, wanted = self._given.vocabulary(), self._settings
-        return recall_prompts(vocabulary, wanted.pairs, wanted.samples, SEED, context, f"select.{name}.pairs")
+        return recall_prompts(vocabulary, wanted.pairs, wanted.samples, context, f"select.{name}.pairs")
 
     def whole(self) -> Answered:
         return self._answer(frozenset())

@@ -18,6 +18,7 @@ from jaxhybrid.train.interrupt import stop_between
 #   forward_tokens  tokens that went through a model for it; trained_tokens: through one in training
 #   beam, tried     of several sets what each keeps and its KL
 #   finer           a second score for each layer, which decides between equal ones
+#   of              of several methods' rounds the one whose it is: then they are no search that ends at the choice
 #   answered        how well the teacher answers the questions that a score rests on
 Round = dict[str, Any]
 
@@ -49,6 +50,11 @@ class RoundLog:
             hosts.say(_told(self._rounds[-1]))
         self._next += 1
         return self._rounds[self._next - 1]
+
+    def all_or_none(self, count: int) -> None:
+        """The next `count` rounds are gone on with only if all were written: what they measure is not kept."""
+        if len(self._rounds) < self._next + count:
+            del self._rounds[self._next :]
 
     def _read(self) -> list[Round]:
         if self._file is None or not self._file.exists():

@@ -27,15 +27,16 @@ def train_supernet(
 
     Every step draws how many layers are softmax, 0 to `most`, and which; that is traced, so one program does it.
     """
-    model, teacher, dtype = student.student, student.teacher, student.dtype
-    with_mixers = partial(_with_mixers, model)
+    dtype = student.dtype
 
-    def step(state: TrainState, mask: jax.Array, teacher: Model, batch: Batch) -> tuple[TrainState, jax.Array]:
+    def step(
+        state: TrainState, mask: jax.Array, model: Model, teacher: Model, batch: Batch
+    ) -> tuple[TrainState, jax.Array]:
         hidden = hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=dtype)
         batch, counted = {**batch, "teacher_hidden": hidden}, token_mask(batch["segment_ids"])
 
         def loss(mixers: Params) -> jax.Array:
-            own = with_mixers(mixers)
+            own = _with_mixers(model, mixers)
             kl = masked_kl(
                 own, mask, batch, counted, teacher.head, dtype=dtype, remat="block", chunk_tokens=student.chunk_tokens
             )
@@ -44,20 +45,19 @@ def train_supernet(
         value, gradients = jax.value_and_grad(loss)(state.params)
         return update(state, gradients, optimizer)[0], value
 
-    mixers = jax.tree.map(lambda w: w.astype(jnp.float32), linear_mixers(model.params))
+    mixers = jax.tree.map(lambda w: w.astype(jnp.float32), linear_mixers(student.student.params))
     optimizer = make_optimizer(settings, mixers)
     state = jax.jit(partial(start, optimizer=optimizer))(mixers)
     compiled, rng = jax.jit(step, donate_argnums=0), np.random.default_rng(seed)
     for number, rows in zip(range(settings.steps), batches):
         kept = rng.permutation(student.depth)[: rng.integers(most + 1)]
-        state, value = compiled(
-            state, np.isin(np.arange(student.depth), kept), teacher, place_batch(rows, student.mesh)
-        )
+        mask, batch = np.isin(np.arange(student.depth), kept), place_batch(rows, student.mesh)
+        state, value = compiled(state, mask, student.student, student.teacher, batch)
         if not np.isfinite(float(value)):
             raise DivergenceError(
                 f"The KL of the supernet is {float(value)} at step {number}. Lower select.supernet.learning_rate."
             )
-    return student.of(with_mixers(state.params))
+    return student.of(_with_mixers(student.student, state.params))
 
 
 def _with_mixers(student: Model, mixers: Params) -> Model:

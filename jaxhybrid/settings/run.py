@@ -179,8 +179,7 @@ def validate_against(config: RunConfig, model: ModelConfig) -> None:
         check_layers(config.select.layers, depth)
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.
     lengths = {name: getattr(config, name).sequence_length for name in ("align", "score", "distill", "evaluate")}
-    if "measure" not in config.select.idle:
-        lengths["select.measure"] = config.select.measure.sequence_length
+    lengths |= {f"select.{name}": text.sequence_length for name, text in config.select.texts.items()}
     given = [(f"{section}.sequence_length", length) for section, length in lengths.items()]
     given += [("evaluate.lengths", length) for length in config.evaluate.lengths]
     if config.evaluate.ruler.tasks:

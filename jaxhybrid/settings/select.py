@@ -10,7 +10,15 @@ from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, create_model, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.settings.budget import Budget
@@ -20,7 +28,9 @@ from jaxhybrid.settings.types import Count, Ints, RankBy, Section, UniformBy, ab
 class MeasureConfig(Section):
     """The text on which methods that measure the aligned student do so; docs/selection.md says which do."""
 
-    source: Literal["heldout", "train"] = about("heldout", "held-out text, or the training text's first batches")
+    source: Literal["heldout", "train"] = about(
+        "heldout", "held-out text, or training text in an order that no stage sees"
+    )
     tokens: Count = about(32_768, "tokens, padding included; whole batches that hold them are taken")
     sequence_length: Annotated[int, Field(ge=2)] = about(512, "tokens of a row")
     batch_size: Count = about(16, "rows run at once")
@@ -41,6 +51,11 @@ class MeasureConfig(Section):
 
 class MethodConfig(Section):
     """Settings of one method."""
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """Other methods that this one asks."""
+        return ()
 
     def trouble(self, measure: MeasureConfig) -> str | None:
         """What of these settings does not go with `select.measure`, in words."""
@@ -89,14 +104,30 @@ class SelectConfig(Section):
         return getattr(self, self.method, None) if methods()[self.method].settings else None
 
     @property
+    def asked(self) -> tuple[str, ...]:
+        """The method, and those that it asks."""
+        return (self.method, *(self.own.asks if self.own else ()))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What they need: see `Method.needs`."""
+        return frozenset(methods()[name].needs for name in self.asked)
+
+    @property
     def reads(self) -> tuple[str, ...]:
-        """The sections that the method reads; the others are not part of what it gives."""
-        method = methods()[self.method]
-        return ("measure",) * method.measures_text + (self.method,) * (method.settings is not None)
+        """The sections that they read; the others are not part of what the method gives."""
+        sections = tuple(name for name in self.asked if methods()[name].settings is not None)
+        return ("measure",) * any(methods()[name].measures_text for name in self.asked) + sections
+
+    @property
+    def texts(self) -> "dict[str, MeasureConfig | TrainingConfig]":
+        """Of these sections, those that say what rows of text are run."""
+        read = {name: getattr(self, name) for name in self.reads}
+        return {name: text for name, text in read.items() if isinstance(text, MeasureConfig | TrainingConfig)}
 
     @property
     def idle(self) -> frozenset[str]:
-        """Sections that the method does not read."""
+        """Sections that neither the method nor those that it asks read."""
         sections = {name for name, method in methods().items() if method.settings is not None}
         return frozenset((sections | {"measure"}) - set(self.reads))
 
@@ -129,11 +160,13 @@ class SelectConfig(Section):
             )
         if self.layers is not None and (len(set(self.layers)) != len(self.layers) or self.budget != len(self.layers)):
             raise ValueError(f"layers {list(self.layers)} must be different ones and as many as budget {self.budget}")
-        if trouble := self.own and self.own.trouble(self.measure):
-            raise ValueError(f"{self.method}.{trouble}")
-        method = methods()[self.method]
-        if self.measure.recall and method.measures_text and not method.answers:
-            raise ValueError(f"measure.recall is {self.measure.recall}, but method {self.method!r} counts no answers")
+        for name in self.asked:
+            method = methods()[name]
+            section = getattr(self, name, None) if method.settings else None
+            if trouble := section and section.trouble(self.measure):
+                raise ValueError(f"{name}.{trouble}")
+            if self.measure.recall and method.measures_text and not method.answers:
+                raise ValueError(f"measure.recall is {self.measure.recall}, but method {name!r} counts no answers")
         return self
 
 
@@ -159,8 +192,8 @@ def _read(value: Any, _: ValidatorFunctionWrapHandler) -> SelectConfig:
     return SelectConfig.whole().model_validate(value)
 
 
-# A section of a config: `SelectConfig` as it is when all methods are known.
-Select = Annotated[SelectConfig, WrapValidator(_read)]
+# A section of a config: `SelectConfig` as it is when all methods are known; written with their sections, too.
+Select = Annotated[SerializeAsAny[SelectConfig], WrapValidator(_read)]
 
 
 def select_config(**settings: Any) -> SelectConfig:

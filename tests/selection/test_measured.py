@@ -2,6 +2,7 @@
 rankings against plain loops over the layers, what is compiled, resumed and split over devices."""
 
 import json
+import warnings
 from functools import cache, partial
 
 import jax
@@ -18,6 +19,7 @@ from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, embed, forward, model_variables, token_context
 from jaxhybrid.selection.choice import Given
+from jaxhybrid.selection.gram import quadratic_kl
 from jaxhybrid.selection.masked import MaskedStudent
 from jaxhybrid.selection.methods import choose, layer_types
 from jaxhybrid.selection.rounds import RoundLog
@@ -196,6 +198,14 @@ def test_swaps_leave_a_place_that_greedy_cannot():
     assert list(swapped.nested) == [2]  # the first one of it is not what greedy gives for one layer
 
 
+@pytest.mark.parametrize(("method", "whole"), [("greedy_kl", [1, 2]), ("removal", [2, 3, 4])])
+def test_rounds_whose_tokens_depend_on_the_budget_say_nothing_of_others(method, whole):
+    """For one layer, or three, the rounds would take other tokens, and might keep other layers."""
+    made = Made(lambda kept: 1.0 - 0.2 * len(kept))
+    assert list(select(made, method=method, budget=2).nested) == whole
+    assert list(select(made, method=method, budget=2, **{method: {"first_tokens": ROWS * LENGTH}}).nested) == [2]
+
+
 def test_greedy_stops_at_a_kl_that_is_low_enough():
     kl = lambda kept: 1.0 - 0.2 * len(kept)  # noqa: E731
     assert select(Made(kl), method="greedy_kl", budget=4, greedy_kl={"stop_kl": 0.61}).layers == (0, 1)
@@ -298,9 +308,30 @@ def test_perplexity_is_of_the_teacher_with_one_layer_replaced(models, student):
     assert select(student, method="perplexity", budget=2).importance[3] == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("measure", ["activation_errors", "block_cosines"])
+def test_weights_are_no_constants_of_a_program(student, measure):
+    """Several processes cannot compile one that holds them."""
+    jax.config.update("jax_captured_constants_warn_bytes", 1000)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            getattr(student, measure)()
+    finally:
+        jax.config.update("jax_captured_constants_warn_bytes", 2 * 10**9)
+
+
 def test_a_kl_that_is_no_number_is_refused(models):
     teacher, linear = models
     broken = jax.tree.map(lambda w: w * np.nan, linear.params["mixers"])
     student = measured((teacher, Model({**linear.params, "mixers": broken}, linear.config)))
     with pytest.raises(DivergenceError, match=r"layers \[1\] softmax is nan. Align again at a lower"):
         student.kl([1])
+    with pytest.raises(DivergenceError, match=r"cross entropy of the student with layers \[1\] softmax is nan"):
+        student.cross_entropy([1])
+    with pytest.raises(DivergenceError, match="error of the mixer of layer 0 is nan"):
+        student.activation_errors()
+    with pytest.raises(DivergenceError, match="quadratic form of the student's KL is nan"):
+        quadratic_kl(student, softmax_first=True)
+    student.teacher = Model(jax.tree.map(lambda w: w * np.nan, teacher.params), teacher.config)
+    with pytest.raises(DivergenceError, match=r"block 0 is nan\. Try dtype=float32"):
+        student.block_cosines()

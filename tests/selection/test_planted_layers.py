@@ -21,7 +21,7 @@ from jaxhybrid.selection.ablated import ablated_states
 from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.gated import gated_kl, gated_states
 from jaxhybrid.selection.gram import quadratic_kl
-from jaxhybrid.selection.methods import METHODS, choose
+from jaxhybrid.selection.methods import METHODS, choose, supernet
 from jaxhybrid.selection.methods.joint_gates import train_gates
 from jaxhybrid.selection.rounds import RoundLog
 from jaxhybrid.selection.supernet import train_supernet
@@ -229,6 +229,24 @@ def test_a_supernet_is_nearer_to_the_teacher_and_leaves_the_student_as_it_is(sel
     assert found.cost == (30 * ROWS * LENGTH + MEASURE["tokens"] * (2 + 4 + 5), 30 * ROWS * LENGTH)
 
 
+def test_a_supernet_search_that_was_stopped_begins_again(select, tmp_path, monkeypatch):
+    """Its mixers are gone: no round of theirs is mixed with those of others."""
+    trained = iter([Made(lambda kept: 9.0 - len(kept)), Made(lambda kept: 5.0 - len(kept))])
+    monkeypatch.setattr(supernet, "train_supernet", lambda *_: next(trained))
+
+    class Breaks(RoundLog):
+        def round(self, compute):
+            if self._next == 2:
+                raise OSError("the machine went away")
+            return super().round(compute)
+
+    with pytest.raises(OSError, match="the machine"):
+        select("supernet", log=Breaks(tmp_path / "rounds.json"), **TRAINING)
+    found = select("supernet", log=RoundLog(tmp_path / "rounds.json"), **TRAINING)
+    assert [one["kl"] for one in found.rounds] == [5.0, 4.0, 3.0]
+    assert select("supernet", log=RoundLog(tmp_path / "rounds.json"), **TRAINING).rounds == found.rounds  # untrained
+
+
 def test_a_beam_finds_a_pair_that_greedy_cannot(select):
     """0 is best alone, but 1 and 2 together are better than 0 with any other."""
     values = {frozenset({0}): 2.0, frozenset({1, 2}): 0.5}
@@ -250,7 +268,8 @@ def test_the_average_of_ranks_by_hand(select):
     made.depth = DEPTH
     found = select("average_rank", made=made)
     assert found.importance == {0: -1.0, 1: -0.5, 2: -2.0, 3: -2.5}
-    assert (found.layers, len(found.rounds)) == ((0, 1), 2)
+    assert found.layers == (0, 1)
+    assert [one["of"] for one in found.rounds] == ["single_kl", "replacement_kl"]
     with pytest.raises(ConfigError, match="names greedy_kl, which ranks no more than"):
         select("average_rank", made=made, of=("single_kl", "greedy_kl"))
 

@@ -22,7 +22,7 @@ from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.methods import METHODS, choose
 from jaxhybrid.selection.methods.diagnostic import CommonWords, FrequentWords, MultihopRecall, VariableTracking
 from jaxhybrid.selection.methods.halo_ratio import ratios
-from jaxhybrid.selection.prompts import answer, prompts_of
+from jaxhybrid.selection.questions import answer, prompts_of
 from jaxhybrid.settings.select import select_config
 from tests.oracles import row
 from tests.selection import planted

@@ -10,6 +10,7 @@ from jaxhybrid import pipeline as module
 from jaxhybrid.assembly import RunModels
 from jaxhybrid.pipeline import Pipeline
 from jaxhybrid.settings.read import load_config
+from jaxhybrid.settings.stages import STAGES
 from tests.tiny import stop_rule
 
 # By held-out KL 1 is best and 3 next; by training KL 0 is, and 1 next.
@@ -63,6 +64,18 @@ def test_uniform_keeps_the_layers_that_are_asked_for(opened, setting, kept):
     run = opened("select.method=uniform", "select.budget=2", f"select.uniform={setting}")
     assert run.select() == kept
     assert read(run, "layers")["other_budgets"] == {"2": list(kept)}
+
+
+def test_a_choice_measures_on_other_rows_than_it_trains_on(opened):
+    run = opened("select.method=supernet", "select.measure.source=train")
+    vars(run)["text"] = MagicMock()
+    run._measured_texts()
+    with run._given(run.config.select, None, None).training(run.config.select.supernet):
+        pass
+    for stage in STAGES:
+        run.stream(stage)
+    seeds = [call.args[1] for call in run.text.training_batches.call_args_list]
+    assert len(seeds) == len(set(seeds)) == 2 + len(STAGES)
 
 
 @pytest.mark.parametrize(

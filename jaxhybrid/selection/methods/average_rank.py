@@ -20,6 +20,10 @@ class AverageRankConfig(MethodConfig):
         "methods that rank every layer; kl_guided asks for scores: `jaxhybrid score` makes them",
     )
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        return self.of
+
     def trouble(self, measure: MeasureConfig) -> str | None:
         unknown = [name for name in self.of if name not in methods() or name == "average_rank"]
         return f"of names {unknown}; it takes other methods" if unknown else None
@@ -37,7 +41,7 @@ def choose(given: Given, count: int) -> Choice:
         if len(found.order) < given.depth:
             raise ConfigError(f"select.average_rank.of names {name}, which ranks no more than the layers it keeps.")
         ranks.append(np.argsort(found.order))
-        rounds += found.rounds
+        rounds += [one | {"of": name} for one in found.rounds]
         trained += found.trained_tokens
     importance = {layer: -float(rank) for layer, rank in enumerate(np.mean(ranks, axis=0))}
     return ranked(importance, count, rounds=rounds, trained_tokens=trained)

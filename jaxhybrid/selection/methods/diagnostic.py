@@ -20,16 +20,15 @@ from scipy.special import zeta
 from jaxhybrid import hosts
 from jaxhybrid.data.packing import hash_seed
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.evaluate.recall_prompts import NAMES
+from jaxhybrid.evaluate.words import NAMES, between, pick, shuffled
 from jaxhybrid.selection.ablated import ablated_states
 from jaxhybrid.selection.choice import Choice, Given, Method, ranked
-from jaxhybrid.selection.prompts import answer, prompts_of
+from jaxhybrid.selection.questions import answer, prompts_of
 from jaxhybrid.selection.rounds import Round, by_layer, from_layers
 from jaxhybrid.settings.select import MeasureConfig, MethodConfig
 from jaxhybrid.settings.types import Count, about, free
 
 TRIES = 10_000  # lists drawn until three words are ahead of each other and of the rest
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DiagnosticConfig(MethodConfig):
@@ -65,32 +64,32 @@ class AssociativeRecall(DiagnosticConfig):
         return f"asked {self.asked} is more than the {self.pairs} of pairs" if self.asked > self.pairs else None
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
-        names = _drawn(rng, NAMES, self.pairs)
-        values = {name: _below(rng, 10) for name in names}
-        asked = _drawn(rng, names, self.asked)
+        names = shuffled(rng, NAMES)[: self.pairs]
+        values = {name: between(rng, 0, 10) for name in names}
+        asked = shuffled(rng, names)[: self.asked]
         return _ask_values(values, asked, sum(values[name] for name in asked))
 
 
 class MultihopRecall(AssociativeRecall):
     """As associative_recall, but a name may stand for another one's digit."""
 
-    alias: Share = about(0.4, "share of names with another name in place of a digit")
+    alias: Annotated[float, Field(ge=0, le=1)] = about(0.4, "share of names with another name in place of a digit")
     hops: Count = about(2, "most names between a name and its digit")
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
-        names = _drawn(rng, NAMES, self.pairs)
+        names = shuffled(rng, NAMES)[: self.pairs]
         listed, values, depths = dict[str, Any](), dict[str, int](), dict[str, int]()
         for name in names:
             # Of the names before it that are not too deep; deeper ones more often, as many times as they have hops.
             parents = [other for other, depth in depths.items() if depth < self.hops for _ in range(depth + 1)]
             if parents and rng.random() < self.alias:
-                parent = parents[_below(rng, len(parents))]
+                parent = pick(rng, parents)
                 listed[name], values[name], depths[name] = parent, values[parent], depths[parent] + 1
             else:
-                listed[name] = values[name] = _below(rng, 10)
+                listed[name] = values[name] = between(rng, 0, 10)
                 depths[name] = 0
         # One that stands for another first, if there is any.
-        asked = sorted(_drawn(rng, names, None), key=lambda name: not depths[name])[: self.asked]
+        asked = sorted(shuffled(rng, names), key=lambda name: not depths[name])[: self.asked]
         return _ask_values(listed, asked, sum(values[name] for name in asked))
 
 
@@ -102,20 +101,20 @@ class VariableTracking(DiagnosticConfig):
     noise: Annotated[float, Field(ge=0)] = about(1.0, "other lines, as a multiple of those of the chains")
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
-        letters = _drawn(rng, ascii_uppercase, self.chains + 7)
+        letters = shuffled(rng, ascii_uppercase)[: self.chains + 7]
         numbers: list[int] = []
         while len(numbers) < self.chains:
-            if (number := 10_000 + _below(rng, 90_000)) not in numbers:
+            if (number := between(rng, 10_000, 100_000)) not in numbers:
                 numbers.append(number)
         lines = []
         for letter, number in zip(letters, numbers):
             lines += [f"{letter}1 = {number}", *(f"{letter}{i} = {letter}{i - 1}" for i in range(2, self.hops + 2))]
         others = letters[self.chains :]
         for _ in range(round(self.noise * len(lines))):
-            name = f"{others[_below(rng, len(others))]}{1 + _below(rng, 9)}"
-            number = 10_000 + _below(rng, 90_000)
+            name = f"{pick(rng, others)}{between(rng, 1, 10)}"
+            number = between(rng, 10_000, 100_000)
             lines.append("..." if rng.random() < 0.5 or number in numbers else f"{name} = {number}")
-        text = "\n".join(_drawn(rng, lines, len(lines)))
+        text = "\n".join(shuffled(rng, lines))
         held = " ".join(f"{letters[0]}{i}" for i in range(1, self.hops + 2))
         return f"Variables.\n\n{text}\n\nWhich variables hold the number {numbers[0]}?\nAnswer:", f" {held}"
 
@@ -128,9 +127,9 @@ class CommonWords(DiagnosticConfig):
     common_times: Annotated[int, Field(ge=2)] = about(2, "times of a common word; of the others once")
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
-        words = _drawn(rng, _words(self.common + self.uncommon + 16), self.common + self.uncommon)
+        words = shuffled(rng, _words(self.common + self.uncommon + 16))[: self.common + self.uncommon]
         common = words[: self.common]
-        listed = _drawn(rng, common * self.common_times + words[self.common :], None)
+        listed = shuffled(rng, common * self.common_times + words[self.common :])
         found = " ".join(sorted(common, key=listed.index))
         question = f"Which {self.common} words are in the list more than once?"
         return f"A list of words.\n\n{' '.join(listed)}\n\n{question}\nAnswer:", f" {found}"
@@ -144,7 +143,7 @@ class FrequentWords(DiagnosticConfig):
     alpha: Annotated[float, Field(gt=1)] = about(2.0, "exponent of the law; more makes frequent words more frequent")
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
-        kinds = _drawn(rng, _words(self.vocabulary), None)
+        kinds = shuffled(rng, _words(self.vocabulary))
         ranks = np.arange(1, self.vocabulary)
         weights = [*(ranks**-self.alpha), float(zeta(self.alpha, self.vocabulary))]  # the tail is the last word's
         ends = np.array(list(accumulate(weights)))
@@ -197,16 +196,6 @@ def choose(given: Given, count: int) -> Choice:
 def _ask_values(listed: dict[str, Any], asked: Sequence[str], value: int) -> tuple[str, str]:
     lines = "\n".join(f"{name}: {held}" for name, held in listed.items())
     return f"Names and values.\n\n{lines}\n\nAsked for.\n\n{' + '.join(asked)}:", f" {value}"
-
-
-def _below(rng: random.Random, end: int) -> int:
-    return int(end * rng.random())
-
-
-def _drawn(rng: random.Random, values: Sequence[str], number: int | None) -> list[str]:
-    """So many of the values, or all of them, in a random order."""
-    keys = [rng.random() for _ in values]
-    return [values[index] for index in sorted(range(len(values)), key=keys.__getitem__)[:number]]
 
 
 def _words(number: int) -> list[str]:

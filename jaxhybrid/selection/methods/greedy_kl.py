@@ -38,14 +38,15 @@ def choose(given: Given, count: int) -> Choice:
     while len(order) < count and not (order and settings.stop_kl and search.kl <= settings.stop_kl):
         options = {layer: search.kept | {layer} for layer in range(depth) if layer not in search.kept}
         order.append(search.step("keep", options))
-    moved = settings.swaps and _exchange(search, order, depth)
-    least = len(order) if moved else 1
+    if settings.swaps:
+        _exchange(search, order, depth)
+    least = 1 if search.alike and not settings.swaps else len(order)
     return Choice(tuple(sorted(order)), tuple(order), range(least, len(order) + 1), rounds=search.rounds)
 
 
-def _exchange(search: Search, order: list[int], depth: int) -> bool:
-    """Exchanges layers of `order` until no exchange of one lowers the KL; whether any did."""
-    moved, unchanged, place = False, 0, 0
+def _exchange(search: Search, order: list[int], depth: int) -> None:
+    """Exchanges layers of `order` until no exchange of one lowers the KL."""
+    unchanged, place = 0, 0
     while unchanged < len(order) and len(order) < depth:
         out, kept = order[place], search.kept
         options = {layer: kept - {out} | {layer} for layer in range(depth) if layer not in kept}
@@ -53,9 +54,8 @@ def _exchange(search: Search, order: list[int], depth: int) -> bool:
         if layer is None:
             unchanged += 1
         else:
-            order[place], unchanged, moved = layer, 1, True
+            order[place], unchanged = layer, 1
         place = (place + 1) % len(order)
-    return moved
 
 
 METHODS = {"greedy_kl": Method(choose, "student", GreedyKlConfig, answers=True)}

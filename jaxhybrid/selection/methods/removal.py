@@ -15,7 +15,8 @@ def choose(given: Given, count: int) -> Choice:
     while len(search.kept) > count:
         dropped.append(search.step("drop", {layer: search.kept - {layer} for layer in sorted(search.kept)}))
     kept = tuple(sorted(search.kept))
-    return Choice(kept, (*kept, *reversed(dropped)), range(count, depth + 1), rounds=search.rounds)
+    nested = range(count, depth + 1 if search.alike else count + 1)
+    return Choice(kept, (*kept, *reversed(dropped)), nested, rounds=search.rounds)
 
 
 METHODS = {"removal": Method(choose, "student", RemovalConfig, answers=True)}

@@ -12,6 +12,7 @@ from jaxhybrid.evaluate.answers import NO_TOKEN, States, is_answer, read_answers
 from jaxhybrid.evaluate.recall_prompts import RecallTask, recall_task
 from jaxhybrid.model.transformer import Model
 
+CHOOSING_SEED = 1  # of the recall probe's prompts for a choice; those of the evaluation have 0
 ROUND_TO = 32  # kernels like round lengths
 
 
@@ -58,13 +59,13 @@ def prompts_of(vocabulary: Vocabulary, pairs: Sequence[tuple[str, str]], context
     return Prompts(tokens, np.array(starts)[:, None] - 1, answers)
 
 
-def recall_prompts(vocabulary: Vocabulary, pairs: int, prompts: int, seed: int, context: int, key: str) -> RecallTask:
-    """Prompts of the evaluation's recall probe; with another seed than its own, others.
+def recall_prompts(vocabulary: Vocabulary, pairs: int, prompts: int, context: int, key: str) -> RecallTask:
+    """Prompts as those of the evaluation's recall probe, others than its own.
 
     Raises:
         ConfigError: one is longer than `context`; calls the setting that gives `pairs` `key`.
     """
-    task = recall_task(vocabulary, pairs, prompts=prompts, seed=seed)
+    task = recall_task(vocabulary, pairs, prompts=prompts, seed=CHOOSING_SEED)
     if (longest := task.tokens.shape[1]) > context:
         raise ConfigError(
             f"{key} {pairs}: prompts take {longest} tokens, the teacher has a context of {context}. "
