@@ -1,7 +1,7 @@
 """Answers that models write, read by RULER's rules: how much is right, how deep, and what stands there instead.
 
-Prompts run in full batches of one shape, padded on the left by `generate`. A prompt that does not fit is an error: cut
-at the left it would lose what is asked for.
+Prompts run in full batches of one shape; each fills its row of the engine from the left. A prompt that does not fit is
+an error: cut at its beginning it would lose what is asked for.
 """
 
 import re
@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxhybrid.data.vocabulary import Vocabulary
-from jaxhybrid.decoding.generate import generate
+from jaxhybrid.decoding.engine import Engine, Request, rounded
+from jaxhybrid.decoding.generate import answered
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.bootstrap import mean_interval, ratio_interval
 from jaxhybrid.evaluate.prompts import Prompt, PromptSet
@@ -95,11 +96,12 @@ def write_answers(
     rows = min(max(batch_tokens // longest, 1), len(given.tokens))
     said = [""] * len(given.tokens)
     order = sorted(range(len(said)), key=lambda number: -len(given.tokens[number]))  # the largest shapes first
+    engine = Engine(model, rounded(rows), dtype=dtype)
     with tqdm(total=len(said), desc=label, disable=not label, leave=False) as bar:
         for group in batched(order, rows):
-            prompts = [given.tokens[number] for number in group]
-            prompts += prompts[-1:] * (rows - len(group))  # as many as in the others: programs are for a number of rows
-            written = generate(model, prompts, given.new_tokens, eos_ids=end_ids, dtype=dtype)
+            filled = [*group, *group[-1:] * (rows - len(group))]  # as many as in the others: one program
+            asked = [Request(given.tokens[number], given.new_tokens, end_ids=tuple(end_ids)) for number in filled]
+            written = answered(engine, dict(enumerate(asked)))
             for number, tokens in zip(group, written):
                 text = vocabulary.encoder.decode(tokens, skip_special_tokens=True)
                 said[number] = text.split(given.stop)[0] if given.stop else text
