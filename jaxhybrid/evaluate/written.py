@@ -118,6 +118,11 @@ def found_in(said: str, wanted: str) -> bool:
     return wanted.lower() in cleaned(said).lower()
 
 
+def named_in(said: str, word: str) -> bool:
+    """Whether it stands there as a whole: 'able' does not in 'table', nor 'harbor' in 'quiet-harbor'."""
+    return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", said, re.IGNORECASE) is not None
+
+
 def score(prompt: Prompt, said: str, scoring: str) -> float:
     """`all`: the share of the answers that is found in what is said; `part`: whether any is."""
     found = [found_in(said, answer) for answer in prompt.answers]
@@ -127,9 +132,10 @@ def score(prompt: Prompt, said: str, scoring: str) -> float:
 def written_figures(given: PromptSet, said: Sequence[str], vocabulary: Vocabulary) -> tuple[dict[str, Any], np.ndarray]:
     """Figures of one model, each a share with its 95 % interval over prompts; and the score of each prompt [P].
 
-    `score`: by the rule of the set; `first_token`: prompts whose answer begins as a right one does; `another`: prompts
-    that are not all right and hold an answer to another question (where there are such); `depths`: of the answers in
-    each fifth of the haystack, those that are found.
+    `score`: by the rule of the set; `first_token`: prompts whose answer begins as a right one does, in a numbered list
+    or not; `another`: prompts that are not all right and name an answer to another question (where there are such);
+    `depths`: of the answers in each fifth of the haystack, those that are found, a prompt counting once where its
+    answers are alternatives.
     """
     prompts = given.prompts
     scores = np.array([score(prompt, text, given.scoring) for prompt, text in zip(prompts, said)])
@@ -137,33 +143,37 @@ def written_figures(given: PromptSet, said: Sequence[str], vocabulary: Vocabular
     figures: dict[str, Any] = {"score": mean_interval(scores), "first_token": mean_interval(begins)}
     if any(prompt.others for prompt in prompts):
         pairs = zip(prompts, said, scores)
-        wrong = [own < 1 and any(found_in(text, other) for other in prompt.others) for prompt, text, own in pairs]
+        wrong = [own < 1 and any(named_in(text, other) for other in prompt.others) for prompt, text, own in pairs]
         figures["another"] = mean_interval(np.array(wrong, float))
     if all(prompt.depths for prompt in prompts):
-        figures["depths"] = _by_depth(prompts, said)
+        figures["depths"] = _by_depth(given, said, scores)
     return figures, scores
 
 
 def _begins_right(prompt: Prompt, said: str, vocabulary: Vocabulary) -> bool:
     """Whether what is said begins with the first token that says something of one of the answers."""
     said = cleaned(said)
+    beginnings = said, re.sub(r"^\d{1,2}\. +", "", said)
     for answer in prompt.answers:
         pieces = vocabulary.encoder.encode(f" {answer}", add_special_tokens=False).offsets
         end = next(end for _, end in pieces if f" {answer}"[:end].strip())
-        if said.startswith(f" {answer}"[:end].strip()):
+        if any(text.startswith(f" {answer}"[:end].strip()) for text in beginnings):
             return True
     return False
 
 
-def _by_depth(prompts: Sequence[Prompt], said: Sequence[str]) -> list[dict[str, float]]:
+def _by_depth(given: PromptSet, said: Sequence[str], scores: np.ndarray) -> list[dict[str, float]]:
     parts = []
     for first, end in DEPTHS:
-        counted, found = np.zeros(len(prompts)), np.zeros(len(prompts))
-        for number, (prompt, text) in enumerate(zip(prompts, said)):
-            for answer, depth in zip(prompt.answers, prompt.depths):
+        counted, found = np.zeros(len(said)), np.zeros(len(said))
+        for number, (prompt, text) in enumerate(zip(given.prompts, said)):
+            each = [(depth, found_in(text, answer)) for answer, depth in zip(prompt.answers, prompt.depths)]
+            if given.scoring == "part":  # alternatives, which stand in the same place
+                each = [(prompt.depths[0], scores[number])]
+            for depth, right in each:
                 if first <= depth < end or depth == end == 1.0:
                     counted[number] += 1
-                    found[number] += found_in(text, answer)
+                    found[number] += right
         if counted.any():
             parts.append({"first": first, "end": end, "answers": int(counted.sum()), **ratio_interval(found, counted)})
     return parts

@@ -220,19 +220,23 @@ def test_questions_have_their_documents_among_others(sets, data_files, tmp_path)
 
 
 def test_prompts_are_frozen(tmp_path):
-    first, again = (made(tmp_path, "niah_single_2", "cwe") for _ in range(2))
-    elsewhere = made(tmp_path / "other", "niah_single_2", "cwe")
+    first, again = (made(tmp_path, "niah_single_2", "cwe", "vt") for _ in range(2))
+    elsewhere = made(tmp_path / "other", "niah_single_2", "cwe", "vt")
     assert first == again == elsewhere
+    # Whatever is made before them.
+    behind = made(tmp_path / "behind", "vt", "cwe", "niah_single_2", lengths=(LENGTH + 300, LENGTH))
+    assert first == behind[:2:-1]
     path = tmp_path / f"niah_single_2-{LENGTH}.jsonl"
     written = path.read_text()
     path.write_text(written.replace("hidden", "hiding", 1))
     with pytest.warns(UserWarning, match="does not match its hash"):
         assert made(tmp_path, "niah_single_2")[0] == first[0]
     assert path.read_text() == written
-    path.write_text("?" + written)
-    with pytest.warns(UserWarning, match="no readable first line"):
-        made(tmp_path, "niah_single_2")
-    assert path.read_text() == written
+    for damaged in (b"?" + written.encode(), written.encode() + b"\xff"):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="not readable as prompts: it is damaged, and made again"):
+            made(tmp_path, "niah_single_2")
+        assert path.read_text() == written
     (other,) = made(tmp_path, "niah_single_2", seed=1)
     assert other.digest != first[0].digest
     assert not {prompt.answers for prompt in other.prompts} & {prompt.answers for prompt in first[0].prompts}

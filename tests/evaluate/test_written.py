@@ -72,6 +72,30 @@ def test_figures_are_plain_counts():
     assert chance(alone) is None
 
 
+def test_alternatives_are_one_answer_at_their_depth():
+    prompts = [Prompt("q", "", ("111", "222", "333"), depths=(0.1,) * 3), Prompt("q", "", ("444",), depths=(0.15,))]
+    figures, _ = written_figures(prompt_set(prompts, letters(), scoring="part"), ["222", "no"], letters())
+    (part,) = figures["depths"]
+    assert (part["share"], part["answers"]) == (0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "begins", "another"),
+    [
+        (" 1. able 2. table", True, False),  # as the solved example of cwe has it
+        ("able, quiet-harbor", True, False),
+        ("12. cable", False, False),
+        ("1234567. able", False, False),  # a number that is said, not a place in a list
+        ("the Harbor", False, True),
+        ("1. harbors\n2. HARBOR.", False, True),
+    ],
+)
+def test_words_are_read_with_and_without_numbers_and_whole(said, begins, another):
+    prompt = Prompt("q", "", ("able", "wolf"), ("harbor",))
+    figures, _ = written_figures(prompt_set([prompt], letters()), [said], letters())
+    assert (figures["first_token"]["share"], figures["another"]["share"]) == (begins, another)
+
+
 def test_chance_is_that_of_naming_values_at_random():
     prompts = [Prompt("", "", ("aa", "bb"), ("cc", "dd", "ee")), Prompt("", "", ("ff",), ("gg",))]
     rng = np.random.default_rng(0)
