@@ -219,7 +219,11 @@ def report(config: Config, overrides: Overrides = None) -> None:
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders that have an evaluation.")],
 ) -> None:
-    """Evaluations of several runs; those that differ in their seed alone become one row, with an interval."""
+    """Evaluations of several runs; those that differ in their seed alone become one row, with an interval.
+
+    Compared are perplexity, KL and agreement in rows of evaluate.sequence_length, recall, tasks with written answers
+    and lm-eval. Figures of further lengths and by position are in each run's report.
+    """
     from jaxhybrid.report.compare import compare_runs
     from jaxhybrid.report.table import aligned
 

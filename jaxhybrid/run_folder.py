@@ -5,6 +5,8 @@ runs/NAME/
   align/ score/ distill/ finetune/     metrics.jsonl, tensorboard/; checkpoints/ on the way, params/ and done.json after
   scores.json  layers.json  evaluation.json
   select/rounds.json                   of a selection that measures
+  prompts/TASK.jsonl                   of tasks with written answers, frozen
+  answers/MODEL/TASK.jsonl             what each model wrote, with its score
   export/  report/
 """
 

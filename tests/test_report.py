@@ -13,6 +13,7 @@ from matplotlib import image
 from jaxhybrid.errors import RunError
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.report.plots import _spread
+from jaxhybrid.report.table import lm_eval_rows
 from jaxhybrid.selection.ranking import CandidateScore, Scores
 from jaxhybrid.settings.budget import layers_in_budget
 
@@ -421,3 +422,21 @@ def test_a_ranking_without_scores_is_drawn(tmp_path):
     assert figures(tmp_path) == {"layer_importance"}
     assert "What cosine measured" in section(page, "scores")
     assert re.findall(r'class="softmax">(\d+)<', section(page, "layers")) == ["3"]
+
+
+def test_errors_of_lm_eval_stand_with_their_figures():
+    figures = {
+        "acc": 0.5,
+        "acc_stderr": 0.1,
+        "exact_match,strict": 0.25,
+        "exact_match_stderr,strict": 0.01,
+        "f1,x": 0.2,
+    }
+    header, rows = lm_eval_rows({"lm_eval": {"teacher": {"t": figures}, "distill": {"t": figures}}})
+    assert header == ["task of lm-eval", "figure", "teacher", "distill"]
+    assert rows == [
+        ["t", name, value, value]
+        for name, value in {
+            "acc": "0.5000 (+-0.1960)", "exact_match,strict": "0.2500 (+-0.0196)", "f1,x": "0.2000",
+        }.items()
+    ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Answers to prompts, all at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,7 +42,11 @@ def generate(
         check_request(request, number, model.config)
     if not requests:
         return []
-    engine = Engine(model, rounded(len(requests)), dtype=dtype)
+    return answered(Engine(model, rounded(len(requests)), dtype=dtype), requests)
+
+
+def answered(engine: Engine, requests: Mapping[int, Request]) -> list[list[int]]:
+    """New tokens for each of `requests`, which are of idle slots, the engine having no others."""
     engine.prefill(requests)
     answers: dict[int, list[int]] = {number: [] for number in requests}
     while engine.busy:

@@ -86,15 +86,15 @@ def frozen(path: Path, made_from: dict[str, Any], make: Callable[[], list[Prompt
     warned of and made again.
     """
     if path.exists():
-        head, *lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         try:
+            head, *lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             said = json.loads(head)
             if said["made_from"] == made_from:
                 if said["hash"] == _digest(lines):
                     return [_prompt(json.loads(line)) for line in lines], said["hash"]
                 warnings.warn(f"{path} does not match its hash: it is damaged, and made again.", stacklevel=2)
         except (ValueError, KeyError, TypeError):
-            warnings.warn(f"{path} has no readable first line: it is damaged, and made again.", stacklevel=2)
+            warnings.warn(f"{path} is not readable as prompts: it is damaged, and made again.", stacklevel=2)
     prompts = make()
     lines = [json.dumps(asdict(prompt), ensure_ascii=False) for prompt in prompts]
     digest = _digest(lines)

@@ -1,7 +1,7 @@
 """Answers that models write, read by RULER's rules: how much is right, how deep, and what stands there instead.
 
-Prompts run in full batches of one shape, padded on the left by `generate`. A prompt that does not fit is an error: cut
-at the left it would lose what is asked for.
+Prompts run in full batches of one shape; each fills its row of the engine from the left. A prompt that does not fit is
+an error: cut at its beginning it would lose what is asked for.
 """
 
 import re
@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxhybrid.data.vocabulary import Vocabulary
-from jaxhybrid.decoding.generate import generate
+from jaxhybrid.decoding.engine import Engine, Request, rounded
+from jaxhybrid.decoding.generate import answered
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.bootstrap import mean_interval, ratio_interval
 from jaxhybrid.evaluate.prompts import Prompt, PromptSet
@@ -95,11 +96,12 @@ def write_answers(
     rows = min(max(batch_tokens // longest, 1), len(given.tokens))
     said = [""] * len(given.tokens)
     order = sorted(range(len(said)), key=lambda number: -len(given.tokens[number]))  # the largest shapes first
+    engine = Engine(model, rounded(rows), dtype=dtype)
     with tqdm(total=len(said), desc=label, disable=not label, leave=False) as bar:
         for group in batched(order, rows):
-            prompts = [given.tokens[number] for number in group]
-            prompts += prompts[-1:] * (rows - len(group))  # as many as in the others: programs are for a number of rows
-            written = generate(model, prompts, given.new_tokens, eos_ids=end_ids, dtype=dtype)
+            filled = [*group, *group[-1:] * (rows - len(group))]  # as many as in the others: one program
+            asked = [Request(given.tokens[number], given.new_tokens, end_ids=tuple(end_ids)) for number in filled]
+            written = answered(engine, dict(enumerate(asked)))
             for number, tokens in zip(group, written):
                 text = vocabulary.encoder.decode(tokens, skip_special_tokens=True)
                 said[number] = text.split(given.stop)[0] if given.stop else text
@@ -116,6 +118,11 @@ def found_in(said: str, wanted: str) -> bool:
     return wanted.lower() in cleaned(said).lower()
 
 
+def named_in(said: str, word: str) -> bool:
+    """Whether it stands there as a whole: 'able' does not in 'table', nor 'harbor' in 'quiet-harbor'."""
+    return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", said, re.IGNORECASE) is not None
+
+
 def score(prompt: Prompt, said: str, scoring: str) -> float:
     """`all`: the share of the answers that is found in what is said; `part`: whether any is."""
     found = [found_in(said, answer) for answer in prompt.answers]
@@ -125,9 +132,10 @@ def score(prompt: Prompt, said: str, scoring: str) -> float:
 def written_figures(given: PromptSet, said: Sequence[str], vocabulary: Vocabulary) -> tuple[dict[str, Any], np.ndarray]:
     """Figures of one model, each a share with its 95 % interval over prompts; and the score of each prompt [P].
 
-    `score`: by the rule of the set; `first_token`: prompts whose answer begins as a right one does; `another`: prompts
-    that are not all right and hold an answer to another question (where there are such); `depths`: of the answers in
-    each fifth of the haystack, those that are found.
+    `score`: by the rule of the set; `first_token`: prompts whose answer begins as a right one does, in a numbered list
+    or not; `another`: prompts that are not all right and name an answer to another question (where there are such);
+    `depths`: of the answers in each fifth of the haystack, those that are found, a prompt counting once where its
+    answers are alternatives.
     """
     prompts = given.prompts
     scores = np.array([score(prompt, text, given.scoring) for prompt, text in zip(prompts, said)])
@@ -135,33 +143,37 @@ def written_figures(given: PromptSet, said: Sequence[str], vocabulary: Vocabular
     figures: dict[str, Any] = {"score": mean_interval(scores), "first_token": mean_interval(begins)}
     if any(prompt.others for prompt in prompts):
         pairs = zip(prompts, said, scores)
-        wrong = [own < 1 and any(found_in(text, other) for other in prompt.others) for prompt, text, own in pairs]
+        wrong = [own < 1 and any(named_in(text, other) for other in prompt.others) for prompt, text, own in pairs]
         figures["another"] = mean_interval(np.array(wrong, float))
     if all(prompt.depths for prompt in prompts):
-        figures["depths"] = _by_depth(prompts, said)
+        figures["depths"] = _by_depth(given, said, scores)
     return figures, scores
 
 
 def _begins_right(prompt: Prompt, said: str, vocabulary: Vocabulary) -> bool:
     """Whether what is said begins with the first token that says something of one of the answers."""
     said = cleaned(said)
+    beginnings = said, re.sub(r"^\d{1,2}\. +", "", said)
     for answer in prompt.answers:
         pieces = vocabulary.encoder.encode(f" {answer}", add_special_tokens=False).offsets
         end = next(end for _, end in pieces if f" {answer}"[:end].strip())
-        if said.startswith(f" {answer}"[:end].strip()):
+        if any(text.startswith(f" {answer}"[:end].strip()) for text in beginnings):
             return True
     return False
 
 
-def _by_depth(prompts: Sequence[Prompt], said: Sequence[str]) -> list[dict[str, float]]:
+def _by_depth(given: PromptSet, said: Sequence[str], scores: np.ndarray) -> list[dict[str, float]]:
     parts = []
     for first, end in DEPTHS:
-        counted, found = np.zeros(len(prompts)), np.zeros(len(prompts))
-        for number, (prompt, text) in enumerate(zip(prompts, said)):
-            for answer, depth in zip(prompt.answers, prompt.depths):
+        counted, found = np.zeros(len(said)), np.zeros(len(said))
+        for number, (prompt, text) in enumerate(zip(given.prompts, said)):
+            each = [(depth, found_in(text, answer)) for answer, depth in zip(prompt.answers, prompt.depths)]
+            if given.scoring == "part":  # alternatives, which stand in the same place
+                each = [(prompt.depths[0], scores[number])]
+            for depth, right in each:
                 if first <= depth < end or depth == end == 1.0:
                     counted[number] += 1
-                    found[number] += found_in(text, answer)
+                    found[number] += right
         if counted.any():
             parts.append({"first": first, "end": end, "answers": int(counted.sum()), **ratio_interval(found, counted)})
     return parts

@@ -95,14 +95,24 @@ def lm_eval_rows(result: dict[str, Any]) -> tuple[list[str], Rows]:
     found = {(task, name) for tasks in models.values() for task, figures in tasks.items() for name in figures}
 
     def cell(figures: dict[str, float], name: str) -> str:
-        error = figures.get(f"{name}_stderr")
+        error = figures.get(_error_of(name))
         return f"{figures[name]:.4f}" + ("" if error is None else f" (+-{1.96 * error:.4f})")
 
     return ["task of lm-eval", "figure", *models], [
         [task, name, *(cell(tasks[task], name) for tasks in models.values())]
         for task, name in sorted(found)
-        if not name.endswith("_stderr")
+        if not is_error(name)
     ]
+
+
+def is_error(name: str) -> bool:
+    """Whether a figure of lm-eval is the standard error of another: 'acc_stderr', 'exact_match_stderr,strict-match'."""
+    return name.partition(",")[0].endswith("_stderr")
+
+
+def _error_of(name: str) -> str:
+    metric, comma, filtered = name.partition(",")
+    return f"{metric}_stderr{comma}{filtered}"
 
 
 def task_label(task: dict[str, Any]) -> str:

@@ -51,7 +51,9 @@ class RulerConfig(Section):
 class CompletionConfig(Section):
     """Texts that stop before a value that stands in them: FDA, SWDE, SQuAD (arXiv 2402.18668), or files like them."""
 
-    sources: Names = about((), "one task each: hub:ID[:CONFIG[:SPLIT]], or a file of parquet, arrow, jsonl or json")
+    sources: Names = about(
+        (), "one task each: hub:ID[:CONFIG[:SPLIT]], or a file of parquet, arrow, jsonl, json or csv"
+    )
     text_field: str = about("text", "column or field of the text that is to go on")
     answer_field: str = about("value", "column or field of the value that comes next")
     samples: Count | None = about(None, "first rows of each source; null: all")

@@ -7,7 +7,7 @@ from itertools import product
 from typing import get_args
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError, DataError
@@ -220,8 +220,8 @@ def test_questions_have_their_documents_among_others(sets, data_files, tmp_path)
 
 
 def test_prompts_are_frozen(tmp_path):
-    first, again = (made(tmp_path, "niah_single_2", "cwe") for _ in range(2))
-    elsewhere = made(tmp_path / "other", "niah_single_2", "cwe")
+    first, again = (made(tmp_path, "niah_single_2", "cwe", "vt") for _ in range(2))
+    elsewhere = made(tmp_path / "other", "niah_single_2", "cwe", "vt")
     assert first == again == elsewhere
     path = tmp_path / f"niah_single_2-{LENGTH}.jsonl"
     written = path.read_text()
@@ -229,13 +229,29 @@ def test_prompts_are_frozen(tmp_path):
     with pytest.warns(UserWarning, match="does not match its hash"):
         assert made(tmp_path, "niah_single_2")[0] == first[0]
     assert path.read_text() == written
-    path.write_text("?" + written)
-    with pytest.warns(UserWarning, match="no readable first line"):
-        made(tmp_path, "niah_single_2")
-    assert path.read_text() == written
+    for damaged in (b"?" + written.encode(), written.encode() + b"\xff"):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="not readable as prompts: it is damaged, and made again"):
+            made(tmp_path, "niah_single_2")
+        assert path.read_text() == written
     (other,) = made(tmp_path, "niah_single_2", seed=1)
     assert other.digest != first[0].digest
     assert not {prompt.answers for prompt in other.prompts} & {prompt.answers for prompt in first[0].prompts}
+
+
+def test_prompts_do_not_depend_on_those_before_them(tmp_path):
+    """With tokens whose number the drawn letters change, and so how much of a solved example fits."""
+    vocabulary = word_vocabulary()
+    vocabulary.encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Split(Regex("[A-M]"), "isolated")]
+    )
+    tasks, asker = ("vt", "cwe", "niah_single_2"), Asker(vocabulary, chat=False)
+
+    def of(lengths, tasks):
+        settings = RulerConfig(tasks=tasks, lengths=lengths, samples=4, seed=0)
+        return ruler_prompts(settings, asker, tmp_path / f"{lengths[0]}")
+
+    assert of((LENGTH,), tasks) == of((LENGTH + 300, LENGTH), tasks[::-1])[:2:-1]
 
 
 def test_essays_may_be_ones_own(tmp_path):

@@ -13,7 +13,7 @@ from jaxhybrid.evaluate.ruler.task import Materials, Task
 from jaxhybrid.settings.evaluate import RulerConfig
 
 TASKS: dict[str, Task] = {task.name: task for file in (niah, vt, cwe, fwe, qa) for task in file.TASKS}
-FORM = 1  # raised when the same settings would give other prompts
+FORM = 2  # raised when the same settings would give other prompts
 
 
 def ruler_prompts(settings: RulerConfig, asker: Asker, folder: Path) -> list[PromptSet]:

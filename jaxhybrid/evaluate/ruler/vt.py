@@ -42,7 +42,7 @@ def _write(given: Given, size: int) -> Prompt:
         return largest(lambda size: len(prompt(example(size))) <= EXAMPLE_TOKENS, HOPS + 1) or HOPS + 1
 
     text, prefix, names, depths = _asked(given, "chain", size, letters_each=5)
-    solved = example(given.materials.once("size of the example", fitted))
+    solved = example(given.materials.once(f"size of the example of {given.length}", fitted))
     return Prompt(f"{solved}\n{text}", prefix, tuple(names), depths=tuple(depths))
 
 
