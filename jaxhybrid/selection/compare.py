@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import hypergeom, spearmanr
 
 from jaxhybrid.selection.choice import Choice
 from jaxhybrid.selection.ranking import jaccard
@@ -56,6 +55,8 @@ def comparison(lists: Sequence[Listed], depth: int, count: int) -> dict[str, Any
     `jaccard`: of these layers; `correlation`: Spearman's of the rankings, null where one is none. The layers that a
     published ranking leaves out share its last place.
     """
+    from scipy.stats import hypergeom  # half a second that no other verb should wait for
+
     pairs = [
         {
             "a": a.name,
@@ -81,6 +82,8 @@ def comparison(lists: Sequence[Listed], depth: int, count: int) -> dict[str, Any
 
 
 def _correlation(a: Listed, b: Listed, depth: int) -> float | None:
+    from scipy.stats import spearmanr
+
     if not a.order or not b.order:
         return None
     places = [[one.order.index(i) if i in one.order else len(one.order) for i in range(depth)] for one in (a, b)]

@@ -91,6 +91,7 @@ def compare(tmp_path, monkeypatch):
         (run / "score" / "scores" / f"{layer:03d}.json").write_text(json.dumps({"layer": layer, **curves}))
     files = SimpleNamespace(config=SimpleNamespace(num_layers=28))
     monkeypatch.setattr(RunModels, "teacher_files", files)
+    monkeypatch.delenv("COLUMNS", raising=False)  # a table for programs to read has no width
 
     def invoke(*options):
         result = CliRunner().invoke(app, ["select", str(tmp_path / "config.yaml"), *options])
