@@ -1,7 +1,8 @@
 """TPU slices and GPU nodes as plans see them: what their chips can do, and how they are joined.
 
 TPU figures are Google's per chip; the memory that a program may take of a device is what libtpu 0.0.50 allows. GPU
-figures are NVIDIA's data sheets, dense. Interconnect is what a chip sends, and receives, over one link or in all.
+figures are NVIDIA's data sheets, dense, and of the memory the share that the command line has JAX take. Interconnect is
+what a chip sends, and receives, over one link or in all.
 """
 
 import math
@@ -27,21 +28,22 @@ class Chip:
     usable_gib: float  # of a device, for programs
     memory_gbps: float
     link_gbps: float  # one way: of one link of a TPU's torus, of all links of a GPU
-    network_gbps: float  # one way, to other slices or nodes, of one chip
     devices: int = 1  # that JAX sees of a chip
+    network_gbps: float = 0.0  # one way, to other nodes, of one GPU
 
 
+GPU_SHARE = 0.95  # XLA_PYTHON_CLIENT_MEM_FRACTION, which cli.py sets
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", 275, 30.75, 1200, 45, 3.1),
-        Chip("v5e", "tpu", 197, 15.75, 819, 45, 3.1),
-        Chip("v5p", "tpu", 459, 95.73, 2765, 90, 6.25),
-        Chip("v6e", "tpu", 918, 31.24, 1638, 90, 12.5),
-        Chip("tpu7x", "tpu", 2307, 94.74, 7380, 90, 12.5, devices=2),
-        Chip("h100", "gpu", 989, 0.95 * 80 * 1e9 / 2**30, 3350, 450, 50),
-        Chip("h200", "gpu", 989, 0.95 * 141 * 1e9 / 2**30, 4800, 450, 50),
-        Chip("b200", "gpu", 2250, 0.95 * 180 * 1e9 / 2**30, 8000, 900, 50),
+        Chip("v4", "tpu", 275, 30.75, 1200, 45),
+        Chip("v5e", "tpu", 197, 15.75, 819, 45),
+        Chip("v5p", "tpu", 459, 95.73, 2765, 90),
+        Chip("v6e", "tpu", 918, 31.24, 1638, 90),
+        Chip("tpu7x", "tpu", 2307, 94.74, 7380, 90, devices=2),
+        Chip("h100", "gpu", 989, GPU_SHARE * 80 * 1e9 / 2**30, 3350, 450, network_gbps=50),
+        Chip("h200", "gpu", 989, GPU_SHARE * 141 * 1e9 / 2**30, 4800, 450, network_gbps=50),
+        Chip("b200", "gpu", 2250, GPU_SHARE * 180 * 1e9 / 2**30, 8000, 900, network_gbps=50),
     )
 }
 
