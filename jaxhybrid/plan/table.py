@@ -192,7 +192,10 @@ def suggestions_text(choices: Mapping[str, dict[str, Any] | None], topology: Top
     lines = [f"{topology}, the fastest of the meshes, recomputations and accumulations that fit:"]
     for stage, choice in choices.items():
         if choice is None:
-            lines.append(f"{stage}: none fits. Take a larger slice, or make the optimizer smaller (docs/memory.md).")
+            lines.append(
+                f"{stage}: none, of all that were estimated to fit. Take a larger slice, or make the optimizer smaller "
+                "(docs/memory.md)."
+            )
             continue
         settings = " ".join(f"{key}={value}" for key, value in choice["settings"].items())
         lines.append(f"{stage}: {choice['milliseconds']:,.1f} ms a step, {choice['gib']:.2f} GiB: {settings}")
