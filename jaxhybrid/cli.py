@@ -365,9 +365,13 @@ def plan(
         bool, typer.Option(help="What becomes of each layer, and nothing else: no topology is needed.")
     ] = False,
     suggest: Annotated[
-        bool, typer.Option(help="Search mesh, remat and gradient_accumulation for the fastest that fits; minutes.")
+        bool,
+        typer.Option(
+            help="Search mesh, remat and gradient_accumulation for the fastest that fits; minutes. Each stage's "
+            "settings are for its own verb: `run` has one mesh."
+        ),
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Stages compiled at a time, about 3 GiB each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Stages compiled at a time, up to 3.7 GiB of memory each.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Know before you pay: memory, exchanges, time and disk of a run on chips that are not here.
@@ -378,6 +382,8 @@ def plan(
     settings = read_settings(config, overrides)
     if model_only == bool(topology):
         raise ConfigError("plan needs either --topology, such as --topology v5p:4x4x4, or --model-only.")
+    if model_only and (stages or suggest):
+        raise ConfigError("--stage and --suggest are of a topology's steps; leave them out of --model-only.")
     from jaxhybrid.plan import print_plan
 
     print_plan(settings, topology or [], stages or [], jobs, as_json, suggest)
@@ -392,7 +398,7 @@ def launch(
         typer.Option(help="Google Kubernetes Engine, TPU VMs as a queued resource, or Slurm with GPUs."),
     ] = "gke",
     topology: Annotated[
-        str, typer.Option(help="A TPU slice as KIND:CHIPS, or GPUs as h100:16 (nodes of 8) or h100:4x4.")
+        str, typer.Option(help="A TPU slice as KIND:SIDES, or GPUs as h100:16 (nodes of 8) or h100:4x4.")
     ] = "v5p:4x4x4",
     slices: Annotated[int, typer.Option(min=1, help="TPU slices, joined by the network; mesh.data spans them.")] = 1,
     zone: Annotated[str | None, typer.Option(help="Google Cloud zone that has such TPUs, such as us-east5-a.")] = None,

@@ -14,6 +14,7 @@ from jaxhybrid.model.blueprint import count_parameters, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.transformer import model_variables
+from jaxhybrid.selection.methods import METHODS
 from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import StageConfig
@@ -76,7 +77,8 @@ class DiskPlan:
 
     def require_run(self, folder: Path, undone: Sequence[str]) -> None:
         """`require` for the run in `folder`, of whose stages these are not done."""
-        stages = [stage for stage in undone if stage != "score" or self.config.select.method == "kl_guided"]
+        is_scored = METHODS[self.config.select.method].needs == "scores"
+        stages = [stage for stage in undone if stage != "score" or is_scored]
         if stages:
             there = used_bytes(folder / stage for stage in stages)
             exported = [] if self.config.export.folder else ["export"]

@@ -120,18 +120,20 @@ class Topology:
 
     def links(self, mesh: AnyMesh, axes: Sequence[str]) -> dict[str, float]:
         """How the devices along mesh axes are joined: `gbps` (10^9 bytes a second), what one device receives at a time;
-        `side`, the most devices of them along a side of the torus."""
+        `link_gbps`, what of it comes from one neighbour; `side`, the most devices of them along a side of the torus."""
         places = _places(mesh) if self.chip.kind == "gpu" else mesh.devices
         group = np.moveaxis(places, [mesh.axis_names.index(axis) for axis in axes], range(len(axes)))
         members = group.reshape(math.prod(mesh.shape[axis] for axis in axes), -1)[:, 0]
         if self.chip.kind == "gpu":
             across = len({place // self.node for place in members}) > 1
-            return {"gbps": self.chip.network_gbps if across else self.chip.link_gbps, "side": 1}
+            reached = self.chip.network_gbps if across else self.chip.link_gbps
+            return {"gbps": reached, "link_gbps": reached, "side": 1}
         spans = [len({device.coords[side] for device in members}) for side in range(len(self.sides))]
         rings = [span == side and wraps for span, side, wraps in zip(spans, self.sides, self.wrap)]
         count = sum(1 + ring for span, ring in zip(spans, rings) if span > 1)
         # The devices of a chip share its links; those of one chip alone have a way of their own, taken as one link.
-        return {"gbps": max(count, 1) * self.chip.link_gbps / (self.chip.devices if count else 1), "side": max(spans)}
+        link = self.chip.link_gbps / (self.chip.devices if count else 1)
+        return {"gbps": max(count, 1) * link, "link_gbps": link, "side": max(spans)}
 
 
 def _places(mesh: AnyMesh) -> np.ndarray:
