@@ -26,7 +26,7 @@ COLUMNS = (
 def rows(name: str, topology: Topology, stages: dict[str, Any]) -> list[str]:
     lines = []
     for stage, found in stages.items():
-        mesh = ", ".join(f"{axis}: {size}" for axis, size in found["mesh"].items() if size > 1)
+        mesh = ", ".join(f"{axis}: {size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
         memory = Memory.of(found, topology)
         received: dict[str, float] = defaultdict(float)
         for exchange in found["exchanges"]:
@@ -36,7 +36,7 @@ def rows(name: str, topology: Topology, stages: dict[str, Any]) -> list[str]:
             "" if lines else f"{name}, {topology}, `{mesh}`",
             stage,
             *(f"{size:.2f}" for size in (memory.parameters, memory.optimizer, memory.teacher, memory.beside)),
-            f"{memory.all:.2f} of {memory.usable}" + ("" if memory.fits else ", does not fit"),
+            f"{memory.all:.2f} of {memory.usable:.2f}" + ("" if memory.fits else ", does not fit"),
             ", ".join(f"{kind} {received[kind]:.2f}" for kind in KINDS if received[kind] >= 0.005),
             f"{sum(received.values()) / least:.2f}" if least else "",  # one device receives nothing
             f"{compiled['compile_cpu_seconds']:.0f}" if compiled else "",
