@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
-from shapes import SHAPES
+from shapes import SHAPES, shape_of
 
 from jaxhybrid.decoding import engine as programs
 from jaxhybrid.decoding.engine import Engine, Request
@@ -423,7 +423,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--shape", dest="shape_name", default="qwen2.5-1.5b", choices=list(SHAPES))
+    parser.add_argument("--shape", dest="shape_name", default="qwen2.5-1.5b-instruct", choices=SHAPES)
     parser.add_argument("--models", nargs="+", help="teacher, or a share of softmax layers such as 0.25")
     parser.add_argument("--rows", type=int, help="texts at once; by part 1 or 64")
     parser.add_argument("--context", type=int, help="tokens of a text at its end; by part 1024 or 32768")
@@ -438,7 +438,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("decode_speed.json"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    options.shape = SHAPES[options.shape_name]
+    options.shape = shape_of(options.shape_name)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.shape_name}", flush=True)
     for part in options.parts:
         print(f"--- {part}", flush=True)

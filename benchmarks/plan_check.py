@@ -37,7 +37,7 @@ from jaxhybrid.stages.programs import stage_program
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "qwen2.5-3b-instruct.yaml"
-# The recipe's lengths but for alignment's, with rows that fit one H200.
+# Over the default config alone: its lengths but for alignment's, with rows that fit one H200.
 SETTINGS = [
     f"teacher={ROOT / 'configs' / 'teachers' / 'qwen2.5-1.5b-instruct'}",
     "mesh.context=1",
@@ -85,8 +85,8 @@ def measure(stage: str, planned: Planned, documents: list[int] | None, steps: in
     with jax.set_mesh(mesh):
         step, (state, *rest) = stage_program(stage, planned.config, student, planned.teacher, mesh)
         state = random_values(state, seed=0)
-        squares = jax.jit(lambda tree: jax.tree.map(jnp.abs, tree), donate_argnums=0)  # as second moments are
-        state = replace(state, optimizer=squares(state.optimizer))
+        absolute = jax.jit(lambda tree: jax.tree.map(jnp.abs, tree), donate_argnums=0)  # no second moment is negative
+        state = replace(state, optimizer=absolute(state.optimizer))
         given = [
             batch_values(x, planned.teacher.vocab_size, documents) if isinstance(x, dict) else random_values(x, seed=1)
             for x in rest
@@ -102,7 +102,7 @@ def measure(stage: str, planned: Planned, documents: list[int] | None, steps: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(CONFIG))
+    parser.add_argument("--config", default=str(CONFIG), help="any other is taken as it is, with --set")
     parser.add_argument("--chip", default="h200", help="h100, h200 or b200")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over the config")
@@ -110,7 +110,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--measure", choices=STAGES, help="in a process of its own: prints JSON")
     given = parser.parse_args()
-    planned = Planned(load_config(given.config, [*SETTINGS, *given.set]))
+    settings = SETTINGS if given.config == str(CONFIG) else []
+    planned = Planned(load_config(given.config, [*settings, *given.set]))
     if given.measure:
         print(json.dumps(measure(given.measure, planned, given.documents, given.steps)))
         return

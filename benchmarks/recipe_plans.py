@@ -16,11 +16,11 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.files import write_text
 from jaxhybrid.plan.cache import cache_folder
 from jaxhybrid.plan.planned import Planned
+from jaxhybrid.plan.recipe import recipe
 from jaxhybrid.plan.steps import Steps
 from jaxhybrid.plan.table import memory_table, recipe_table, time_table
 from jaxhybrid.plan.topology import Topology
 from jaxhybrid.settings.read import load_config
-from jaxhybrid.settings.stages import STAGES
 
 BLOCK = re.compile(r"^# plan: begin\n(?P<table>(?:#.*\n)*?)# plan: end\n", re.MULTILINE)
 SLICE = re.compile(r"^# .*--topology (\S+)", re.MULTILINE)
@@ -34,7 +34,8 @@ def planned_text(path: Path, text: str, jobs: int) -> str:
         raise ConfigError(f"{path} lacks the lines `# plan: begin` and `# plan: end`, or one with --topology.")
     topology = Topology.parse(where[1])
     planned = Planned(load_config(path, [f"teacher={TEACHERS / path.stem}"]))
-    figures = Steps(topology, cache_folder(), jobs, lambda told: print(told, file=sys.stderr)).figures(planned, STAGES)
+    steps = Steps(topology, cache_folder(), jobs, lambda told: print(told, file=sys.stderr))
+    figures = steps.figures(planned, list(recipe(planned)))
     parts = [
         f"jaxhybrid plan {path} --topology {topology}. Memory in GiB of a device:",
         memory_table(figures, topology),

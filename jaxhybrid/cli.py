@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -363,7 +364,8 @@ def plan(
         typer.Option(
             help="Chips to plan for, may be repeated. A TPU slice by its sides, v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x): "
             "every stage's step is compiled for it, which takes minutes the first time. GPUs by their number, h200:8 "
-            "(h100, h200, b200): estimated."
+            "(h100, h200, b200): estimated, with 95 % of their memory, which the command line has "
+            "JAX take (XLA_PYTHON_CLIENT_MEM_FRACTION)."
         ),
     ] = None,
     stages: Annotated[list[str] | None, typer.Option("--stage", help="This stage alone; may be repeated.")] = None,
@@ -371,9 +373,13 @@ def plan(
         bool, typer.Option(help="What becomes of each layer, and nothing else: no topology is needed.")
     ] = False,
     suggest: Annotated[
-        bool, typer.Option(help="Search mesh, remat and gradient_accumulation for the fastest that fits; minutes.")
+        bool,
+        typer.Option(
+            help="Search mesh, remat and gradient_accumulation for the fastest that fits; minutes. Each stage's "
+            "settings are for its own verb: `run` has one mesh."
+        ),
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Stages compiled at a time, about 3 GiB each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Stages compiled at a time, up to 3.7 GiB of memory each.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Know before you pay: memory, exchanges, time and disk of a run on chips that are not here.
@@ -384,6 +390,8 @@ def plan(
     settings = read_settings(config, overrides)
     if model_only == bool(topology):
         raise ConfigError("plan needs either --topology, such as --topology v5p:4x4x4, or --model-only.")
+    if model_only and (stages or suggest):
+        raise ConfigError("--stage and --suggest are of a topology's steps; leave them out of --model-only.")
     from jaxhybrid.plan import print_plan
 
     print_plan(settings, topology or [], stages or [], jobs, as_json, suggest)
@@ -398,7 +406,7 @@ def launch(
         typer.Option(help="Google Kubernetes Engine, TPU VMs as a queued resource, or Slurm with GPUs."),
     ] = "gke",
     topology: Annotated[
-        str, typer.Option(help="A TPU slice as KIND:CHIPS, or GPUs as h100:16 (nodes of 8) or h100:4x4.")
+        str, typer.Option(help="A TPU slice as KIND:SIDES, or GPUs as h100:16 (nodes of 8) or h100:4x4.")
     ] = "v5p:4x4x4",
     slices: Annotated[int, typer.Option(min=1, help="TPU slices, joined by the network; mesh.data spans them.")] = 1,
     zone: Annotated[str | None, typer.Option(help="Google Cloud zone that has such TPUs, such as us-east5-a.")] = None,
@@ -467,6 +475,8 @@ def main() -> None:
     # orbax tells every step of a save, and a failed one with several stack traces before it raises the error itself.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code
+    # Of a GPU, before JAX is there: JAX would take three quarters, and plans count with this much (plan/topology.py).
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
         app()
     except JaxHybridError as error:

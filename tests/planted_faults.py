@@ -36,6 +36,7 @@ ANSWERS = "tests/evaluate/test_answers.py"
 RULER = "tests/evaluate/test_ruler.py"
 WRITTEN = "tests/evaluate/test_written.py"
 VOCABULARY = "tests/data/test_vocabulary.py"
+PLAN = "tests/plan/test_model_plan.py"
 
 
 class Fault(NamedTuple):
@@ -800,6 +801,28 @@ FAULTS = [
         '"completions": job.slice.hosts',
         '"completions": job.slice.devices',
         "tests/launch/test_gke.py::test_a_jobset_is_one",
+    ),
+    # Plans.
+    Fault(
+        "plan: what lies beside a step is not counted",
+        "plan/memory.py",
+        'compiled["out_of_memory"]["needed"]) + held',
+        'compiled["out_of_memory"]["needed"])',
+        f"{PLAN}::test_a_suggestion_is_the_first_that_the_compiler_takes",
+    ),
+    Fault(
+        "plan: a suggestion is compiled as the config is",
+        "plan/steps.py",
+        "tree[section][name] = value",
+        "tree[section].setdefault(name, value)",
+        f"{PLAN}::test_a_suggestion_is_the_first_that_the_compiler_takes",
+    ),
+    Fault(
+        "plan: a gather brings one part, not all others",
+        "plan/collectives.py",
+        'return "gather", size * away',
+        'return "gather", size / devices',
+        "tests/plan/test_operations.py::test_exchanges_by_kind_and_axes",
     ),
 ]
 

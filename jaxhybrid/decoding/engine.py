@@ -184,7 +184,12 @@ class Engine:
 
         Args:
             steps: of the loop on the devices; each number is a program. None: 32, or 8 if no text wants more.
+
+        Raises:
+            ConfigError: `steps` is less than 1; all texts stay as they are.
         """
+        if steps is not None and steps < 1:
+            raise ConfigError(f"steps={steps}: a call makes at least 1 token.")
         if not self.texts:
             return {}
         left = {slot: request.max_new_tokens - self._made(slot) for slot, request in self.requests.items()}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from jaxhybrid.plan.operations import Operation
 
+KINDS = ("gather", "scatter", "reduce", "exchange", "neighbour")
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -13,7 +15,7 @@ class Exchange:
 
     Attributes:
         kind: `gather` of weights (or of tokens over `context`), `scatter` of gradients, `reduce` for sums that all
-            keep, `exchange` for all-to-all and for what one neighbour gets.
+            keep, `exchange` for all-to-all, `neighbour` for what is handed on to the next device.
         received: bytes that one device receives in a step.
         times: how many there are.
     """
@@ -55,5 +57,5 @@ def _received(equation: object, devices: int) -> tuple[str, float] | None:
     if name == "all_to_all":
         return "exchange", size * away
     if name == "ppermute":
-        return "exchange", size
+        return "neighbour", size
     return None

@@ -55,6 +55,17 @@ def environment(libtpu: Path | None) -> dict[str, str]:
     }
 
 
+def compiler_settings() -> dict[str, str]:
+    """What the environment sets of JAX and its compilers: it may make other programs. Empty where it sets nothing."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if (name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS") or name.startswith("JAX_"))
+        and name != "JAX_PLATFORMS"  # `environment` sets it
+        and not name.startswith("JAX_COMPILATION_CACHE")
+    }
+
+
 def in_worker(request: dict[str, Any], libtpu: Path | None) -> dict[str, Any]:
     """What `worker` answers to a request.
 

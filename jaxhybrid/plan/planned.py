@@ -5,7 +5,7 @@ from functools import cached_property
 from jaxhybrid.assembly import student_config
 from jaxhybrid.families import hf_to_config
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.selection.methods import METHODS, select_layers
+from jaxhybrid.selection.methods import select_layers
 from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.run import RunConfig, validate_against
 from jaxhybrid.weights.huggingface import teacher_keys
@@ -26,7 +26,7 @@ class Planned:
         self.teacher: ModelConfig = hf_to_config(self.keys, config.ignore_config_keys)
         validate_against(config, self.teacher)
         select, depth = config.select, self.teacher.num_layers
-        self.layers_are_known = METHODS[select.method].needs == "nothing"
+        self.layers_are_known = select.needs <= {"nothing"}
         if self.layers_are_known:
             self.softmax_layers = select_layers(
                 select.method,

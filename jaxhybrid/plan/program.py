@@ -26,7 +26,7 @@ from jaxhybrid.stages.programs import stage_program
 # Numbers such as learning rates and the course of a schedule: they change no size and no time.
 _FLOAT = re.compile(r"dense<(?!0\.0+e\+00>|1\.0+e\+00>)[-+.\de]+> : tensor<f32>")
 
-SLACK = 1.05  # estimates were 2 to 11 % below what compilers and GPUs took: docs/plan.md
+SLACK = 1.18  # without it estimates were up to 15 % below what compilers and GPUs took: docs/plan.md
 
 
 @dataclass(frozen=True)

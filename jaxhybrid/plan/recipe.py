@@ -8,7 +8,6 @@ from jaxhybrid.model.blueprint import count_parameters
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.selection.kl_guided import rounds_of
-from jaxhybrid.selection.methods import METHODS
 from jaxhybrid.settings.stages import STAGES, StageConfig
 
 
@@ -45,7 +44,7 @@ def recipe(planned: Planned) -> dict[str, StageCost]:
         most = fewest = settings.steps
         teacher_passes = 0
         if stage == "score":
-            if METHODS[config.select.method].needs != "scores":
+            if "scores" not in config.select.needs:
                 continue
             heldout = math.ceil(config.score.heldout_tokens / settings.tokens_per_step)
             teacher_passes = heldout + settings.steps * (1 if config.score.keep_teacher_states else depth)

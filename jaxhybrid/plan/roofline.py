@@ -26,18 +26,14 @@ class Roofline:
         math, memory, links: each by itself, at what the chip can do.
         expected: on TPUs the longest, with products at `EFFICIENCY`; on GPUs, which overlap less, their sum at what was
             measured.
+        bound: what of `expected` takes longest.
     """
 
     math: float
     memory: float
     links: float
     expected: float
-
-    @property
-    def bound(self) -> str:
-        """What takes longest."""
-        parts = {"products": self.math / EFFICIENCY, "memory": self.memory, "links": self.links}
-        return max(parts, key=lambda name: parts[name])
+    bound: str
 
 
 def roofline(figures: dict[str, Any], chip: Chip) -> Roofline:
@@ -46,16 +42,24 @@ def roofline(figures: dict[str, Any], chip: Chip) -> Roofline:
     math, memory = sum(flops.values()) / peak, figures["moved"] * chip.devices / (chip.memory_gbps * 1e9)
     links = links_seconds(figures["exchanges"])
     if chip.kind == "tpu":
-        return Roofline(math, memory, links, max(math / EFFICIENCY, memory, links))
-    reached = sum(amount / (GPU_EFFICIENCY[place] * peak) for place, amount in flops.items())
-    return Roofline(math, memory, links, reached + GPU_PASSES * memory + links)
+        parts = {"products": math / EFFICIENCY, "memory": memory, "links": links}
+        expected = max(parts.values())
+    else:
+        reached = sum(amount / (GPU_EFFICIENCY[place] * peak) for place, amount in flops.items())
+        parts = {"products": reached, "memory": GPU_PASSES * memory, "links": links}
+        expected = sum(parts.values())
+    return Roofline(math, memory, links, expected, bound=max(parts, key=lambda name: parts[name]))
 
 
 def links_seconds(exchanges: Sequence[dict[str, Any]]) -> float:
-    """One after the other. All-to-all over a ring of X devices sends each part X/4 of the way round on average."""
+    """One after the other. All-to-all over a ring of X devices sends each part X/4 of the way round on average; what a
+    neighbour gets goes over one link."""
     total = 0.0
     for part in exchanges:
-        detour = max(part["side"] / 4, 1.0) if part["kind"] == "exchange" else 1.0
-        least = part["times"] * HOP * max(part["side"] / 2, 1)
-        total += max(part["received"] * detour / (part["gbps"] * 1e9), least)
+        if part["kind"] == "neighbour":
+            seconds, hops = part["received"] / (part["link_gbps"] * 1e9), 1.0
+        else:
+            detour = max(part["side"] / 4, 1.0) if part["kind"] == "exchange" else 1.0
+            seconds, hops = part["received"] * detour / (part["gbps"] * 1e9), max(part["side"] / 2, 1.0)
+        total += max(seconds, part["times"] * HOP * hops)
     return total

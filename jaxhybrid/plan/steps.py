@@ -10,14 +10,12 @@ from typing import Any
 from jaxhybrid_kernels import api as linear_attention_api
 
 from jaxhybrid.plan.cache import Cache
-from jaxhybrid.plan.compiler import find_libtpu, in_worker
+from jaxhybrid.plan.compiler import compiler_settings, find_libtpu, in_worker
 from jaxhybrid.plan.memory import Memory
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.plan.topology import Topology
 from jaxhybrid.run_folder import source_digest
 from jaxhybrid.settings.read import parse_config
-
-COMPILED = 3  # suggestions, until one fits
 
 
 class Steps:
@@ -45,9 +43,9 @@ class Steps:
 
     def suggestion(self, planned: Planned, stage: str) -> dict[str, Any] | None:
         """The fastest choice of mesh, recomputation and accumulation that fits, of TPUs by the compiler; None: none
-        does. Of those that are estimated to fit, `COMPILED` are compiled at most, the fastest first."""
+        does. Those that are estimated to fit are compiled one after the other, the fastest first, until one does."""
         choices: list[dict[str, Any]] = self._ask(planned, stage, suggest=True)["choices"]
-        for choice in choices[:COMPILED]:
+        for number, choice in enumerate(choices, start=1):
             tree = planned.config.model_dump(mode="json")
             for key, value in choice["settings"].items():
                 section, name = key.split(".")
@@ -55,6 +53,10 @@ class Steps:
             memory = Memory.of(self._figures(Planned(parse_config(tree)), stage), self.topology)
             if memory.fits:
                 return choice | {"gib": memory.all}
+            self.tell(
+                f"{self.topology} {stage}: choice {number} of {len(choices)} that were estimated to fit takes "
+                f"{memory.all:.2f} GiB and does not"
+            )
         return None
 
     def _ask(self, planned: Planned, stage: str, suggest: bool) -> dict[str, Any]:
@@ -68,9 +70,11 @@ class Steps:
             "suggest": suggest,
         }
         library = self.library
-        surroundings = {
+        surroundings: dict[str, Any] = {
             "sources": [source_digest(), source_digest(Path(linear_attention_api.__file__).parent)],
             "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
             "libtpu": [library.stat().st_size, library.stat().st_mtime] if library else None,
         }
+        if settings := compiler_settings():
+            surroundings["environment"] = settings
         return Cache(self.cache / "requests").get(request | surroundings, lambda: in_worker(request, library))

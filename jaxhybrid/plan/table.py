@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxhybrid.disk import size_text
 from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.plan.collectives import KINDS
 from jaxhybrid.plan.memory import GIB, Memory, advice
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.plan.recipe import recipe, teacher_pass_flops
@@ -137,16 +138,15 @@ def advices(planned: Planned, figures: Figures, topology: Topology) -> list[str]
 
 
 def exchange_table(figures: Figures) -> str:
-    kinds = ("gather", "scatter", "reduce", "exchange")
     rows = []
     for stage, found in figures.items():
-        amounts = dict.fromkeys(kinds, 0.0)
+        amounts = dict.fromkeys(KINDS, 0.0)
         for part in found["exchanges"]:
             amounts[part["kind"]] += part["received"] / GIB
         least = found["least_received"] / GIB
         share = f"{sum(amounts.values()) / least:.2f}" if least else "0"
-        rows.append([stage, *(f"{amounts[kind]:.2f}" for kind in kinds), share])
-    return markdown(["stage", *kinds, "/ least"], rows)
+        rows.append([stage, *(f"{amounts[kind]:.2f}" for kind in KINDS), share])
+    return markdown(["stage", *KINDS, "/ least"], rows)
 
 
 def time_table(planned: Planned, figures: Figures, topology: Topology) -> str:
@@ -192,7 +192,10 @@ def suggestions_text(choices: Mapping[str, dict[str, Any] | None], topology: Top
     lines = [f"{topology}, the fastest of the meshes, recomputations and accumulations that fit:"]
     for stage, choice in choices.items():
         if choice is None:
-            lines.append(f"{stage}: none fits. Take a larger slice, or make the optimizer smaller (docs/memory.md).")
+            lines.append(
+                f"{stage}: none, of all that were estimated to fit. Take a larger slice, or make the optimizer smaller "
+                "(docs/memory.md)."
+            )
             continue
         settings = " ".join(f"{key}={value}" for key, value in choice["settings"].items())
         lines.append(f"{stage}: {choice['milliseconds']:,.1f} ms a step, {choice['gib']:.2f} GiB: {settings}")

@@ -1,7 +1,8 @@
 """TPU slices and GPU nodes as plans see them: what their chips can do, and how they are joined.
 
 TPU figures are Google's per chip; the memory that a program may take of a device is what libtpu 0.0.50 allows. GPU
-figures are NVIDIA's data sheets, dense. Interconnect is what a chip sends, and receives, over one link or in all.
+figures are NVIDIA's data sheets, dense, and of the memory the share that the command line has JAX take. Interconnect is
+what a chip sends, and receives, over one link or in all.
 """
 
 import math
@@ -26,7 +27,7 @@ class Chip:
     usable_gib: float  # of a device, for programs
     memory_gbps: float
     link_gbps: float  # one way: of one link of a TPU's torus, of all links of a GPU
-    network_gbps: float  # one way, to other slices or nodes, of one chip
+    network_gbps: float = 0.0  # one way, to other nodes, of one GPU
 
     @property
     def kind(self) -> Literal["tpu", "gpu"]:
@@ -38,17 +39,18 @@ class Chip:
         return TPUS[self.name].devices_per_chip if self.kind == "tpu" else 1
 
 
+GPU_SHARE = 0.95  # XLA_PYTHON_CLIENT_MEM_FRACTION, which cli.py sets
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275, 30.75, 1200, 45, 3.1),
-        Chip("v5e", 197, 15.75, 819, 45, 3.1),
-        Chip("v5p", 459, 95.73, 2765, 90, 6.25),
-        Chip("v6e", 918, 31.24, 1638, 90, 12.5),
-        Chip("tpu7x", 2307, 94.74, 7380, 90, 12.5),
-        Chip("h100", 989, 0.95 * 80 * 1e9 / 2**30, 3350, 450, 50),
-        Chip("h200", 989, 0.95 * 141 * 1e9 / 2**30, 4800, 450, 50),
-        Chip("b200", 2250, 0.95 * 180 * 1e9 / 2**30, 8000, 900, 50),
+        Chip("v4", 275, 30.75, 1200, 45),
+        Chip("v5e", 197, 15.75, 819, 45),
+        Chip("v5p", 459, 95.73, 2765, 90),
+        Chip("v6e", 918, 31.24, 1638, 90),
+        Chip("tpu7x", 2307, 94.74, 7380, 90),
+        Chip("h100", 989, GPU_SHARE * 80 * 1e9 / 2**30, 3350, 450, network_gbps=50),
+        Chip("h200", 989, GPU_SHARE * 141 * 1e9 / 2**30, 4800, 450, network_gbps=50),
+        Chip("b200", 2250, GPU_SHARE * 180 * 1e9 / 2**30, 8000, 900, network_gbps=50),
     )
 }
 
@@ -125,18 +127,20 @@ class Topology:
 
     def links(self, mesh: AnyMesh, axes: Sequence[str]) -> dict[str, float]:
         """How the devices along mesh axes are joined: `gbps` (10^9 bytes a second), what one device receives at a time;
-        `side`, the most devices of them along a side of the torus."""
+        `link_gbps`, what of it comes from one neighbour; `side`, the most devices of them along a side of the torus."""
         places = _places(mesh) if self.chip.kind == "gpu" else mesh.devices
         group = np.moveaxis(places, [mesh.axis_names.index(axis) for axis in axes], range(len(axes)))
         members = group.reshape(math.prod(mesh.shape[axis] for axis in axes), -1)[:, 0]
         if self.chip.kind == "gpu":
             across = len({place // self.node for place in members}) > 1
-            return {"gbps": self.chip.network_gbps if across else self.chip.link_gbps, "side": 1}
+            reached = self.chip.network_gbps if across else self.chip.link_gbps
+            return {"gbps": reached, "link_gbps": reached, "side": 1}
         spans = [len({device.coords[side] for device in members}) for side in range(len(self.sides))]
         rings = [span == side and wraps for span, side, wraps in zip(spans, self.sides, self.wrap)]
         count = sum(1 + ring for span, ring in zip(spans, rings) if span > 1)
         # The devices of a chip share its links; those of one chip alone have a way of their own, taken as one link.
-        return {"gbps": max(count, 1) * self.chip.link_gbps / (self.chip.devices if count else 1), "side": max(spans)}
+        link = self.chip.link_gbps / (self.chip.devices if count else 1)
+        return {"gbps": max(count, 1) * link, "link_gbps": link, "side": max(spans)}
 
 
 def _places(mesh: AnyMesh) -> np.ndarray:

@@ -22,7 +22,7 @@ from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.files import write_json
 from jaxhybrid.model.partition import AnyMesh
 from jaxhybrid.plan.cache import Cache
-from jaxhybrid.plan.compiler import out_of_memory
+from jaxhybrid.plan.compiler import compiler_settings, out_of_memory
 from jaxhybrid.plan.program import Program, Request
 from jaxhybrid.plan.suggest import ranked
 from jaxhybrid.plan.topology import Topology
@@ -47,7 +47,9 @@ def figures(request: Request, topology: Topology, cache: Cache | None = None) ->
         }
         if cache is not None and isinstance(mesh, Mesh):
             versions = {name: version(name) for name in ("jax", "jaxlib")} | {"libtpu": libtpu_version(mesh)}
-            key = {"program": program.key, "topology": str(topology), **versions}
+            key: dict[str, Any] = {"program": program.key, "topology": str(topology), **versions}
+            if settings := compiler_settings():
+                key["environment"] = settings
             found["compiled"] = cache.get(key, lambda: compiled_figures(program))
     return found
 

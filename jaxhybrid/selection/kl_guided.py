@@ -245,11 +245,20 @@ class _Programs:
         for cache in self._caches.values():
             cache.delete()
 
+    def parts(self, batch: HostBatch) -> list[HostBatch]:
+        """This process's rows of a batch, as many at a time as an update runs."""
+        rows = len(batch["tokens"]) // self.settings.gradient_accumulation
+        return [
+            {name: x[part * rows : (part + 1) * rows] for name, x in batch.items()}
+            for part in range(self.settings.gradient_accumulation)
+        ]
+
     def with_teacher(self, name: str, index: int, batch: HostBatch, batches: int) -> HostBatch:
         """The batch with `teacher_hidden` added, computed the first time this batch is seen by any candidate."""
 
         def compute() -> np.ndarray:
-            return local_part(self._teacher(self.teacher, place_batch(batch, self.mesh)))
+            states = (self._teacher(self.teacher, place_batch(part, self.mesh)) for part in self.parts(batch))
+            return np.concatenate([local_part(part) for part in states])
 
         kept = name == "heldout" or self.settings.keep_teacher_states
         if not kept:
@@ -266,9 +275,10 @@ class _Programs:
         total, tokens = 0.0, 0.0
         for index, own in enumerate(heldout):
             batch = self.with_teacher("heldout", index, own, len(heldout))
-            kl, count = self._heldout(params, layer, place_batch(batch, self.mesh), self.teacher_head)
-            total += float(kl)
-            tokens += float(count)
+            for part in self.parts(batch):
+                kl, count = self._heldout(params, layer, place_batch(part, self.mesh), self.teacher_head)
+                total += float(kl)
+                tokens += float(count)
         if not math.isfinite(total):
             raise DivergenceError(
                 f"The held-out KL of the candidate of layer {int(layer)} is {total}. Lower score.learning_rate and "

@@ -94,6 +94,15 @@ def test_a_busy_or_foreign_slot_is_refused(hybrid):
         Engine(hybrid, 0)
 
 
+def test_a_call_for_no_tokens_is_refused_and_harms_nothing(hybrid):
+    slots = Engine(hybrid, 1)
+    slots.prefill({0: Request(PROMPTS[0], 4)})
+    for steps in (0, -1):
+        with pytest.raises(ConfigError, match=f"steps={steps}: a call makes at least 1 token"):
+            slots.step(steps)
+    assert finish(slots) == {0: recomputed(hybrid, [PROMPTS[0]], 4)[0]}
+
+
 def test_an_engine_can_take_the_weights(hybrid):
     model = type(hybrid)(jax.tree.map(jnp.copy, hybrid.params), hybrid.config)
     slots = Engine(model, 1, consume=True)

@@ -1,16 +1,23 @@
 """What a compiler says, and the process in which it says it."""
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from jaxhybrid.errors import ConfigError, RunError
+from jaxhybrid.plan import steps
 from jaxhybrid.plan.cache import Cache, cache_folder
 from jaxhybrid.plan.compiler import environment, find_libtpu, in_worker, out_of_memory
 from jaxhybrid.plan.memory import Memory, advice
+from jaxhybrid.plan.planned import Planned
 from jaxhybrid.plan.topology import Topology
+from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.stages import DistillConfig
+
+ROOT = Path(__file__).parents[2]
 
 # Of jit_distill_step for four v5e chips, libtpu 0.0.50. The size is that of the arguments and all else.
 TOO_LARGE = (
@@ -40,6 +47,31 @@ def test_the_compilers_environment_stays_in_its_process(tmp_path):
     assert environment(tmp_path / "libtpu.so")["TPU_SKIP_MDS_QUERY"] == "1"
     assert environment(None) == before | {"JAX_PLATFORMS": "cpu"}
     assert dict(os.environ) == before
+
+
+def test_what_the_environment_tells_the_compiler_is_in_the_key(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_", "LIBTPU_"))]:
+        monkeypatch.delenv(name)
+    asked = []
+    monkeypatch.setattr(steps, "in_worker", lambda request, libtpu: {"asked": asked.append(request)})
+    path = ROOT / "configs" / "qwen2.5-3b-instruct.yaml"
+    planned = Planned(load_config(path, [f"teacher={ROOT / 'configs' / 'teachers' / path.stem}"]))
+    ask = steps.Steps(Topology.parse("h200:8"), tmp_path, 1).figures
+
+    def key():
+        ask(planned, ["align"])
+        newest = max((tmp_path / "requests").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+        return json.loads(newest.read_text())["key"]
+
+    assert "environment" not in key()  # what was kept without any is found again
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    ask(planned, ["align"])
+    assert len(asked) == 1
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
+    assert key()["environment"] == {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=65536"}
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    assert set(key()["environment"]) == {"LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION"}
+    assert len(asked) == 3
 
 
 def test_a_worker_that_dies_says_why(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -114,12 +115,15 @@ def test_the_recipe_counts_every_candidate(plan_of):
 
 
 def exchange(kind, received, **links):
-    return {"kind": kind, "axes": ["fsdp"], "received": received, "times": 1, "gbps": 100, "side": 16} | links
+    found = {"kind": kind, "axes": ["fsdp"], "received": received, "times": 1, "gbps": 100, "link_gbps": 50, "side": 16}
+    return found | links
 
 
 def test_seconds_of_exchanges():
     assert links_seconds([exchange("gather", 5e9), exchange("scatter", 5e9)]) == pytest.approx(0.1)
     assert links_seconds([exchange("exchange", 5e9)]) == pytest.approx(0.05 * 16 / 4)
+    assert links_seconds([exchange("neighbour", 5e9)]) == pytest.approx(0.1)  # one direction of the ring
+    assert links_seconds([exchange("neighbour", 1, times=10)]) == pytest.approx(10 * HOP)
     assert links_seconds([exchange("reduce", 1, times=10)]) == pytest.approx(10 * HOP * 8)
 
 
@@ -130,6 +134,9 @@ def test_what_bounds_a_step():
     assert (line.math, line.memory, line.links) == pytest.approx((1.0, 1.0, 0.5))
     assert (line.expected, line.bound) == (pytest.approx(2.0), "products")
     assert roofline(figures | {"moved": 3 * 2765e9}, chip).bound == "memory"
+    gpu = {"flops": {"attention": 989e12}, "moved": 2 * 4800e9, "exchanges": []}  # at what was measured, not at half
+    assert roofline(gpu, CHIPS["h200"]).bound == "memory"
+    assert roofline(gpu | {"moved": 4800e9}, CHIPS["h200"]).bound == "products"
     half = replace(chip, devices=2)  # figures are of a device
     assert roofline(figures, half).math == pytest.approx(2.0)
 
@@ -187,6 +194,8 @@ def test_the_model_alone_needs_no_compiler(monkeypatch, capsys, config_file):
     [
         ((), "needs either --topology"),
         (("--model-only", "--topology", "v5p:4x4x4"), "needs either --topology"),
+        (("--model-only", "--suggest", "--stage", "score"), "leave them out of --model-only"),
+        (("--model-only", "--stage", "score"), "leave them out of --model-only"),
         (("--topology", "v5p:4x4x4", "--stage", "distil"), "--stage 'distil' is none of align"),
         (("--topology", "v9:4x4"), "'v9:4x4' is of no known kind"),
         (("--topology", "v5e:2x2"), "make tpu-compiler"),
@@ -201,6 +210,60 @@ def test_refusals(monkeypatch, capsys, config_file, arguments, told):
     assert code == 2
     assert told in said.err
     assert "Traceback" not in said.err
+
+
+@pytest.fixture
+def false_worker(monkeypatch, tmp_path):
+    """Four choices are estimated to fit; the compiler takes the last. Gives what it was asked to compile."""
+    peaks, asked = {1: 120.0, 2: 110.0, 4: 95.5, 8: 94.0}, []
+    choices = [
+        {"settings": {"mesh.fsdp": 64, "distill.gradient_accumulation": parts}, "milliseconds": 10.0 * parts, "gib": 90}
+        for parts in peaks
+    ]
+
+    def answer(request, libtpu):
+        if request["suggest"]:
+            return {"choices": choices}
+        asked.append(request["config"]["distill"]["gradient_accumulation"])
+        given = dict.fromkeys(("parameters", "optimizer", "teacher", "batch"), 2**30)
+        compiled = {"memory": {"peak_memory": peaks[asked[-1]] * 2**30}, "compile_cpu_seconds": 7.0}
+        return {"given": given, "held": 2**30, "compiled": compiled}
+
+    monkeypatch.setattr(steps, "in_worker", answer)
+    monkeypatch.setattr(steps, "find_libtpu", lambda: Path(__file__))
+    monkeypatch.setenv("JAXHYBRID_PLAN_CACHE", str(tmp_path / "plans"))
+    return SimpleNamespace(choices=choices, asked=asked)
+
+
+SUGGEST = "--topology", "v5p:4x4x4", "--suggest", "--stage", "distill"
+
+
+def test_a_suggestion_is_the_first_that_the_compiler_takes(monkeypatch, capsys, config_file, false_worker):
+    code, said = run_verb(monkeypatch, capsys, config_file, *SUGGEST)
+    assert code == 0
+    assert "distill: 80.0 ms a step, 95.00 GiB: mesh.fsdp=64 distill.gradient_accumulation=8" in said.out
+    assert "distill: choice 3 of 4 that were estimated to fit takes 96.50 GiB and does not" in said.err
+    assert false_worker.asked == [1, 2, 4, 8]
+    code, said = run_verb(monkeypatch, capsys, config_file, *SUGGEST, "--json")
+    assert json.loads(said.out)["topologies"]["v5p:4x4x4"]["distill"] == false_worker.choices[3] | {"gib": 95.0}
+    assert false_worker.asked == [1, 2, 4, 8]  # the rest is kept
+
+
+def test_where_nothing_fits_no_settings_are_suggested(monkeypatch, capsys, config_file, false_worker):
+    del false_worker.choices[3]
+    code, said = run_verb(monkeypatch, capsys, config_file, *SUGGEST)
+    assert code == 0
+    assert "distill: none, of all that were estimated to fit. Take a larger slice" in said.out
+    assert false_worker.asked == [1, 2, 4]
+
+
+@pytest.mark.parametrize("method", ["kl_guided", "uniform"])
+def test_by_default_the_stages_are_planned_that_the_run_has(monkeypatch, capsys, config_file, false_worker, method):
+    del false_worker.choices[:]
+    code, said = run_verb(monkeypatch, capsys, config_file, f"select.method={method}", *SUGGEST[:3], "--json")
+    assert code == 0, said.err
+    scored = ["score"] if method == "kl_guided" else []
+    assert list(json.loads(said.out)["topologies"]["v5p:4x4x4"]) == ["align", *scored, "distill", "finetune"]
 
 
 def test_help_has_an_example():

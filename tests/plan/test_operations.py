@@ -94,7 +94,8 @@ def test_exchanges_by_kind_and_axes():
     assert {(x.kind, x.axes): (x.received, x.times) for x in found} == {
         ("gather", ("a",)): (3 * part, 1),
         ("scatter", ("a",)): (3 * part, 1),
-        ("exchange", ("b",)): (part / 2 + part, 2),
+        ("exchange", ("b",)): (part / 2, 1),
+        ("neighbour", ("b",)): (part, 1),
         ("reduce", ("a", "b")): (3 * 2 * part * 7 / 8, 3),
     }
 

@@ -1,6 +1,8 @@
 """Which slices exist, and how their chips are joined."""
 
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.model.partition import MESH_AXES
-from jaxhybrid.plan.topology import CHIPS, Topology
+from jaxhybrid.plan.topology import CHIPS, GPU_SHARE, Topology
 
 
 @pytest.mark.parametrize(
@@ -54,13 +56,42 @@ def mesh_on(topology, shape):
 def test_links_of_a_torus():
     topology, link = Topology.parse("v5p:4x4x4"), CHIPS["v5p"].link_gbps
     mesh = mesh_on(topology, (1, 16, 1, 4))
-    assert topology.links(mesh, ["fsdp", "context"]) == {"gbps": 6 * link, "side": 4}  # three rings
-    assert topology.links(mesh, ["fsdp"]) == {"gbps": 4 * link, "side": 4}
-    assert topology.links(mesh, ["context"]) == {"gbps": 2 * link, "side": 4}
+    assert topology.links(mesh, ["fsdp", "context"]) == {"gbps": 6 * link, "link_gbps": link, "side": 4}  # three rings
+    assert topology.links(mesh, ["fsdp"]) == {"gbps": 4 * link, "link_gbps": link, "side": 4}
+    assert topology.links(mesh, ["context"]) == {"gbps": 2 * link, "link_gbps": link, "side": 4}
     half = mesh_on(topology, (1, 32, 1, 2))  # two of the four of a ring: one link
-    assert topology.links(half, ["context"]) == {"gbps": link, "side": 2}
+    assert topology.links(half, ["context"]) == {"gbps": link, "link_gbps": link, "side": 2}
     open_ended = Topology.parse("v5p:2x2x1")  # nothing goes round
-    assert open_ended.links(mesh_on(open_ended, (1, 4, 1, 1)), ["fsdp"]) == {"gbps": 2 * link, "side": 2}
+    found = open_ended.links(mesh_on(open_ended, (1, 4, 1, 1)), ["fsdp"])
+    assert found == {"gbps": 2 * link, "link_gbps": link, "side": 2}
+
+
+def test_gpus_have_the_memory_that_the_command_line_lets_jax_take(monkeypatch):
+    """In a process of its own: it has to be set before JAX looks for devices."""
+    code = (
+        "import os, sys; from jaxhybrid import cli\n"
+        "cli.app = lambda: print(os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'], 'jax' in sys.modules)\n"
+        "cli.main()"
+    )
+    for given, told in ((None, f"{GPU_SHARE} False"), ("0.5", "0.5 False")):
+        monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+        if given:
+            monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", given)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == told
+
+
+def test_two_devices_of_a_chip_share_its_links():
+    topology, link = Topology.parse("tpu7x:4x4x4"), CHIPS["tpu7x"].link_gbps
+    devices = np.empty(128, object)
+    devices[:] = [SimpleNamespace(coords=place) for place in np.ndindex(4, 4, 4) for _ in range(2)]
+    sizes = dict(zip(MESH_AXES, shape := (1, 16, 4, 2)))
+    mesh = SimpleNamespace(devices=devices.reshape(shape), axis_names=MESH_AXES, shape=sizes)
+    ring = {"gbps": 2 * link / 2, "link_gbps": link / 2, "side": 4}
+    assert topology.links(mesh, ["fsdp"]) == ring | {"gbps": 4 * link / 2}  # two rings
+    assert topology.links(mesh, ["tensor"]) == ring
+    assert topology.links(mesh, ["tensor", "context"]) == ring  # all devices of it
+    assert topology.links(mesh, ["context"]) == {"gbps": link, "link_gbps": link, "side": 1}  # within a chip
 
 
 def test_gpus_of_several_nodes_meet_over_the_network():

@@ -8,6 +8,7 @@ from jaxhybrid.errors import ConfigError, DivergenceError, RunError
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model
+from jaxhybrid.selection import kl_guided
 from jaxhybrid.selection.kl_guided import _Programs, score_candidates
 from jaxhybrid.selection.ranking import Scores, read_scores
 from jaxhybrid.settings.run import DataConfig, RunConfig
@@ -78,6 +79,22 @@ def in_one_go(score, tmp_path_factory):
     assert set(compiled.values()) == {1}
     assert [tokens for tokens, _ in scores.candidates[0].heldout] == [i * ROWS * LENGTH for i in range(STEPS + 1)]
     return scores
+
+
+def test_with_accumulation_no_program_runs_more_rows_than_an_update(score, in_one_go, tmp_path, monkeypatch):
+    rows, place = set(), kl_guided.place_batch
+
+    def watched(batch, mesh, microbatches=1):
+        rows.add(len(batch["tokens"]) // microbatches)
+        return place(batch, mesh, microbatches)
+
+    monkeypatch.setattr(kl_guided, "place_batch", watched)
+    scores, compiled = score(tmp_path, gradient_accumulation=2)
+    assert rows == {ROWS // 2}
+    assert set(compiled.values()) == {1}
+    for ours, theirs in zip(scores.candidates, in_one_go.candidates):
+        np.testing.assert_allclose(ours.heldout, theirs.heldout, rtol=1e-4)
+        np.testing.assert_allclose(ours.train, theirs.train, rtol=1e-4)
 
 
 # Rounds of two steps, never stable.
