@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,8 +136,8 @@ def test_what_bounds_a_step():
     gpu = {"flops": {"attention": 989e12}, "moved": 2 * 4800e9, "exchanges": []}  # at what was measured, not at half
     assert roofline(gpu, CHIPS["h200"]).bound == "memory"
     assert roofline(gpu | {"moved": 4800e9}, CHIPS["h200"]).bound == "products"
-    half = replace(chip, devices=2)  # figures are of a device
-    assert roofline(figures, half).math == pytest.approx(2.0)
+    halves = CHIPS["tpu7x"]  # figures are of a device, of which its chips have two
+    assert roofline(figures | {"flops": {"products": 2307e12}}, halves).math == pytest.approx(2.0)
 
 
 def test_suggestions_take_the_least_accumulation_that_fits(plan_of):
