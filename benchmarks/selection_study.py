@@ -41,10 +41,10 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.answers import is_answer, read_answers
 from jaxhybrid.model.blueprint import Params, count_parameters
 from jaxhybrid.model.partition import make_mesh
-from jaxhybrid.model.transformer import Model, hidden_states, model_variables
+from jaxhybrid.model.transformer import Model, model_variables
 from jaxhybrid.run_folder import RunFolder, folder_of
 from jaxhybrid.selection.choice import Choice, Given
-from jaxhybrid.selection.masked import MaskedStudent
+from jaxhybrid.selection.masked import MaskedStudent, trained_kl
 from jaxhybrid.selection.methods import METHODS, choose
 from jaxhybrid.selection.ranking import CandidateScore, Scores
 from jaxhybrid.selection.rounds import RoundLog
@@ -52,8 +52,7 @@ from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.select import TrainingConfig, select_config
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
-from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
-from jaxhybrid.stages.score import masked_kl
+from jaxhybrid.stages.batch import Batch
 from jaxhybrid.train.optimizer import TrainState, make_optimizer, start, update
 from jaxhybrid.train.placement import place_batch
 
@@ -260,13 +259,8 @@ class Study:
         optimizer = make_optimizer(settings, jax.eval_shape(masters, student.params))
 
         def step(state: TrainState, mask: jax.Array, teacher: Model, batch: Batch) -> tuple[TrainState, jax.Array]:
-            hidden = hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=dtype)
-            batch, counted = {**batch, "teacher_hidden": hidden}, token_mask(batch["segment_ids"])
-
             def loss(params: Params) -> jax.Array:
-                own = Model(params, student.config)
-                kl = masked_kl(own, mask, batch, counted, teacher.head, dtype=dtype, remat="block", chunk_tokens=chunk)
-                return kl / count_tokens(batch)
+                return trained_kl(Model(params, student.config), mask, teacher, batch, dtype=dtype, chunk_tokens=chunk)
 
             value, gradients = jax.value_and_grad(loss)(state.params)
             return update(state, gradients, optimizer)[0], value

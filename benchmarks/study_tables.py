@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from jaxhybrid.evaluate.bootstrap import over_runs
 from jaxhybrid.selection.ranking import jaccard
 
 Record = dict[str, Any]
@@ -155,8 +156,8 @@ def _mean(values: list[float]) -> str:
         return ""
     if len(values) < 3:
         return ", ".join(f"{value:.3f}" for value in values)
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.3f} ± {half:.3f} ({len(values)})"
+    found = over_runs(values)
+    return f"{found['mean']:.3f} ± {found['high'] - found['mean']:.3f} ({len(values)})"
 
 
 def _count(tokens: int) -> str:

@@ -24,6 +24,7 @@ from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.evaluate.words import NAMES, distinct, number, sentence, shuffled
 from jaxhybrid.settings.evaluate import RecallConfig
 
+ROUND_TO = 32  # tokens: kernels like round lengths
 HEADER = "Names and numbers.\n\n"  # without one, the list's first pair would also be where attention rests
 
 
@@ -81,7 +82,7 @@ def recall_task(
     head = vocabulary.begin_ids
     lengths = np.array([len(head) + len(encoding.ids) for encoding in encoded])
     longest_answer = max(stop - start for numbers in asked for start, stop in numbers)
-    width = -(-(lengths.max() + longest_answer) // 32) * 32  # kernels like round lengths
+    width = -(-(lengths.max() + longest_answer) // ROUND_TO) * ROUND_TO
     tokens = np.zeros((prompts, width), np.int32)
     answers = np.full((prompts, pairs, longest_answer), -1, np.int32)
     places = np.zeros((prompts, pairs), np.int32)

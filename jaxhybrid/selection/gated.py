@@ -4,16 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.losses import CHUNK_TOKENS, linear_kl
 from jaxhybrid.model.blueprint import Params, bind, variables
 from jaxhybrid.model.config import FULL_ATTENTION, Remat
 from jaxhybrid.model.layers import TokenContext
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.partition import batch_spec, gather, on_shards, splits_tokens
-from jaxhybrid.model.transformer import Model, embed, final_norm, token_context
-from jaxhybrid.model.walk import walk
+from jaxhybrid.model.partition import gather
+from jaxhybrid.model.transformer import Model
+from jaxhybrid.selection.mixed import mixed_states
 from jaxhybrid.stages.batch import Batch
 
 
@@ -25,23 +24,18 @@ def gated_states(
     The mixed stream goes on to the next layer. `student` is linear, with the attention of every layer beside it.
     """
     (kind,) = set(student.config.layer_types)
-    config, softmax, spec = student.config, MIXERS[FULL_ATTENTION], batch_spec(tokens)
+    config, softmax = student.config, MIXERS[FULL_ATTENTION]
 
-    def mix(normed: jax.Array, linear: Any, context: TokenContext, beside: Any) -> tuple[jax.Array, None]:
-        gate, rows = beside
+    def mix(normed: jax.Array, linear: Any, context: TokenContext, extra: Any) -> tuple[jax.Array, None]:
+        gate, rows = extra
         attention = bind(softmax, config, gather(variables(softmax, config), rows, dtype))
         gate = gate.astype(dtype)
         return gate * attention(normed, context)[0] + (1 - gate) * linear(normed, context)[0], None
 
-    def local(params: Params, gates: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        own = Model(params, config)
-        context = token_context(config, tokens, segments, None, split=splits_tokens(spec))
-        beside = {kind: (gates, params["mixers"][FULL_ATTENTION])}
-        x, _ = walk(params, config, embed(own, tokens, dtype), context, mix, extra=beside, remat=remat)
-        return final_norm(own, x)
+    def beside(params: Params, gates: jax.Array) -> Any:
+        return {kind: (gates, params["mixers"][FULL_ATTENTION])}
 
-    arguments = student.params, gates, tokens, segment_ids
-    return on_shards(local, arguments, (student.specs, P(), spec, spec), spec)
+    return mixed_states(student, tokens, segment_ids, gates, mix, beside, dtype, remat)
 
 
 def gated_kl(

@@ -18,7 +18,7 @@ from jaxhybrid.model.transformer import Model, hidden_states, outputs
 from jaxhybrid.selection.cosine import block_cosines
 from jaxhybrid.selection.questions import Answered, Prompts, answer
 from jaxhybrid.stages.align import align_loss, linear_mixers
-from jaxhybrid.stages.batch import Batch, token_mask
+from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
 from jaxhybrid.stages.score import masked_kl
 from jaxhybrid.train.loop import HostBatch
 from jaxhybrid.train.placement import place_batch
@@ -160,6 +160,16 @@ def _prepare(teacher: Model, batch: Batch, *, dtype: Any) -> Batch:
 
 def _kl(student: Model, softmax: jax.Array, batch: Batch, head: jax.Array, **static: Any) -> jax.Array:
     return masked_kl(student, softmax, batch, batch["counted"], head, **static)
+
+
+def trained_kl(
+    student: Model, softmax: jax.Array, teacher: Model, batch: Batch, *, dtype: Any, chunk_tokens: int
+) -> jax.Array:
+    """KL(teacher || student with these layers softmax) in nats per token of a batch of text, to train on."""
+    hidden = hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=dtype)
+    batch, counted = {**batch, "teacher_hidden": hidden}, token_mask(batch["segment_ids"])
+    static: dict[str, Any] = {"dtype": dtype, "remat": "block", "chunk_tokens": chunk_tokens}
+    return masked_kl(student, softmax, batch, counted, teacher.head, **static) / count_tokens(batch)
 
 
 def _cross_entropy(student: Model, softmax: jax.Array, batch: Batch, *, dtype: Any) -> tuple[jax.Array, jax.Array]:

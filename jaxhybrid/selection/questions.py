@@ -9,11 +9,10 @@ import numpy as np
 from jaxhybrid.data.vocabulary import Vocabulary
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.answers import NO_TOKEN, States, is_answer, read_answers, softmax_states
-from jaxhybrid.evaluate.recall_prompts import RecallTask, recall_task
+from jaxhybrid.evaluate.recall_prompts import ROUND_TO, RecallTask, recall_task
 from jaxhybrid.model.transformer import Model
 
 CHOOSING_SEED = 1  # of the recall probe's prompts for a choice; those of the evaluation have 0
-ROUND_TO = 32  # kernels like round lengths
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhybrid.errors import DivergenceError
 from jaxhybrid.model.blueprint import Params
-from jaxhybrid.model.transformer import Model, hidden_states
-from jaxhybrid.selection.masked import MaskedStudent
+from jaxhybrid.model.transformer import Model
+from jaxhybrid.selection.masked import MaskedStudent, finite, trained_kl
 from jaxhybrid.settings.stages import AlignConfig
 from jaxhybrid.stages.align import linear_mixers
-from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
-from jaxhybrid.stages.score import masked_kl
+from jaxhybrid.stages.batch import Batch
 from jaxhybrid.train.loop import HostBatch
 from jaxhybrid.train.optimizer import TrainState, make_optimizer, start, update
 from jaxhybrid.train.placement import place_batch
@@ -27,20 +25,13 @@ def train_supernet(
 
     Every step draws how many layers are softmax, 0 to `most`, and which; that is traced, so one program does it.
     """
-    dtype = student.dtype
 
     def step(
         state: TrainState, mask: jax.Array, model: Model, teacher: Model, batch: Batch
     ) -> tuple[TrainState, jax.Array]:
-        hidden = hidden_states(teacher, batch["tokens"], batch["segment_ids"], dtype=dtype)
-        batch, counted = {**batch, "teacher_hidden": hidden}, token_mask(batch["segment_ids"])
-
         def loss(mixers: Params) -> jax.Array:
             own = _with_mixers(model, mixers)
-            kl = masked_kl(
-                own, mask, batch, counted, teacher.head, dtype=dtype, remat="block", chunk_tokens=student.chunk_tokens
-            )
-            return kl / count_tokens(batch)
+            return trained_kl(own, mask, teacher, batch, dtype=student.dtype, chunk_tokens=student.chunk_tokens)
 
         value, gradients = jax.value_and_grad(loss)(state.params)
         return update(state, gradients, optimizer)[0], value
@@ -53,10 +44,7 @@ def train_supernet(
         kept = rng.permutation(student.depth)[: rng.integers(most + 1)]
         mask, batch = np.isin(np.arange(student.depth), kept), place_batch(rows, student.mesh)
         state, value = compiled(state, mask, student.student, student.teacher, batch)
-        if not np.isfinite(float(value)):
-            raise DivergenceError(
-                f"The KL of the supernet is {float(value)} at step {number}. Lower select.supernet.learning_rate."
-            )
+        finite(float(value), f"KL of the supernet at step {number}", "Lower select.supernet.learning_rate.")
     return student.of(_with_mixers(student.student, state.params))
 
 

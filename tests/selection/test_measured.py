@@ -33,12 +33,7 @@ F, G = FULL_ATTENTION, GatedDeltaNetConfig.kind
 TEXT = [make_batch(61, ROWS, LENGTH, seed) for seed in range(4)]
 MEASURE = {"tokens": 4 * ROWS * LENGTH, "sequence_length": LENGTH, "batch_size": ROWS}
 PROMPTS = [batch | {"counted": (np.arange(LENGTH) % 5 == 0) * np.float32(batch["segment_ids"] != 0)} for batch in TEXT]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device(compiled_once):
-    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,7 @@ TEXT = [make_batch(61, ROWS, LENGTH, seed) for seed in range(2)]
 MEASURE = {"tokens": 2 * ROWS * LENGTH, "sequence_length": LENGTH, "batch_size": ROWS}
 SUPERNET = AlignConfig(tokens=3 * ROWS * LENGTH, sequence_length=LENGTH, batch_size=ROWS, warmup_steps=0)
 TRAINING = {"tokens": 4 * ROWS * LENGTH, "sequence_length": LENGTH, "batch_size": ROWS}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device(compiled_once):
-    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from jaxhybrid.evaluate.recall_prompts import recall_task
 from jaxhybrid.model.blueprint import bind
 from jaxhybrid.model.layers import Block
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import embed, final_norm, token_context
 from jaxhybrid.selection.ablated import ablated_states
 from jaxhybrid.selection.choice import Given
@@ -29,12 +28,7 @@ from tests.selection import planted
 
 DIAGNOSTIC = ("associative_recall", "multihop_recall", "variable_tracking", "common_words", "frequent_words")
 MEASURE = {"tokens": 128, "sequence_length": 16, "batch_size": 4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device(compiled_once):
-    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,9 @@ import numpy as np
 import optax
 from pydantic import Field
 
-from jaxhybrid.errors import DivergenceError
 from jaxhybrid.selection.choice import Choice, Given, Method, ranked
 from jaxhybrid.selection.gated import gated_kl
-from jaxhybrid.selection.masked import MaskedStudent
+from jaxhybrid.selection.masked import MaskedStudent, finite
 from jaxhybrid.selection.rounds import Round, by_layer, from_layers
 from jaxhybrid.settings.select import MeasureConfig, MethodConfig
 from jaxhybrid.settings.types import Count, Positive, about
@@ -83,10 +82,7 @@ def train_gates(student: MaskedStudent, settings: JointGatesConfig, price: float
     for number in range(steps):
         batches = student.placed(number % student.batches)
         gates, state, value = step(gates, state, batches, student.student, student.head)
-        if not np.isfinite(float(value)):
-            raise DivergenceError(
-                f"The loss of the gates is {float(value)} at step {number}. Lower select.joint_gates.learning_rate."
-            )
+        finite(float(value), f"loss of the gates at step {number}", "Lower select.joint_gates.learning_rate.")
         course.append(np.asarray(gates))
         trained += sum(batch["tokens"].size for batch in batches)
     return np.array(course), trained
