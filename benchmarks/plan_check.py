@@ -11,6 +11,7 @@ first two. What a stage of a run holds beside its step (scoring's teacher) is in
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,13 @@ def measure(stage: str, planned: Planned, documents: list[int] | None, steps: in
     return {"seconds": float(np.median(times[2:])), "bytes": peak_memory_bytes(), "loss": float(metrics["loss"])}
 
 
+def visible_gpus() -> int:
+    """How many there are, without JAX: the devices are the children's, and this process must not take them."""
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(named.split(","))
+    return len(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout.splitlines())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(CONFIG), help="any other is taken as it is, with --set")
@@ -115,9 +123,7 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(given.measure, planned, given.documents, given.steps)))
         return
-    # The devices are the children's: this process must not take them.
-    count = len(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout.splitlines())
-    topology = Topology.parse(f"{given.chip}:{count}")
+    topology = Topology.parse(f"{given.chip}:{visible_gpus()}")
     with tempfile.TemporaryDirectory() as folder:
         figures = Steps(topology, Path(folder), jobs=4).figures(planned, given.stages)
     rows = []
