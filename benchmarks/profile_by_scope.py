@@ -1,84 +1,123 @@
-"""Where a distillation step's device time goes, by the named scopes of the model.
+"""Where a step's device time goes: by the named scopes of the model, and kernel by kernel.
 
-    python benchmarks/profile_by_scope.py        # the step of step_speed.py, on a GPU
+    python benchmarks/profile_by_scope.py        # the distillation of step_speed.py, on a GPU
+    python benchmarks/profile_by_scope.py --shape qwen2.5-1.5b-instruct --rows 8 --length 4096 --chunk 2048
 
 Every kernel of a profile is looked up in the compiled program, whose metadata says in which scope it was traced.
-Kernels of no scope are what stands between: residual sums, casts of parameters, the optimizer.
+Kernels of no scope are what stands between: residual sums, casts of parameters. Bytes are those of a kernel's arrays,
+each read or written once; operations are those of matrix products.
 """
 
 import argparse
 import os
-import re
 import tempfile
 from collections import Counter
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 # Kernels of a command buffer are not told apart in a profile.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
 import jax
-import jax.numpy as jnp
-from shapes import shape_of
-from step_speed import SOFTMAX_LAYERS, packed_batch
+from compiled import Program
+from shapes import SHAPES
+from step_speed import Steps, packed_batch
 
-from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-from jaxhybrid.model.transformer import Model, random_params
-from jaxhybrid.selection.methods import layer_types
-from jaxhybrid.settings.stages import DistillConfig
-from jaxhybrid.stages.distill import distill_step
-from jaxhybrid.train.optimizer import make_optimizer, start
-from jaxhybrid.weights.convert import convert
+from jaxhybrid.model.config import FULL_ATTENTION, Remat
+from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.partition import batch_sharding, make_mesh
 
-SMOLLM2 = shape_of("smollm2-135m-instruct")
-SCOPES = (FULL_ATTENTION, GatedDeltaNetConfig.kind, "mlp", "head", "loss", "embed", "gather", "optimizer")
+SCOPES = (FULL_ATTENTION, *LINEAR_MIXERS, "mlp", "norm", "head", "loss", "embed", "gather", "optimizer")
 
 
-def scopes_by_instruction(program: str) -> dict[str, str]:
-    """Instruction -> the scope in which it was traced, innermost last."""
-    found = {}
-    for name, path in re.findall(r'%?([\w.-]+) = [^\n]*metadata=\{[^}]*op_name="([^"]*)"', program):
-        parts = re.split(r"[/()]", path)
-        found[name] = next((part for part in reversed(parts) if part in SCOPES), "no scope")
-    return found
+def kernels(folder: str) -> Iterator[tuple[str, str, float]]:
+    """(instruction, kernel, milliseconds) of everything that ran on a device while the profile was taken."""
+    (trace,) = Path(folder).rglob("*.xplane.pb")
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        if not plane.name.startswith("/device:"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                stats: dict[str, Any] = dict(event.stats)
+                yield str(stats.get("hlo_op", event.name)), event.name, event.duration_ns / 1e6
+
+
+def where(program: Program, name: str) -> tuple[str, str]:
+    """(teacher, forward, again or backward; the scope) of an instruction."""
+    if name not in program.instructions:
+        return "no turn", "no scope"
+    one = program.instructions[name][0]
+    return "teacher" if "teacher" in one.path.split("/") else one.turn, one.scope(SCOPES)
+
+
+def tables(program: Program, ran: list[tuple[str, str, float]], steps: int, longest: int) -> str:
+    """Time by scope and turn, and the kernels that take longest."""
+    by_scope: Counter[tuple[str, str]] = Counter()
+    by_kernel: Counter[tuple[str, str]] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
+    for name, kernel, milliseconds in ran:
+        by_scope[where(program, name)] += milliseconds / steps
+        by_kernel[name, kernel] += milliseconds / steps
+        calls[name, kernel] += 1
+    lines = []
+    for (turn, scope), milliseconds in by_scope.most_common():
+        lines.append(
+            f"{turn:9} {scope:16} {milliseconds:8.2f} ms a step {100 * milliseconds / by_scope.total():5.1f} %"
+        )
+    lines += [f"{'all':26} {by_scope.total():8.2f}", ""]
+    lines.append(f"{'ms':>8} {'calls':>6} {'MB':>8} {'TB/s':>5} {'GFLOP':>8} {'TFLOP/s':>7}  turn, scope, instruction")
+    for (name, kernel), milliseconds in by_kernel.most_common(longest):
+        count = calls[name, kernel] / steps
+        figures = f"{milliseconds:8.2f} {count:6.0f}"
+        path = ""
+        if name in program.instructions:
+            moved, done = program.bytes_of(name) / 1e6, program.operations_of(name) / 1e9
+            each = milliseconds / count  # MB/ms are GB/s
+            figures += f" {moved:8.1f} {moved / each / 1e3:5.2f} {done:8.1f} {done / each:7.0f}"
+            path = program.instructions[name][0].path.rpartition("body/")[2][-90:]
+        lines.append(f"{figures:47}  {' '.join(where(program, name))}, {name} [{kernel[:50]}] {path}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="smollm2-135m-instruct", choices=SHAPES)
+    parser.add_argument("--stage", default="distill", choices=["align", "distill"])
+    parser.add_argument("--mixer", default="gated_deltanet", choices=list(LINEAR_MIXERS))
+    parser.add_argument("--remat", default="block", choices=get_args(Remat))
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=5)
-    arguments = parser.parse_args()
-    teacher = Model(jax.jit(lambda key: random_params(SMOLLM2, key))(jax.random.key(0)), SMOLLM2)
-    types = layer_types(SMOLLM2.num_layers, SOFTMAX_LAYERS, GatedDeltaNetConfig.kind)
-    student = convert(teacher, types, GatedDeltaNetConfig(), jax.random.key(1))
-    optimizer = make_optimizer(DistillConfig(), student.params)
-    step = partial(distill_step, config=student.config, optimizer=optimizer, chunk_tokens=8192)
-    state, frozen = start(student.params, optimizer), teacher.cast(jnp.bfloat16)
-    batch = packed_batch(arguments.rows, arguments.length, SMOLLM2.vocab_size)
-    compiled = jax.jit(step).lower(state, frozen, batch).compile()
-    scopes = scopes_by_instruction(compiled.as_text())
-    jax.block_until_ready(compiled(state, frozen, batch))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(arguments.steps):
-                jax.block_until_ready(compiled(state, frozen, batch))
-        (trace,) = Path(folder).rglob("*.xplane.pb")
-        time: Counter[str] = Counter()
-        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
-            if not plane.name.startswith("/device:"):
-                continue
-            for line in plane.lines:
-                for event in line.events:
-                    if not line.name.startswith("Stream"):
-                        continue
-                    instruction = str(dict(event.stats).get("hlo_op", event.name))
-                    time[scopes.get(instruction, "no scope")] += event.duration_ns / 1e6 / arguments.steps
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.rows} rows of {arguments.length} tokens")
-    for scope, milliseconds in time.most_common():
-        print(f"{scope:16} {milliseconds:8.2f} ms a step {100 * milliseconds / time.total():5.1f} %")
-    print(f"{'all':16} {time.total():8.2f}")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens whose logits are held at once")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--longest", type=int, default=40, help="kernels to list")
+    parser.add_argument("--program", type=Path, metavar="FILE", help="where to leave the compiled program's text")
+    given = parser.parse_args()
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        steps = Steps(given.shape, mesh, given.mixer)
+        batch = packed_batch(given.rows, given.length, steps.shape.vocab_size)
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        step, state = steps.step(given.stage, given.remat, given.chunk)
+        compiled = step.lower(state, steps.frozen, batch).compile()
+        text = compiled.as_text()
+        if given.program:
+            given.program.write_text(text)
+        state, metrics = compiled(state, steps.frozen, batch)
+        jax.block_until_ready(metrics)
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(given.steps):
+                    state, metrics = compiled(state, steps.frozen, batch)
+                    jax.block_until_ready(metrics)
+            ran = list(kernels(folder))
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {given.shape}, {given.stage}, {given.remat}, "
+        f"{given.rows} rows of {given.length} tokens"
+    )
+    print(tables(Program(text), ran, given.steps, given.longest))
 
 
 if __name__ == "__main__":

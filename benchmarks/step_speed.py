@@ -12,15 +12,17 @@ step costs. Median of the steps after the first two.
 import argparse
 import time
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxhybrid_kernels import linear_attention
 from shapes import SHAPES, quarter, shape_of
 
 from jaxhybrid.measure import peak_memory_bytes
+from jaxhybrid.model.config import Remat
 from jaxhybrid.model.mixers import LINEAR_MIXERS, linear
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, model_variables, random_params
@@ -44,12 +46,42 @@ def packed_batch(rows: int, length: int, vocab_size: int) -> dict[str, np.ndarra
     return {"tokens": tokens, "segment_ids": ids}
 
 
+class Steps:
+    """The steps of stages for a model of a published shape, on the mesh that is set."""
+
+    def __init__(self, shape: str, mesh: Mesh, mixer: str):
+        self.shape, self.mixer = shape_of(shape), mixer
+        self.kept = SOFTMAX_LAYERS if shape == "smollm2-135m-instruct" else quarter(self.shape.num_layers)
+        shardings = param_shardings(model_variables(self.shape), mesh)
+        made = jax.jit(lambda key: Model(random_params(self.shape, key), self.shape).cast(jnp.bfloat16).params)
+        self.frozen = Model(jax.device_put(made(jax.random.key(0)), shardings), self.shape)
+
+    def step(self, stage: str, remat: Remat, chunk: int) -> tuple[Any, Any]:
+        """(the jitted update, of (state, frozen teacher, batch); the state that it begins with)."""
+        mixer = LINEAR_MIXERS[self.mixer].Config()
+        types = layer_types(self.shape.num_layers, () if stage == "align" else self.kept, self.mixer)
+
+        def student(frozen: Model) -> Model:
+            return convert(frozen, types, mixer, jax.random.key(1))
+
+        def trained(frozen: Model) -> Any:
+            params = student(frozen).params
+            return jax.tree.map(lambda x: x.astype(jnp.float32), linear_mixers(params) if stage == "align" else params)
+
+        optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), jax.eval_shape(trained, self.frozen))
+        given = {"config": jax.eval_shape(student, self.frozen).config, "optimizer": optimizer}
+        if stage == "distill":
+            given |= {"chunk_tokens": chunk, "remat": remat}
+        update = align_step if stage == "align" else distill_step
+        state = jax.jit(lambda frozen: start(trained(frozen), optimizer))(self.frozen)
+        return jax.jit(partial(update, **given), donate_argnums=0), state
+
+
 def seconds_per_step(step: Any, state: Any, frozen: Any, batch: dict[str, jax.Array], steps: int) -> float:
-    compiled = jax.jit(step, donate_argnums=0)
     times = []
     for _ in range(steps + 2):
         began = time.perf_counter()
-        state, metrics = compiled(state, frozen, batch)
+        state, metrics = step(state, frozen, batch)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - began)
     return float(np.median(times[2:]))
@@ -61,7 +93,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=["align", "distill"], choices=["align", "distill"])
     parser.add_argument("--mixer", default="gated_deltanet", choices=list(LINEAR_MIXERS))
     parser.add_argument("--shape", default="smollm2-135m-instruct", choices=SHAPES)
-    parser.add_argument("--remat", default="block", choices=["none", "block", "dots", "offload"])
+    parser.add_argument("--remat", default="block", choices=get_args(Remat))
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens whose logits are held at once")
@@ -70,47 +102,27 @@ def main() -> None:
         parser.add_argument(f"--{axis}", type=int, default=-1 if axis == "fsdp" else 1)
     arguments = parser.parse_args()
 
-    shape, mesh = shape_of(arguments.shape), make_mesh(1, arguments.fsdp, arguments.tensor, arguments.context)
-    softmax = SOFTMAX_LAYERS if arguments.shape == "smollm2-135m-instruct" else quarter(shape.num_layers)
-    batch = packed_batch(arguments.rows, arguments.length, shape.vocab_size)
+    mesh = make_mesh(1, arguments.fsdp, arguments.tensor, arguments.context)
     tokens = arguments.rows * arguments.length
-    stages: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
-        "align": (align_step, (), {}),
-        "distill": (distill_step, softmax, {"chunk_tokens": arguments.chunk, "remat": arguments.remat}),
-    }
     print(
         f"{mesh.devices.size} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.shape}, "
         f"{arguments.rows} rows of {arguments.length} tokens"
     )
-    mixer = LINEAR_MIXERS[arguments.mixer].Config()
     with jax.set_mesh(mesh):
-        shardings = param_shardings(model_variables(shape), mesh)
-        made = jax.jit(lambda key: Model(random_params(shape, key), shape).cast(jnp.bfloat16).params)
-        frozen = Model(jax.device_put(made(jax.random.key(0)), shardings), shape)
+        steps = Steps(arguments.shape, mesh, arguments.mixer)
+        batch = packed_batch(arguments.rows, arguments.length, steps.shape.vocab_size)
         batch = jax.device_put(batch, batch_sharding(mesh))
-        for name in arguments.stages:
-            stage, kept, given = stages[name]
-            types = layer_types(shape.num_layers, kept, arguments.mixer)
-            config = jax.eval_shape(lambda t, types=types: convert(t, types, mixer, jax.random.key(1)), frozen).config
+        for stage in arguments.stages:
             for implementation in arguments.implementations:
                 linear.linear_attention = partial(linear_attention, implementation=implementation)
-
-                def trained(frozen: Model, types: Any = types, name: str = name) -> Any:
-                    student = convert(frozen, types, mixer, jax.random.key(1))
-                    params = linear_mixers(student.params) if name == "align" else student.params
-                    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
-
-                optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), jax.eval_shape(trained, frozen))
-                begin = jax.jit(lambda frozen, make=trained, optimizer=optimizer: start(make(frozen), optimizer))
-                state = begin(frozen)
-                step = partial(stage, config=config, optimizer=optimizer, **given)
-                seconds = seconds_per_step(step, state, frozen, batch, arguments.steps)
+                made = steps.step(stage, arguments.remat, arguments.chunk)
+                seconds = seconds_per_step(*made, steps.frozen, batch, arguments.steps)
                 print(
-                    f"{name:8} {implementation:11} {1e3 * seconds:7.1f} ms a step, {tokens / seconds:9,.0f} tokens/s, "
+                    f"{stage:8} {implementation:11} {1e3 * seconds:7.1f} ms a step, {tokens / seconds:9,.0f} tokens/s, "
                     f"peak so far {peak_memory_bytes() / 2**30:.1f} GiB",
                     flush=True,
                 )
-                del state
+                del made
 
 
 if __name__ == "__main__":

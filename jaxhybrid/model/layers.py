@@ -132,9 +132,10 @@ class Block(nnx.Module):
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) over the last axis in float32, then cast back and scaled (as Llama does)."""
-    exact = x.astype(exact_dtype(x.dtype))
-    exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
-    return exact.astype(x.dtype) * scale.astype(x.dtype)
+    with jax.named_scope("norm"):
+        exact = x.astype(exact_dtype(x.dtype))
+        exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
+        return exact.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def exact_dtype(dtype: Any) -> Any:

@@ -34,7 +34,8 @@ def distill_step(
 
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:
         text = micro["tokens"], micro["segment_ids"]
-        hidden, head = outputs(teacher, *text, dtype=dtype)
+        with jax.named_scope("teacher"):
+            hidden, head = outputs(teacher, *text, dtype=dtype)
 
         def loss(params: Params) -> jax.Array:
             own_hidden, own_head = outputs(Model(params, config), *text, dtype=dtype, remat=remat, sums=sums)
