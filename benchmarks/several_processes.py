@@ -5,8 +5,6 @@ differs from start to start (autotuning, sums in the order of arrival), so that 
 """
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +30,8 @@ from tests.tiny import stage, write_config, write_tokenizer
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 STEPS, EVERY, KILLED_AT = 300, 10, 35  # of distillation: all, between checkpoints, and done when a process is killed
 LENGTH = 256  # tokens of a row
-SECONDS = 600  # for a verb
+SECONDS = 600  # for a start
+TRAINED = ("align", "distill", "finetune")
 
 
 class Failed(Exception):
@@ -49,6 +48,7 @@ class Runs:
         self, folder: Path, model: ModelConfig, gpus: int, environment: Callable[[Sequence[int], str], dict[str, str]]
     ):
         self.folder, self.gpus, self.environment = folder, gpus, environment
+        self.started: list[subprocess.Popen[bytes]] = []
         teacher = folder / "teacher"
         teacher.mkdir(parents=True)
         write_tokenizer(teacher)
@@ -66,12 +66,13 @@ class Runs:
             select={"method": "uniform", "budget": 1},
             align=stage(**own | {"tokens": 20 * rows * LENGTH}),
             distill=stage(**own | {"tokens": STEPS * rows * LENGTH}),
+            finetune=stage(**own | {"tokens": 20 * rows * LENGTH}),
         )
 
     def log(self, run: str, number: int) -> Path:
         return self.folder / f"{run}-{number}.log"
 
-    def start(self, verb: str, run: str, processes: int) -> list[subprocess.Popen[bytes]]:
+    def start(self, run: str, processes: int) -> list[subprocess.Popen[bytes]]:
         """One process for all GPUs, or as many as there are GPUs, one each."""
         port, running = free_port(), []
         for number in range(processes):
@@ -83,8 +84,8 @@ class Runs:
                 environment["JAX_LOCAL_DEVICE_IDS"] = str(number)
             if environment.get("JAX_PLATFORMS") == "cpu":
                 environment["JAX_NUM_CPU_DEVICES"] = str(self.gpus // processes)
-            places = [f"run_dir={self.folder / run}", f"data.cache_dir={self.folder / 'tokens'}"]
-            command = [verb, self.folder / "config.yaml", *places, *joined]
+            places = [f"run_dir={self.folder / run}", f"data.cache_dir={self.folder / f'{run}-tokens'}"]
+            command = ["run", self.folder / "config.yaml", *places, *joined]
             code = "from jaxhybrid.cli import main; main()"
             with self.log(run, number).open("a") as log:
                 running.append(
@@ -92,25 +93,18 @@ class Runs:
                         [sys.executable, "-c", code, *map(str, command)], env=environment, stdout=log, stderr=log
                     )
                 )
+        self.started += running
         return running
 
-    def finish(self, verb: str, **runs: int) -> None:
-        """The verb in several runs at once, each by so many processes. Raises Failed."""
-        started = {run: self.start(verb, run, processes) for run, processes in runs.items()}
-        for run, running in started.items():
-            self.end(verb, run, running)
-
-    def end(self, verb: str, run: str, running: list[subprocess.Popen[bytes]]) -> None:
+    def end(self, run: str, running: list[subprocess.Popen[bytes]]) -> None:
+        """Waits for processes that must succeed."""
         try:
             codes = [process.wait(SECONDS) for process in running]
         except subprocess.TimeoutExpired as error:
-            raise Failed(f"{verb} {run}: not at its end after {SECONDS} s") from error
-        finally:
-            for process in running:
-                process.kill()
+            raise Failed(f"{run}: not at its end after {SECONDS} s") from error
         if any(codes):
             number = next(number for number, code in enumerate(codes) if code)
-            raise Failed(f"{verb} {run}: exit codes {codes}\n{self.log(run, number).read_text()[-3000:]}")
+            raise Failed(f"{run}: exit codes {codes}\n{self.log(run, number).read_text()[-3000:]}")
 
 
 def measured(
@@ -123,20 +117,21 @@ def measured(
     """
     jax.config.update("jax_platforms", "cpu")  # the GPUs are the children's
     runs = Runs(folder, model, gpus, environment)
-    runs.finish("align", one=1, each=gpus)
-    shutil.copytree(folder / "each", folder / "killed")
-    beside = {"one": runs.start("distill", "one", 1), "each": runs.start("distill", "each", gpus)}
-    harm = kill_one(runs, "killed")
-    for run, running in beside.items():
-        runs.end("distill", run, running)
-    runs.finish("distill", killed=gpus)
+    try:
+        beside = {"one": runs.start("one", 1), "each": runs.start("each", gpus)}
+        harm = kill_one(runs, "killed")
+        for run, running in beside.items():
+            runs.end(run, running)
+        runs.end("killed", runs.start("killed", gpus))
+    finally:
+        for process in runs.started:
+            process.kill()
 
-    losses = {
-        run: np.array([record["loss"] for verb in ("align", "distill") for record in records(folder / run / verb)])
-        for run in ("one", "each", "killed")
-    }
+    results = {run: result(folder / run) for run in ("one", "each", "killed")}
+    losses = {run: found["losses"] for run, found in results.items()}
     differences = np.abs(losses["each"] - losses["one"]) / np.abs(losses["one"])
-    equal = bool(np.array_equal(losses["killed"], losses["each"])) and same_weights(runs, "killed", "each")
+    whole, resumed = results["each"], results["killed"]
+    equal = whole.keys() == resumed.keys() and all(np.array_equal(whole[key], resumed[key]) for key in whole)
     common = {"gpus": gpus, "length": LENGTH, "rows": 2 * gpus}
     return [
         common | {"harm": "none", "steps": len(losses["one"]), "equal_steps": int(np.sum(differences == 0)),
@@ -147,11 +142,11 @@ def measured(
 
 def kill_one(runs: Runs, run: str) -> dict[str, Any]:
     """Distills until one process is killed; how long the others lived, and what the first one said."""
-    running = runs.start("distill", run, runs.gpus)
+    running = runs.start(run, runs.gpus)
     until = time.monotonic() + SECONDS
     while len(records(runs.folder / run / "distill")) < KILLED_AT:
         if time.monotonic() > until or any(process.poll() is not None for process in running):
-            runs.end("distill", run, running)
+            runs.end(run, running)
             raise Failed(f"{run}: at its end before it was killed; fewer steps than {STEPS} are too few here")
         time.sleep(0.02)
     running[-1].send_signal(signal.SIGKILL)
@@ -161,9 +156,6 @@ def kill_one(runs: Runs, run: str) -> dict[str, Any]:
         codes = [process.wait(SECONDS) for process in running]
     except subprocess.TimeoutExpired as error:
         raise Failed(f"{run}: a process lived on for {SECONDS} s after another one was killed") from error
-    finally:
-        for process in running:
-            process.kill()
     said = [line for line in runs.log(run, 0).read_text()[said_before:].splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("error: ")]
     return {
@@ -175,14 +167,7 @@ def kill_one(runs: Runs, run: str) -> dict[str, Any]:
     }
 
 
-def same_weights(runs: Runs, *names: str) -> bool:
-    """Whether the runs' exports, written by processes without GPUs, have the same bits."""
-    for name in names:
-        command = ["export", str(runs.folder / name), "--processes", "1"]
-        code = "from jaxhybrid.cli import main; main()"
-        subprocess.run([sys.executable, "-c", code, *command], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
-    first, *others = (exported(runs.folder / name) for name in names)
-    return all(
-        first.keys() == other.keys() and all(np.array_equal(first[key], other[key]) for key in first)
-        for other in others
-    )
+def result(run: Path) -> dict[str, np.ndarray]:
+    """The losses of all steps, and the exported weights."""
+    losses = [record["loss"] for name in TRAINED for record in records(run / name)]
+    return {"losses": np.array(losses), **exported(run)}
