@@ -2,7 +2,7 @@
 
     python setmaxnreg.py
 
-A loader (24 registers a thread) and two consumers (240 each) whose float32 accumulators take 192. Compiled whole, nothing
+A loader (24 registers a thread) and two consumers (240 each) whose float32 accumulators take 192. Compiled whole, none
 is spilled. As code to be linked it may not shift registers: all have 168, and accumulators go through local memory.
 """
 
@@ -10,9 +10,6 @@ import os
 import tempfile
 import time
 from pathlib import Path
-
-folder = tempfile.mkdtemp()
-os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +67,8 @@ kernel = plgpu.kernel(
 
 
 def main():
+    folder = tempfile.mkdtemp()
+    os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}  # read when a kernel is compiled
     sizes = [(64, 64), (64, 256), (64, 128)]
     a, b, c = (0.1 * jax.random.normal(jax.random.key(i), s).astype(jnp.bfloat16) for i, s in enumerate(sizes))
     run = jax.jit(kernel)
