@@ -241,7 +241,8 @@ class Parts:
         with tempfile.TemporaryDirectory() as made:
             try:
                 model = TINY if self.options.shape == "tiny" else SMALL
-                rows = measured(self.options.folder or Path(made) / "runs", model, gpus_here(), environment)
+                folder = self.options.folder or Path(made) / "runs"
+                rows = measured(folder, model, self.options.steps or 300, gpus_here(), environment)
             except Failed as error:
                 self.failed = True
                 print(f"failed: {error}", flush=True)

@@ -28,10 +28,13 @@ from tests.runs import exported, free_port, records, write_text
 from tests.tiny import stage, write_config, write_tokenizer
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
-STEPS, EVERY, KILLED_AT = 300, 10, 35  # of distillation: all, between checkpoints, and done when a process is killed
+EVERY = 10  # steps between checkpoints
 LENGTH = 256  # tokens of a row
 SECONDS = 600  # for a start
 TRAINED = ("align", "distill", "finetune")
+
+
+Environment = Callable[[Sequence[int], str], dict[str, str]]
 
 
 class Failed(Exception):
@@ -44,10 +47,8 @@ class Runs:
     `environment(gpus, flags)` is that of a process which may use these GPUs.
     """
 
-    def __init__(
-        self, folder: Path, model: ModelConfig, gpus: int, environment: Callable[[Sequence[int], str], dict[str, str]]
-    ):
-        self.folder, self.gpus, self.environment = folder, gpus, environment
+    def __init__(self, folder: Path, model: ModelConfig, steps: int, gpus: int, environment: Environment):
+        self.folder, self.steps, self.gpus, self.environment = folder, steps, gpus, environment
         self.started: list[subprocess.Popen[bytes]] = []
         teacher = folder / "teacher"
         teacher.mkdir(parents=True)
@@ -65,7 +66,7 @@ class Runs:
             data={"train": str(write_text(folder / "text.jsonl")), "heldout_tokens": 2048},
             select={"method": "uniform", "budget": 1},
             align=stage(**own | {"tokens": 20 * rows * LENGTH}),
-            distill=stage(**own | {"tokens": STEPS * rows * LENGTH}),
+            distill=stage(**own | {"tokens": steps * rows * LENGTH}),
             finetune=stage(**own | {"tokens": 20 * rows * LENGTH}),
         )
 
@@ -107,16 +108,14 @@ class Runs:
             raise Failed(f"{run}: exit codes {codes}\n{self.log(run, number).read_text()[-3000:]}")
 
 
-def measured(
-    folder: Path, model: ModelConfig, gpus: int, environment: Callable[[Sequence[int], str], dict[str, str]]
-) -> list[dict[str, Any]]:
-    """Rows of both measurements.
+def measured(folder: Path, model: ModelConfig, steps: int, gpus: int, environment: Environment) -> list[dict[str, Any]]:
+    """Rows of both measurements; `steps` are of distillation, after a third of which one process is killed.
 
     Raises:
         Failed: a process that is not killed ends with an error, or one lives on after another is killed.
     """
     jax.config.update("jax_platforms", "cpu")  # the GPUs are the children's
-    runs = Runs(folder, model, gpus, environment)
+    runs = Runs(folder, model, steps, gpus, environment)
     try:
         beside = {"one": runs.start("one", 1), "each": runs.start("each", gpus)}
         harm = kill_one(runs, "killed")
@@ -144,10 +143,10 @@ def kill_one(runs: Runs, run: str) -> dict[str, Any]:
     """Distills until one process is killed; how long the others lived, and what the first one said."""
     running = runs.start(run, runs.gpus)
     until = time.monotonic() + SECONDS
-    while len(records(runs.folder / run / "distill")) < KILLED_AT:
+    while len(records(runs.folder / run / "distill")) < runs.steps // 3:
         if time.monotonic() > until or any(process.poll() is not None for process in running):
             runs.end(run, running)
-            raise Failed(f"{run}: at its end before it was killed; fewer steps than {STEPS} are too few here")
+            raise Failed(f"{run}: at its end before it was killed; it takes more than {runs.steps} steps")
         time.sleep(0.02)
     running[-1].send_signal(signal.SIGKILL)
     said_before = len(runs.log(run, 0).read_text())
