@@ -57,8 +57,11 @@ bench-kernels: ## kernels timed here, and compiled for TPUs beside tokamax's (bu
 	$(RUN) python kernels/benchmarks/linear_attention.py
 	$(RUN) python kernels/benchmarks/tpu_schedule.py --all --compare-tokamax --keep-going $(ARGS)
 
+# With JAX's plug-in for GPUs in the environment the extra stays, and with it the version of JAX that the plug-in is of.
+GPU := $(if $(wildcard .venv/lib/python*/site-packages/jax_cuda13_plugin),--extra cuda13)
+
 setup: $(UV_FETCH)
-	$(UV) sync --frozen --inexact $(EXTRAS)
+	$(UV) sync --frozen --inexact $(GPU) $(EXTRAS)
 
 # libtpu beside the environment, not in it: see pyproject.toml. Empty where libtpu has no wheel; its tests then skip.
 tpu-compiler: .venv/tpu-compiler/requirements.txt

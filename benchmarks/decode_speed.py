@@ -19,7 +19,6 @@ calls are not counted. `stacks` is the same step with each layer's weights slice
 """
 
 import argparse
-import json
 import os
 import re
 import tempfile
@@ -36,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
+from output import Output
 from shapes import SHAPES, shape_of
 
 from jaxhybrid.decoding import engine as programs
@@ -123,30 +123,7 @@ def decoding_row(engine: Engine, context: int, options: argparse.Namespace) -> d
     }  # fmt: skip
 
 
-def told(row: dict[str, Any]) -> str:
-    return "  ".join(
-        f"{name} {value:,.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-    )
-
-
-class Output:
-    """Rows of results, in a file that is whole after each."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def add(self, part: str, **row: Any) -> None:
-        found = self.read()
-        row = {"part": part, "device": jax.devices()[0].device_kind, "jax": jax.__version__, **row}
-        same = ("part", "shape", "model", "form", "rows", "context")
-        found = [old for old in found if any(old.get(name) != row.get(name) for name in same)]
-        beside = self.path.with_suffix(".part")
-        beside.write_text(json.dumps([*found, row], indent=1))
-        beside.replace(self.path)
-        print(told({name: value for name, value in row.items() if name not in ("device", "jax", "shape")}), flush=True)
-
-    def read(self) -> list[dict[str, Any]]:
-        return json.loads(self.path.read_text()) if self.path.exists() else []
+ROW = ("part", "shape", "model", "form", "rows", "context")  # what tells one row from another
 
 
 # --- parts
@@ -442,7 +419,7 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.shape_name}", flush=True)
     for part in options.parts:
         print(f"--- {part}", flush=True)
-        PARTS[part](options, Output(options.output))
+        PARTS[part](options, Output(options.output, ROW))
 
 
 if __name__ == "__main__":

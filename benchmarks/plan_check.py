@@ -15,14 +15,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from stage_steps import CONFIG, ROOT, StageStep
 
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.partition import make_mesh
@@ -34,10 +31,7 @@ from jaxhybrid.plan.table import markdown
 from jaxhybrid.plan.topology import Topology
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.stages import STAGES
-from jaxhybrid.stages.programs import stage_program
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "qwen2.5-3b-instruct.yaml"
 # Over the default config alone: its lengths but for alignment's, with rows that fit one H200.
 SETTINGS = [
     f"teacher={ROOT / 'configs' / 'teachers' / 'qwen2.5-1.5b-instruct'}",
@@ -49,56 +43,12 @@ SETTINGS = [
 ]
 
 
-def random_values(abstract: Any, seed: int) -> Any:
-    """Arrays of these shapes, types and places: normal for weights, zeros for counts. One at a time, so that no more
-    memory is taken than they lie in."""
-
-    def one(number: int, leaf: Any) -> jax.Array:
-        def make(key: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                return jnp.zeros(leaf.shape, leaf.dtype)
-            return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
-
-        return jax.block_until_ready(jax.jit(make, out_shardings=leaf.sharding)(jax.random.key(1000 * seed + number)))
-
-    leaves, tree = jax.tree.flatten(abstract)
-    return jax.tree.unflatten(tree, [one(number, leaf) for number, leaf in enumerate(leaves)])
-
-
-def batch_values(abstract: Any, vocab_size: int, documents: list[int] | None) -> Any:
-    """Random tokens in documents of so many tokens, at least and at most; None: each row is one."""
-    rng = np.random.default_rng(0)
-    shape = abstract["tokens"].shape
-    ids = np.ones(shape, np.int32)
-    if documents:
-        for row in ids.reshape(-1, shape[-1]):
-            ends = np.cumsum(rng.integers(*documents, size=shape[-1] // documents[0] + 1))
-            row[:] = np.searchsorted(ends, np.arange(shape[-1]), side="right") + 1
-    values = {"tokens": rng.integers(0, vocab_size, size=shape, dtype=np.int32), "segment_ids": ids}
-    placed = {name: jax.device_put(value, abstract[name].sharding) for name, value in values.items()}
-    return placed | random_values({name: x for name, x in abstract.items() if name not in values}, seed=2)
-
-
 def measure(stage: str, planned: Planned, documents: list[int] | None, steps: int) -> dict[str, float]:
     """Seconds of a step, and the peak of the process's devices in bytes."""
-    student = planned.linear if stage in ("align", "score") else planned.hybrid
-    mesh = make_mesh(**planned.config.mesh.sizes)
-    with jax.set_mesh(mesh):
-        step, (state, *rest) = stage_program(stage, planned.config, student, planned.teacher, mesh)
-        state = random_values(state, seed=0)
-        absolute = jax.jit(lambda tree: jax.tree.map(jnp.abs, tree), donate_argnums=0)  # no second moment is negative
-        state = replace(state, optimizer=absolute(state.optimizer))
-        given = [
-            batch_values(x, planned.teacher.vocab_size, documents) if isinstance(x, dict) else random_values(x, seed=1)
-            for x in rest
-        ]
-        times = []
-        for _ in range(steps + 2):
-            began = time.perf_counter()
-            state, metrics = step(state, *given)
-            jax.block_until_ready((state, metrics))
-            times.append(time.perf_counter() - began)
-    return {"seconds": float(np.median(times[2:])), "bytes": peak_memory_bytes(), "loss": float(metrics["loss"])}
+    with jax.set_mesh(make_mesh(**planned.config.mesh.sizes)):
+        measured = StageStep.of(stage, planned, documents)
+        seconds = measured.seconds(steps)
+        return {"seconds": float(np.median(seconds[2:])), "bytes": peak_memory_bytes(), "loss": measured.take()}
 
 
 def visible_gpus() -> int:
