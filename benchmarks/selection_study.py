@@ -240,7 +240,7 @@ class Study:
                 self.depth,
                 settings,
                 scores=lambda: self.scores,
-                layer_losses=self._layer_losses,
+                layer_losses=self.layer_losses,
                 student=lambda: masked,
                 teacher=lambda: self.teacher,
                 vocabulary=lambda: self.vocabulary,
@@ -266,7 +266,7 @@ class Study:
             )
         yield self._forever(settings.batch_size, 2000)
 
-    def _layer_losses(self) -> list[float]:
+    def layer_losses(self) -> list[float]:
         """After alignment, on held-out rows."""
         mixers = linear_mixers(self.student.params)
         measure = partial(align_loss, config=self.student.config, dtype=self.dtype)
@@ -441,36 +441,45 @@ def run(study: Study, options: argparse.Namespace, records: Records) -> None:
         say("all is measured")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = lambda text: int(text.replace("_", ""))  # noqa: E731
+def _number(text: str) -> int:
+    return int(text.replace("_", ""))
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Of what a study and the rows that it is made on have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder, or a config whose run is not aligned yet")
     parser.add_argument("settings", nargs="*", help="over the config")
     parser.add_argument("--rows", type=Path, required=True, help="what study_rows.py wrote")
     parser.add_argument("--records", type=Path, required=True, help="JSON lines, written on")
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="more records, read only")
-    parser.add_argument("--mixers", type=Path, help="an npz file for aligned mixers: read if it is there, or written")
     parser.add_argument("--untimed", action="store_true", help="no seconds in the records: the device has other work")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so long")
+    parser.add_argument("--tokens", type=_number, default=32_768, help="held-out tokens that methods choose on")
+    parser.add_argument("--test-batches", type=int, default=12, help="held-out batches to compare on, at most")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--long-batch", type=int, default=8)
+    parser.add_argument("--recall-tokens", type=_number, default=65_536, help="of recall prompts, at once")
+    parser.add_argument("--kl-chunk", type=int, default=8192)
+    parser.add_argument("--align-tokens", type=_number, default=0, help="align here, if the run is not")
+    parser.add_argument("--align-seed", type=int, default=0)
+    parser.add_argument("--distill-tokens", type=_number, default=0)
+    parser.add_argument("--distill-batch", type=int, default=128)
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="orders of the training rows, for --main with the first of --budgets"
+    )
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--main", nargs="*", default=list(MAIN), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--others", nargs="*", default=list(OTHERS))
     parser.add_argument("--random", type=int, default=8, help="random sets more, with seeds from 1")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8], help="layers kept")
-    parser.add_argument("--tokens", type=number, default=32_768, help="held-out tokens that methods choose on")
-    parser.add_argument("--test-batches", type=int, default=12, help="held-out batches to compare on, at most")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--long-batch", type=int, default=8)
-    parser.add_argument("--recall-tokens", type=number, default=65_536, help="of recall prompts, at once")
-    parser.add_argument("--kl-chunk", type=int, default=8192)
-    parser.add_argument("--align-tokens", type=number, default=0, help="align here, if the run is not")
-    parser.add_argument("--align-seed", type=int, default=0)
-    parser.add_argument("--score-tokens", type=number, default=262_144, help="of each candidate of kl_guided")
-    parser.add_argument("--distill-tokens", type=number, default=0)
-    parser.add_argument("--distill-batch", type=int, default=128)
-    parser.add_argument("--finetune-tokens", type=number, default=0)
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="orders of the training rows, for --main with the first of --budgets"
-    )
+    parser.add_argument("--score-tokens", type=_number, default=262_144, help="of each candidate of kl_guided")
+    parser.add_argument("--finetune-tokens", type=_number, default=0)
+    parser.add_argument("--mixers", type=Path, help="an npz file for aligned mixers: read if it is there, or written")
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml" if options.run.is_dir() else options.run, options.settings)
     folder = options.run if options.run.is_dir() else folder_of(config)

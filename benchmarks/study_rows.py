@@ -5,9 +5,9 @@
 Writes int arrays: `train` and `heldout` [rows,T] with `train_segments` and `heldout_segments` (0: padding); `long`
 [rows,L], each a single held-out document, and `choose_long`, such rows of the training text to choose by; for every
 number of pairs the prompts of the recall probe that the evaluation asks (`recall_4_tokens`, ...), and others to choose
-by (`choose_tokens`, ...); and for each of `--lengths` the probe with prose between list and questions
-(`recall_16@4096_tokens`, ...) and the tasks of RULER that `--needles` names, which have one answer each, behind the
-tokenizer's chat template where it has one.
+by (`choose_tokens`, ...); for each of `--lengths` the probe with prose between list and questions
+(`recall_16@4096_tokens`, ...), and for each of `--needle-lengths` the tasks of RULER that `--needles` names, which have
+one answer each, behind the tokenizer's chat template where it has one.
 """
 
 import argparse
@@ -83,10 +83,12 @@ def main() -> None:
     parser.add_argument("--long-rows", type=int, default=48)
     parser.add_argument("--pairs", type=int, nargs="*", default=[4, 16, 64])
     parser.add_argument("--prompts", type=int, default=128, help="for each number of pairs")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[4096], help="of prompts with much between")
-    parser.add_argument("--long-pairs", type=int, nargs="*", default=[16])
-    parser.add_argument("--needles", nargs="*", default=["niah_single_1", "niah_single_2", "niah_multikey_1"])
-    parser.add_argument("--long-prompts", type=int, default=64, help="for each of them; twice as many needles")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096], help="of lists with prose behind them")
+    parser.add_argument("--long-pairs", type=int, default=16, help="of these lists")
+    parser.add_argument("--long-prompts", type=int, default=64, help="of these lists, for each length")
+    parser.add_argument("--needles", nargs="*", default=["niah_single_2", "niah_multikey_1"])
+    parser.add_argument("--needle-lengths", type=int, nargs="*", default=[4096])
+    parser.add_argument("--needle-prompts", type=int, default=128, help="for each task and length")
     parser.add_argument("--choose-pairs", type=int, default=16)
     parser.add_argument("--choose-prompts", type=int, default=64)
     options = parser.parse_args()
@@ -113,9 +115,8 @@ def main() -> None:
     for pairs in options.pairs:
         task = recall_task(text.vocabulary, pairs, prompts=options.prompts)
         arrays |= {f"recall_{pairs}_{name}": getattr(task, name) for name in ANSWERED}
-    for size in options.lengths:
-        for name, asked in _long_prompts(text.vocabulary, size, options):
-            arrays |= {f"recall_{name}_{part}": array for part, array in asked.items()}
+    for name, asked in _long_prompts(text.vocabulary, options):
+        arrays |= {f"recall_{name}_{part}": getattr(asked, part) for part in ANSWERED}
     chosen_by = recall_task(text.vocabulary, options.choose_pairs, prompts=options.choose_prompts, seed=CHOOSING_SEED)
     (batch,) = answer_batches(chosen_by, options.choose_prompts)
     arrays |= {f"choose_{name}": array for name, array in batch.items()}
@@ -123,26 +124,26 @@ def main() -> None:
     print(f"wrote {options.rows}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 
 
-def _long_prompts(vocabulary: "Vocabulary", size: int, options: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
-    """Sets of prompts that take up to `size` tokens with their answers, by name."""
+def _long_prompts(vocabulary: "Vocabulary", options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Prompts that take nearly so many tokens with their answers, by name and length."""
     from jaxhybrid.evaluate.prompts import Asker
     from jaxhybrid.evaluate.recall_prompts import ROUND_TO, recall_task
     from jaxhybrid.evaluate.ruler import ruler_prompts
     from jaxhybrid.selection.questions import answers_after
     from jaxhybrid.settings.evaluate import RulerConfig
 
-    count = options.long_prompts
-    for pairs in options.long_pairs:
+    pairs, count = options.long_pairs, options.long_prompts
+    for length in options.lengths:
         lists = recall_task(vocabulary, pairs, prompts=count).tokens.shape[1]
-        task = recall_task(vocabulary, pairs, size - lists - ROUND_TO, count)
-        yield f"{pairs}@{size}", {name: getattr(task, name) for name in ANSWERED}
-    settings = RulerConfig(tasks=tuple(options.needles), lengths=(size,), samples=2 * count)
+        yield f"{pairs}@{length}", recall_task(vocabulary, pairs, length - lists - ROUND_TO, count)
+    lengths = tuple(options.needle_lengths)
+    settings = RulerConfig(tasks=tuple(options.needles), lengths=lengths, samples=options.needle_prompts)
     asker = Asker.of(vocabulary, settings.chat, "chat")
     with tempfile.TemporaryDirectory() as folder:
         for given in ruler_prompts(settings, asker, Path(folder)):
             answered = [replace(prompt, prefix=f"{prompt.prefix} {prompt.answers[0]}") for prompt in given.prompts]
-            asked = answers_after(given.tokens, asker.tokens(answered), size)
-            yield f"{given.task}@{size}", {name: getattr(asked, name) for name in ANSWERED}
+            found = answers_after(given.tokens, asker.tokens(answered), given.length or 0)
+            yield f"{given.task}@{given.length}", found
 
 
 def _single_documents(batches: Iterable[Rows], count: int) -> np.ndarray:
