@@ -26,6 +26,7 @@ import hashlib
 import json
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
@@ -376,6 +377,7 @@ class OutOfTime(Exception):
 
 def run(study: Study, options: argparse.Namespace, records: Records) -> None:
     first, depth = options.budgets[0], study.depth
+    failed: list[str] = []
 
     def get(name: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if options.minutes is not None and time.perf_counter() - BEGAN > 60 * options.minutes:
@@ -434,11 +436,19 @@ def run(study: Study, options: argparse.Namespace, records: Records) -> None:
         random = [f"random:seed={seed}" for seed in range(1, options.random + 1)]
         for budget in options.budgets:
             for method in (*options.others, *random):
-                trained("distilled", chosen(method, budget), 0)
+                try:
+                    trained("distilled", chosen(method, budget), 0)
+                except OutOfTime:
+                    raise
+                except Exception as error:  # the other methods do not depend on it
+                    traceback.print_exc()
+                    failed.append(f"{method}, {budget}: {type(error).__name__}: {error}")
     except OutOfTime:
         say("out of time; call again to go on")
     else:
-        say("all is measured")
+        say("all is measured" if not failed else "all others are measured")
+    if failed:
+        raise SystemExit("\n".join(["error: of --others there failed", *failed]))
 
 
 def _number(text: str) -> int:
