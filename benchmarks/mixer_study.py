@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from selection_study import BEGAN, Records, Study, parser_of, say
 from study_rows import Rows, StudyRows
@@ -46,17 +45,18 @@ class RowsRepeated(RunModels):
         attention = self._file_values(["mixers"])["mixers"][FULL_ATTENTION]
         groups = self.teacher_config.num_heads // self.teacher_config.num_kv_heads
         ((kind, mixers),) = super().initial_mixers().items()
-        repeated = {
-            name: {leaf: rows_repeated(attention[name][leaf], groups).astype(jnp.float32) for leaf in mixers[name]}
-            for name in ("k_proj", "v_proj")
-        }
-        return {kind: mixers | repeated}
+
+        def repeated(weight: jax.Array, own: jax.Array) -> jax.Array:
+            return jax.device_put(rows_repeated(np.asarray(weight, np.float32), groups), own.sharding)
+
+        changed = {name: jax.tree.map(repeated, attention[name], mixers[name]) for name in ("k_proj", "v_proj")}
+        return {kind: mixers | changed}
 
 
-def rows_repeated(weight: jax.Array, groups: int) -> jax.Array:
+def rows_repeated(weight: np.ndarray, groups: int) -> np.ndarray:
     """[..., heads, K] -> [..., heads * groups, K]; row i of the result, counted over heads, is row i // groups."""
     *outer, heads, width = weight.shape
-    return jnp.repeat(weight.reshape(*outer, heads * width), groups, axis=-1).reshape(*outer, heads * groups, width)
+    return np.repeat(weight.reshape(*outer, heads * width), groups, axis=-1).reshape(*outer, heads * groups, width)
 
 
 @dataclass(frozen=True)
