@@ -5,13 +5,16 @@
     python benchmarks/study_tables.py study.jsonl
 
 Every method chooses on the first `--tokens` held-out tokens. Each set is then measured as it is and, with
-`--distill-tokens N`, after distilling it on N tokens, with the orders of the training rows that `--seeds` says for the
-methods of `--main`, with one for the others: KL on held-out rows after those that methods chose on, KL on long rows of
-one document each, and answers of the recall probe. One program trains and one measures every set, for which layers are
-softmax is a traced mask.
+`--distill-tokens N`, after distilling it on N tokens: KL on held-out rows after those that methods chose on, KL on long
+rows of one document each, cross entropy, and the answers to the prompts of the rows file. One program trains and one
+measures every set, for which layers are softmax is a traced mask. With `--finetune-tokens N` the teacher, and what the
+first method of `--main` distilled, are trained on as many tokens of the text itself.
 
-A finished measurement is a line of `--records`; what is there already is not done again, so a study can be made in
-pieces (`--minutes`). With a run folder whose align stage is done, instead of a config, its mixers are taken.
+The methods of `--main` come first, with every budget; then, for the first budget, further orders of the training rows,
+`--seeds` in all; then `--others`. A finished measurement is a line of `--records`; what is there already, or in a file
+of `--known`, is not done again. So a study can be made in pieces (`--minutes`) or by two processes, each with a file of
+its own: the lines of both together are the study. The aligned mixers are kept in the file `--mixers`, if one is named.
+With a run folder whose align stage is done, instead of a config, its mixers are taken.
 A method is NAME or NAME:key=value,key=value with settings of select.NAME, as greedy_kl:swaps=true; of select.measure
 with measure., as single_kl:measure.recall=0.5; of select itself where it has no section. Lists are [a,b]. text=long
 lets it choose on as many tokens of long rows. `kl_guided` takes `--score-tokens` of training for each layer's
@@ -23,7 +26,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -39,9 +43,10 @@ from jaxhybrid.assembly import RunModels
 from jaxhybrid.data.vocabulary import Vocabulary, load_vocabulary
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.answers import is_answer, read_answers
+from jaxhybrid.losses import linear_cross_entropy, next_token_targets
 from jaxhybrid.model.blueprint import Params, count_parameters
 from jaxhybrid.model.partition import make_mesh
-from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.model.transformer import Model, abstract_params, model_variables, outputs
 from jaxhybrid.run_folder import RunFolder, folder_of
 from jaxhybrid.selection.choice import Choice, Given
 from jaxhybrid.selection.masked import MaskedStudent, trained_kl
@@ -67,6 +72,8 @@ OTHERS = (
 )  # fmt: skip
 BEGAN = time.perf_counter()
 Layers = tuple[int, ...]
+# The training loss of a student with these layers softmax: (student, mask [L], teacher, batch) -> a scalar.
+Loss = Callable[..., jax.Array]
 
 
 def say(text: str) -> None:
@@ -80,19 +87,25 @@ def _hash(*parts: bytes) -> str:
 class Records:
     """What has been measured, a line each, under what identifies it."""
 
-    def __init__(self, path: Path, common: dict[str, Any]):
-        self._path, self._common = path, common
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._found = [json.loads(line) for line in lines]
+    def __init__(self, path: Path, common: dict[str, Any], known: Iterable[Path] = (), timed: bool = True):
+        """known: files whose lines count as measured, too; timed: whether records say how long they took."""
+        self._path, self._common, self._timed = path, common, timed
+        files = [file for file in (path, *known) if file.exists()]
+        self._found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def find(self, name: dict[str, Any]) -> dict[str, Any] | None:
+        """The first record that has all of `name`."""
+        wanted = self._common | name
+        fits = (found for found in self._found if all(found.get(key) == value for key, value in wanted.items()))
+        return next(fits, None)
 
     def get(self, name: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was found under `name`, or is made now."""
-        name = self._common | name
-        for found in self._found:
-            if all(found.get(key) == value for key, value in name.items()):
-                return found
+        if found := self.find(name):
+            return found
         began = time.perf_counter()
-        made = name | make() | {"seconds": round(time.perf_counter() - began, 2)}
+        made = self._common | name | make()
+        made["seconds"] = round(time.perf_counter() - began, 2) if self._timed else None
         self._found.append(made)
         with self._path.open("a") as file:
             file.write(json.dumps(made) + "\n")
@@ -153,8 +166,38 @@ class Study:
         if not self.options.align_tokens:
             raise SystemExit(f"error: {self.models.folder.path} has no finished align stage; give --align-tokens.")
         # As a run's candidates, with mixers aligned here.
-        self.models.aligned_mixers = self._align  # type: ignore[method-assign]
+        self.models.aligned_mixers = self._mixers  # type: ignore[method-assign]
         return self.models.candidates()
+
+    def _mixers(self) -> Params:
+        """Aligned here, or earlier with the same design."""
+        path = self.options.mixers
+        like = linear_mixers(abstract_params(self.models.linear_config, self.mesh))
+        leaves, tree = jax.tree.flatten(like)
+        if path and path.exists():
+            with np.load(path) as file:
+                if str(file["design"]) != (said := self._alignment):
+                    raise SystemExit(
+                        f"error: {path} holds mixers of {file['design']}, not of {said}; name another file."
+                    )
+                kept = [file[str(number)] for number in range(len(leaves))]
+            return jax.tree.unflatten(tree, [jax.device_put(a, leaf.sharding) for a, leaf in zip(kept, leaves)])
+        mixers = self._align()
+        if path:
+            arrays = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(mixers))}
+            new = path.with_name(f"{path.stem}.new.npz")
+            np.savez(new, design=self._alignment, **arrays)
+            new.replace(path)
+        return mixers
+
+    @property
+    def _alignment(self) -> str:
+        """What decides the aligned mixers, in words."""
+        asked = (self.options.align_tokens, self.options.align_seed)
+        sections = (self.config.mixer.model_dump_json(), self.config.align.model_dump_json())
+        return (
+            f"{self.config.name} {asked} {_hash(*(part.encode() for part in sections), self.train['tokens'].tobytes())}"
+        )
 
     def _align(self) -> Params:
         length = self.train["tokens"].shape[1]
@@ -198,7 +241,7 @@ class Study:
                 self.depth,
                 settings,
                 scores=lambda: self.scores,
-                layer_losses=self._layer_losses,
+                layer_losses=self.layer_losses,
                 student=lambda: masked,
                 teacher=lambda: self.teacher,
                 vocabulary=lambda: self.vocabulary,
@@ -224,7 +267,7 @@ class Study:
             )
         yield self._forever(settings.batch_size, 2000)
 
-    def _layer_losses(self) -> list[float]:
+    def layer_losses(self) -> list[float]:
         """After alignment, on held-out rows."""
         mixers = linear_mixers(self.student.params)
         measure = partial(align_loss, config=self.student.config, dtype=self.dtype)
@@ -235,7 +278,7 @@ class Study:
         """Of candidates with one softmax layer, trained here: what the score stage gives."""
         if not hasattr(self, "_scores"):
             settings, tokens = self.config.score, self.options.score_tokens
-            distiller = self.distiller(settings, tokens, settings.batch_size)
+            distiller = self.trainer(settings, tokens, settings.batch_size, trained_kl)
             found = []
             for layer in range(self.depth):
                 trained = self.chosen_on.of(distiller((layer,), 0))
@@ -244,23 +287,23 @@ class Study:
             self._scores = Scores(tuple(found))
         return self._scores
 
-    # --- distillation, by one program for every set
+    # --- training, by one program for every set
 
     @cache  # noqa: B019 - a study lives as long as its program
-    def distiller(self, stage: Any, tokens: int, size: int) -> Callable[[Layers, int], Model]:
-        """Gives the student of a set after training on the KL with a seed."""
+    def trainer(self, stage: Any, tokens: int, size: int, objective: Loss) -> Callable[..., Model]:
+        """Gives the student of a set after training with a seed, from the aligned student or another one."""
         rows, length = self.train["tokens"].shape
         size = min(size, rows)
         steps = max(tokens // (size * length), 1)
         changes = {"tokens": steps * size * length, "batch_size": size, "sequence_length": length}
         settings = stage.model_copy(update=changes | {"warmup_steps": min(stage.warmup_steps, steps // 10)})
-        student, dtype, chunk = self.student, self.dtype, self.options.kl_chunk
+        student, static = self.student, {"dtype": self.dtype, "chunk_tokens": self.options.kl_chunk}
         masters = lambda params: jax.tree.map(lambda x: x.astype(jnp.float32), params)  # noqa: E731
         optimizer = make_optimizer(settings, jax.eval_shape(masters, student.params))
 
         def step(state: TrainState, mask: jax.Array, teacher: Model, batch: Batch) -> tuple[TrainState, jax.Array]:
             def loss(params: Params) -> jax.Array:
-                return trained_kl(Model(params, student.config), mask, teacher, batch, dtype=dtype, chunk_tokens=chunk)
+                return objective(Model(params, student.config), mask, teacher, batch, **static)
 
             value, gradients = jax.value_and_grad(loss)(state.params)
             return update(state, gradients, optimizer)[0], value
@@ -268,113 +311,185 @@ class Study:
         compiled = jax.jit(step, donate_argnums=0)
         begin = jax.jit(lambda params: start(masters(params), optimizer))
 
-        def distill(layers: Layers, seed: int) -> Model:
-            state, mask = begin(student.params), np.isin(np.arange(self.depth), layers)
+        def train(layers: Layers, seed: int, begun: Model = student) -> Model:
+            state, mask = begin(begun.params), np.isin(np.arange(self.depth), layers)
             for _, rows in zip(range(steps), self._forever(size, 1000 + seed)):
                 state, _ = compiled(state, mask, self.teacher, place_batch(rows, self.mesh))
             return Model(state.params, student.config)
 
-        return distill
+        return train
+
+    def distilled(self, layers: Layers, seed: int) -> Model:
+        options = self.options
+        return self.trainer(self.config.distill, options.distill_tokens, options.distill_batch, trained_kl)(
+            layers, seed
+        )
+
+    def finetuned(self, layers: Layers, seed: int) -> Model:
+        """Of all layers softmax, the teacher; of a set, what was distilled before."""
+        options = self.options
+        train = self.trainer(self.config.finetune, options.finetune_tokens, options.distill_batch, text_loss)
+        return train(layers, seed, self.student if len(layers) == self.depth else self.distilled(layers, seed))
 
     # --- measuring
 
-    def measured(self, student: Model | None, layers: Layers) -> dict[str, Any]:
-        """KL and recall of a student (None: the aligned one) with these layers softmax."""
-        own = self.student if student is None else student
-        text, long = (masked.of(own) for masked in (self.compared_on, self.long))
-        return {"kl": text.kl(layers), "kl_long": long.kl(layers), "recall": self.recall(text.student, layers)}
+    def untrained(self, layers: Layers) -> dict[str, Any]:
+        """KL of the aligned student with these layers softmax."""
+        return {"kl": self.compared_on.kl(layers), "kl_long": self.long.kl(layers)}
+
+    def measured(self, student: Model, layers: Layers) -> dict[str, Any]:
+        """KL, cross entropy and answers of a student with these layers softmax."""
+        text, long = (masked.of(student) for masked in (self.compared_on, self.long))
+        figures = {"kl": text.kl(layers), "kl_long": long.kl(layers), "cross_entropy": text.cross_entropy(layers)}
+        return figures | {"recall": self.recall(text.student, layers)}
 
     def recall(self, student: Model, layers: Layers) -> dict[str, list[int]]:
-        """[right, asked] answers for each number of pairs."""
+        """[right, asked] answers for each set of prompts."""
         mask = np.isin(np.arange(self.depth), layers)
         found = {}
-        for pairs in self.rows.pairs:
-            asked = self.rows.recall(pairs)
-            rows = max(self.options.recall_tokens // asked["tokens"].shape[1], 1)
+        for name in self.rows.asked:
+            asked = self.rows.recall(name)
+            prompts, length = asked["tokens"].shape
+            rows = min(max(self.options.recall_tokens // length, 1), prompts)
             given = np.maximum(asked["answers"], 0)
             _, greedy = read_answers(
                 student, asked["tokens"], asked["places"], given, rows=rows, dtype=self.dtype, softmax=mask
             )
             right = is_answer(greedy, asked["answers"])
-            found[str(pairs)] = [int(right.sum()), int(right.size)]
+            found[name] = [int(right.sum()), int(right.size)]
         return found
 
 
+def text_loss(
+    student: Model, softmax: jax.Array, teacher: Model, batch: Batch, *, dtype: Any, chunk_tokens: int
+) -> jax.Array:
+    """Cross entropy of the text itself in nats per predicted token; the teacher has no part in it."""
+    del teacher
+    text = batch["tokens"], batch["segment_ids"]
+    targets, mask = next_token_targets(*text)
+    own = outputs(student, *text, softmax=softmax, dtype=dtype, remat="block")
+    return linear_cross_entropy(*own, targets, mask, chunk_tokens=chunk_tokens) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+class OutOfTime(Exception):
+    """Of the minutes that were given."""
+
+
 def run(study: Study, options: argparse.Namespace, records: Records) -> None:
-    def out_of_time() -> bool:
-        return options.minutes is not None and time.perf_counter() - BEGAN > 60 * options.minutes
+    first, depth = options.budgets[0], study.depth
+    failed: list[str] = []
 
-    every = tuple(range(study.depth))
-    for name, layers in (("teacher", every), ("all linear", ())):
-        found = records.get({"kind": "reference", "name": name}, lambda layers=layers: study.measured(None, layers))
-        say(f"{name}: KL {found['kl']:.4f}, recall {found['recall']}")
-    sets: dict[tuple[int, Layers], int] = {}  # (budget, layers): orders of the training rows to distill with
-    for budget in options.budgets:
-        random = [f"random:seed={seed}" for seed in range(1, options.random + 1)]
-        for method in (*options.main, *options.others, *random):
+    def get(name: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if options.minutes is not None and time.perf_counter() - BEGAN > 60 * options.minutes:
+            raise OutOfTime
+        return records.get(name, make)
 
-            def make(method: str = method, budget: int = budget) -> dict[str, Any]:
-                chosen = study.choose(method, budget)
-                forward, trained = chosen.cost
-                cost = {"forward_tokens": forward, "trained_tokens": trained}
-                flops = study.parameters * (2 * forward + 6 * trained)
-                return {"layers": list(chosen.layers), "order": list(chosen.order), **cost, "flops": flops}
+    def reference(name: str, layers: Layers) -> None:
+        found = get({"kind": "reference", "name": name}, lambda: study.measured(study.student, layers))
+        say(f"{name}: KL {found['kl']:.4f}, {found['recall']}")
 
-            name = {"kind": "choice", "method": method, "budget": budget}
-            if METHODS[method.partition(":")[0]].needs == "scores":
-                name["score_tokens"] = options.score_tokens
-            found = records.get(name, make)
-            say(f"{method}, {budget}: {found['layers']}, {found['seconds']} s")
-            chosen, seeds = (budget, tuple(found["layers"])), options.seeds if method in options.main else 1
-            sets[chosen] = max(sets.get(chosen, 0), seeds)
-            if out_of_time():
-                say("out of time; call again to go on")
-                return
-    for (budget, layers), _ in sets.items():
+    def chosen(method: str, budget: int) -> Layers:
+        """The set, which is measured untrained, too."""
+        name = {"kind": "choice", "method": method}
+        if METHODS[method.partition(":")[0]].needs == "scores":
+            name["score_tokens"] = options.score_tokens
+
+        def make() -> dict[str, Any]:
+            if earlier := records.find(name | {"ranking": True}):  # a ranking is the same for every budget
+                copied = ("order", "ranking", "forward_tokens", "trained_tokens", "flops")
+                return {"layers": sorted(earlier["order"][:budget])} | {key: earlier[key] for key in copied}
+            found = study.choose(method, budget)
+            forward, trained = found.cost
+            cost = {"forward_tokens": forward, "trained_tokens": trained}
+            flops = study.parameters * (2 * forward + 6 * trained)
+            ranking = {"ranking": True} if found.importance is not None else {}
+            return {"layers": list(found.layers), "order": list(found.order), **ranking, **cost, "flops": flops}
+
+        found = get(name | {"budget": budget}, make)
+        layers = tuple(found["layers"])
+        say(f"{method}, {budget}: {layers}, {found['seconds']} s")
         if len(layers) == budget:
-            records.get(
-                {"kind": "untrained", "layers": list(layers)}, lambda layers=layers: study.measured(None, layers)
-            )
-    if not options.distill_tokens:
-        return
-    distill = study.distiller(study.config.distill, options.distill_tokens, options.distill_batch)
-    for seed in range(max(sets.values())):
-        for (_, layers), seeds in sets.items():
-            if seed < seeds:
-                name = {"kind": "distilled", "layers": list(layers), "seed": seed}
-                name |= {"tokens": options.distill_tokens, "batch": options.distill_batch}
-                found = records.get(name, lambda at=(layers, seed): study.measured(distill(*at), at[0]))
-                say(f"{layers}, seed {seed}: KL {found['kl']:.4f}, long {found['kl_long']:.4f}, {found['recall']}")
-            if out_of_time():
-                say("out of time; call again to go on")
-                return
-    say("all is measured")
+            get({"kind": "untrained", "layers": list(layers)}, lambda: study.untrained(layers))
+        return layers
+
+    def trained(kind: str, layers: Layers, seed: int) -> None:
+        tokens = {"distilled": options.distill_tokens, "finetuned": options.finetune_tokens}[kind]
+        if not tokens:
+            return
+        make = {"distilled": study.distilled, "finetuned": study.finetuned}[kind]
+        name = {"kind": kind, "layers": list(layers), "seed": seed, "tokens": tokens, "batch": options.distill_batch}
+        found = get(name, lambda: study.measured(make(layers, seed), layers))
+        say(f"{kind} {layers}, seed {seed}: KL {found['kl']:.4f}, long {found['kl_long']:.4f}, {found['recall']}")
+
+    try:
+        reference("teacher", tuple(range(depth)))
+        reference("all linear", ())
+        for budget in options.budgets:
+            for method in options.main:
+                trained("distilled", chosen(method, budget), 0)
+        for seed in range(1, options.seeds):
+            for method in options.main:
+                trained("distilled", chosen(method, first), seed)
+        if options.main:
+            trained("finetuned", tuple(range(depth)), 0)
+            trained("finetuned", chosen(options.main[0], first), 0)
+        random = [f"random:seed={seed}" for seed in range(1, options.random + 1)]
+        for budget in options.budgets:
+            for method in (*options.others, *random):
+                try:
+                    trained("distilled", chosen(method, budget), 0)
+                except OutOfTime:
+                    raise
+                except Exception as error:  # the other methods do not depend on it
+                    traceback.print_exc()
+                    failed.append(f"{method}, {budget}: {type(error).__name__}: {error}")
+    except OutOfTime:
+        say("out of time; call again to go on")
+    else:
+        say("all is measured" if not failed else "all others are measured")
+    if failed:
+        raise SystemExit("\n".join(["error: of --others there failed", *failed]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = lambda text: int(text.replace("_", ""))  # noqa: E731
+def _number(text: str) -> int:
+    return int(text.replace("_", ""))
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Of what a study and the rows that it is made on have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder, or a config whose run is not aligned yet")
     parser.add_argument("settings", nargs="*", help="over the config")
     parser.add_argument("--rows", type=Path, required=True, help="what study_rows.py wrote")
     parser.add_argument("--records", type=Path, required=True, help="JSON lines, written on")
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="more records, read only")
+    parser.add_argument("--untimed", action="store_true", help="no seconds in the records: the device has other work")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so long")
+    parser.add_argument("--tokens", type=_number, default=32_768, help="held-out tokens that methods choose on")
+    parser.add_argument("--test-batches", type=int, default=12, help="held-out batches to compare on, at most")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--long-batch", type=int, default=8)
+    parser.add_argument("--recall-tokens", type=_number, default=65_536, help="of recall prompts, at once")
+    parser.add_argument("--kl-chunk", type=int, default=8192)
+    parser.add_argument("--align-tokens", type=_number, default=0, help="align here, if the run is not")
+    parser.add_argument("--align-seed", type=int, default=0)
+    parser.add_argument("--distill-tokens", type=_number, default=0)
+    parser.add_argument("--distill-batch", type=int, default=128)
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="orders of the training rows, for --main with the first of --budgets"
+    )
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--main", nargs="*", default=list(MAIN), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--others", nargs="*", default=list(OTHERS))
     parser.add_argument("--random", type=int, default=8, help="random sets more, with seeds from 1")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8], help="layers kept")
-    parser.add_argument("--tokens", type=number, default=32_768, help="held-out tokens that methods choose on")
-    parser.add_argument("--test-batches", type=int, default=12, help="held-out batches to compare on, at most")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--long-batch", type=int, default=8)
-    parser.add_argument("--recall-tokens", type=number, default=65_536, help="of recall prompts, at once")
-    parser.add_argument("--kl-chunk", type=int, default=8192)
-    parser.add_argument("--align-tokens", type=number, default=0, help="align here, if the run is not")
-    parser.add_argument("--align-seed", type=int, default=0)
-    parser.add_argument("--score-tokens", type=number, default=262_144, help="of each candidate of kl_guided")
-    parser.add_argument("--distill-tokens", type=number, default=0)
-    parser.add_argument("--distill-batch", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=3, help="orders of the training rows, for the methods of --main")
+    parser.add_argument("--score-tokens", type=_number, default=262_144, help="of each candidate of kl_guided")
+    parser.add_argument("--finetune-tokens", type=_number, default=0)
+    parser.add_argument("--mixers", type=Path, help="an npz file for aligned mixers: read if it is there, or written")
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml" if options.run.is_dir() else options.run, options.settings)
     folder = options.run if options.run.is_dir() else folder_of(config)
@@ -382,7 +497,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         models = RunModels(config, RunFolder(folder), mesh)
         study = Study(models, config, StudyRows(options.rows), options)
-        run(study, options, Records(options.records, study.design))
+        run(study, options, Records(options.records, study.design, options.known, not options.untimed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tokens a second of the alignment and distillation steps, by implementation of the linear layers.
+"""Tokens a second of the steps of training, by implementation of the linear layers.
 
     python benchmarks/step_speed.py                                  # the sizes of configs/smollm2-135m.yaml, on a GPU
     python benchmarks/step_speed.py --implementations pallas_gpu xla --rows 64
@@ -6,7 +6,7 @@
 
 The step is the one that a run compiles, on a mesh of the devices that are here, for a model of that shape with random
 weights and a quarter of its layers softmax, on random tokens in documents of 100 to 400 tokens; neither changes what a
-step costs. Median of the steps after the first two.
+step costs. Median of the steps after the first two. `score` has the teacher's states, as all candidates but the first.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.config import Remat
 from jaxhybrid.model.mixers import LINEAR_MIXERS, linear
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
-from jaxhybrid.model.transformer import Model, model_variables, random_params
+from jaxhybrid.model.transformer import Model, hidden_states, model_variables, random_params
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.stages import DistillConfig
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
+from jaxhybrid.stages.score import candidate_params, score_step
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 
@@ -46,6 +47,14 @@ def packed_batch(rows: int, length: int, vocab_size: int) -> dict[str, np.ndarra
     return {"tokens": tokens, "segment_ids": ids}
 
 
+def score_middle(state: Any, frozen: Any, batch: dict[str, jax.Array], **static: Any) -> Any:
+    """The step of the candidate in the middle, on a batch that has the teacher's states."""
+    return score_step(state, frozen.config.num_layers // 2, batch, frozen.head, **static)
+
+
+UPDATES = {"align": align_step, "score": score_middle, "distill": distill_step}
+
+
 class Steps:
     """The steps of stages for a model of a published shape, on the mesh that is set."""
 
@@ -59,22 +68,23 @@ class Steps:
     def step(self, stage: str, remat: Remat, chunk: int) -> tuple[Any, Any]:
         """(the jitted update, of (state, frozen teacher, batch); the state that it begins with)."""
         mixer = LINEAR_MIXERS[self.mixer].Config()
-        types = layer_types(self.shape.num_layers, () if stage == "align" else self.kept, self.mixer)
+        types = layer_types(self.shape.num_layers, self.kept if stage == "distill" else (), self.mixer)
 
         def student(frozen: Model) -> Model:
             return convert(frozen, types, mixer, jax.random.key(1))
 
         def trained(frozen: Model) -> Any:
+            if stage == "score":
+                return candidate_params(student(frozen), frozen, jnp.int32(self.shape.num_layers // 2))
             params = student(frozen).params
             return jax.tree.map(lambda x: x.astype(jnp.float32), linear_mixers(params) if stage == "align" else params)
 
         optimizer = make_optimizer(DistillConfig(mixer_learning_rate=1e-3), jax.eval_shape(trained, self.frozen))
         given = {"config": jax.eval_shape(student, self.frozen).config, "optimizer": optimizer}
-        if stage == "distill":
+        if stage != "align":
             given |= {"chunk_tokens": chunk, "remat": remat}
-        update = align_step if stage == "align" else distill_step
         state = jax.jit(lambda frozen: start(trained(frozen), optimizer))(self.frozen)
-        return jax.jit(partial(update, **given), donate_argnums=0), state
+        return jax.jit(partial(UPDATES[stage], **given), donate_argnums=0), state
 
 
 def seconds_per_step(step: Any, state: Any, frozen: Any, batch: dict[str, jax.Array], steps: int) -> float:
@@ -90,7 +100,7 @@ def seconds_per_step(step: Any, state: Any, frozen: Any, batch: dict[str, jax.Ar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_gpu"])
-    parser.add_argument("--stages", nargs="+", default=["align", "distill"], choices=["align", "distill"])
+    parser.add_argument("--stages", nargs="+", default=["align", "distill"], choices=list(UPDATES))
     parser.add_argument("--mixer", default="gated_deltanet", choices=list(LINEAR_MIXERS))
     parser.add_argument("--shape", default="smollm2-135m-instruct", choices=SHAPES)
     parser.add_argument("--remat", default="block", choices=get_args(Remat))
@@ -112,6 +122,9 @@ def main() -> None:
         steps = Steps(arguments.shape, mesh, arguments.mixer)
         batch = packed_batch(arguments.rows, arguments.length, steps.shape.vocab_size)
         batch = jax.device_put(batch, batch_sharding(mesh))
+        if "score" in arguments.stages:
+            states = jax.jit(partial(hidden_states, dtype=jnp.bfloat16))
+            batch["teacher_hidden"] = states(steps.frozen, batch["tokens"], batch["segment_ids"])
         for stage in arguments.stages:
             for implementation in arguments.implementations:
                 linear.linear_attention = partial(linear_attention, implementation=implementation)

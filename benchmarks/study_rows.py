@@ -3,16 +3,20 @@
     python benchmarks/study_rows.py CONFIG.yaml rows.npz [KEY=VALUE]...
 
 Writes int arrays: `train` and `heldout` [rows,T] with `train_segments` and `heldout_segments` (0: padding); `long`
-[rows,L], each a single held-out document, and `choose_long`, such rows of the training text to choose by; and for every
+[rows,L], each a single held-out document, and `choose_long`, such rows of the training text to choose by; for every
 number of pairs the prompts of the recall probe that the evaluation asks (`recall_4_tokens`, ...), and others to choose
-by (`choose_tokens`, ...).
+by (`choose_tokens`, ...); for each of `--lengths` the probe with prose between list and questions
+(`recall_16@4096_tokens`, ...), and for each of `--needle-lengths` the tasks of RULER that `--needles` names, which have
+one answer each, behind the tokenizer's chat template where it has one.
 """
 
 import argparse
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +25,11 @@ from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.run_folder import RunFolder, folder_of
 from jaxhybrid.settings.read import load_config
 
+if TYPE_CHECKING:
+    from jaxhybrid.data.vocabulary import Vocabulary
+
 Rows = dict[str, np.ndarray]
-PARTS = ("train", "heldout")
+ANSWERED = ("tokens", "places", "answers")
 
 
 class StudyRows:
@@ -31,7 +38,11 @@ class StudyRows:
     def __init__(self, path: Path):
         with np.load(path) as file:
             self._arrays = dict(file)
-        self.pairs = sorted(int(name.split("_")[1]) for name in self._arrays if name.endswith("_places"))
+        # Of the sets of prompts that are asked: `4`, `16@4096`, `niah_single_2@4096`; short ones first.
+        self.asked = sorted(
+            (name.removeprefix("recall_").removesuffix("_places") for name in self._arrays if name.endswith("_places")),
+            key=lambda name: (self._arrays[f"recall_{name}_tokens"].shape[1], name),
+        )
 
     def text(self, part: str) -> Rows:
         """`tokens` and `segment_ids` of the part train, heldout, long or choose_long."""
@@ -39,9 +50,9 @@ class StudyRows:
         segments = self._arrays.get(f"{part}_segments", np.ones_like(tokens))
         return {"tokens": tokens, "segment_ids": segments.astype(np.int32)}
 
-    def recall(self, pairs: int) -> Rows:
+    def recall(self, asked: str) -> Rows:
         """`tokens`, `places` and `answers` of the evaluation's prompts, as RecallTask has them."""
-        return {name: self._arrays[f"recall_{pairs}_{name}"] for name in ("tokens", "places", "answers")}
+        return {name: self._arrays[f"recall_{asked}_{name}"] for name in ANSWERED}
 
     @property
     def prompts_to_choose_by(self) -> Rows:
@@ -72,6 +83,12 @@ def main() -> None:
     parser.add_argument("--long-rows", type=int, default=48)
     parser.add_argument("--pairs", type=int, nargs="*", default=[4, 16, 64])
     parser.add_argument("--prompts", type=int, default=128, help="for each number of pairs")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096], help="of lists with prose behind them")
+    parser.add_argument("--long-pairs", type=int, default=16, help="of these lists")
+    parser.add_argument("--long-prompts", type=int, default=64, help="of these lists, for each length")
+    parser.add_argument("--needles", nargs="*", default=["niah_single_2", "niah_multikey_1"])
+    parser.add_argument("--needle-lengths", type=int, nargs="*", default=[4096])
+    parser.add_argument("--needle-prompts", type=int, default=128, help="for each task and length")
     parser.add_argument("--choose-pairs", type=int, default=16)
     parser.add_argument("--choose-prompts", type=int, default=64)
     options = parser.parse_args()
@@ -97,12 +114,36 @@ def main() -> None:
     )
     for pairs in options.pairs:
         task = recall_task(text.vocabulary, pairs, prompts=options.prompts)
-        arrays |= {f"recall_{pairs}_{name}": getattr(task, name) for name in ("tokens", "places", "answers")}
+        arrays |= {f"recall_{pairs}_{name}": getattr(task, name) for name in ANSWERED}
+    for name, asked in _long_prompts(text.vocabulary, options):
+        arrays |= {f"recall_{name}_{part}": getattr(asked, part) for part in ANSWERED}
     chosen_by = recall_task(text.vocabulary, options.choose_pairs, prompts=options.choose_prompts, seed=CHOOSING_SEED)
     (batch,) = answer_batches(chosen_by, options.choose_prompts)
     arrays |= {f"choose_{name}": array for name, array in batch.items()}
     np.savez_compressed(options.rows, **arrays)
     print(f"wrote {options.rows}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
+
+
+def _long_prompts(vocabulary: "Vocabulary", options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Prompts that take nearly so many tokens with their answers, by name and length."""
+    from jaxhybrid.evaluate.prompts import Asker
+    from jaxhybrid.evaluate.recall_prompts import ROUND_TO, recall_task
+    from jaxhybrid.evaluate.ruler import ruler_prompts
+    from jaxhybrid.selection.questions import answers_after
+    from jaxhybrid.settings.evaluate import RulerConfig
+
+    pairs, count = options.long_pairs, options.long_prompts
+    for length in options.lengths:
+        lists = recall_task(vocabulary, pairs, prompts=count).tokens.shape[1]
+        yield f"{pairs}@{length}", recall_task(vocabulary, pairs, length - lists - ROUND_TO, count)
+    lengths = tuple(options.needle_lengths)
+    settings = RulerConfig(tasks=tuple(options.needles), lengths=lengths, samples=options.needle_prompts)
+    asker = Asker.of(vocabulary, settings.chat, "chat")
+    with tempfile.TemporaryDirectory() as folder:
+        for given in ruler_prompts(settings, asker, Path(folder)):
+            answered = [replace(prompt, prefix=f"{prompt.prefix} {prompt.answers[0]}") for prompt in given.prompts]
+            found = answers_after(given.tokens, asker.tokens(answered), given.length or 0)
+            yield f"{given.task}@{given.length}", found
 
 
 def _single_documents(batches: Iterable[Rows], count: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What selection_study.py measured, as tables and plots: what docs/study.md shows.
 
     python benchmarks/study_tables.py docs/study/smollm2-135m.jsonl --plot docs/images/study-smollm2.png
+    python benchmarks/study_tables.py --mixers docs/study/smollm2-135m-mixers.jsonl
 
 Of three or more orders of the training rows: mean and Student's interval of 95 %. "before distillation" tells how well
 a figure of the untrained set orders all distilled sets of a budget (Spearman's rank correlation), and what is lost by
@@ -45,7 +46,8 @@ class Measured:
         for record in records:
             if record["kind"] == "distilled":
                 self.distilled[tuple(record["layers"])].append(record)
-        self.pairs = sorted(map(int, self.reference["teacher"]["recall"]))
+        self.finetuned = {tuple(r["layers"]): r for r in records if r["kind"] == "finetuned"}
+        self.asked = list(self.reference["teacher"]["recall"])
 
     def budgets(self) -> list[int]:
         return sorted({choice["budget"] for choice in self.choices}, reverse=True)
@@ -62,18 +64,24 @@ class Measured:
     def kl(self, layers: Layers) -> float:
         return float(np.mean([record["kl"] for record in self.distilled[layers]]))
 
-    def right(self, layers: Layers, pairs: int) -> float:
-        """Share of answers, mean over orders of the training rows."""
-        shares = [record["recall"][str(pairs)] for record in self.distilled[layers]]
-        return float(np.mean([right / asked for right, asked in shares]))
+    def right(self, layers: Layers, asked: str) -> float | None:
+        """Share of answers, mean over those orders of the training rows for which they were asked."""
+        shares = [share(record, asked) for record in self.distilled[layers] if asked in record["recall"]]
+        return float(np.mean(shares)) if shares else None
+
+
+def share(record: Record, asked: str) -> float:
+    """Of the answers, those that are right."""
+    right, answers = record["recall"][asked]
+    return right / answers
 
 
 def table(found: Measured, budget: int) -> str:
-    asked = " | ".join(f"recall {pairs}" for pairs in found.pairs)
+    asked = " | ".join(map(_title, found.asked))
     lines = [
         f"| chosen by | layers | KL, untrained | KL, distilled | on long rows | {asked} | "
         "forward tokens | trained tokens | s |",
-        "|" + "---|" * (8 + len(found.pairs)),
+        "|" + "---|" * (8 + len(found.asked)),
     ]
     for layers, choices in found.sets(budget).items():
         runs, first = found.distilled[layers], found.untrained.get(layers)
@@ -89,10 +97,10 @@ def table(found: Measured, budget: int) -> str:
             f"{first['kl']:.3f}" if first else "",
             _mean([run["kl"] for run in runs]),
             _mean([run["kl_long"] for run in runs]),
-            *(f"{found.right(layers, pairs):.1%}" if runs else "" for pairs in found.pairs),
+            *(_share(found.right(layers, asked)) for asked in found.asked),
             "" if cost == "random" else cost,
             ", ".join(_count(choice["trained_tokens"]) for choice in choices if choice["trained_tokens"]),
-            "" if cost == "random" else ", ".join(f"{choice['seconds']:.0f}" for choice in choices),
+            "" if cost == "random" else ", ".join(f"{c['seconds']:.0f}" for c in choices if c["seconds"] is not None),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -111,11 +119,15 @@ def prediction(found: Measured, budget: int) -> str:
         rho = stats.spearmanr(before, after).statistic
         lost = after[int(np.argmin(before))] - min(after)
         lines.append(f"| {name} | KL | {rho:.2f} ({len(sets)} sets) | +{lost:.3f} |")
-        for pairs in found.pairs:
-            right = [found.right(layers, pairs) for layers in sets]
-            rho = stats.spearmanr(-np.array(before), right).statistic
-            lost = max(right) - right[int(np.argmin(before))]
-            lines.append(f"| {name} | recall {pairs} | {rho:.2f} | -{lost:.1%} |")
+        for asked in found.asked:
+            rights = {place: found.right(layers, asked) for place, layers in enumerate(sets)}
+            known = [place for place, right in rights.items() if right is not None]
+            if len(known) < 3:
+                continue
+            right, first = [rights[place] for place in known], [before[place] for place in known]
+            rho = stats.spearmanr(-np.array(first), right).statistic
+            lost = max(right) - right[int(np.argmin(first))]
+            lines.append(f"| {name} | {_title(asked)} | {rho:.2f} ({len(known)} sets) | -{lost:.1%} |")
     return "\n".join(lines)
 
 
@@ -129,6 +141,50 @@ def overlap(found: Measured, budget: int) -> str:
     return "\n".join(lines)
 
 
+def finetuned(found: Measured) -> str:
+    """What training on the text itself gives, with and without linear layers."""
+    asked = " | ".join(map(_title, found.asked))
+    lines = [f"| model | KL to the teacher | perplexity | {asked} |", "|" + "---|" * (3 + len(found.asked))]
+
+    def row(name: str, record: Record) -> None:
+        shares = (_share(share(record, asked) if asked in record["recall"] else None) for asked in found.asked)
+        figures = [f"{record['kl']:.3f}", f"{np.exp(record['cross_entropy']):.2f}", *shares]
+        lines.append("| " + " | ".join([name, *figures]) + " |")
+
+    row("teacher", found.reference["teacher"])
+    for layers, record in found.finetuned.items():
+        before = [run for run in found.distilled[layers] if "cross_entropy" in run]
+        name = " ".join(map(str, layers)) if before else "teacher"
+        if before:
+            row(f"{name}, distilled", before[-1])
+        row(f"{name}, finetuned", record)
+    return "\n".join(lines)
+
+
+def mixers(path: Path) -> str:
+    """The variants that mixer_study.py measured."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    aligned = {r["variant"]: r for r in records if r["kind"] == "untrained"}
+    distilled: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record["kind"] == "distilled":
+            distilled[record["variant"]].append(record)
+    names = list(next(iter(distilled.values()))[0]["recall"])
+    head = ["variant", "alignment loss", "KL all linear", "KL of the set, untrained", "distilled", "on long rows"]
+    lines = ["| " + " | ".join([*head, *map(_title, names)]) + " |", "|" + "---|" * (len(head) + len(names))]
+    for variant, first in aligned.items():
+        runs = distilled[variant]
+        cells = [
+            variant,
+            *(f"{first[key]:.3f}" for key in ("alignment", "kl_linear", "kl")),
+            _mean([run["kl"] for run in runs]),
+            _mean([run["kl_long"] for run in runs]),
+            *(_share(float(np.mean([share(run, name) for run in runs])) if runs else None) for name in names),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(found: Measured, path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -136,7 +192,8 @@ def plot(found: Measured, path: Path) -> None:
     for budget, colour in zip(found.budgets(), ("tab:blue", "tab:orange", "tab:green")):
         sets = [layers for layers in found.sets(budget) if found.distilled[layers]]
         kl = [found.kl(layers) for layers in sets]
-        middle, label = found.pairs[len(found.pairs) // 2], f"{budget} layers softmax"
+        short = [asked for asked in found.asked if "@" not in asked]
+        middle, label = short[len(short) // 2], f"{budget} layers softmax"
         axes[0].scatter([found.untrained[layers]["kl"] for layers in sets], kl, c=colour, label=label)
         axes[1].scatter(kl, [100 * found.right(layers, middle) for layers in sets], c=colour, label=label)
         for layers, choices in found.sets(budget).items():
@@ -160,25 +217,45 @@ def _mean(values: list[float]) -> str:
     return f"{found['mean']:.3f} ± {found['high'] - found['mean']:.3f} ({len(values)})"
 
 
+def _share(right: float | None) -> str:
+    return "" if right is None else f"{right:.1%}"
+
+
+def _title(asked: str) -> str:
+    """Of a set of prompts: 16@4096 is recall of 16 pairs in 4,096 tokens."""
+    name, _, length = asked.partition("@")
+    return (f"recall {name}" if name.isdigit() else f"`{name}`") + (f", {int(length):,} tokens" if length else "")
+
+
 def _count(tokens: int) -> str:
     return f"{tokens / 1e6:.1f}M" if tokens else "-"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", type=Path)
+    parser.add_argument("records", type=Path, nargs="?")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--mixers", type=Path, help="what mixer_study.py measured")
     options = parser.parse_args()
+    if not options.records and not options.mixers:
+        parser.error("name a file of records, or one with --mixers")
+    if options.mixers:
+        print(f"## Mixers\n\n{mixers(options.mixers)}\n")
+    if not options.records:
+        return
     found = Measured(options.records)
     teacher, linear = found.reference["teacher"], found.reference["all linear"]
-    share = lambda record, pairs: record["recall"][str(pairs)][0] / record["recall"][str(pairs)][1]  # noqa: E731
     print(f"{found.common['teacher']}, {found.common['hardware']}, aligned on {found.common['align_tokens']:,} tokens.")
-    print("Teacher's recall: " + ", ".join(f"{pairs} pairs {share(teacher, pairs):.1%}" for pairs in found.pairs))
+    print(
+        "The teacher's answers: " + ", ".join(f"{_title(asked)} {share(teacher, asked):.1%}" for asked in found.asked)
+    )
     print(f"All linear, untrained: KL {linear['kl']:.3f}\n")
     for budget in found.budgets():
         print(
             f"## {budget} layers\n\n{table(found, budget)}\n\n{prediction(found, budget)}\n\n{overlap(found, budget)}\n"
         )
+    if found.finetuned:
+        print(f"## Trained on the text itself\n\n{finetuned(found)}\n")
     if options.plot:
         plot(found, options.plot)
 

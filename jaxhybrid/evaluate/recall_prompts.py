@@ -155,7 +155,5 @@ def _prose(vocabulary: Vocabulary, tokens: int, prompts: int, seed: int) -> list
         texts.append(" ".join(sentences))
         ends.append(np.cumsum([len(each) + 1 for each in sentences]) - 1)
     encoded = vocabulary.encoder.encode_batch(texts, add_special_tokens=False)
-    return [
-        text[: max((int(end) for end in stops if end <= np.array(encoding.offsets)[:tokens, 1].max()), default=0)]
-        for text, stops, encoding in zip(texts, ends, encoded)
-    ]
+    limits = (np.array(encoding.offsets)[:tokens, 1].max() for encoding in encoded)
+    return [text[: int(stops[stops <= limit].max(initial=0))] for text, stops, limit in zip(texts, ends, limits)]

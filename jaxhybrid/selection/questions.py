@@ -43,15 +43,23 @@ def prompts_of(vocabulary: Vocabulary, pairs: Sequence[tuple[str, str]], context
     """
     asked = [vocabulary.prompt(text) for text, _ in pairs]
     whole = [vocabulary.prompt(text + answer) for text, answer in pairs]
-    # A tokenizer may join the end of a text with its answer; then the answer begins with that token.
-    starts = [_shared(before, after) for before, after in zip(asked, whole)]
     longest = max(map(len, whole))
     if longest > context:
         raise ConfigError(
             f"{key}: prompts take {longest} tokens, the teacher has a context of {context}. Make them shorter."
         )
-    tokens = np.zeros((len(pairs), min(-(-longest // ROUND_TO) * ROUND_TO, context)), np.int32)
-    answers = np.full((len(pairs), 1, max(len(ids) - start for ids, start in zip(whole, starts))), NO_TOKEN, np.int32)
+    return answers_after(asked, whole, context)
+
+
+def answers_after(asked: Sequence[Sequence[int]], whole: Sequence[Sequence[int]], context: int) -> Prompts:
+    """Prompts, and the same with their answers, `context` tokens at most.
+
+    A tokenizer may join the end of a prompt with its answer; then the answer begins with that token.
+    """
+    starts = [_shared(before, after) for before, after in zip(asked, whole)]
+    longest = max(map(len, whole))
+    tokens = np.zeros((len(whole), min(-(-longest // ROUND_TO) * ROUND_TO, context)), np.int32)
+    answers = np.full((len(whole), 1, max(len(ids) - start for ids, start in zip(whole, starts))), NO_TOKEN, np.int32)
     for number, (ids, start) in enumerate(zip(whole, starts)):
         tokens[number, : len(ids)] = ids
         answers[number, 0, : len(ids) - start] = ids[start:]
