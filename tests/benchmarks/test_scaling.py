@@ -53,7 +53,8 @@ def test_what_of_a_collective_is_beside_other_kernels():
 def row(part, gpus, mesh, speed, **more):
     return {
         "part": part, "device": "H200", "jax": "0", "shape": "tiny", "stage": "distill", "gpus": gpus, "mesh": mesh,
-        "rows": 8 * gpus, "length": 64, "documents": [100, 400], "flags": "", "settings": "", "tokens_per_second": speed, "ms": 10.0,
+        "rows": 8 * gpus, "length": 64, "documents": [100, 400], "flags": "", "settings": "",
+        "tokens_per_second": speed, "ms": 10.0,
         "tflops_a_gpu": 395.0, "peak_gib": 2.0, **more,
     }  # fmt: skip
 
