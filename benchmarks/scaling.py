@@ -10,7 +10,8 @@
     python benchmarks/scaling.py processes                # a process a GPU against one for all; one of them is killed
     python benchmarks/scaling.py tables                   # what the other parts wrote, as Markdown
 
-A step is the one that a run compiles (stages/programs.py), with random weights and tokens, each row one document.
+A step is the one that a run compiles (stages/programs.py), with random weights and tokens, in documents of 100 to 400
+tokens (--documents); the long row of `context` is one document.
 Every measurement is a process of its own, whose peak memory is the measurement's; those on one GPU run on all GPUs at
 once. Every part adds its rows to --output (JSON) as it goes. On a machine without a GPU, devices are CPUs
 (JAX_NUM_CPU_DEVICES of them), and --shape tiny is there to see that the program works.
@@ -35,11 +36,13 @@ from typing import Any
 from output import Output
 from shapes import SHAPES
 
+from jaxhybrid.files import write_text
 from jaxhybrid.settings.stages import STAGES
 
 JOB = Path(__file__).with_name("scaling_job.py")
 ROW = (
-    "part", "shape", "stage", "gpus", "mesh", "rows", "length", "flags", "settings", "device", "jax", "harm",
+    "part", "shape", "stage", "gpus", "mesh", "rows", "length", "documents", "flags", "settings", "device", "jax",
+    "harm",
 )  # fmt: skip
 # Rows a GPU, and their tokens.
 SIZES = {"align": (96, 512), "score": (8, 4096), "distill": (8, 4096), "finetune": (2, 16384)}
@@ -104,7 +107,7 @@ def count(asked: dict[str, Any]) -> int:
 def answer(asked: dict[str, Any], gpus: Sequence[int]) -> dict[str, Any]:
     """What a process on these GPUs says; that it failed is an answer, too."""
     command = [sys.executable, str(JOB), json.dumps(asked)]
-    kept = {name: asked[name] for name in ("shape", "stage", "rows", "length", "flags")}
+    kept = {name: asked[name] for name in ("shape", "stage", "rows", "length", "documents", "flags")}
     kept |= {"gpus": len(gpus), "mesh": mesh_text(asked["mesh"]), "settings": " ".join(asked["extra"])}
     try:
         done = subprocess.run(
@@ -168,7 +171,10 @@ class Parts:
         return found
 
     def _common(self, steps: int, warm: int = 2) -> dict[str, Any]:
-        return {"steps": self.options.steps or steps, "warm": warm, "extra": self.options.set}
+        return {
+            "steps": self.options.steps or steps, "warm": warm, "extra": self.options.set,
+            "documents": self.options.documents,
+        }  # fmt: skip
 
     def weak(self) -> None:
         gpus = self.options.gpus or sorted({1, gpus_here()})
@@ -219,7 +225,7 @@ class Parts:
         lengths = (self.options.length,) if self.options.length else lengths
         several = [n for n in self.options.gpus or [gpus_here()] if n > 1]
         for flags in self.options.xla_flags:
-            given = {"flags": flags, **self._common(2, warm=1)}
+            given = {"flags": flags, **self._common(2, warm=1), "documents": None}
             jobs = [job("step", self.options.shape, {"context": n}, 1, lengths[0], **given) for n in several]
             self._measure("context", jobs)
             for length in lengths:
@@ -251,9 +257,12 @@ class Parts:
             self.output.add("processes", device=device_name(), jax=version("jax"), **row)
 
     def tables(self) -> None:
-        from scaling_tables import tables
+        from scaling_tables import on_page, tables
 
-        print(tables(self.output.read()))
+        texts = tables(self.output.read())
+        print("\n\n".join(f"## {part}\n\n{text}" for part, text in texts.items()))
+        if page := self.options.page:
+            write_text(page, on_page(page.read_text(encoding="utf-8"), texts))
 
 
 PARTS: dict[str, Callable[[Parts], None]] = {
@@ -276,6 +285,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, help="of weak (all) and profile (distill)")
     parser.add_argument("--rows", type=int, help="a GPU")
     parser.add_argument("--length", type=int, help="tokens of a row; of the text when decoding")
+    parser.add_argument(
+        "--documents", nargs=2, type=int, default=[100, 400], metavar=("LEAST", "MOST"), help="tokens of a document"
+    )
     parser.add_argument("--steps", type=int, help="that are timed after the first ones")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over all others")
     parser.add_argument(
@@ -286,6 +298,7 @@ def main() -> None:
         help="several times: side by side; default none",
     )
     parser.add_argument("--folder", type=Path, help="of the runs of `processes`; default: one that is removed")
+    parser.add_argument("--page", type=Path, help="tables: also between the marker lines of this page")
     parser.add_argument("--output", type=Path, default=Path("scaling.json"))
     options = parser.parse_args()
     options.xla_flags = options.xla_flags or [""]

@@ -45,7 +45,7 @@ def step(job: dict[str, Any], planned: Planned, trace: bool = False) -> dict[str
     A token is reckoned as 2 operations for each parameter of what is frozen and 6 of what trains, but for an embedding
     that is not the head as well.
     """
-    measured = StageStep.of(job["stage"], planned)
+    measured = StageStep.of(job["stage"], planned, job["documents"])
     times = measured.seconds(job["steps"], job["warm"])
     seconds = float(np.median(times[job["warm"] :]))
     settings, devices = getattr(planned.config, job["stage"]), jax.device_count()

@@ -9,16 +9,29 @@ PEAK_TFLOPS = 790  # what bfloat16 products reach on an H200
 Row = dict[str, Any]
 
 
-def tables(rows: list[Row]) -> str:
-    """A table for each part and machine."""
-    texts = []
+def tables(rows: list[Row]) -> dict[str, str]:
+    """Of each part that was measured, a table for each kind of GPU, version of JAX and shape."""
+    texts: dict[str, str] = {}
     for part, table in TABLES.items():
-        own = [row for row in rows if row["part"] == part]
-        for device, jax in dict.fromkeys((row["device"], row["jax"]) for row in own):
-            some = [row for row in own if (row["device"], row["jax"]) == (device, jax)]
-            shapes = ", ".join(dict.fromkeys(row["shape"] for row in some if "shape" in row))
-            texts.append(f"{part}: {device}, jax {jax}{', ' if shapes else ''}{shapes}\n\n{table(some)}")
-    return "\n\n".join(texts)
+        machines: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["part"] == part:
+                shape = f", {row['shape']}" if "shape" in row else ""
+                machines.setdefault(f"{row['device']}, jax {row['jax']}{shape}:", []).append(row)
+        if machines:
+            texts[part] = "\n\n".join(f"{where}\n\n{table(own)}" for where, own in machines.items())
+    return texts
+
+
+def on_page(page: str, texts: dict[str, str]) -> str:
+    """A page with the tables in place of what stands between `<!-- PART -->` and `<!-- end -->`."""
+    for part, text in texts.items():
+        beginning, end = f"<!-- {part} -->\n", "\n<!-- end -->"
+        before, found, rest = page.partition(beginning)
+        if not found or end not in rest:
+            raise SystemExit(f"The page lacks the lines `<!-- {part} -->` and `<!-- end -->`.")
+        page = before + found + text + rest[rest.index(end) :]
+    return page
 
 
 def _where(row: Row) -> list[str]:
@@ -46,15 +59,15 @@ SPEED = ["tokens/s", "of N times one", "model TFLOP/s a GPU", f"of {PEAK_TFLOPS}
 
 def weak(rows: list[Row]) -> str:
     """With the share of N times one GPU that has as many rows, the same flags and settings."""
+    same = ("shape", "stage", "length", "documents", "flags", "settings")
     alone = {
-        tuple(row[name] for name in ("shape", "stage", "rows", "length", "flags", "settings")): row
+        (row["rows"], *(str(row[name]) for name in same)): row
         for row in rows
         if row["gpus"] == 1 and "out_of_memory" not in row
     }
 
     def share(row: Row) -> str:
-        each = row["rows"] // row["gpus"]
-        one = alone.get((row["shape"], row["stage"], each, row["length"], row["flags"], row["settings"]))
+        one = alone.get((row["rows"] // row["gpus"], *(str(row[name]) for name in same)))
         if one is None or "out_of_memory" in row:
             return ""
         return f"{100 * row['tokens_per_second'] / row['gpus'] / one['tokens_per_second']:.1f} %"

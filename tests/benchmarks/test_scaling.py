@@ -53,7 +53,8 @@ def test_what_of_a_collective_is_beside_other_kernels():
 def row(part, gpus, mesh, speed, **more):
     return {
         "part": part, "device": "H200", "jax": "0", "shape": "tiny", "stage": "distill", "gpus": gpus, "mesh": mesh,
-        "rows": 8 * gpus, "length": 64, "flags": "", "settings": "", "tokens_per_second": speed, "ms": 10.0,
+        "rows": 8 * gpus, "length": 64, "documents": [100, 400], "flags": "", "settings": "",
+        "tokens_per_second": speed, "ms": 10.0,
         "tflops_a_gpu": 395.0, "peak_gib": 2.0, **more,
     }  # fmt: skip
 
@@ -69,7 +70,13 @@ def test_shares_are_of_as_many_rows_a_gpu():
         row("context", 2, "context=2", 45.0, length=128, rows=1),
         row("context", 2, "context=2", 57.0, length=64, rows=1),
     ]
-    lines = importlib.import_module("scaling_tables").tables(rows).splitlines()
+    tables = importlib.import_module("scaling_tables")
+    texts = tables.tables(rows)
+    assert list(texts) == ["weak", "large", "context"]
+    page = "".join(f"<!-- {part} -->\nNone.\n<!-- end -->\n" for part in (*texts, "decode"))
+    page = tables.on_page(tables.on_page(page, texts), texts)  # again in place of the first ones
+    assert page.count("None.") == 1
+    lines = page.splitlines()
 
     def cells(*beginning):
         (line,) = [line for line in lines if all(text in line for text in beginning)]
