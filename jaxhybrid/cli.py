@@ -490,6 +490,8 @@ def main() -> None:
             _leave(end)
         raise
     except BaseException as error:
+        if "jaxhybrid.hosts" in sys.modules:
+            _hosts().await_death(error)
         traceback.print_exc()
         _leave(error)
 
