@@ -146,8 +146,8 @@ def processes(rows: list[Row]) -> str:
             said = " and ".join(f"`{text}`" for text in row["errors_said"]) or "no error"
             found = (
                 f"after {row['steps_done']} steps; all have ended {row['seconds_to_end']:.0f} s later with exit codes "
-                f"{row['exit_codes']}, the first one saying {said} ({row['lines_said']} lines in all); the run goes on and "
-                f"has {equal} of an undisturbed one"
+                f"{row['exit_codes']}, the first one saying {said} ({row['lines_said']} lines in all); "
+                f"the run goes on and has {equal} of an undisturbed one"
             )
             lines.append([gpus, "one process is killed", found])
     return markdown(["GPUs", "", "found"], lines)
