@@ -342,7 +342,9 @@ def _hold_lifeline() -> None:
         client.key_value_set(LINES, json.dumps(lifelines.serve(_died)))
         return
     port, key = json.loads(client.blocking_key_value_get(LINES, 1000 * JOIN_SECONDS))
-    host = distributed.global_state.coordinator_address.rsplit(":", 1)[0].strip("[]")
+    coordinator = distributed.global_state.coordinator_address
+    assert coordinator is not None
+    host = coordinator.rsplit(":", 1)[0].strip("[]")
     try:
         lifelines.connect((host, port), key, jax.process_index(), platform.node())
     except OSError as error:

@@ -58,9 +58,9 @@ def _serve(server: socket.socket, key: str, on_death: OnDeath) -> None:
                     if (who := _hello(line, key)) is None:
                         line.close()
                     else:
-                        selector.register(line, selectors.EVENT_READ, who)
+                        selector.register(line, selectors.EVENT_READ, (line, *who))
                 else:
-                    line, (process, host) = ready.fileobj, ready.data
+                    line, process, host = ready.data
                     selector.unregister(line)
                     if not _said_goodbye(line):
                         on_death(process, host)
