@@ -1,13 +1,18 @@
 """Every registered linear mixer by itself: against its recurrence written out, and against itself, chunked and not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers import DynamicCache
 
+from jaxhybrid.export.folder import export
+from jaxhybrid.export.remote_code.modeling_jaxhybrid import JaxHybridForCausalLM
 from jaxhybrid.model.blueprint import bind, is_variable, variables
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.layers import TokenContext, segment_positions
@@ -21,7 +26,14 @@ from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
 from jaxhybrid.model.rope import rotary_tables
+from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.stages.align import align_step, linear_mixers
+from jaxhybrid.train.optimizer import make_optimizer, start
+from jaxhybrid.weights.convert import convert
+from jaxhybrid.weights.huggingface import load_student
+from tests.conftest import make_batch, make_teacher
 from tests.layers import layer_output
+from tests.tiny import training
 
 EPS = 1e-5
 CARRIED = {"qkv_bias": True, "qk_norm": True}
@@ -36,6 +48,9 @@ MIXERS = {
     "rwkv6": RWKV6Config(low_rank=4, expand_kv=False, **CARRIED),
     "rwkv7": RWKV7Config(low_rank=4, **CARRIED),
 }
+
+
+SLOW = ("gated_deltanet", "gla", "deltanet", "retnet")  # two are in most other tests, two share their code
 
 
 def test_every_mixer_is_here():
@@ -57,7 +72,10 @@ class Layer:
         return LINEAR_MIXERS[self.config.mixer.kind].initial_state(self.config, 1, 0, jnp.float32)
 
 
-@pytest.fixture(scope="module", params=MIXERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MIXERS],
+)
 def layer(request):
     """One layer with nothing at a start that would hide it."""
     mixer = MIXERS[request.param]
@@ -162,3 +180,63 @@ def test_packed_documents_equal_separate_ones(run):
 def test_left_padding_equals_none(run):
     x, segments = inputs(), np.array([[0] * 11 + [1] * 19])
     close(run(x, segments)[:, 11:], run(x[:, 11:], np.ones((1, 19), np.int32)))
+
+
+@pytest.fixture(scope="module")
+def exported(layer, tmp_path_factory):
+    """The layer as a model, and the folder that it was exported to."""
+    folder, declared = tmp_path_factory.mktemp("export") / "model", model_variables(layer.config)
+    params = jax.tree.map(lambda variable: jnp.zeros(variable.shape), declared, is_leaf=is_variable)
+    params["mixers"] = {layer.config.mixer.kind: jax.tree.map(lambda leaf: leaf[None], layer.params)}
+    model = Model(params, layer.config)
+    with pytest.warns(UserWarning, match="No tokenizer"):
+        export(model, folder, dtype="float32")
+    return model, folder
+
+
+def test_an_export_is_read_back_exactly(exported):
+    model, folder = exported
+    again = load_student(folder)
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def test_the_exported_layer_gives_the_same(layer, go_on, exported):
+    """In PyTorch, with documents and padding, and in pieces with a cache."""
+    _, folder = exported
+    net = JaxHybridForCausalLM.from_pretrained(folder).eval()
+    x, segments = inputs(), np.array([[0] * 4 + [1] * 10 + [3] * 13 + [0] * 3])
+    expected, _ = go_on(x, segments)
+    rotation = net.model.rotary_emb(torch.from_numpy(x), torch.from_numpy(np.array(segment_positions(segments))))
+    real = torch.from_numpy(segments != 0)
+    first = torch.from_numpy((np.arange(30) == 4) | (np.arange(30) == 14))[None]
+    cache, ends = DynamicCache(config=net.config), [0, 9, 10, 16, 30]
+
+    def piece(begin, end, cache):
+        tables = tuple(table[:, begin:end] for table in rotation)
+        at = torch.from_numpy(x[:, begin:end])
+        return net.model.layers[0].linear_attn(at, tables, cache, real[:, begin:end], first[:, begin:end])
+
+    with torch.no_grad():
+        whole = piece(0, 30, None)
+        pieces = torch.cat([piece(a, b, cache) for a, b in pairwise(ends)], dim=1)
+    close(whole[real], expected[segments != 0])
+    close(pieces[real], expected[segments != 0])
+
+
+@pytest.mark.slow
+def test_alignment_falls(layer):
+    """From the start that conversion gives, beside a softmax teacher."""
+    teacher = make_teacher(num_layers=2, hidden_size=16, intermediate_size=24, vocab_size=31)
+    mixer = replace(layer.config.mixer, qkv_bias=None, qk_norm=None)
+    student = convert(teacher, (mixer.kind,) * 2, mixer, jax.random.key(1))
+    settings = training(30, learning_rate=1e-2)
+    mixers = linear_mixers(student.params)
+    optimizer = make_optimizer(settings, mixers)
+    step = jax.jit(partial(align_step, config=student.config, optimizer=optimizer, dtype=jnp.float32))
+    state, losses = start(mixers, optimizer), []
+    batch = make_batch(31)
+    for _ in range(settings.steps):
+        state, metrics = step(state, teacher, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
