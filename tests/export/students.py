@@ -68,8 +68,8 @@ CASES = {
         "mixer": GLAConfig(expand_kv=False, rope=True, qkv_bias=True, qk_norm=True),
     },
 }
-# Those of the other mixers, each with everything that it has.
-SLOW_CASES = {
+# With everything that a mixer has.
+OTHER_MIXERS = {
     mixer.kind: {
         "family": "qwen3",
         "qkv_bias": True,
