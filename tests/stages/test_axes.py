@@ -89,7 +89,7 @@ PAIRS = [(2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (
         ((2, 1, 4, 1), 61, FEW_STATES),
         *(pytest.param(shape, 64, GLAConfig(), marks=slow) for shape in ALONE),
         *(pytest.param(shape, vocab, CONVOLVED, marks=slow) for shape, vocab in zip(PAIRS, (60, 61, 64) * 2)),
-        *(pytest.param((1, 2, 2, 2), 64, mixer, marks=slow) for mixer in OTHERS),
+        *(pytest.param((1, 2, 2, 2), 64, mixer, marks=slow, id=mixer.kind) for mixer in OTHERS),
     ],
 )
 @pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune"])
@@ -120,7 +120,7 @@ def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
         ((1, 2, 4, 1), FEW_STATES),
         ((2, 1, 2, 2), CONVOLVED),
         *(pytest.param(shape, GLAConfig(), marks=slow) for shape in (*ALONE, *PAIRS)),
-        *(pytest.param((1, 2, 2, 2), mixer, marks=slow) for mixer in OTHERS),
+        *(pytest.param((1, 2, 2, 2), mixer, marks=slow, id=mixer.kind) for mixer in OTHERS),
     ],
 )
 def test_decoding_on_a_mesh_equals_one_device(shape, mixer):
