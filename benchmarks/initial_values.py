@@ -1,10 +1,11 @@
 """The alignment loss before the first step, for every way a linear mixer can start.
 
-    python benchmarks/initial_values.py [--mixer gated_deltanet] [--teacher demo:smollm2-135m] [--tokens 4096] [--steps 0]
+    python benchmarks/initial_values.py [--mixer gated_deltanet] [--teacher demo:smollm2-135m] [--steps 0]
 
 A fresh mixer's gate and decays are not the teacher's; how far its output is from the teacher's before any training
 says how much alignment has to repair. The zero gate gives no output: its loss is the size of the teacher's output,
-and a start above it does harm first. With --steps, the loss after a few updates too. Ways that a mixer refuses are named.
+and a start above it does harm first. With --steps, the loss after a few updates too.
+Ways that a mixer refuses are named.
 """
 
 import argparse
