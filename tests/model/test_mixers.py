@@ -15,7 +15,7 @@ from jaxhybrid.export.folder import export
 from jaxhybrid.export.remote_code.modeling_jaxhybrid import JaxHybridForCausalLM
 from jaxhybrid.model.blueprint import bind, is_variable, variables
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.layers import TokenContext, segment_positions
+from jaxhybrid.model.layers import segment_positions
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
 from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
@@ -25,8 +25,7 @@ from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
 from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
-from jaxhybrid.model.rope import rotary_tables
-from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.model.transformer import Model, model_variables, token_context
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
@@ -63,8 +62,7 @@ class Layer:
     params: dict
 
     def __call__(self, params, x, segments, state=None):
-        tables = rotary_tables(self.config, segment_positions(segments))
-        context = TokenContext(segments, *tables)
+        context = token_context(self.config, segments, segments, None)
         return bind(LINEAR_MIXERS[self.config.mixer.kind], self.config, params)(x, context, state)
 
     @property
