@@ -73,6 +73,7 @@ OTHER_MIXERS = {
     mixer.kind: {
         "family": "qwen3",
         "qkv_bias": True,
+        "o_bias": True,
         "qk_norm": True,
         "layer_types": (SOFT, mixer.kind),
         "mixer": replace(mixer, rope=True, qkv_bias=True, qk_norm=True),
