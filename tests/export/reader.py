@@ -32,6 +32,13 @@ GATES = (
     "a_down_proj.weight",
     "a_up_proj.weight",
     "a_up_proj.bias",
+    "dt_proj.weight",
+    ".D",
+    "decay_bias",
+    "r_down_proj.weight",
+    "r_up_proj.weight",
+    "rate_bias",
+    "removal",
 )
 
 

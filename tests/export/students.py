@@ -1,13 +1,21 @@
 """Small students in all their kinds, to be exported."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.model.blueprint import is_variable
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, RopeConfig
+from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
+from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
+from jaxhybrid.model.mixers.mamba2 import Mamba2Config
+from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
+from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
 from jaxhybrid.model.transformer import Model, model_variables
 
 SOFT, LIN = FULL_ATTENTION, GatedDeltaNetConfig.kind
@@ -59,6 +67,25 @@ CASES = {
         "layer_types": (SOFT, "gla"),
         "mixer": GLAConfig(expand_kv=False, rope=True, qkv_bias=True, qk_norm=True),
     },
+}
+# With everything that a mixer has.
+OTHER_MIXERS = {
+    mixer.kind: {
+        "family": "qwen3",
+        "qkv_bias": True,
+        "o_bias": True,
+        "qk_norm": True,
+        "layer_types": (SOFT, mixer.kind),
+        "mixer": replace(mixer, rope=True, qkv_bias=True, qk_norm=True),
+    }
+    for mixer in (
+        DeltaNetConfig(conv_size=3, expand_kv=False),
+        KimiDeltaConfig(conv_size=4),
+        FixedDecayConfig(),
+        Mamba2Config(expand_kv=False),
+        RWKV6Config(expand_kv=False),
+        RWKV7Config(),
+    )
 }
 
 

@@ -75,17 +75,17 @@ def exports(tmp_path_factory, teacher_folder):
     place = root / "exports"
     with FileLock(root / "exports.lock"):
         if not place.exists():
-            export_all(teacher_folder, root / "exports.draft").rename(place)
+            export_all(CASES, teacher_folder, root / "exports.draft").rename(place)
     return place
 
 
-def export_all(teacher_folder, place):
+def export_all(cases, teacher_folder, place):
     tokens = np.random.default_rng(0).integers(1, 61, (2, LENGTH)).astype(np.int32)
     segments = np.ones_like(tokens)
     segments[0, 20:], segments[0, 21:] = 2, 3
     segments[1, :13], segments[1, 80:] = 0, 2
     documents = {"logits": np.ones_like(tokens), "padded": np.minimum(segments, 1), "packed": segments}
-    for name, changes in CASES.items():
+    for name, changes in cases.items():
         student = make_student(teacher_folder, **changes)
         export(student, place / name / "model", dtype="float32")
         np.savez(place / name / "inputs.npz", tokens=tokens, segments=segments)
@@ -97,14 +97,18 @@ def export_all(teacher_folder, place):
 @pytest.fixture(scope="module", params=READERS)
 def read_back(request, exports):
     """Per case: what the reader got from the folder."""
-    packages, version = environment(request.param), pinned(request.param)["transformers"]
-    written = [exports / name / f"{version}.npz" for name in CASES]
+    return read_all(CASES, exports, request.param)
+
+
+def read_all(cases, exports, versions):
+    packages, version = environment(versions), pinned(versions)["transformers"]
+    written = [exports / name / f"{version}.npz" for name in cases]
     with FileLock(exports / f"{version}.lock"):
         if not all(file.exists() for file in written):
-            folders = [str(exports / name / "model") for name in CASES]
+            folders = [str(exports / name / "model") for name in cases]
             reader = str(Path(__file__).with_name("reader.py"))
-            run_isolated([reader, *READERS[request.param], *folders], exports, packages)
-    return dict(zip(CASES, map(arrays, written)))
+            run_isolated([reader, *READERS[versions], *folders], exports, packages)
+    return dict(zip(cases, map(arrays, written)))
 
 
 @pytest.mark.parametrize("case", CASES)
