@@ -204,22 +204,25 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a page of another origin may send unasked is of other types
         raise APIError(415, f"Content-Type {kind!r}: send application/json.", "unsupported_media_type")
-    body, size = [], 0
+    most, drained = limits.body_bytes, DRAINED * limits.body_bytes
+    body, size = bytearray(), 0
+    announced = int(request.headers.get("content-length", 0))  # h11 has seen to it that this is a number
     try:
         async with asyncio.timeout(limits.body_seconds):
-            async for part in request.stream():
-                size += len(part)
-                if size <= limits.body_bytes:
-                    body.append(part)
-                elif size > DRAINED * limits.body_bytes:
-                    break
+            if announced <= drained:
+                async for part in request.stream():
+                    size += len(part)
+                    if size <= most:
+                        body += part
+                    if size > drained:
+                        break
     except TimeoutError as error:
         message = f"The body did not come within {limits.body_seconds:g} s."
         raise APIError(408, message, "timeout") from error
-    if size > limits.body_bytes:
-        message = f"The body has more than {limits.body_bytes} bytes; prompts go up to {limits.context} tokens here."
+    if max(size, announced) > most:
+        message = f"The body has more than {most} bytes; prompts go up to {limits.context} tokens here."
         raise APIError(413, message, "request_too_large")
-    return b"".join(body)
+    return bytes(body)
 
 
 # --- around the endpoints

@@ -98,9 +98,12 @@ class Served:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody waits for it any more. One that has ended stays as it is."""
+        """Nobody waits for it any more: its place is free, in the queue at once. One that has ended stays as it is."""
         with self.changed:
             ticket.is_cancelled = True
+            if ticket in self.waiting:
+                self.waiting.remove(ticket)
+                self.metrics.ended("cancelled")
             self.changed.notify()
 
     # --- in the engine's thread

@@ -5,24 +5,28 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jaxhybrid.complete import complete, open_model
+from jaxhybrid.complete import complete
+from jaxhybrid.data import load_vocabulary
 from jaxhybrid.decoding.engine import Engine
 from jaxhybrid.export.folder import export
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.serve.limits import Limits
 from jaxhybrid.serve.server import bound, open_server
 from jaxhybrid.weights.convert import convert
-from jaxhybrid.weights.huggingface import load_teacher
+from jaxhybrid.weights.huggingface import load_student, load_teacher
 from tests.tiny import write_teacher
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+    "{{ message.role[0] }}:{{ message.content }}\n{% endfor %}a:"
 )
 LIMITS = Limits(
     slots=2, context=96, max_new_tokens=64, queue=3, header_seconds=1.0, body_seconds=1.0, stuck_seconds=1.0,
@@ -32,19 +36,29 @@ PROMPT = "anna likes the"
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory):
+def student(tmp_path_factory):
+    """Its answers are words, for tokens of anything else have no embedding. It asks for a repetition penalty."""
     folder = write_teacher(tmp_path_factory.mktemp("served") / "teacher", layers=2)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1, "eos_token_id": 0}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    return folder
+    teacher = load_teacher(folder)
+    letters = [i < len(tokenizer) and tokenizer.decode([i]).strip().isalpha() for i in range(teacher.config.vocab_size)]
+    embedding = teacher.params["embed"]["embedding"] * np.array(letters)[:, None]
+    teacher = replace(teacher, params=teacher.params | {"embed": {"embedding": embedding}})
+    types = ("gated_deltanet", "full_attention")
+    student = convert(teacher, types, GatedDeltaNetConfig(), jax.random.key(1))
+    return export(student, folder.parent / "student", "float32")
 
 
 @pytest.fixture(scope="session")
-def student(teacher):
-    model = load_teacher(teacher)
-    types = ("gated_deltanet", "full_attention")
-    return export(convert(model, types, GatedDeltaNetConfig(), jax.random.key(1)), teacher.parent / "student", "float32")
+def other(student):
+    """Another model of the same shape, so that it needs no programs of its own."""
+    model = load_student(student)
+    turned = jax.tree.map(lambda x: jnp.flip(x, -1), model.params["blocks"]["mlp"])
+    params = model.params | {"blocks": model.params["blocks"] | {"mlp": turned}}
+    return export(replace(model, params=params), student.parent / "other", "float32")
 
 
 class Running:
@@ -95,8 +109,8 @@ def running(server):
 
 
 @pytest.fixture(scope="session")
-def served(student, teacher):
-    with running(open_server([str(student), str(teacher)], ["student", "teacher"], LIMITS)) as found:
+def served(student, other):
+    with running(open_server([str(student), str(other)], ["student", "other"], LIMITS)) as found:
         yield found
 
 
@@ -123,13 +137,16 @@ def wait_until(condition, seconds=30):
         time.sleep(0.01)
 
 
+def generated(folder, *prompts, tokens=12, **settings):
+    """What `jaxhybrid generate` gives."""
+    return complete(str(folder), prompts, tokens, **settings)
+
+
 @pytest.fixture(scope="session")
 def alone(student):
-    """What `generate` on the command line gives for the prompt."""
-    (text,) = complete(str(student), [PROMPT], 12)
-    return text
+    return generated(student, PROMPT)[0]
 
 
 @pytest.fixture(scope="session")
 def vocabulary(student):
-    return open_model(str(student))[1]
+    return load_vocabulary(str(student), 320)

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from jaxhybrid.complete import chat_tokens, complete
-from tests.serve.conftest import PROMPT
+from jaxhybrid.complete import chat_tokens
+from tests.serve.conftest import PROMPT, generated
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_a_completion_is_what_generate_gives(served, alone, vocabulary):
 
 def test_drawn_answers_follow_the_seed_and_the_engines_settings(served, student):
     settings = {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 5}
-    (expected,) = complete(str(student), [PROMPT], 12, **settings)
+    (expected,) = generated(student, PROMPT, **settings)
     assert [served.complete(**settings)[2]["choices"][0]["text"] for _ in range(2)] == [expected] * 2
     others = {served.complete(temperature=5.0)[2]["choices"][0]["text"] for _ in range(3)}
     assert len(others) == 3  # without a seed each is drawn anew
@@ -40,15 +40,15 @@ def test_drawn_answers_follow_the_seed_and_the_engines_settings(served, student)
 
 def test_more_requests_than_slots_are_answered_together_each_as_alone(served, student):
     prompts = [f"{name} has the number {number}" for number, name in enumerate(["anna", "bert", "carl", "dora"])]
-    expected = [complete(str(student), [prompt], 30)[0] for prompt in prompts]
+    expected = [generated(student, prompt, tokens=30)[0] for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda prompt: served.complete(prompt, max_tokens=30), prompts))
     assert [answer["choices"][0]["text"] for _, _, answer in found] == expected
 
 
 def test_the_openai_client_gets_whole_texts_and_streams(client, alone, student):
-    assert [model.id for model in client.models.list()] == ["student", "teacher"]
-    assert client.models.retrieve("teacher").id == "teacher"
+    assert [model.id for model in client.models.list()] == ["student", "other"]
+    assert client.models.retrieve("other").id == "other"
     whole = client.completions.create(model="student", prompt=PROMPT, max_tokens=12, temperature=0)
     assert whole.choices[0].text == alone
     settings = {"max_tokens": 12, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
@@ -59,17 +59,17 @@ def test_the_openai_client_gets_whole_texts_and_streams(client, alone, student):
     assert (last.choices, last.usage.completion_tokens) == ([], 12)
 
 
-def test_the_openai_client_chats_with_both_models(client, vocabulary, student, teacher):
+def test_the_openai_client_chats_with_both_models(client, vocabulary, student, other):
     messages = [
         {"role": "user", "content": "anna"},
         {"role": "assistant", "content": "likes"},
         {"role": "user", "content": [{"type": "text", "text": "bert"}, {"type": "text", "text": " and"}]},
     ]
-    text = "user: anna\nassistant: likes\nuser: bert and\nassistant:"
+    text = "u:anna\na:likes\nu:bert and\na:"
     flat = [*messages[:2], {"role": "user", "content": "bert and"}]
     assert chat_tokens(vocabulary, flat) == vocabulary.prompt(text)
-    for name, folder in (("student", student), ("teacher", teacher)):
-        (expected,) = complete(str(folder), [text], 12)
+    for name, folder in (("student", student), ("other", other)):
+        (expected,) = generated(folder, text)
         settings = {"model": name, "messages": messages, "max_completion_tokens": 12, "temperature": 0}
         whole = client.chat.completions.create(**settings)
         assert (whole.choices[0].message.content, whole.choices[0].message.role) == (expected, "assistant")
@@ -103,23 +103,25 @@ def test_a_stop_string_ends_an_answer_and_its_slot_is_free_again(served, alone, 
 
 
 def test_an_end_token_ends_an_answer(served, monkeypatch, alone, vocabulary):
+    pieces = [served.complete(max_tokens=n)[2]["choices"][0]["text"] for n in (1, 2)]
+    (end,) = vocabulary.prompt(pieces[1][len(pieces[0]) :])
     model = served.server.batcher.models["student"].model
-    third = served.complete(max_tokens=3)[2]
-    tokens = vocabulary.prompt(PROMPT + third["choices"][0]["text"])
-    monkeypatch.setattr(type(model), "ends", property(lambda self: (tokens[-1],)), raising=False)
+    monkeypatch.setitem(vars(model), "ends", (end,))
     found = served.complete(max_tokens=60)[2]
-    assert found["choices"][0]["finish_reason"] == "stop"
-    assert found["usage"]["completion_tokens"] <= 3
+    assert found["choices"][0] == {"index": 0, "text": pieces[1], "logprobs": None, "finish_reason": "stop"}
+    assert found["usage"]["completion_tokens"] == 2
 
 
 def test_what_is_counted_can_be_read(served):
-    before = {name: served.metric(name, model="teacher") for name in ("jaxhybrid_prompt_tokens", "jaxhybrid_answer_tokens")}
-    ended = served.metric("jaxhybrid_requests", model="teacher", outcome="answered")
-    found = served.complete(model="teacher", max_tokens=9)[2]
-    assert served.metric("jaxhybrid_answer_tokens", model="teacher") - before["jaxhybrid_answer_tokens"] == 9
-    prompt = served.metric("jaxhybrid_prompt_tokens", model="teacher") - before["jaxhybrid_prompt_tokens"]
+    before = {
+        name: served.metric(name, model="other") for name in ("jaxhybrid_prompt_tokens", "jaxhybrid_answer_tokens")
+    }
+    ended = served.metric("jaxhybrid_requests", model="other", outcome="answered")
+    found = served.complete(model="other", max_tokens=9)[2]
+    assert served.metric("jaxhybrid_answer_tokens", model="other") - before["jaxhybrid_answer_tokens"] == 9
+    prompt = served.metric("jaxhybrid_prompt_tokens", model="other") - before["jaxhybrid_prompt_tokens"]
     assert prompt == found["usage"]["prompt_tokens"]
-    assert served.metric("jaxhybrid_requests", model="teacher", outcome="answered") == ended + 1
-    assert served.metric("jaxhybrid_tokens_per_second", model="teacher") >= 0.9
-    assert served.metric("jaxhybrid_waiting", model="teacher") == 0
+    assert served.metric("jaxhybrid_requests", model="other", outcome="answered") == ended + 1
+    assert served.metric("jaxhybrid_tokens_per_second", model="other") >= 0.9
+    assert served.metric("jaxhybrid_waiting", model="other") == 0
     assert served.ask("/health")[::2] == (200, {"status": "ok"})
