@@ -23,7 +23,7 @@ from jaxhybrid.serve.metrics import Metrics
 from jaxhybrid.serve.served import open_served
 
 HEAD_BYTES = 16_384  # of a request's first line and headers
-END_SECONDS = 5  # for the last events of texts that are cut, and for the engine's last step
+END_SECONDS = 10  # for the last events of texts that are cut, and for the engine's last step
 
 
 class Server(uvicorn.Server):
@@ -42,6 +42,12 @@ class Server(uvicorn.Server):
             watching.cancel()
             self.batcher.cut()
             await asyncio.to_thread(self.batcher.thread.join, END_SECONDS)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        where = f"[{host}]" if ":" in host else host
+        print(f"serving {' and '.join(self.batcher.models)} at http://{where}:{port}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Texts that are under way and those in the queue have `grace_seconds` to end; then they are cut."""
@@ -122,8 +128,6 @@ def serve(folders: Sequence[str], names: Sequence[str], limits: Limits, *, port:
         if not is_local(host) and not settings["api_key"]:
             print(f"warning: whoever reaches {host} can use this server; set an API key.", file=sys.stderr)
         server = open_server(folders, names, limits, **settings)
-        where = f"http://{f'[{host}]' if ':' in host else host}:{own.getsockname()[1]}"
-        print(f"serving {' and '.join(names)} at {where}", flush=True)
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has stopped
             signal.signal(number, lambda *_: None)
         server.run([own])

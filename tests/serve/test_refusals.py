@@ -3,7 +3,9 @@
 import openai
 import pytest
 
-from tests.serve.conftest import PROMPT
+from jaxhybrid.serve.app import App, make_app
+from jaxhybrid.serve.metrics import Metrics
+from tests.serve.conftest import LIMITS, PROMPT
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 GOOD = {"model": "student", "prompt": PROMPT, "max_tokens": 2}
@@ -115,13 +117,9 @@ def test_only_names_of_this_machine_are_answered(served):
 
 
 def test_an_api_key_is_asked_for(served):
-    app = served.server.config.app
-    guard = next(layer for layer in app.user_middleware)
-    assert guard.kwargs["api_key"] is None
-    with_key = type(app)(routes=app.routes, middleware=[type(guard)(guard.cls, api_key="sésame", hosts=None)],
-                         exception_handlers=app.exception_handlers)  # fmt: skip
-    loaded = served.server.config.loaded_app
-    served.server.config.loaded_app = with_key
+    config = served.server.config
+    app = App(served.server.batcher, LIMITS, Metrics())
+    before, config.loaded_app = config.loaded_app, make_app(app, api_key="sésame", hosts=None)
     try:
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": b"sesame"}):
             status, _, body = served.ask(TEXT, GOOD, **given)
@@ -130,7 +128,7 @@ def test_an_api_key_is_asked_for(served):
         assert served.ask(TEXT, GOOD, Authorization="Bearer sésame".encode())[0] == 200
         assert (served.ask("/health")[0], served.ask("/")[0]) == (200, 200)
     finally:
-        served.server.config.loaded_app = loaded
+        config.loaded_app = before
 
 
 def test_the_openai_client_raises_its_own_errors(served):
