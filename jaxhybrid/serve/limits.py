@@ -23,7 +23,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value <= 0 and not (field.name == "grace_seconds" and value == 0):
+            if not (value > 0 or (value == 0 and field.name == "grace_seconds")):
                 raise ConfigError(f"{field.name}={value}: use a positive value.")
 
     @property

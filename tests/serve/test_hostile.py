@@ -6,12 +6,14 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from itertools import takewhile
 
 import pytest
 
-from tests.serve.conftest import PROMPT, wait_until
+from tests.serve.conftest import LIMITS, PROMPT, wait_until
 
 BODY = json.dumps({"model": "student", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
 STREAM = json.dumps({"model": "student", "prompt": PROMPT, "max_tokens": 60, "stream": True}).encode()
@@ -84,6 +86,24 @@ class TestDeadlines:
             (own,) = (c for c in server.server_state.connections if c.cycle is not None and c.cycle.more_body)
             own.transport.write(b"x" * 50_000_000)
             wait_until(lambda: own not in server.server_state.connections, 10)
+
+
+def test_the_connections_that_ask_for_nothing_make_room(served, monkeypatch, gate, alone):
+    """However long they may take: the oldest go first, and none that waits for an answer."""
+    server = served.server
+    monkeypatch.setattr(server.config.http_protocol_class, "limits", replace(LIMITS, header_seconds=600))
+    gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.complete)
+        wait_until(lambda: served.metric("jaxhybrid_running", model="student") == 1)
+        silent = [connect(served).thing for _ in range(60)]
+        wait_until(lambda: len(server.server_state.connections) == LIMITS.connections)
+        assert silent[0].recv(1) == b""
+        gate.set()
+        assert asked.result()[2]["choices"][0]["text"] == alone
+    assert served.complete()[2]["choices"][0]["text"] == alone
+    for connection in silent:
+        connection.close()
 
 
 class TestSizes:
