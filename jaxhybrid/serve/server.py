@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from threading import Condition
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import uvicorn
@@ -121,8 +121,8 @@ def bound(host: str, port: int) -> socket.socket:
     return own
 
 
-def serve(folders: Sequence[str], names: Sequence[str], limits: Limits, *, port: int, **settings: Any) -> None:
-    """Serves until SIGTERM or Ctrl-C."""
+def serve(folders: Sequence[str], names: Sequence[str], limits: Limits, *, port: int, **settings: Any) -> NoReturn:
+    """Serves until SIGTERM or Ctrl-C, then ends the process with 0."""
     host = settings["host"]
     with bound(host, port) as own:
         if not is_local(host) and not settings["api_key"]:
@@ -131,6 +131,6 @@ def serve(folders: Sequence[str], names: Sequence[str], limits: Limits, *, port:
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has stopped
             signal.signal(number, lambda *_: None)
         server.run([own])
-    if server.batcher.thread.is_alive():  # in a long program; the interpreter would wait for it, or fall over it
-        sys.stdout.flush()
-        os._exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do; the interpreter would wait for a long program, and take seconds to leave JAX
