@@ -129,7 +129,7 @@ def serve(folders: Sequence[str], names: Sequence[str], limits: Limits, *, port:
             print(f"warning: whoever reaches {host} can use this server; set an API key.", file=sys.stderr)
         server = open_server(folders, names, limits, **settings)
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has stopped
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, server.handle_exit)
         server.run([own])
     sys.stdout.flush()
     sys.stderr.flush()
