@@ -139,6 +139,7 @@ async def pieces(ticket: Ticket, answer: Answer) -> AsyncIterator[tuple[str, str
     async for tokens in ticket.tokens():
         text = answer.add(tokens)
         if answer.is_stopped:
+            ticket.outcome = "answered"
             yield text, "stop"
             return
         if text:

@@ -31,6 +31,7 @@ class Ticket:
         self.request = request
         self.deadline = time.monotonic() + seconds
         self.is_cancelled = False
+        self.outcome = "cancelled"  # what it is counted as when nobody waits for it any more
         self.prompt_seconds = self.answer_seconds = 0.0  # that the engine worked on it, compilation included
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[list[int] | APIError | None] = asyncio.Queue()
@@ -103,7 +104,7 @@ class Served:
             ticket.is_cancelled = True
             if ticket in self.waiting:
                 self.waiting.remove(ticket)
-                self.metrics.ended("cancelled")
+                self.metrics.ended(ticket.outcome)
             self.changed.notify()
 
     # --- in the engine's thread
@@ -135,7 +136,7 @@ class Served:
     def _over(self, ticket: Ticket, is_cut: bool) -> tuple[str, APIError | None] | None:
         """Why a text ends before its end: for the metrics, and for its client."""
         if ticket.is_cancelled:
-            return "cancelled", None
+            return ticket.outcome, None
         if is_cut:
             return "cut", stopping()
         if time.monotonic() > ticket.deadline:
