@@ -19,10 +19,11 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.since = time.monotonic()  # of the head of the request that it waits for
         self.unsent = 0
-        if len(self.connections) > self.limits.connections:
-            # The longest of those that have not asked for anything yet makes room; without such a one the newest does.
-            waiting = [other for other in self.connections if isinstance(other, Connection) and other.is_asking]
-            min(waiting, key=lambda other: other.since).transport.abort()
+        there = [other for other in self.connections if not other.transport.is_closing()]
+        if len(there) > self.limits.connections:
+            # The longest of those that have not asked for anything yet makes room; without another one this one does.
+            asking = [other for other in there if isinstance(other, Connection) and other.is_asking]
+            min(asking, key=lambda other: other.since).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self.is_idle:
