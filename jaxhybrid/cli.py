@@ -285,6 +285,65 @@ def generate(
 
 
 @app.command()
+def serve(
+    folder: ModelFolder,
+    beside: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A second model, such as the teacher; the page asks both.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="The model's name in the API; default: as given. Twice with --beside.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; the default is for this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="JAXHYBRID_API_KEY", help="Refuse requests without it. Better as the variable: others see arguments."
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Texts at once, of each model.")] = 8,
+    context: Annotated[int, typer.Option(help="Most tokens of a prompt and its answer together.")] = 4096,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; default: the context.")] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait for a slot, of each model.")] = 64,
+    request_seconds: Annotated[float, typer.Option(help="Longest time for an answer, waiting included.")] = 600,
+    grace_seconds: Annotated[float, typer.Option(help="What texts get to end in after SIGTERM or Ctrl-C.")] = 30,
+    dtype: Annotated[
+        str, typer.Option(help="Weights and computation: float32, or bfloat16 with half the memory.")
+    ] = "float32",
+    tensor: Annotated[int, typer.Option(help="Devices that share the model's heads, MLPs and vocabulary.")] = 1,
+) -> None:
+    """A server with OpenAI's API, and a page to chat with one model or two side by side. Needs the `serve` extra.
+
+    For example: jaxhybrid serve runs/my-model/export --beside HuggingFaceTB/SmolLM2-135M-Instruct
+    Then open http://127.0.0.1:8000, or point a client of OpenAI's API at http://127.0.0.1:8000/v1
+    """
+    try:
+        from jaxhybrid.serve.limits import Limits
+        from jaxhybrid.serve.server import serve as run_server
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise ConfigError(
+            "serve needs starlette, uvicorn and prometheus-client: `uv sync --extra serve`, or pip install them."
+        ) from error
+    folders = [folder, *([beside] if beside else [])]
+    names = name or folders
+    if len(names) != len(folders):
+        raise ConfigError(f"{len(names)} names for {len(folders)} models; give --name once for each, or not at all.")
+    limits = Limits(
+        slots=slots,
+        context=context,
+        max_new_tokens=min(max_new_tokens or context, context),
+        queue=queue,
+        request_seconds=request_seconds,
+        grace_seconds=grace_seconds,
+    )
+    run_server(folders, names, limits, port=port, host=host, api_key=api_key, dtype=dtype, tensor=tensor)
+
+
+@app.command()
 def benchmark(
     folder: ModelFolder,
     tasks: Annotated[
