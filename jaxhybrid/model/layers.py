@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxhybrid.model.blueprint import Initializer, normal, ones, weight, zeros
 from jaxhybrid.model.config import ModelConfig
@@ -17,6 +18,8 @@ from jaxhybrid.model.partition import (
     joined,
     total,
 )
+
+MLP_PRODUCT = "mlp_product"  # for policies of recomputation: what is dear to compute again
 
 
 class TokenContext(NamedTuple):
@@ -114,7 +117,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(rngs, (F, D), ("mlp", "embed"), bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (checkpoint_name(project(x), MLP_PRODUCT) for project in (self.gate_proj, self.up_proj))
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):

@@ -74,7 +74,7 @@ def test_later_tokens_do_not_change_earlier_ones(model):
     assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-2
 
 
-@pytest.mark.parametrize("policy", ["block", "dots", "offload"])
+@pytest.mark.parametrize("policy", ["block", "mlp", "dots", "offload"])
 def test_remat_gives_the_same_gradients(model, batch, policy):
     def loss(params, remat):
         out = hidden_states(Model(params, model.config), batch["tokens"], batch["segment_ids"], remat=remat)
