@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxhybrid.model.blueprint import Params, bind, cast, variables
@@ -58,9 +59,10 @@ def walk(
         extra: per kind, what else `mix` gets: a stack with a row for each of its layers.
         softmax: [L] bool, traced: see `hidden_states`.
         remat: what is kept for the backward pass. `none`: everything. `block`: x between the blocks. `dots`: results of
-            matrix products, too. `mlp`: x before each mixer and each MLP, and the MLP's products but the last.
-            `offload`: x between the blocks, in the host's memory. Where kinds share a scan, with `block` and `mlp`,
-            `mix` must close over no array: its gradient is taken when the scan's own arrays are gone.
+            matrix products, too. `offload`: x between the blocks, in the host's memory. `mlp`: x before each mixer and
+            each MLP, and the MLP's products but the last; blocks are cast to x's dtype once, and their gradients are
+            of it. Where kinds share a scan, with `block` and `mlp`, `mix` must close over no array: its gradient is
+            taken when the scan's own arrays are gone.
         sums: dtype in which devices add up the gradients of their shared weights.
         watch: gives a layer's result in place of `mix`, from what goes into its block and what comes out.
 
@@ -74,7 +76,7 @@ def walk(
     for kind in kinds:
         stack = params["mixers"][kind]
         if len(kinds) > 1:
-            stack = blocks.in_compute_dtype(kind, stack)
+            stack = blocks.in_compute_dtype(MIXERS[kind], stack)
         if softmax is None:
             stacks[kind] = spread(stack, config.layer_types, kind)
         elif jax.tree.leaves(stack)[0].shape[0] == config.num_layers:
@@ -89,7 +91,10 @@ def walk(
         return block(which, x, context, block_params, rows | shared, own)
 
     own = None if extra is None else extra[kinds[0]]
-    x, result = jax.lax.scan(body, x, (which, params["blocks"], stacks, own))
+    every = params["blocks"]
+    if blocks.keeps_products:
+        every = blocks.in_compute_dtype(Block, every)
+    x, result = jax.lax.scan(body, x, (which, every, stacks, own))
     return x, {kinds[0]: result} if len(kinds) == 1 else {}
 
 
@@ -129,7 +134,7 @@ class _Blocks:
         def block(_: Any, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any) -> Any:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
             mixed, result = self._mixed(kind, block.input_norm(x), context, rows, own, marked=in_switch)
-            after = block.add_mlp(checkpoint_name(x + mixed, MLP_INPUT))
+            after = self._add_mlp(block, x + mixed)
             return after, result if self.watch is None else self.watch(x, after)
 
         return block if in_switch else self._recomputed(block)
@@ -144,14 +149,14 @@ class _Blocks:
             return lambda context, normed, rows: self._mixed(kind, normed, context, rows, None, marked=True)[0]
 
         branches = [branch(kind) for kind in kinds]
-        mixed_by = with_own_gradient(branches) if self.remat == "mlp" else partial(_switch, branches)
+        mixed_by = with_own_gradient(branches) if self.keeps_products else partial(_switch, branches)
 
         def block(
             which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: None
         ) -> tuple[jax.Array, None]:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
             mixed = mixed_by(which, context, block.input_norm(x), rows)
-            return block.add_mlp(checkpoint_name(x + mixed, MLP_INPUT)), None
+            return self._add_mlp(block, x + mixed), None
 
         return self._recomputed(block)
 
@@ -159,13 +164,21 @@ class _Blocks:
         block = self.of(kind, in_switch=True)
         return lambda context, x, block_params, rows: block(None, x, context, block_params, rows, None)[0]
 
-    def in_compute_dtype(self, kind: str, stack: Params) -> Params:
-        """Of kinds that share a scan: their rows lie there several times."""
-        declared = variables(MIXERS[kind], self.config, jax.tree.leaves(stack)[0].shape[0])
+    @property
+    def keeps_products(self) -> bool:
+        return self.remat == "mlp"
+
+    def in_compute_dtype(self, part: type[nnx.Module], stack: Params) -> Params:
+        """Before the scan: of mixers whose rows lie there several times, and of blocks that are read several times."""
+        declared = variables(part, self.config, jax.tree.leaves(stack)[0].shape[0])
         return cast(declared, mark(declared, stack), self.dtype)
 
     def _block(self, params: Params) -> Block:
-        return bind(Block, self.config, gather(variables(Block, self.config), params, self.dtype, self.sums))
+        declared = variables(Block, self.config)
+        return bind(Block, self.config, gather(declared, params, self.dtype, self.sums, marked=self.keeps_products))
+
+    def _add_mlp(self, block: Block, x: jax.Array) -> jax.Array:
+        return block.add_mlp(checkpoint_name(x, MLP_INPUT) if self.keeps_products else x, joined=self.keeps_products)
 
     def _mixed(
         self, kind: str, normed: jax.Array, context: TokenContext, rows: Params, own: Any, marked: bool
