@@ -38,6 +38,7 @@ VARIANTS = {
     "chunk-1024": Variant(chunk=1024),
     "chunk-4096": Variant(chunk=4096),
     "no-triton-gemm": Variant(flags="--xla_gpu_enable_triton_gemm=false"),
+    "conditions-in-graphs": Variant(flags="--xla_gpu_enable_command_buffer=+CONDITIONAL,+WHILE"),
     "no-command-buffer": Variant(flags="--xla_gpu_enable_command_buffer="),
     "double-buffered-loops": Variant(flags="--xla_gpu_enable_while_loop_double_buffering=true"),
     "slices-in-products": Variant(flags="--xla_gpu_enable_dynamic_slice_fusion=true"),
