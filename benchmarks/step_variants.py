@@ -1,11 +1,11 @@
 """Variants of a step side by side on a GPU, each in a process of its own: remat, chunks of the loss, XLA flags.
 
     python benchmarks/step_variants.py                                # the distillation of the 1.5B shape, 8 x 4096
-    python benchmarks/step_variants.py block mlp --seconds 120
-    python benchmarks/step_variants.py --rows 1 --length 32768 block  # `--list` names the variants
+    python benchmarks/step_variants.py block mlp mlp+slices-in-products --seconds 160
+    python benchmarks/step_variants.py --rows 1 --length 32768 block
 
-A process has its own compiler's flags and its own peak of memory. What does not fit into --seconds is left out, and the
-table says so.
+A variant is one or several changes of the default (`--list` names them), joined by a plus. A process has its own
+compiler's flags and its own peak of memory. What does not fit into --seconds is left out, and the table says so.
 """
 
 import argparse
@@ -14,38 +14,48 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from typing import Any
 
 from shapes import SHAPES
 
-ROWS, LENGTH, CHUNK = 8, 4096, 2048
-
 
 @dataclass(frozen=True)
 class Variant:
-    remat: str = "block"
-    chunk: int = CHUNK
-    flags: str = ""
     stage: str = "distill"
+    remat: str = "block"
+    chunk: int = 2048
+    flags: tuple[str, ...] = ()
+
+    def __add__(self, change: dict[str, Any]) -> "Variant":
+        return replace(self, **change | {"flags": (*self.flags, *change.get("flags", ()))})
 
 
-VARIANTS = {
-    "block": Variant(),
-    "mlp": Variant("mlp"),
-    "dots": Variant("dots"),
-    "align": Variant(stage="align"),
-    "chunk-1024": Variant(chunk=1024),
-    "chunk-4096": Variant(chunk=4096),
-    "no-triton-gemm": Variant(flags="--xla_gpu_enable_triton_gemm=false"),
-    "conditions-in-graphs": Variant(flags="--xla_gpu_enable_command_buffer=+CONDITIONAL,+WHILE"),
-    "no-command-buffer": Variant(flags="--xla_gpu_enable_command_buffer="),
-    "double-buffered-loops": Variant(flags="--xla_gpu_enable_while_loop_double_buffering=true"),
-    "slices-in-products": Variant(flags="--xla_gpu_enable_dynamic_slice_fusion=true"),
-    "fusion-autotuner": Variant(flags="--xla_gpu_experimental_enable_fusion_autotuner=true"),
-    "same-shape-fusion": Variant(flags="--xla_gpu_experimental_enable_same_shape_multi_output_fusion=true"),
-    "cublaslt": Variant(flags="--xla_gpu_enable_cublaslt=true"),
+def xla(*flags: str) -> dict[str, Any]:
+    return {"flags": tuple(f"--xla_gpu_{flag}" for flag in flags)}
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "block": {},
+    "mlp": {"remat": "mlp"},
+    "dots": {"remat": "dots"},
+    "align": {"stage": "align"},
+    "chunk-1024": {"chunk": 1024},
+    "chunk-4096": {"chunk": 4096},
+    "slices-in-products": xla("enable_dynamic_slice_fusion=true"),
+    "conditions-in-graphs": xla("enable_command_buffer=+CONDITIONAL,+WHILE"),
+    "no-command-buffer": xla("enable_command_buffer="),
+    "double-buffered-loops": xla("enable_while_loop_double_buffering=true"),
+    "no-triton-gemm": xla("enable_triton_gemm=false"),
+    "fusion-autotuner": xla("experimental_enable_fusion_autotuner=true"),
+    "cublaslt": xla("enable_cublaslt=true"),
 }
+
+
+def variant(names: str) -> Variant:
+    """Of changes joined by `+`. Raises KeyError for one that is not there."""
+    return reduce(Variant.__add__, (CHANGES[name] for name in names.split("+")), Variant())
 
 
 def measured(variant: Variant, shape: str, rows: int, length: int, steps: int) -> dict[str, Any]:
@@ -69,7 +79,7 @@ def in_own_process(variant: Variant, given: argparse.Namespace, limit: float) ->
     """The figures, or why there are none."""
     command = [sys.executable, __file__, "--measure", json.dumps(asdict(variant)), "--shape", given.shape]
     command += [f"--{name}={getattr(given, name)}" for name in ("rows", "length", "steps")]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {variant.flags}"
+    flags = " ".join([os.environ.get("XLA_FLAGS", ""), *variant.flags])
     try:
         done = subprocess.run(
             command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=limit
@@ -85,30 +95,31 @@ def in_own_process(variant: Variant, given: argparse.Namespace, limit: float) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="default: all, in their order")
+    parser.add_argument("variants", nargs="*", metavar="CHANGE[+CHANGE]", help="default: each change")
     parser.add_argument("--shape", default="qwen2.5-1.5b-instruct", choices=SHAPES)
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=600, help="in which all of it must end")
-    parser.add_argument("--list", action="store_true", help="name the variants and end")
+    parser.add_argument("--list", action="store_true", help="name the changes and end")
     parser.add_argument("--measure", metavar="JSON", help="one variant, in this process")
     given = parser.parse_args()
     if given.measure:
-        variant = Variant(**json.loads(given.measure))
-        print(json.dumps(measured(variant, given.shape, given.rows, given.length, given.steps)))
+        own = Variant(**json.loads(given.measure))
+        print(json.dumps(measured(own, given.shape, given.rows, given.length, given.steps)))
         return
     if given.list:
-        print("\n".join(f"{name:24} {variant}" for name, variant in VARIANTS.items()))
+        print("\n".join(f"{name:24} {change}" for name, change in CHANGES.items()))
         return
-    if unknown := [name for name in given.variants if name not in VARIANTS]:
-        parser.error(f"{', '.join(unknown)}: no such variant; there are {', '.join(VARIANTS)}.")
+    names = given.variants or list(CHANGES)
+    if unknown := {name for names in names for name in names.split("+")} - CHANGES.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: no such change; there are {', '.join(CHANGES)}.")
     ends, tokens = time.monotonic() + given.seconds, given.rows * given.length
     print(f"{given.shape}, {given.rows} x {given.length}\n")
     print("| variant | ms | tokens/s | peak GiB | |\n|---|---|---|---|---|")
-    for name in given.variants or VARIANTS:
+    for name in names:
         left = ends - time.monotonic()
-        found = in_own_process(VARIANTS[name], given, left) if left > 0 else "no time left"
+        found = in_own_process(variant(name), given, left) if left > 0 else "no time left"
         if isinstance(found, str):
             print(f"| {name} | | | | {found} |", flush=True)
             continue
