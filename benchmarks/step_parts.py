@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxhybrid import losses
-from jaxhybrid.model.layers import swiglu
 
 BYTES, PRODUCTS = 4.3e12, 790e12  # a second, on an H200
 
@@ -39,16 +38,21 @@ def as_jax_has_it(gate: jax.Array, up: jax.Array, d: jax.Array, _: jax.Array) ->
 
 
 def as_one_array(both: jax.Array, d: jax.Array, _: jax.Array) -> Any:
-    y, pull = jax.vjp(swiglu, both)
-    return y, *pull(d)
+    y, *gradients = swiglu(*jnp.split(both, 2, axis=-1), d)
+    return y, jnp.concatenate(gradients, axis=-1)
 
 
 def with_a_shared_operand(gate: jax.Array, up: jax.Array, d: jax.Array, is_token: jax.Array) -> Any:
     """XLA makes one kernel of loops that share an operand, unless that is what a library's call gave."""
-    gate, up, d = (jnp.where(is_token[:, None], x, 0).astype(jnp.float32) for x in (gate, up, d))
+    return swiglu(*(jnp.where(is_token[:, None], x, 0) for x in (gate, up, d)))
+
+
+def swiglu(gate: jax.Array, up: jax.Array, d: jax.Array) -> Any:
+    """(y, gradients of gate and up) for d, that of y."""
+    gate, up, d = (x.astype(jnp.float32) for x in (gate, up, d))
     share = jax.nn.sigmoid(gate)
-    gradients = gate * share * up, d * up * share * (1 + gate * (1 - share)), d * gate * share
-    return tuple(x.astype(jnp.bfloat16) for x in gradients)
+    made = gate * share * up, d * up * share * (1 + gate * (1 - share)), d * gate * share
+    return tuple(x.astype(jnp.bfloat16) for x in made)
 
 
 def used(form: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """The small modules that every part is made of, and what a block knows about its tokens."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ from jaxhybrid.model.partition import (
     total,
 )
 
-MLP_PRODUCT = "mlp_product"  # for policies of recomputation: what is dear to compute again
+# Names for policies of recomputation.
+MLP_INPUT, MLP_PRODUCT = "mlp_input", "mlp_product"
 
 
 class TokenContext(NamedTuple):
@@ -117,36 +119,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(rngs, (F, D), ("mlp", "embed"), bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-    def joined(self, x: jax.Array) -> jax.Array:
-        """The same, with gate and up as one product: so is the gradient for x, and one array is kept for it."""
-        kernels, biases = zip(*((part.kernel[...], part.bias) for part in (self.gate_proj, self.up_proj)))
-        both = jnp.einsum("...a,ab->...b", x, jnp.concatenate(kernels, axis=1))
-        if biases[0] is not None:
-            both += jnp.concatenate([bias[...] for bias in biases])
-        return self.down_proj(swiglu(checkpoint_name(both, MLP_PRODUCT)))
-
-
-@jax.custom_vjp
-def swiglu(both: jax.Array) -> jax.Array:
-    """silu(gate) * up of [...,2F], gate before up.
-
-    Its gradient is written as one array, which XLA makes in one pass; JAX's own would be two, in two passes.
-    """
-    gate, up = jnp.split(both, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
-def _swiglu_backward(both: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    exact = exact_dtype(both.dtype)
-    gate, up = jnp.split(both.astype(exact), 2, axis=-1)
-    d, share = cotangent.astype(exact), jax.nn.sigmoid(gate)
-    gradients = d * up * share * (1 + gate * (1 - share)), d * gate * share
-    return (jnp.concatenate([x.astype(both.dtype) for x in gradients], axis=-1),)
-
-
-swiglu.defvjp(lambda both: (swiglu(both), both), _swiglu_backward)
+        named = partial(checkpoint_name, name=MLP_PRODUCT)
+        return self.down_proj(jax.nn.silu(named(self.gate_proj(x))) * named(self.up_proj(x)))
 
 
 class Block(nnx.Module):
@@ -157,10 +131,10 @@ class Block(nnx.Module):
         self.post_norm = RMSNorm(rngs, config.hidden_size, "embed", config.norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def add_mlp(self, x: jax.Array, joined: bool = False) -> jax.Array:
-        """x + mlp(norm x); `joined`: as `MLP.joined` computes it."""
+    def add_mlp(self, x: jax.Array) -> jax.Array:
+        x = checkpoint_name(x, MLP_INPUT)
         with jax.named_scope("mlp"):
-            return x + (self.mlp.joined if joined else self.mlp)(self.post_norm(x))
+            return x + self.mlp(self.post_norm(x))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -19,11 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxhybrid.model.blueprint import Params, bind, cast, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, Remat, layers_of_kind
-from jaxhybrid.model.layers import MLP_PRODUCT, Block, TokenContext
+from jaxhybrid.model.layers import MLP_INPUT, MLP_PRODUCT, Block, TokenContext
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import gather, mark
 
-BLOCK_INPUT, MLP_INPUT = "block_input", "mlp_input"
+BLOCK_INPUT = "block_input"
 POLICIES = {
     "block": None,
     "mlp": jax.checkpoint_policies.save_only_these_names(MLP_INPUT, MLP_PRODUCT),
@@ -134,7 +134,7 @@ class _Blocks:
         def block(_: Any, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any) -> Any:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
             mixed, result = self._mixed(kind, block.input_norm(x), context, rows, own, marked=in_switch)
-            after = self._add_mlp(block, x + mixed)
+            after = block.add_mlp(x + mixed)
             return after, result if self.watch is None else self.watch(x, after)
 
         return block if in_switch else self._recomputed(block)
@@ -156,7 +156,7 @@ class _Blocks:
         ) -> tuple[jax.Array, None]:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
             mixed = mixed_by(which, context, block.input_norm(x), rows)
-            return self._add_mlp(block, x + mixed), None
+            return block.add_mlp(x + mixed), None
 
         return self._recomputed(block)
 
@@ -176,9 +176,6 @@ class _Blocks:
     def _block(self, params: Params) -> Block:
         declared = variables(Block, self.config)
         return bind(Block, self.config, gather(declared, params, self.dtype, self.sums, marked=self.keeps_products))
-
-    def _add_mlp(self, block: Block, x: jax.Array) -> jax.Array:
-        return block.add_mlp(checkpoint_name(x, MLP_INPUT) if self.keeps_products else x, joined=self.keeps_products)
 
     def _mixed(
         self, kind: str, normed: jax.Array, context: TokenContext, rows: Params, own: Any, marked: bool

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxhybrid.errors import TopologyError, WeightsError
-from jaxhybrid.model.blueprint import bind, initialize
+from jaxhybrid.model.blueprint import bind
 from jaxhybrid.model.config import FULL_ATTENTION as F
-from jaxhybrid.model.layers import MLP, Block, TokenContext, segment_positions
+from jaxhybrid.model.layers import Block, TokenContext, segment_positions
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
@@ -97,20 +97,6 @@ def test_remat_gives_the_same_gradients(model, kept_gradients, policy):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(kept_gradients), jax.tree.leaves(again), strict=True):
         bound = 1e-4 * np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_gate_and_up_as_one_product_equal_two(biased):
-    config = replace(make_teacher().config, mlp_bias=biased)
-    params = jax.tree.map(lambda x: x + 0.1, initialize(MLP, config, jax.random.key(0)))
-    x, d = jax.random.normal(jax.random.key(1), (2, 2, 5, config.hidden_size))
-
-    def with_gradients(compute):
-        y, pull = jax.vjp(lambda params, x: compute(bind(MLP, config, params))(x), params, x)
-        return y, pull(d)
-
-    two, one = with_gradients(lambda mlp: mlp), with_gradients(lambda mlp: mlp.joined)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6), two, one)
 
 
 def test_bfloat16_is_near_float32(model, batch):
