@@ -51,8 +51,8 @@ def test_recomputation_counts():
 
 
 def test_products_that_are_kept_are_held_and_not_made_again():
-    types = (GLAConfig.kind, FULL_ATTENTION, GLAConfig.kind, FULL_ATTENTION)
-    teacher = make_teacher(intermediate_size=512)
+    types = (GLAConfig.kind, FULL_ATTENTION) * 8
+    teacher = make_teacher(intermediate_size=512, num_layers=len(types))
     model = jax.eval_shape(lambda: convert(teacher, types, GLAConfig(), jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
 
@@ -66,7 +66,8 @@ def test_products_that_are_kept_are_held_and_not_made_again():
     shares = {"layers": layers, "shares": (0.5, 0.5)}
     assert flops(block, **shares) - flops(mlp, **shares) == layers * 3 * 2 * rows * D * F
     kept = layers * rows * (2 * F + D) * F32
-    assert 0.8 * kept < peak_bytes(mlp) - peak_bytes(block) < kept
+    # Less what one layer makes again.
+    assert 0.85 * kept < peak_bytes(mlp) - peak_bytes(block) < kept
 
 
 def test_layers_of_two_kinds_count_by_their_share():
