@@ -136,7 +136,7 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         (["align.learning_rate=.inf"], "align.learning_rate is inf (float); it should be a finite number."),
         (["align.tokens=1e6"], "align.tokens is 1000000.0 (float); it should be a valid integer."),
         (["align.tokens='5'"], "align.tokens is '5' (str); it should be a valid integer."),
-        (["align.remat=1"], "align.remat is 1 (int); it should be 'none', 'block', 'dots' or 'offload'."),
+        (["align.remat=1"], "align.remat is 1 (int); it should be 'none', 'block', 'mlp', 'dots' or 'offload'."),
         (["mesh.sums=float16"], "mesh.sums is 'float16' (str); it should be 'bfloat16' or 'float32'."),
         (["align.betas=[0.9]"], "align.betas[1] must be given."),
         (["align.betas=[0.9, 2]"], "align.betas[1] is 2 (int); it should be less than 1."),

@@ -1,10 +1,12 @@
 """The small modules that every part is made of, and what a block knows about its tokens."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxhybrid.model.blueprint import Initializer, normal, ones, weight, zeros
 from jaxhybrid.model.config import ModelConfig
@@ -17,6 +19,9 @@ from jaxhybrid.model.partition import (
     joined,
     total,
 )
+
+# Names for policies of recomputation.
+MLP_INPUT, MLP_PRODUCT = "mlp_input", "mlp_product"
 
 
 class TokenContext(NamedTuple):
@@ -114,7 +119,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(rngs, (F, D), ("mlp", "embed"), bias=bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        named = partial(checkpoint_name, name=MLP_PRODUCT)
+        return self.down_proj(jax.nn.silu(named(self.gate_proj(x))) * named(self.up_proj(x)))
 
 
 class Block(nnx.Module):
@@ -126,6 +132,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def add_mlp(self, x: jax.Array) -> jax.Array:
+        x = checkpoint_name(x, MLP_INPUT)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.post_norm(x))
 

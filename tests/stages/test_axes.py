@@ -57,13 +57,16 @@ def stage_steps(teacher, linear, hybrid):
         batch = {**batch, "teacher_hidden": hidden}
         return score_step(state, jnp.int32(2), batch, head, config=linear.config, optimizer=optimizer, **static)
 
+    distill = partial(distill_step, config=hybrid.config, **static)
+
     def finetune(state, _, batch, optimizer):
         return finetune_step(state, batch, config=hybrid.config, optimizer=optimizer, **static)
 
     return {
         "align": (lambda linear, *_: linear_mixers(linear.params), partial(align_step, config=linear.config, **static)),
         "score": (lambda linear, _, teacher: candidate_params(linear, teacher, jnp.int32(2)), score),
-        "distill": (lambda _, hybrid, __: hybrid.params, partial(distill_step, config=hybrid.config, **static)),
+        "distill": (lambda _, hybrid, __: hybrid.params, distill),
+        "products kept": (lambda _, hybrid, __: hybrid.params, partial(distill, remat="mlp")),
         "finetune": (lambda _, hybrid, __: hybrid.params, finetune),
     }
 
@@ -92,7 +95,7 @@ PAIRS = [(2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (
         *(pytest.param((1, 2, 2, 2), 64, mixer, marks=slow, id=mixer.kind) for mixer in OTHERS),
     ],
 )
-@pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune"])
+@pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune", pytest.param("products kept", marks=slow)])
 def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
     teacher = make_teacher(vocab_size=vocab_size, tie_embeddings=vocab_size == 60)
     G = mixer.kind
