@@ -199,11 +199,18 @@ def export(
     overwrite: Annotated[
         bool, typer.Option(help="Replace the folder whatever it holds; without it, only an earlier export.")
     ] = False,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="native: an architecture that transformers has itself; remote-code: with the model's own code; auto: "
+            "native where that is exact, else it says what stands against it. Default export.format."
+        ),
+    ] = "",
 ) -> None:
     """A Hugging Face folder that plain transformers loads."""
     from jaxhybrid import hosts
 
-    hosts.say(f"exported to {p.export(to or None, overwrite)}")
+    hosts.say(f"exported to {p.export(to or None, overwrite, format)}")
 
 
 @app.command()

@@ -401,8 +401,11 @@ class Pipeline:
     def export_folder(self) -> Path:
         return Path(self.config.export.folder or self.folder.path / "export").expanduser().absolute()
 
-    def export(self, folder: str | None = None, overwrite: bool = False) -> Path:
-        """The Hugging Face folder of the trained student. `overwrite` replaces what is no earlier export, too."""
+    def export(self, folder: str | None = None, overwrite: bool = False, format: str = "") -> Path:
+        """The Hugging Face folder of the trained student, in another form than the config's where `format` says so.
+
+        `overwrite` replaces what is no earlier export, too.
+        """
         stop_between("the export")
         settings, disk = self.config.export, self.disk
         target = Path(folder or self.export_folder)
@@ -414,7 +417,10 @@ class Pipeline:
         hosts.by_first(refuse, "disk of the export")  # before the student is loaded
         self.models.drop_teacher()
         student = self.models.trained(dtype=jnp.dtype(settings.dtype))
-        return export(student, target, settings.dtype, max_shard_bytes=settings.max_shard_bytes, overwrite=overwrite)
+        return export(
+            student, target, settings.dtype, format=format or settings.format,
+            max_shard_bytes=settings.max_shard_bytes, overwrite=overwrite, told=hosts.say,
+        )  # fmt: skip
 
     # --- what stages begin and end with, and the training that three of them share
 
