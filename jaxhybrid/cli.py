@@ -363,6 +363,22 @@ def inspect(
 
 
 @app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Which server loads an export, why another does not, what to change, and what a sequence takes in memory.
+
+    Nothing is run: what vLLM, SGLang, llama.cpp, TGI and tpu-inference load is data with sources; docs/serving.md says
+    what of it was tried.
+    """
+    from jaxhybrid.plan.servers import check, check_text
+
+    found = check(folder)
+    print(json.dumps(found, indent=2) if as_json else check_text(found))
+
+
+@app.command()
 def plan(
     config: Config,
     overrides: Overrides = None,

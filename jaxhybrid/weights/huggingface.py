@@ -73,9 +73,7 @@ def load_student(
     shardings: Params | None = None,
 ) -> Model:
     """A hybrid that `export` wrote; arguments and errors as for `load_teacher`."""
-    path = _resolve(folder)
-    hf = read_table(path / "config.json")
-    return _load(_open(path, hf_to_student_config(hf), hf["model_type"] == QWEN3_5), dtype, mesh, shardings)
+    return _load(open_student(folder), dtype, mesh, shardings)
 
 
 def _load(files: "ModelFiles", dtype: Any, mesh: Mesh | None, shardings: Params | None) -> Model:
@@ -90,6 +88,13 @@ def open_teacher(path_or_id: str | os.PathLike[str], ignore_config_keys: Iterabl
     """What `load_teacher` reads from, checked as far as it can be without reading the weights."""
     folder = _resolve(path_or_id)
     return _open(folder, hf_to_config(read_table(folder / "config.json"), ignore_config_keys))
+
+
+def open_student(folder: str | os.PathLike[str]) -> "ModelFiles":
+    """What `load_student` reads from, in either form of an export, checked without reading the weights."""
+    path = _resolve(folder)
+    hf = read_table(path / "config.json")
+    return _open(path, hf_to_student_config(hf), hf.get("model_type") == QWEN3_5)
 
 
 def teacher_keys(path_or_id: str | os.PathLike[str]) -> dict[str, Any]:

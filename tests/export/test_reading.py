@@ -151,7 +151,10 @@ def test_generation(read_back, case):
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_the_card_runs_without_a_warning(read_back, case):
     assert str(read_back[case]["card_prints"]).strip()
-    assert read_back[case]["card_warns"].tolist() == []
+    warned = read_back[case]["card_warns"].tolist()
+    if case in NATIVE_CASES:  # that faster kernels are not installed
+        warned = [text for text in warned if "falling back to its reference PyTorch implementation" not in text]
+    assert warned == []
 
 
 @pytest.mark.parametrize("read_back", ["transformers-newest"], indirect=True)
