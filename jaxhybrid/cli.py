@@ -344,6 +344,41 @@ def benchmark(
 
 
 @app.command()
+def parity(
+    folder: ModelFolder,
+    text: Annotated[
+        str, typer.Option(help="A text source as in data.train; pydoc is help topics of Python.")
+    ] = "pydoc",
+    rows: Annotated[int, typer.Option(help="Rows of text run together; the first one is also run alone.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Compute type of the forms: float32 or bfloat16.")] = "float32",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let transformers run the Python files of an export.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """How far a model's forms differ: training, decoding, and transformers (with the `torch` extra).
+
+    Compared are log probabilities of the next token, in nats, with those of the training form in float32. The last
+    column is how far a row's depend on the rows beside it.
+    """
+    from jaxhybrid.complete import open_model
+    from jaxhybrid.data.sources import open_source
+    from jaxhybrid.evaluate.parity import parity, parity_rows, rows_of
+    from jaxhybrid.report.table import aligned
+
+    model, vocabulary, _ = open_model(folder)
+    documents = (vocabulary.prompt(document) for part in open_source(text).parts for document in part())
+    found = parity(model, rows_of(documents, rows, length), dtype, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(aligned(*parity_rows(found), left=1))
+    for form, reason in found["left_out"].items():
+        print(f"{form}: left out, {reason}")
+
+
+@app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
