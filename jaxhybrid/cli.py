@@ -206,11 +206,20 @@ def export(
             "native where that is exact, else it says what stands against it. Default export.format."
         ),
     ] = "",
+    push_to_hub: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="Upload it, too, to this repository of the Hugging Face hub.")
+    ] = "",
 ) -> None:
     """A Hugging Face folder that plain transformers loads."""
     from jaxhybrid import hosts
+    from jaxhybrid.export.hub import push, require_token
 
-    hosts.say(f"exported to {p.export(to or None, overwrite, format)}")
+    if push_to_hub:
+        hosts.by_first(lambda: require_token(push_to_hub), "token of the hub")
+    folder = p.export(to or None, overwrite, format)
+    hosts.say(f"exported to {folder}")
+    if push_to_hub:
+        hosts.say(f"uploaded: {hosts.by_first(lambda: push(folder, push_to_hub), 'upload')}")
 
 
 @app.command()
@@ -400,6 +409,7 @@ def inspect(
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    verify: Annotated[bool, typer.Option(help="Compare all files with their checksums, too; reads them.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Which server loads an export, why another does not, what to change, and what a sequence takes in memory.
@@ -409,7 +419,7 @@ def check(
     """
     from jaxhybrid.plan.servers import check, check_text
 
-    found = check(folder)
+    found = check(folder, verify)
     print(json.dumps(found, indent=2) if as_json else check_text(found))
 
 

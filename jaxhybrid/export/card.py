@@ -1,5 +1,6 @@
 """The README.md of an exported folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-Made with jaxhybrid. The terms of the base model apply.
+{made}Made with jaxhybrid. {terms}
 """
 
 OWN_CODE = f"""\
@@ -60,11 +61,18 @@ def base_model_name(source: Path | None, teacher_config: dict[str, Any]) -> str 
     return name if _is_repository(name) else source.absolute().name
 
 
-def model_card(config: ModelConfig, name: str, base: str | None, dtype: str, native: bool = False) -> str:
-    """Markdown with the hub's metadata block: what the model is, which layers are softmax, how to load it."""
+def model_card(
+    config: ModelConfig, name: str, base: str | None, dtype: str, *, native: bool, made: str, terms: Sequence[str]
+) -> str:
+    """Markdown with the hub's metadata block: what the model is, which layers are softmax, how to load it.
+
+    made: how it was trained, and its figures, in Markdown. terms: files of the base model's terms in the folder.
+    """
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxhybrid, linear-attention]"]
     if base is not None and _is_repository(base):
         metadata.append(f"base_model: {base}")
+    if terms:  # the hub's word for terms that are not one of its list
+        metadata += ["license: other", f"license_link: {terms[0]}"]
     softmax = config.softmax_layers
     mixer = None if config.mixer is None else LINEAR_MIXERS[config.mixer.kind]
     return CARD.format(
@@ -79,6 +87,10 @@ def model_card(config: ModelConfig, name: str, base: str | None, dtype: str, nat
         mixer="" if mixer is None else f"A linear layer has: {', '.join(mixer.describe(config))}. ",
         dtype=dtype,
         needs=NATIVE if native else OWN_CODE,
+        made=f"{made}\n\n" if made else "",
+        terms=f"The terms of the base model apply: {', '.join(terms)}."
+        if terms
+        else "The terms of the base model apply.",
         trust="" if native else ", trust_remote_code=True",
     )
 

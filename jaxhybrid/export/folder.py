@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxhybrid import hosts
+from jaxhybrid.checksums import MANIFEST, write_manifest
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export.card import base_model_name, model_card
 from jaxhybrid.export.form import choose
@@ -40,7 +41,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates",
 )
-WRITTEN = (*CODE_FILES, *TOKENIZER_FILES, *TERMS_FILES, "config.json", "generation_config.json", "README.md")
+WRITTEN = (*CODE_FILES, *TOKENIZER_FILES, *TERMS_FILES, "config.json", "generation_config.json", "README.md", MANIFEST)
 WRITTEN_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 WAY_OUT = "choose another folder; nothing is left of the export: run it again"
 
@@ -54,8 +55,9 @@ def export(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     told: Callable[[str], None] = lambda text: None,
+    made: str = "",
 ) -> Path:
-    """Writes `model` to `folder`: safetensors, config, generation config, tokenizer, model code and a model card.
+    """Writes `model` to `folder`: safetensors, config, generation config, tokenizer, model code, model card, checksums.
 
     The folder appears whole or not at all. Tokenizer, generation config and the terms of the base model come from
     `model.folder`. With several processes all must call it, and the first one writes.
@@ -68,6 +70,7 @@ def export(
         max_shard_bytes: weights files are split at this size.
         overwrite: replace `folder` whatever it holds. Without it, only an earlier export is replaced.
         told: gets what form was chosen, and why not another.
+        made: Markdown for the model card: how the model was trained, and its figures.
 
     Raises:
         ConfigError: `dtype` or `format` is unknown, or the model has a shape that its family, or a native architecture
@@ -81,16 +84,21 @@ def export(
         raise ConfigError(f"{mixer.kind} has no PyTorch layer in {REMOTE_CODE}; an export of it could not be loaded.")
     if mixer is not None and None in (mixer.qkv_bias, mixer.qk_norm):
         raise ConfigError("The mixer's qkv_bias or qk_norm is unset; export a student that `convert` made.")
-    form = choose(model, dtype, format)
-    if form.told:
-        told(form.told)
     target = Path(folder).expanduser().absolute()
     source = Path(model.folder) if model.folder else None
     hosts.by_first(lambda: refuse_to_replace(target, source, overwrite), "refuse to replace")
 
     source_config = _table(source, "config.json")
     base = base_model_name(source, source_config)
-    config = _config(model.config, source_config, form.native) | {"dtype": dtype, "base_model": base}
+    config = student_config_to_hf(model.config, source_config)  # refuses what the family cannot say
+    form = choose(model, dtype, format)
+    if form.told:
+        told(form.told)
+    if form.native:
+        config = native_student_config_to_hf(model.config, source_config)
+    else:
+        config |= {"architectures": ["JaxHybridForCausalLM"], "auto_map": AUTO_MAP}
+    config |= {"dtype": dtype, "base_model": base}
     generation_config = _generation_config(model.config, source, source_config)
     writer = hosts.is_first()
     make_folder(target.parent, WAY_OUT)
@@ -102,12 +110,15 @@ def export(
             for name in () if form.native else CODE_FILES:
                 shutil.copyfile(REMOTE_CODE / name, draft / name)
             _copy_tokenizer(source, draft)
-            (draft / "README.md").write_text(model_card(model.config, target.name, base, dtype, form.native))
+            terms = sorted(path.name for pattern in TERMS_FILES for path in draft.glob(pattern))
+            card = model_card(model.config, target.name, base, dtype, native=form.native, made=made, terms=terms)
+            (draft / "README.md").write_text(card)
         save_weights(
             model.params, model.config, draft, jnp.dtype(dtype), max_shard_bytes,
             tensors=form.tensors, factors=form.factors,
         )  # fmt: skip
         if writer:
+            write_manifest(draft)
             _put_in_place(draft, target)
     hosts.barrier(f"export {target}")
     return target
@@ -140,13 +151,6 @@ def refuse_to_replace(target: Path, source: Path | None, overwrite: bool) -> Non
 def _table(source: Path | None, name: str) -> dict[str, Any]:
     """A JSON table of the base model; empty where there is none."""
     return read_table(source / name) if source is not None and (source / name).is_file() else {}
-
-
-def _config(config: ModelConfig, source_config: dict[str, Any], native: bool) -> dict[str, Any]:
-    if native:
-        return native_student_config_to_hf(config, source_config)
-    code = {"architectures": ["JaxHybridForCausalLM"], "auto_map": AUTO_MAP}
-    return student_config_to_hf(config, source_config) | code
 
 
 def _generation_config(config: ModelConfig, source: Path | None, source_config: dict[str, Any]) -> dict[str, Any]:

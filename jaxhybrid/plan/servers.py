@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from jaxhybrid import checksums
 from jaxhybrid.disk import size_text
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.export.form import why_not_native
@@ -35,15 +36,19 @@ def server_facts() -> dict[str, Any]:
     return facts
 
 
-def check(folder: Path) -> dict[str, Any]:
+def check(folder: Path, verify: bool = False) -> dict[str, Any]:
     """What is known of an export's servers, for programs. Of the weights only names, shapes and types are read.
 
+    verify: compare all files with their checksums, too.
+
     Raises:
+        DamageError: a file is not as it was exported.
         ConfigError: the folder is no export.
         WeightsError: its weights are not those that its config asks for.
     """
     if not is_student(folder):
         raise ConfigError(f"{folder} is not an exported folder: no config.json of an export in it.")
+    has_checksums = checksums.verify(folder) if verify else None
     hf, files = read_table(folder / "config.json"), open_student(folder)
     config, dtype = files.config, str(hf.get("dtype", "float32"))
     found, native = serving_of(config, dtype), hf["model_type"] == QWEN3_5
@@ -51,6 +56,7 @@ def check(folder: Path) -> dict[str, Any]:
     way = f"a student that {QWEN3_5} can express: see below" if against else "export it with --format native"
     return {
         "folder": str(folder),
+        "verified": has_checksums,
         "form": hf["model_type"],
         "why_not_native": against,
         "layers": config.num_layers,
@@ -99,7 +105,8 @@ def check_text(found: dict[str, Any]) -> str:
     words = {True: "yes", False: "no", None: "not known"}
     rows = [[one["server"], words[one["loads"]], one["from"] or "-"] for one in found["servers"]]
     kept = f"{len(found['softmax_layers'])} of {found['layers']} layers softmax"
-    lines = [f"{found['folder']}: {found['form']}, {kept}, {found['dtype']}", ""]
+    told = {None: "", True: ", all files as they were exported", False: ", without checksums"}[found["verified"]]
+    lines = [f"{found['folder']}: {found['form']}, {kept}, {found['dtype']}{told}", ""]
     lines += [aligned(["server", "loads it", "from version"], rows, left=3), ""]
     for one in found["servers"]:
         lines.append(f"{one['server']}: {one['why']}")
