@@ -377,7 +377,8 @@ def parity(
     from jaxhybrid.report.table import aligned
 
     model, vocabulary, _ = open_model(folder)
-    documents = (vocabulary.prompt(document) for part in open_source(text).parts for document in part())
+    texts = (document for part in open_source(text).parts for document in part())
+    documents = (vocabulary.prompt(document) for document in texts if document)
     found = parity(model, rows_of(documents, rows, length), dtype, trust_remote_code=trust_remote_code)
     if as_json:
         print(json.dumps(found, indent=2))
