@@ -199,11 +199,27 @@ def export(
     overwrite: Annotated[
         bool, typer.Option(help="Replace the folder whatever it holds; without it, only an earlier export.")
     ] = False,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="native: an architecture that transformers has itself; remote-code: with the model's own code; auto: "
+            "native where that is exact, else it says what stands against it. Default export.format."
+        ),
+    ] = "",
+    push_to_hub: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="Upload it, too, to this repository of the Hugging Face hub.")
+    ] = "",
 ) -> None:
     """A Hugging Face folder that plain transformers loads."""
     from jaxhybrid import hosts
+    from jaxhybrid.export.hub import push, require_token
 
-    hosts.say(f"exported to {p.export(to or None, overwrite)}")
+    if push_to_hub:
+        hosts.by_first(lambda: require_token(push_to_hub), "token of the hub")
+    folder = p.export(to or None, overwrite, format)
+    hosts.say(f"exported to {folder}")
+    if push_to_hub:
+        hosts.say(f"uploaded: {hosts.by_first(lambda: push(folder, push_to_hub), 'upload')}")
 
 
 @app.command()
@@ -396,6 +412,42 @@ def benchmark(
 
 
 @app.command()
+def parity(
+    folder: ModelFolder,
+    text: Annotated[
+        str, typer.Option(help="A text source as in data.train; pydoc is help topics of Python.")
+    ] = "pydoc",
+    rows: Annotated[int, typer.Option(help="Rows of text run together; the first one is also run alone.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Compute type of the forms: float32 or bfloat16.")] = "float32",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let transformers run the Python files of an export.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """How far a model's forms differ: training, decoding, and transformers (with the `torch` extra).
+
+    Compared are log probabilities of the next token, in nats, with those of the training form in float32. The last
+    column is how far a row's depend on the rows beside it.
+    """
+    from jaxhybrid.complete import open_model
+    from jaxhybrid.data.sources import open_source
+    from jaxhybrid.evaluate.parity import parity, parity_rows, rows_of
+    from jaxhybrid.report.table import aligned
+
+    model, vocabulary, _ = open_model(folder)
+    texts = (document for part in open_source(text).parts for document in part())
+    documents = (vocabulary.prompt(document) for document in texts if document)
+    found = parity(model, rows_of(documents, rows, length), dtype, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(aligned(*parity_rows(found), left=1))
+    for form, reason in found["left_out"].items():
+        print(f"{form}: left out, {reason}")
+
+
+@app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -412,6 +464,23 @@ def inspect(
         print(json.dumps(found, indent=2))
     else:
         print_run(found)
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    verify: Annotated[bool, typer.Option(help="Compare all files with their checksums, too; reads them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Which server loads an export, why another does not, what to change, and what a sequence takes in memory.
+
+    Nothing is run: what vLLM, SGLang, llama.cpp, TGI and tpu-inference load is data with sources; docs/serving.md says
+    what of it was tried.
+    """
+    from jaxhybrid.plan.servers import check, check_text
+
+    found = check(folder, verify)
+    print(json.dumps(found, indent=2) if as_json else check_text(found))
 
 
 @app.command()

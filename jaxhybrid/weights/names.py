@@ -6,7 +6,7 @@ separate tensors there and rows of one stacked leaf here.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,6 +70,15 @@ class FileTensor(NamedTuple):
     @property
     def file_shape(self) -> Shape:
         return self.layout.file_shape(self.shape)
+
+    @property
+    def parts(self) -> tuple["FileTensor", ...]:
+        """What is read to write it: itself alone. See `weights.native` for tensors made of several."""
+        return (self,)
+
+    def to_file(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """It, of the values of its parts in the file's layout."""
+        return values[0]
 
 
 def file_tensors(config: ModelConfig) -> list[FileTensor]:

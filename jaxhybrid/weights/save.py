@@ -3,10 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,30 +24,59 @@ from jaxhybrid.weights.safetensors import INDEX_FILE, SINGLE_FILE, file_order, s
 PIECE_BYTES = 1 << 26  # put into the file's layout at once
 
 
+class Written(Protocol):
+    """A tensor of the files: a `FileTensor`, or one made of several."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file_shape(self) -> tuple[int, ...]: ...
+    @property
+    def float32(self) -> bool: ...
+    @property
+    def parts(self) -> tuple[FileTensor, ...]: ...
+    def to_file(self, values: Sequence[np.ndarray]) -> np.ndarray: ...
+
+
+class Source(NamedTuple):
+    """Parameters, and by what some tensors are multiplied before they are written, along the last axis of the file."""
+
+    params: Params
+    factors: Mapping[str, np.ndarray]
+
+
 def save_weights(
     params: Params,
     config: ModelConfig,
     folder: str | os.PathLike[str],
     dtype: Any = np.float32,
     max_shard_bytes: int = 5_000_000_000,
+    *,
+    tensors: Sequence[Written] | None = None,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes `model.safetensors`, or shards and their index when it would exceed `max_shard_bytes`.
 
     Files get their names only when all of them are whole; weights already in the folder are replaced. With several
     processes all must call it, and the first one writes. Parameters declared float32 are written in float32.
 
+    Args:
+        tensors: of the files; None: those of `file_tensors`.
+        factors: of the parts of tensors, by the names in `file_tensors`, along the last axis of the file's layout.
+
     Raises:
         WeightsError: a parameter has another shape than `config` says.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = file_tensors(config)
+    entries = file_tensors(config) if tensors is None else tensors
+    source = Source(params, factors or {})
     shards = _plan(entries, np.dtype(dtype), max_shard_bytes)
     names = [_shard_name(i, len(shards)) for i in range(len(shards))]
     writer = hosts.is_first()
     try:
         for name, shard in zip(names, shards):
-            _write(_draft(folder, name), params, shard, np.dtype(dtype))
+            _write(_draft(folder, name), source, shard, np.dtype(dtype))
         if writer:
             _put_in_place(folder, names, shards, np.dtype(dtype))
     finally:
@@ -57,9 +86,15 @@ def save_weights(
     hosts.barrier("weights written")  # then every process may read them
 
 
-def _plan(entries: list[FileTensor], dtype: np.dtype, max_shard_bytes: int) -> list[list[FileTensor]]:
+def read_scales(params: Params, config: ModelConfig, dtype: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Small tensors by their names in `file_tensors`, in the type of the files. All processes must call it."""
+    entries = {entry.name: entry for entry in file_tensors(config)}
+    return {name: np.asarray(_whole(params, entries[name], np.dtype(dtype))) for name in names}
+
+
+def _plan(entries: Sequence[Written], dtype: np.dtype, max_shard_bytes: int) -> list[list[Written]]:
     """Tensors in file order, cut wherever a file would grow past the limit; a larger tensor gets a file of its own."""
-    shards: list[list[FileTensor]] = [[]]
+    shards: list[list[Written]] = [[]]
     used = 0
     for entry in entries:
         size = _bytes(entry, dtype)
@@ -71,32 +106,39 @@ def _plan(entries: list[FileTensor], dtype: np.dtype, max_shard_bytes: int) -> l
     return shards
 
 
-def _dtype(entry: FileTensor, dtype: np.dtype) -> np.dtype:
+def _dtype(entry: Written, dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if entry.float32 else dtype
 
 
-def _bytes(entry: FileTensor, dtype: np.dtype) -> int:
+def _bytes(entry: Written, dtype: np.dtype) -> int:
     return math.prod(entry.file_shape) * _dtype(entry, dtype).itemsize
 
 
-def _write(path: Path, params: Params, shard: list[FileTensor], dtype: np.dtype) -> None:
+def _write(path: Path, source: Source, shard: list[Written], dtype: np.dtype) -> None:
     """One file, by the first process; the others give it their parts."""
     entries = {entry.name: entry for entry in shard}
     types = {entry.name: _dtype(entry, dtype) for entry in shard}
     if hosts.is_first():
         shapes = {entry.name: entry.file_shape for entry in shard}
-        stream_safetensors(path, shapes, types, lambda name: _to_file(params, entries[name], types[name]))
+        stream_safetensors(path, shapes, types, lambda name: _to_file(source, entries[name], types[name]))
     else:
         for name in file_order(types):
-            _whole(params, entries[name], types[name])
+            for part in entries[name].parts:
+                _whole(source.params, part, types[name])
 
 
-def _to_file(params: Params, entry: FileTensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _to_file(source: Source, entry: Written, dtype: np.dtype) -> Iterator[np.ndarray]:
     """One tensor as it lies in the file, in pieces along its first axis."""
-    value = entry.layout.to_file(np.asarray(_whole(params, entry, dtype)))
+    value = entry.to_file([_part(source, part, dtype) for part in entry.parts])
     step = max(PIECE_BYTES * len(value) // max(value.nbytes, 1), 1)
     for start in range(0, len(value), step):
         yield value[start : start + step]
+
+
+def _part(source: Source, entry: FileTensor, dtype: np.dtype) -> np.ndarray:
+    """In the file's layout."""
+    value = entry.layout.to_file(np.asarray(_whole(source.params, entry, dtype)))
+    return value * source.factors[entry.name].astype(dtype) if entry.name in source.factors else value
 
 
 def _whole(params: Params, entry: FileTensor, dtype: np.dtype) -> Any:
@@ -140,7 +182,7 @@ def _draft(folder: Path, name: str) -> Path:
     return folder / f".{name}.{os.getpid()}.tmp"
 
 
-def _put_in_place(folder: Path, names: list[str], shards: list[list[FileTensor]], dtype: np.dtype) -> None:
+def _put_in_place(folder: Path, names: list[str], shards: list[list[Written]], dtype: np.dtype) -> None:
     index = folder / INDEX_FILE
     if len(names) > 1:
         total = sum(_bytes(entry, dtype) for shard in shards for entry in shard)

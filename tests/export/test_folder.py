@@ -30,6 +30,7 @@ def test_what_is_in_the_folder(tmp_path, teacher_folder):
         "LICENSE",
         "README.md",
         "USE_POLICY.md",
+        "checksums.json",
         "config.json",
         "configuration_jaxhybrid.py",
         "decoder_layer_jaxhybrid.py",
@@ -152,7 +153,7 @@ def test_full_disk_leaves_what_was_there(tmp_path, teacher_folder, monkeypatch, 
         export(student, target)
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
 
-    def full(params, config, folder, *options):
+    def full(params, config, folder, *options, **named):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
