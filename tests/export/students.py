@@ -80,11 +80,11 @@ OTHER_MIXERS = {
     }
     for mixer in (
         DeltaNetConfig(conv_size=3, expand_kv=False),
-        KimiDeltaConfig(conv_size=4),
+        KimiDeltaConfig(conv_size=4, low_rank=64),
         FixedDecayConfig(),
         Mamba2Config(expand_kv=False),
-        RWKV6Config(expand_kv=False),
-        RWKV7Config(),
+        RWKV6Config(expand_kv=False, low_rank=64),
+        RWKV7Config(low_rank=64),
     )
 }
 # Students that transformers' own qwen3_5_text can express.
