@@ -96,13 +96,22 @@ def file_tensors(config: ModelConfig) -> list[FileTensor]:
     return tensors + [tensor for tensor in ends if tensor.path[0] != "embed"]
 
 
+def fused_tensors(config: ModelConfig) -> dict[str, list[str]]:
+    """Of tensors that the family's own files keep fused: the names of `file_tensors` whose rows they are, in order."""
+    return {
+        f"model.layers.{layer}.{whole}.weight": [f"model.layers.{layer}.{part}.weight" for part in parts]
+        for layer in range(config.num_layers)
+        for whole, parts in family(config.family).fused.items()
+    }
+
+
 def _leaf(name: str, variable: nnx.Variable) -> tuple[str, Layout]:
     """What the file calls a module's own parameter of this name, and how it lies there."""
     if name == "kernel":
         return "weight", linear(variable.get_metadata("inputs"))
     return {
         "bias": ("bias", FOLDED),
-        "scale": ("weight", SAME),
+        "scale": ("weight", FOLDED),
         "embedding": ("weight", SAME),
         "taps": ("weight", TAPS),
     }.get(name, (name, SAME))
