@@ -20,6 +20,7 @@ def _flag_keys(config: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 
+# auto_map in its files names code that transformers' own replaces.
 INTERNLM3 = Family(
     model_type="internlm3",
     architecture="InternLM3ForCausalLM",
@@ -31,6 +32,6 @@ INTERNLM3 = Family(
         "qkv_bias",
         "bias",
         "auto_map",
-    ),  # auto_map: transformers has code of its own
+    ),
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5},
 )

@@ -25,7 +25,8 @@ SWITCHED = {"use_sliding_window": True, "max_window_layers": 2, **SLIDES}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 1000.0, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 32,
+    "rope_type": "longrope", "rope_theta": 1000.0, "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 32,
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5],
 }  # fmt: skip
 MULTIPLIERS = {

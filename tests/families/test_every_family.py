@@ -1,4 +1,4 @@
-"""Each family that is registered, without further ado: read, computed, written back and sharded as transformers has it."""
+"""Each family that is registered: read, computed, written back and sharded as transformers has it."""
 
 import json
 from dataclasses import replace

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import AutoModelForCausalLM
 
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import is_variable
 from jaxhybrid.model.partition import make_mesh, param_shardings
 from jaxhybrid.model.transformer import forward, model_variables
