@@ -1,4 +1,4 @@
-"""EXAONE 4: norms after a mixer and an MLP, norms of queries and keys; beside sliding layers, full ones do not rotate."""
+"""EXAONE 4: norms after mixers and MLPs, and of queries and keys; beside sliding layers full ones are not rotated."""
 
 from typing import Any
 
