@@ -20,9 +20,9 @@ class JaxHybridConfig(PreTrainedConfig):
     and `conv_size` (taps of the convolution, 0 for none) or `decay_rank`.
     `base_model_type` names the base model's architecture, and `traits` holds what that has otherwise than Llama:
     `qkv_bias`, `o_bias`, `qk_norm`; `wide_qk_norm` (over all heads together), `activation` (gelu_tanh), `norms`
-    ("after" or "around" a mixer and an MLP), `norm_offset` (norms scale by 1 + weight), `embedding_scale`, `residual_scale`,
-    `logit_scale`, `attention_scale`, `window` (size, layers and rope of softmax layers that see the last tokens only),
-    `unrotated_layers`, and the base model's own `layer_types`.
+    ("after" or "around" a mixer and an MLP), `norm_offset` (norms scale by 1 + weight), `embedding_scale`,
+    `residual_scale`, `logit_scale`, `attention_scale`, `window` (size, layers and rope of softmax layers that see the
+    last tokens only), `unrotated_layers`, and the base model's own `layer_types`.
     """
 
     model_type = "jaxhybrid"
