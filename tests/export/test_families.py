@@ -13,10 +13,9 @@ from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.huggingface import load_student, load_teacher
-from tests.families.teachers import SHAPE, TEACHERS, logits_of, make_teacher
+from tests.families.teachers import SHAPE, TEACHERS, cases, logits_of, make_teacher
 
 TOKENS = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (2, 40))
-CASES = [(family, number) for family, variants in TEACHERS.items() for number in range(len(variants))]
 G, F = GatedDeltaNetConfig.kind, "full_attention"
 
 
@@ -29,7 +28,7 @@ def test_every_family_is_tested():
 
 
 @pytest.mark.filterwarnings("ignore:No tokenizer")
-@pytest.mark.parametrize(("family", "number"), CASES)
+@pytest.mark.parametrize(("family", "number"), cases("smollm3"))
 def test_a_softmax_export_equals_the_teacher(tmp_path, family, number):
     reference = make_teacher(family, **TEACHERS[family][number])
     reference.save_pretrained(tmp_path / "teacher")
@@ -49,6 +48,7 @@ def test_a_softmax_export_equals_the_teacher(tmp_path, family, number):
 RICH = {"gemma3_text": 0, "olmo3": 0, "granite": 0, "smollm3": 1}  # of each trait one family that has it
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:No tokenizer")
 @pytest.mark.parametrize("family", RICH)
 def test_a_hybrid_goes_out_and_comes_back(tmp_path, family):

@@ -3,6 +3,7 @@
 A new family gets a line here; tests/families/test_every_family.py holds all of them against transformers.
 """
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,6 +61,15 @@ TEACHERS = {
     "internlm3": [{"head_dim": 24, **BIASES}],
     "seed_oss": [{"head_dim": 24, "attention_out_bias": True, "mlp_bias": True}],
 }  # fmt: skip
+
+
+def cases(*fast):
+    """(family, number of its variant) for pytest: those of `fast` families always, the others among the slow tests."""
+    return [
+        pytest.param(family, number, marks=() if family in fast else pytest.mark.slow)
+        for family, variants in TEACHERS.items()
+        for number in range(len(variants))
+    ]
 
 
 def make_teacher(family, **settings):

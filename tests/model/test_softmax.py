@@ -130,7 +130,7 @@ def test_slices_of_the_queries(monkeypatch, form, kind):
     check(lambda q, k, v: run(q, k, v, ids, first), *inputs(length, 2, 1, 64, dtype), ids, first)
 
 
-@pytest.mark.parametrize("first", [0, 37])
+@pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 37])
 @pytest.mark.parametrize("form", ["plain", "blocks", "gpu", "short gpu", "splash"])
 def test_sliding_windows(monkeypatch, form, first):
     """The last keys of a document only, of all queries and of a slice, where the layer slides and where it does not."""

@@ -49,6 +49,7 @@ def expected(student):
     return batch, jax.jit(forward)(student, batch["tokens"], batch["segment_ids"])
 
 
+@pytest.mark.slow
 def test_each_trait_matters(student, expected):
     batch, whole = expected
     for name, value in {"window": None, "unrotated_layers": (), "attention_scale": None}.items():
@@ -56,6 +57,7 @@ def test_each_trait_matters(student, expected):
         assert np.abs(jax.jit(forward)(other, batch["tokens"], batch["segment_ids"]) - whole).max() > 1e-3, name
 
 
+@pytest.mark.slow
 def test_split_over_a_mesh(student, expected):
     """Rows, heads (key heads fewer than devices have shares), and weights; windows reach over the parts of a row."""
     batch, whole = expected
