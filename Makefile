@@ -12,7 +12,8 @@ demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid,
 	$(RUN) jaxhybrid run configs/demo.yaml $(ARGS)
 
 test: ## the test suite
-	@$(MAKE) --no-print-directory setup tpu-compiler environments EXTRAS="--extra demo --extra torch --extra eval"
+	@$(MAKE) --no-print-directory setup tpu-compiler environments \
+		EXTRAS="--extra demo --extra torch --extra eval --extra serve"
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
 soak: ## a run that is killed, stopped, damaged or without disk at random moments, and must end as if it were not
@@ -23,18 +24,19 @@ test-kernels: ## every form of the kernels: interpreted, lowered for GPUs, compi
 	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
 	$(RUN) pytest -m "not slow and not gpu" kernels/tests -n 2 --dist worksteal $(ARGS)
 
-test-slow: ## long studies that `make test` leaves out
-	@$(MAKE) --no-print-directory setup tpu-compiler EXTRAS="--extra demo --extra torch --extra eval"
+test-slow: ## long studies that `make test` leaves out, and the server's page in the system's chromium
+	@$(MAKE) --no-print-directory setup tpu-compiler \
+		EXTRAS="--extra demo --extra torch --extra eval --extra serve --group browser"
 	$(RUN) pytest -m slow $(ARGS)
 
 test-versions: ## `make test` and `make test-kernels` with the oldest JAX and transformers that pyproject.toml allows
 	@$(MAKE) --no-print-directory setup environments .venv/jax-oldest/requirements.txt \
-		EXTRAS="--extra demo --extra torch --extra eval"
+		EXTRAS="--extra demo --extra torch --extra eval --extra serve"
 	PYTHONPATH=$(CURDIR)/.venv/jax-oldest:$(CURDIR)/.venv/transformers-oldest \
 		$(RUN) pytest -m "not slow and not gpu" -n 2 --dist worksteal $(ARGS)
 
 test-faults: ## would the tests notice? Plants faults in a copy, one after the other, and runs the test that must fail
-	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval"
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval --extra serve"
 	$(RUN) python tests/planted_faults.py $(ARGS)
 
 test-gpu: ## what only a Hopper GPU can run: its kernels and its attention
@@ -42,7 +44,7 @@ test-gpu: ## what only a Hopper GPU can run: its kernels and its attention
 	JAX_PLATFORMS=cuda,cpu $(RUN) pytest -m gpu kernels/tests tests/model $(ARGS)
 
 lint: ## style, types and the direction of imports
-	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval"
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval --extra serve"
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy

@@ -72,7 +72,7 @@ def opened(shape: ModelConfig, name: str, slots: int) -> Engine:
 
 def pretend(engine: Engine, context: int, new: int) -> None:
     """All slots hold texts of `context` tokens, whose states are whatever there is."""
-    engine._reserve(context + new)
+    engine.reserve(context + new)
     engine.texts = {slot: [1] * context for slot in range(engine.slots)}
     request = Request([1] * context, new)
     engine.requests = dict.fromkeys(engine.texts, request)

@@ -1,10 +1,11 @@
 """The alignment loss before the first step, for every way a linear mixer can start.
 
-    python benchmarks/initial_values.py [--teacher demo:smollm2-135m] [--tokens 4096] [--steps 0]
+    python benchmarks/initial_values.py [--mixer gated_deltanet] [--teacher demo:smollm2-135m] [--steps 0]
 
 A fresh mixer's gate and decays are not the teacher's; how far its output is from the teacher's before any training
 says how much alignment has to repair. The zero gate gives no output: its loss is the size of the teacher's output,
 and a start above it does harm first. With --steps, the loss after a few updates too.
+Ways that a mixer refuses are named.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import numpy as np
 
 from jaxhybrid.data import HeldoutBatches, open_source, open_tokens
 from jaxhybrid.data.vocabulary import load_vocabulary
-from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.settings.stages import AlignConfig
 from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.train.optimizer import make_optimizer, start
@@ -28,6 +30,7 @@ LENGTH, ROWS = 256, 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixer", default="gated_deltanet", choices=list(LINEAR_MIXERS))
     parser.add_argument("--teacher", default="demo:smollm2-135m", help="folder, hub id or demo:smollm2-135m")
     parser.add_argument("--text", default="pydoc", help="text source, as data.train of a run")
     parser.add_argument("--cache", default="~/.cache/jaxhybrid/tokens", help="folder of tokenised text")
@@ -55,8 +58,12 @@ def main() -> None:
     print(heading + (f" after {arguments.steps} steps |" if arguments.steps else ""))
     print("|---|---|---|---|" + ("---|" if arguments.steps else ""))
     for gate, decay, expand in product(("random", "zero", "value"), ("fla", "slow"), (True, False)):
-        mixer = GatedDeltaNetConfig(gate_init=gate, decay_init=decay, expand_kv=expand)
-        student = convert(teacher, (GatedDeltaNetConfig.kind,) * depth, mixer, jax.random.key(0))
+        try:
+            mixer = LINEAR_MIXERS[arguments.mixer].Config(gate_init=gate, decay_init=decay, expand_kv=expand)
+        except ConfigError as refused:
+            print(f"| {gate} | {decay} | {'expanded' if expand else 'grouped'} | {refused} |", flush=True)
+            continue
+        student = convert(teacher, (mixer.kind,) * depth, mixer, jax.random.key(0))
         static = {"config": student.config, "dtype": jnp.float32}
         mixers = linear_mixers(student.params)
         optimizer = make_optimizer(settings, mixers)

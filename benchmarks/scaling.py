@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from queue import Queue
@@ -242,19 +243,21 @@ class Parts:
 
     def processes(self) -> None:
         from scaling_job import SMALL, TINY
-        from several_processes import Failed, measured
+        from several_processes import DETERMINISTIC, Failed, measured
 
         with tempfile.TemporaryDirectory() as made:
             try:
                 model = TINY if self.options.shape == "tiny" else SMALL
                 folder = self.options.folder or Path(made) / "runs"
-                rows = measured(folder, model, self.options.steps or 300, gpus_here(), environment)
+                flags = self.options.xla_flags[0] or DETERMINISTIC
+                see = partial(environment, flags=flags)
+                rows = measured(folder, model, self.options.steps or 300, gpus_here(), see)
             except Failed as error:
                 self.failed = True
                 print(f"failed: {error}", flush=True)
                 return
         for row in rows:
-            self.output.add("processes", device=device_name(), jax=version("jax"), **row)
+            self.output.add("processes", device=device_name(), jax=version("jax"), flags=flags, **row)
 
     def tables(self) -> None:
         from scaling_tables import on_page, tables

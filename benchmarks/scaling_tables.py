@@ -143,9 +143,11 @@ def processes(rows: list[Row]) -> str:
             lines.append([gpus, "a process a GPU, against one for all", found])
         else:
             equal = "the bits" if row["equal_to_undisturbed"] else "NOT the bits"
+            said = " and ".join(f"`{text}`" for text in row["errors_said"]) or "no error"
             found = (
                 f"after {row['steps_done']} steps; all have ended {row['seconds_to_end']:.0f} s later with exit codes "
-                f"{row['exit_codes']}; the run goes on and has {equal} of an undisturbed one"
+                f"{row['exit_codes']}, the first one saying {said} ({row['lines_said']} lines in all); "
+                f"the run goes on and has {equal} of an undisturbed one"
             )
             lines.append([gpus, "one process is killed", found])
     return markdown(["GPUs", "", "found"], lines)

@@ -34,7 +34,7 @@ SECONDS = 600  # for a start
 TRAINED = ("align", "distill", "finetune")
 
 
-Environment = Callable[[Sequence[int], str], dict[str, str]]
+Environment = Callable[[Sequence[int]], dict[str, str]]  # of a process that may use these GPUs
 
 
 class Failed(Exception):
@@ -42,10 +42,7 @@ class Failed(Exception):
 
 
 class Runs:
-    """A teacher, text and a config in a folder, and runs of them by any number of processes.
-
-    `environment(gpus, flags)` is that of a process which may use these GPUs.
-    """
+    """A teacher, text and a config in a folder, and runs of them by any number of processes."""
 
     def __init__(self, folder: Path, model: ModelConfig, steps: int, gpus: int, environment: Environment):
         self.folder, self.steps, self.gpus, self.environment = folder, steps, gpus, environment
@@ -77,7 +74,7 @@ class Runs:
         """One process for all GPUs, or as many as there are GPUs, one each."""
         port, running = free_port(), []
         for number in range(processes):
-            environment = self.environment(range(self.gpus), DETERMINISTIC)
+            environment = self.environment(range(self.gpus))
             environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.2"  # several runs are on a GPU at once
             joined: list[Any] = ["--processes", 1]
             if processes > 1:

@@ -199,11 +199,27 @@ def export(
     overwrite: Annotated[
         bool, typer.Option(help="Replace the folder whatever it holds; without it, only an earlier export.")
     ] = False,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="native: an architecture that transformers has itself; remote-code: with the model's own code; auto: "
+            "native where that is exact, else it says what stands against it. Default export.format."
+        ),
+    ] = "",
+    push_to_hub: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="Upload it, too, to this repository of the Hugging Face hub.")
+    ] = "",
 ) -> None:
     """A Hugging Face folder that plain transformers loads."""
     from jaxhybrid import hosts
+    from jaxhybrid.export.hub import push, require_token
 
-    hosts.say(f"exported to {p.export(to or None, overwrite)}")
+    if push_to_hub:
+        hosts.by_first(lambda: require_token(push_to_hub), "token of the hub")
+    folder = p.export(to or None, overwrite, format)
+    hosts.say(f"exported to {folder}")
+    if push_to_hub:
+        hosts.say(f"uploaded: {hosts.by_first(lambda: push(folder, push_to_hub), 'upload')}")
 
 
 @app.command()
@@ -285,6 +301,65 @@ def generate(
 
 
 @app.command()
+def serve(
+    folder: ModelFolder,
+    beside: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A second model, such as the teacher; the page asks both.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="The model's name in the API; default: as given. Twice with --beside.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; the default is for this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="JAXHYBRID_API_KEY", help="Refuse requests without it. Better as the variable: others see arguments."
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Texts at once, of each model.")] = 8,
+    context: Annotated[int, typer.Option(help="Most tokens of a prompt and its answer together.")] = 4096,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; default: the context.")] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait for a slot, of each model.")] = 64,
+    request_seconds: Annotated[float, typer.Option(help="Longest time for an answer, waiting included.")] = 600,
+    grace_seconds: Annotated[float, typer.Option(help="What texts get to end in after SIGTERM or Ctrl-C.")] = 30,
+    dtype: Annotated[
+        str, typer.Option(help="Weights and computation: float32, or bfloat16 with half the memory.")
+    ] = "float32",
+    tensor: Annotated[int, typer.Option(help="Devices that share the model's heads, MLPs and vocabulary.")] = 1,
+) -> None:
+    """A server with OpenAI's API, and a page to chat with one model or two side by side. Needs the `serve` extra.
+
+    For example: jaxhybrid serve runs/my-model/export --beside HuggingFaceTB/SmolLM2-135M-Instruct
+    Then open http://127.0.0.1:8000, or point a client of OpenAI's API at http://127.0.0.1:8000/v1
+    """
+    try:
+        from jaxhybrid.serve.limits import Limits
+        from jaxhybrid.serve.server import serve as run_server
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise ConfigError(
+            "serve needs starlette, uvicorn and prometheus-client: `uv sync --extra serve`, or pip install them."
+        ) from error
+    folders = [folder, *([beside] if beside else [])]
+    names = name or folders
+    if len(names) != len(folders):
+        raise ConfigError(f"{len(names)} names for {len(folders)} models; give --name once for each, or not at all.")
+    limits = Limits(
+        slots=slots,
+        context=context,
+        max_new_tokens=min(max_new_tokens or context, context),
+        queue=queue,
+        request_seconds=request_seconds,
+        grace_seconds=grace_seconds,
+    )
+    run_server(folders, names, limits, port=port, host=host, api_key=api_key, dtype=dtype, tensor=tensor)
+
+
+@app.command()
 def benchmark(
     folder: ModelFolder,
     tasks: Annotated[
@@ -337,6 +412,42 @@ def benchmark(
 
 
 @app.command()
+def parity(
+    folder: ModelFolder,
+    text: Annotated[
+        str, typer.Option(help="A text source as in data.train; pydoc is help topics of Python.")
+    ] = "pydoc",
+    rows: Annotated[int, typer.Option(help="Rows of text run together; the first one is also run alone.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Compute type of the forms: float32 or bfloat16.")] = "float32",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let transformers run the Python files of an export.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """How far a model's forms differ: training, decoding, and transformers (with the `torch` extra).
+
+    Compared are log probabilities of the next token, in nats, with those of the training form in float32. The last
+    column is how far a row's depend on the rows beside it.
+    """
+    from jaxhybrid.complete import open_model
+    from jaxhybrid.data.sources import open_source
+    from jaxhybrid.evaluate.parity import parity, parity_rows, rows_of
+    from jaxhybrid.report.table import aligned
+
+    model, vocabulary, _ = open_model(folder)
+    texts = (document for part in open_source(text).parts for document in part())
+    documents = (vocabulary.prompt(document) for document in texts if document)
+    found = parity(model, rows_of(documents, rows, length), dtype, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(aligned(*parity_rows(found), left=1))
+    for form, reason in found["left_out"].items():
+        print(f"{form}: left out, {reason}")
+
+
+@app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -353,6 +464,23 @@ def inspect(
         print(json.dumps(found, indent=2))
     else:
         print_run(found)
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    verify: Annotated[bool, typer.Option(help="Compare all files with their checksums, too; reads them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Which server loads an export, why another does not, what to change, and what a sequence takes in memory.
+
+    Nothing is run: what vLLM, SGLang, llama.cpp, TGI and tpu-inference load is data with sources; docs/serving.md says
+    what of it was tried.
+    """
+    from jaxhybrid.plan.servers import check, check_text
+
+    found = check(folder, verify)
+    print(json.dumps(found, indent=2) if as_json else check_text(found))
 
 
 @app.command()
@@ -490,6 +618,8 @@ def main() -> None:
             _leave(end)
         raise
     except BaseException as error:
+        if "jaxhybrid.hosts" in sys.modules:
+            _hosts().await_death(error)
         traceback.print_exc()
         _leave(error)
 

@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,28 @@ def end_ids(folder: Path, tokenizer_end: int | None) -> list[int]:
     return sorted({end for end in (tokenizer_end, *listed) if end is not None})
 
 
+def own_penalty(folder: Path) -> float:
+    """The repetition penalty that a model's generation settings ask for; 1 is none."""
+    return _generation_settings(folder).get(PENALTY) or 1.0
+
+
 def _generation_settings(folder: Path) -> dict[str, Any]:
     """Those of generation_config.json, or of config.json where there is no such file, as transformers reads them."""
     path = next((path for name in SETTINGS if (path := folder / name).is_file()), None)
     return {} if path is None else read_table(path)
+
+
+def decoding_mesh(dtype: str, tensor: int) -> Mesh | None:
+    """The first `tensor` devices, which share heads, MLPs and the vocabulary; None for one.
+
+    Raises:
+        ConfigError: there are not so many devices, or `dtype` is none that is decoded in.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype={dtype}: use float32 or bfloat16.")
+    if not 1 <= tensor <= len(jax.devices()):
+        raise ConfigError(f"tensor={tensor}: there are {len(jax.devices())} devices here.")
+    return make_mesh(1, 1, tensor, devices=jax.devices()[:tensor]) if tensor > 1 else None
 
 
 def complete(
@@ -111,18 +130,14 @@ def complete(
         DataError: the chat template is asked for and the tokenizer has none.
         ConfigError: a setting is out of range.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype={dtype}: use float32 or bfloat16.")
     if "" in stop:
         raise ConfigError("A stop string is empty; every text would end before it begins.")
-    if not 1 <= tensor <= len(jax.devices()):
-        raise ConfigError(f"tensor={tensor}: there are {len(jax.devices())} devices here.")
+    mesh = decoding_mesh(dtype, tensor)
     choice = Sampling(temperature, top_k, top_p, min_p, 1.0 if repetition_penalty is None else repetition_penalty, seed)
-    mesh = make_mesh(1, 1, tensor, devices=jax.devices()[:tensor]) if tensor > 1 else None
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         model, vocabulary, ends = open_model(folder, mesh=mesh, dtype=dtype, applied=[PENALTY])
         if repetition_penalty is None:
-            choice = replace(choice, repetition_penalty=_generation_settings(Path(model.folder)).get(PENALTY) or 1.0)
+            choice = replace(choice, repetition_penalty=own_penalty(Path(model.folder)))
         requests = {
             number: Request(tokens, max_new_tokens, seeded(choice, number), tuple(ends))
             for number, tokens in enumerate(prompt_tokens(vocabulary, prompts, chat))
@@ -131,8 +146,7 @@ def complete(
             return []
         engine = Engine(model, rounded(len(requests)), dtype=dtype, consume=True)
         engine.prefill(requests)
-        decode = lambda tokens: str(vocabulary.tokenizer.decode(tokens, skip_special_tokens=True))  # noqa: E731
-        answers = {number: Answer(decode, stop) for number in requests}
+        answers = {number: Answer(partial(answer_text, vocabulary), stop) for number in requests}
         while engine.busy:
             for number, tokens in engine.step().items():
                 answer = answers[number]
@@ -145,6 +159,11 @@ def complete(
     return [answer.text for answer in answers.values()]
 
 
+def answer_text(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
+    """The text of tokens of an answer, without special ones."""
+    return str(vocabulary.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 def prompt_tokens(vocabulary: Vocabulary, prompts: Sequence[str], chat: bool) -> list[list[int]]:
     """Each prompt as the model shall read it.
 
@@ -153,11 +172,12 @@ def prompt_tokens(vocabulary: Vocabulary, prompts: Sequence[str], chat: bool) ->
     """
     if not chat:
         return [vocabulary.prompt(prompt) for prompt in prompts]
-    tokenizer = vocabulary.tokenizer
-    if not tokenizer.chat_template:
+    if not vocabulary.tokenizer.chat_template:
         raise DataError(f"The tokenizer of {vocabulary.name} has no chat template; leave --chat out.")
-    texts = (
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    )
-    return [vocabulary.prompt(text, begin=False) for text in texts]
+    return [chat_tokens(vocabulary, [{"role": "user", "content": prompt}]) for prompt in prompts]
+
+
+def chat_tokens(vocabulary: Vocabulary, messages: Sequence[dict[str, str]]) -> list[int]:
+    """A conversation as the chat template has it, up to where the model is to answer."""
+    text = vocabulary.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return vocabulary.prompt(text, begin=False)

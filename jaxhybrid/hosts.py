@@ -23,20 +23,22 @@ import jax
 from jax._src import clusters, distributed  # the public API has neither the cluster's size nor the service's store
 from jax.experimental import multihost_utils
 
-from jaxhybrid import errors
+from jaxhybrid import errors, lifelines
 from jaxhybrid.errors import JaxHybridError, RunError
 
 JOIN_SECONDS = 300  # for all processes to come
-HEARTBEAT_SECONDS = 60  # without a sign of life a process counts as dead, and JAX ends the others
+HEARTBEAT_SECONDS = 45  # without a sign of life a process counts as dead, and JAX ends the others
 GRACE_SECONDS = 10  # for a process to end by itself after another one has failed
+DEATH_SECONDS = 3  # in which all know of a death that a collective failed for
 VISIBLE_SECONDS = 30  # for a new file to be seen by the other hosts
 FOREVER_MS = 7 * 24 * 3600 * 1000  # one host may tokenise for days; who dies meanwhile is found by the heartbeat
 MARK = "seen-by-all"  # in a run folder
-FAILED, LEFT = "jaxhybrid/failed", "jaxhybrid/left/"
+FAILED, LEFT, LINES = "jaxhybrid/failed", "jaxhybrid/left/", "jaxhybrid/lifelines"
 
 _exchanges = itertools.count()
 _stop_checks = itertools.count(1)
 _ended = threading.Event()
+_death = threading.Event()
 
 
 class _Local:
@@ -89,9 +91,11 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         raise RunError(f"The processes cannot be joined: {error}") from error
     finally:
         too_few.cancel()
+    _hold_lifeline()
     watch = threading.Thread(target=_watch, name="watch hosts", daemon=True)
     watch.start()
     atexit.register(_ended.set)
+    atexit.register(lifelines.goodbye)
 
 
 def _processes_of_cluster() -> int | None:
@@ -290,10 +294,11 @@ def stop_agreed() -> bool:
 def report_failure(error: BaseException) -> None:
     """Tells the other processes that this one cannot go on: they may be waiting for it, and end within seconds, with
     the exit code that it has."""
+    await_death(error)
     if are_joined() and not getattr(error, "shared", False):
         text = f"process {jax.process_index()} on {platform.node()} failed: {type(error).__name__}: {error}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the service is gone
-            _service().key_value_set(FAILED, json.dumps([errors.exit_code(error), text]))
+            _service().key_value_set(FAILED, json.dumps([errors.exit_code(error), text, False]))
 
 
 @contextmanager
@@ -320,16 +325,59 @@ def _watch() -> None:
     client = _service()
     while not _ended.wait(1):
         try:
-            code, failure = json.loads(client.key_value_try_get(FAILED))
+            code, failure, dead = json.loads(client.key_value_try_get(FAILED))
         except jax.errors.JaxRuntimeError:  # none yet
             continue
-        if not _ended.wait(GRACE_SECONDS):
+        if dead:
+            _death.set()
+        if dead or not _ended.wait(GRACE_SECONDS):
             _tell(f"error: {failure}")
             _end(code)
 
 
+def _hold_lifeline() -> None:
+    """From now on a death is known at once, and to all."""
+    client = _service()
+    if is_first():
+        client.key_value_set(LINES, json.dumps(lifelines.serve(_died)))
+        return
+    port, key = json.loads(client.blocking_key_value_get(LINES, 1000 * JOIN_SECONDS))
+    coordinator = distributed.global_state.coordinator_address
+    assert coordinator is not None
+    host = coordinator.rsplit(":", 1)[0].strip("[]")
+    try:
+        lifelines.connect((host, port), key, jax.process_index(), platform.node())
+    except OSError as error:
+        _tell(
+            f"warning: process {jax.process_index()} on {platform.node()} does not reach the first one at "
+            f"{host}:{port} ({error}). If it dies, the others end {HEARTBEAT_SECONDS} s later and say less of it."
+        )
+
+
+def _died(process: int, host: str) -> None:
+    """Ends all processes, from a thread of the first one."""
+    _death.set()
+    client = _service()
+    text = (
+        f"process {process} on {host} has died: it was killed, ran out of memory or crashed (its own log may say why). "
+        "The same command goes on from the newest checkpoint."
+    )
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failure was first
+        client.key_value_set(FAILED, json.dumps([errors.EXIT_TRY_AGAIN, text, True]))
+    client.key_value_set(f"{LEFT}{process}", "")
+    _tell(f"error: {text}")
+    _end(errors.EXIT_TRY_AGAIN)
+
+
+def await_death(error: BaseException) -> None:
+    """Where a collective failed because a process has died, that is what is said: this one ends here."""
+    if are_joined() and isinstance(error, jax.errors.JaxRuntimeError) and _death.wait(DEATH_SECONDS):
+        threading.Event().wait()  # for the thread that knows of it
+
+
 def _end(code: int) -> None:
     """At once. The first process, which has the service, lets the others read first why."""
+    lifelines.goodbye()
     client = _service()
     sys.stdout.flush()
     sys.stderr.flush()

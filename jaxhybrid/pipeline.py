@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxhybrid import hosts
 from jaxhybrid.assembly import TRAINED, RunModels
-from jaxhybrid.checksums import MANIFEST, file_checksum, write_result
+from jaxhybrid.checksums import MANIFEST, file_checksum, read_result, write_result
 from jaxhybrid.complete import end_ids
 from jaxhybrid.data import BatchIterator, HeldoutBatches, Text, mean_segment_tokens, open_text
 from jaxhybrid.disk import DiskPlan, require
@@ -401,8 +401,11 @@ class Pipeline:
     def export_folder(self) -> Path:
         return Path(self.config.export.folder or self.folder.path / "export").expanduser().absolute()
 
-    def export(self, folder: str | None = None, overwrite: bool = False) -> Path:
-        """The Hugging Face folder of the trained student. `overwrite` replaces what is no earlier export, too."""
+    def export(self, folder: str | None = None, overwrite: bool = False, format: str = "") -> Path:
+        """The Hugging Face folder of the trained student, in another form than the config's where `format` says so.
+
+        `overwrite` replaces what is no earlier export, too.
+        """
         stop_between("the export")
         settings, disk = self.config.export, self.disk
         target = Path(folder or self.export_folder)
@@ -414,7 +417,12 @@ class Pipeline:
         hosts.by_first(refuse, "disk of the export")  # before the student is loaded
         self.models.drop_teacher()
         student = self.models.trained(dtype=jnp.dtype(settings.dtype))
-        return export(student, target, settings.dtype, max_shard_bytes=settings.max_shard_bytes, overwrite=overwrite)
+        evaluation = self.folder.path / "evaluation.json"
+        made = notes.model_card(self.config, read_result(evaluation) if evaluation.exists() else None)
+        return export(
+            student, target, settings.dtype, format=format or settings.format,
+            max_shard_bytes=settings.max_shard_bytes, overwrite=overwrite, told=hosts.say, made=made,
+        )  # fmt: skip
 
     # --- what stages begin and end with, and the training that three of them share
 

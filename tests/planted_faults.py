@@ -558,8 +558,8 @@ FAULTS = [
     ),
     Fault(
         "export: a document takes over a state",
-        "export/remote_code/gated_deltanet_jaxhybrid.py",
-        "log_decay.masked_fill(first[..., None], FORGET)",
+        "export/remote_code/linear_attention_jaxhybrid.py",
+        "log_decay.masked_fill(over(first, log_decay), FORGET)",
         "log_decay",
         f"{PACKING}::test_documents_of_a_row_are_apart[plain-eager]",
     ),

@@ -216,7 +216,28 @@ hosts.barrier("in vain")
     assert "failed: Late: no space" in done[0].stderr
 
 
-def test_a_process_that_is_killed_ends_the_others(tmp_path):
+def test_a_process_that_is_killed_ends_the_others_at_once(tmp_path):
+    done = joined(
+        tmp_path / "logs",
+        """
+if me == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    hosts.barrier("in vain")
+except BaseException as error:
+    hosts.await_death(error)
+    raise
+""",
+        JOINED.replace("HEARTBEAT_SECONDS = 1, 1, 5", "HEARTBEAT_SECONDS = 1, 1, 3600"),
+    )
+    assert done[1].returncode == -signal.SIGKILL
+    assert done[0].returncode == EXIT_TRY_AGAIN, last_lines(done[0])
+    assert re.findall(r"^error: process 1 on .* has died", done[0].stderr, re.MULTILINE)
+    assert "Traceback" not in done[0].stderr
+
+
+def test_a_process_that_is_lost_ends_the_others(tmp_path):
+    """With no connection that would tell: a host that is gone closes none."""
     done = joined(
         tmp_path / "logs",
         """
@@ -224,10 +245,21 @@ if me == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 hosts.barrier("in vain")
 """,
+        JOINED.replace("hosts.initialize", "hosts._hold_lifeline = lambda: None\nhosts.initialize"),
     )
     assert done[1].returncode == -signal.SIGKILL
     assert done[0].returncode not in (0, -signal.SIGKILL)
     assert "stopped sending heartbeats" in done[0].stderr
+
+
+def test_an_unreachable_first_process_is_told(tmp_path):
+    begin = JOINED.replace("hosts.initialize", "if me: hosts.lifelines.connect = refuse\nhosts.initialize")
+    refuse = 'def refuse(*given): raise OSError("no route")\n'
+    done = joined(tmp_path / "logs", 'hosts.barrier("both")', begin.replace("me, port =", f"{refuse}me, port ="))
+    assert [process.returncode for process in done] == [0, 0], [*map(last_lines, done)]
+    assert "warning: process 1 on " in done[1].stderr
+    assert "no route" in done[1].stderr
+    assert "error" not in done[0].stderr
 
 
 def test_too_few_processes_are_named(tmp_path):

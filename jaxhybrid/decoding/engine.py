@@ -101,6 +101,10 @@ class Engine:
         self.texts.pop(slot, None)
         self.requests.pop(slot, None)
 
+    def clear(self) -> None:
+        """Ends all texts and frees the state, whatever it is: a call that failed on the devices leaves none."""
+        self.texts, self.requests, self.states, self.capacity = {}, {}, (), 0
+
     # --- prompts
 
     def prefill(self, requests: Mapping[int, Request]) -> None:
@@ -126,7 +130,7 @@ class Engine:
                 lengths[row] = len(prompts[place]) - 1
                 tokens[row, : lengths[row]] = prompts[place][:-1]
         sizes = chunk_sizes(longest, len(places) // self.devices)
-        self._reserve(max(sum(sizes), longest + 1))
+        self.reserve(max(sum(sizes), longest + 1))
         for number, size in enumerate(sizes):
             first = sum(sizes[:number])
             part = tokens[:, first : first + size]
@@ -160,8 +164,8 @@ class Engine:
             )
         self.states = tuple(states)
 
-    def _reserve(self, places: int) -> None:
-        """Has the caches hold so many tokens a row; what they hold stays."""
+    def reserve(self, places: int) -> None:
+        """Has the caches hold so many tokens a row; what they hold stays. Calls that need more do it by themselves."""
         if places <= self.capacity:
             return
         capacity = max(rounded(places), CAPACITY)
@@ -197,7 +201,7 @@ class Engine:
         left = {slot: request.max_new_tokens - self._made(slot) for slot, request in self.requests.items()}
         if steps is None:
             steps = STEPS[max(left.values()) > STEPS[0]]
-        self._reserve(max(map(len, self.texts.values())) + steps)
+        self.reserve(max(len(text) + min(steps, left[slot]) for slot, text in self.texts.items()))
         settings = [self.requests[slot].sampling if slot in self.texts else GREEDY for slot in range(self.slots)]
         rows = jax.tree.map(self._placed, self._rows(left, settings))
         drawn = any(setting.temperature > 0 for setting in settings)

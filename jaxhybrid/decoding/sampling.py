@@ -34,7 +34,7 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = {
             "temperature": (self.temperature >= 0, "use 0 for greedy or a positive value"),
-            "top_k": (self.top_k >= 0, "use 0 for all tokens or a positive count"),
+            "top_k": (0 <= self.top_k < 2**31, "use 0 for all tokens or a positive count below 2^31"),
             "top_p": (0 < self.top_p <= 1, "use a probability in (0, 1]; 1 keeps all tokens"),
             "min_p": (0 <= self.min_p <= 1, "use a share in [0, 1]; 0 keeps all tokens"),
             "repetition_penalty": (self.repetition_penalty > 0, "use a positive value; 1 is none"),

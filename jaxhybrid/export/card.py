@@ -1,9 +1,11 @@
 """The README.md of an exported folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxhybrid.families import STUDENT_TYPE
+from jaxhybrid.families import is_student_config
+from jaxhybrid.families.native import QWEN3_5
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 
@@ -24,26 +26,31 @@ whose memory does not grow with the text.
 
 ## Use
 
-Needs `torch` and `transformers{transformers}`. The Python files in this folder are the model; `trust_remote_code` lets
-transformers run them.
+{needs}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # or the name of its repository
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-Made with jaxhybrid. The terms of the base model apply.
+{made}Made with jaxhybrid. {terms}
 """
+
+OWN_CODE = f"""\
+Needs `torch` and `transformers{TRANSFORMERS}`. The Python files in this folder are the model; `trust_remote_code` lets
+transformers run them."""
+NATIVE = f"""\
+Needs `torch` and `transformers{TRANSFORMERS}`, which has this architecture itself: `{QWEN3_5}`."""
 
 
 def base_model_name(source: Path | None, teacher_config: dict[str, Any]) -> str | None:
     """What the base model is called: "org/name" where a hub cache or its config tells, else its folder's name."""
-    if teacher_config.get("model_type") == STUDENT_TYPE:  # a student trained further
+    if is_student_config(teacher_config):  # a student trained further
         return teacher_config.get("base_model")
     if source is None:
         return None
@@ -54,11 +61,18 @@ def base_model_name(source: Path | None, teacher_config: dict[str, Any]) -> str 
     return name if _is_repository(name) else source.absolute().name
 
 
-def model_card(config: ModelConfig, name: str, base: str | None, dtype: str) -> str:
-    """Markdown with the hub's metadata block: what the model is, which layers are softmax, how to load it."""
+def model_card(
+    config: ModelConfig, name: str, base: str | None, dtype: str, *, native: bool, made: str, terms: Sequence[str]
+) -> str:
+    """Markdown with the hub's metadata block: what the model is, which layers are softmax, how to load it.
+
+    made: how it was trained, and its figures, in Markdown. terms: files of the base model's terms in the folder.
+    """
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxhybrid, linear-attention]"]
     if base is not None and _is_repository(base):
         metadata.append(f"base_model: {base}")
+    if terms:  # the hub's word for terms that are not one of its list
+        metadata += ["license: other", f"license_link: {terms[0]}"]
     softmax = config.softmax_layers
     mixer = None if config.mixer is None else LINEAR_MIXERS[config.mixer.kind]
     return CARD.format(
@@ -72,7 +86,12 @@ def model_card(config: ModelConfig, name: str, base: str | None, dtype: str) -> 
         title="" if mixer is None else f" ({mixer.title})",
         mixer="" if mixer is None else f"A linear layer has: {', '.join(mixer.describe(config))}. ",
         dtype=dtype,
-        transformers=TRANSFORMERS,
+        needs=NATIVE if native else OWN_CODE,
+        made=f"{made}\n\n" if made else "",
+        terms=f"The terms of the base model apply: {', '.join(terms)}."
+        if terms
+        else "The terms of the base model apply.",
+        trust="" if native else ", trust_remote_code=True",
     )
 
 

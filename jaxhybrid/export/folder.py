@@ -3,15 +3,18 @@
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxhybrid import hosts
+from jaxhybrid.checksums import MANIFEST, write_manifest
 from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export.card import base_model_name, model_card
-from jaxhybrid.families import student_config_to_hf
+from jaxhybrid.export.form import choose
+from jaxhybrid.families import native_student_config_to_hf, student_config_to_hf
 from jaxhybrid.families.student import is_student
 from jaxhybrid.files import draft_of, make_folder, storage_errors, write_json
 from jaxhybrid.model.config import ModelConfig
@@ -38,7 +41,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates",
 )
-WRITTEN = (*CODE_FILES, *TOKENIZER_FILES, *TERMS_FILES, "config.json", "generation_config.json", "README.md")
+WRITTEN = (*CODE_FILES, *TOKENIZER_FILES, *TERMS_FILES, "config.json", "generation_config.json", "README.md", MANIFEST)
 WRITTEN_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 WAY_OUT = "choose another folder; nothing is left of the export: run it again"
 
@@ -48,22 +51,30 @@ def export(
     folder: str | os.PathLike[str],
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     *,
+    format: str = "auto",
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    told: Callable[[str], None] = lambda text: None,
+    made: str = "",
 ) -> Path:
-    """Writes `model` to `folder`: safetensors, config, generation config, tokenizer, model code and a model card.
+    """Writes `model` to `folder`: safetensors, config, generation config, tokenizer, model code, model card, checksums.
 
     The folder appears whole or not at all. Tokenizer, generation config and the terms of the base model come from
     `model.folder`. With several processes all must call it, and the first one writes.
-    It loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` without jaxhybrid or jax.
+    It loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` without jaxhybrid or jax; in
+    the native form, an architecture that transformers has itself, without `trust_remote_code`.
 
     Args:
         dtype: of the weights; decays (`A_log`, `dt_bias`) stay float32.
+        format: `native`, `remote-code`, or `auto`: native where that is exact.
         max_shard_bytes: weights files are split at this size.
         overwrite: replace `folder` whatever it holds. Without it, only an earlier export is replaced.
+        told: gets what form was chosen, and why not another.
+        made: Markdown for the model card: how the model was trained, and its figures.
 
     Raises:
-        ConfigError: `dtype` is unknown, or the model has a shape its family cannot express.
+        ConfigError: `dtype` or `format` is unknown, or the model has a shape that its family, or a native architecture
+            that was asked for, cannot express.
         RunError: `folder` holds something else, or cannot be written.
     """
     if dtype not in ("bfloat16", "float32"):
@@ -79,7 +90,15 @@ def export(
 
     source_config = _table(source, "config.json")
     base = base_model_name(source, source_config)
-    config = _config(model.config, source_config, base, dtype)
+    config = student_config_to_hf(model.config, source_config)  # refuses what the family cannot say
+    form = choose(model, dtype, format)
+    if form.told:
+        told(form.told)
+    if form.native:
+        config = native_student_config_to_hf(model.config, source_config)
+    else:
+        config |= {"architectures": ["JaxHybridForCausalLM"], "auto_map": AUTO_MAP}
+    config |= {"dtype": dtype, "base_model": base}
     generation_config = _generation_config(model.config, source, source_config)
     writer = hosts.is_first()
     make_folder(target.parent, WAY_OUT)
@@ -88,12 +107,18 @@ def export(
         if writer:
             write_json(draft / "config.json", config, WAY_OUT)
             write_json(draft / "generation_config.json", generation_config, WAY_OUT)
-            for name in CODE_FILES:
+            for name in () if form.native else CODE_FILES:
                 shutil.copyfile(REMOTE_CODE / name, draft / name)
             _copy_tokenizer(source, draft)
-            (draft / "README.md").write_text(model_card(model.config, target.name, base, dtype))
-        save_weights(model.params, model.config, draft, jnp.dtype(dtype), max_shard_bytes)
+            terms = sorted(path.name for pattern in TERMS_FILES for path in draft.glob(pattern))
+            card = model_card(model.config, target.name, base, dtype, native=form.native, made=made, terms=terms)
+            (draft / "README.md").write_text(card)
+        save_weights(
+            model.params, model.config, draft, jnp.dtype(dtype), max_shard_bytes,
+            tensors=form.tensors, factors=form.factors,
+        )  # fmt: skip
         if writer:
+            write_manifest(draft)
             _put_in_place(draft, target)
     hosts.barrier(f"export {target}")
     return target
@@ -126,15 +151,6 @@ def refuse_to_replace(target: Path, source: Path | None, overwrite: bool) -> Non
 def _table(source: Path | None, name: str) -> dict[str, Any]:
     """A JSON table of the base model; empty where there is none."""
     return read_table(source / name) if source is not None and (source / name).is_file() else {}
-
-
-def _config(config: ModelConfig, source_config: dict[str, Any], base: str | None, dtype: str) -> dict[str, Any]:
-    return student_config_to_hf(config, source_config) | {
-        "architectures": ["JaxHybridForCausalLM"],
-        "auto_map": AUTO_MAP,
-        "dtype": dtype,
-        "base_model": base,
-    }
 
 
 def _generation_config(config: ModelConfig, source: Path | None, source_config: dict[str, Any]) -> dict[str, Any]:

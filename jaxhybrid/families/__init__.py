@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.families import student
+from jaxhybrid.families import native, student
 from jaxhybrid.families.base import Family
 from jaxhybrid.families.exaone4 import EXAONE4
 from jaxhybrid.families.gemma import GEMMA, GEMMA3
@@ -18,7 +18,7 @@ from jaxhybrid.families.qwen2 import QWEN2
 from jaxhybrid.families.qwen3 import QWEN3
 from jaxhybrid.families.seed_oss import SEED_OSS
 from jaxhybrid.families.smollm3 import SMOLLM3
-from jaxhybrid.families.student import STUDENT_TYPE
+from jaxhybrid.families.student import STUDENT_TYPE, is_student_config
 from jaxhybrid.model.config import ModelConfig
 
 FAMILIES: Mapping[str, Family] = {
@@ -41,9 +41,9 @@ def hf_to_config(hf: dict[str, Any], ignore_config_keys: Iterable[str] = ()) -> 
 
     ignore_config_keys: keys that may be ignored, those inside another as `rope_scaling.name`.
     """
-    if hf.get("model_type") == STUDENT_TYPE:
+    if is_student_config(hf):
         raise ConfigError(
-            f"model_type={STUDENT_TYPE!r} is an exported student, not a teacher; read it with load_student."
+            f"model_type={hf['model_type']!r} is an exported student, not a teacher; read it with load_student."
         )
     return family(hf.get("model_type", "")).read_config(hf, ignore_config_keys)
 
@@ -58,8 +58,15 @@ def student_config_to_hf(config: ModelConfig, teacher_hf_config: Mapping[str, An
     return student.write_student(family(config.family), config, teacher_hf_config)
 
 
+def native_student_config_to_hf(config: ModelConfig, teacher_hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a student in transformers' own architecture, which has to express it: see `native.features`."""
+    return native.write_native(family(config.family), config, teacher_hf_config)
+
+
 def hf_to_student_config(hf: dict[str, Any]) -> ModelConfig:
-    """An exported student's config.json as a ModelConfig."""
+    """An exported student's config.json as a ModelConfig, in whichever form it was exported."""
+    if hf.get("model_type") == native.QWEN3_5:
+        return native.read_native(FAMILIES, hf)
     return student.read_student(FAMILIES, hf)
 
 
@@ -71,5 +78,7 @@ __all__ = [
     "family",
     "hf_to_config",
     "hf_to_student_config",
+    "is_student_config",
+    "native_student_config_to_hf",
     "student_config_to_hf",
 ]

@@ -111,9 +111,14 @@ def _read_mixer(hf: Mapping[str, Any]) -> MixerConfig | None:
     return None
 
 
+def is_student_config(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json is an exported student's: those in transformers' own architectures name their base, too."""
+    return hf.get("model_type") == STUDENT_TYPE or "base_model_type" in hf
+
+
 def is_student(folder: Path) -> bool:
     """Whether a folder holds an exported student."""
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == STUDENT_TYPE
+        return is_student_config(json.loads((folder / "config.json").read_text()))
     except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
         return False

@@ -12,7 +12,7 @@ from jaxhybrid.errors import ConfigError
 
 FULL_ATTENTION = "full_attention"
 # What the backward pass computes again: see `model.walk`.
-Remat = Literal["none", "block", "dots", "offload"]
+Remat = Literal["none", "block", "mlp", "dots", "offload"]
 
 
 @dataclass(frozen=True)

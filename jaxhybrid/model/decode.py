@@ -146,8 +146,8 @@ def states_specs(config: ModelConfig) -> tuple[dict[str, P], ...]:
     return tuple(state_specs(config, kind) for kind in config.layer_types)
 
 
-def _state_spec(heads_axis: int) -> P:
-    return P(BATCH_AXES, *(None,) * (heads_axis - 1), "tensor")
+def _state_spec(heads_axis: int | None) -> P:
+    return ROWS if heads_axis is None else P(BATCH_AXES, *(None,) * (heads_axis - 1), "tensor")
 
 
 def layer_specs(config: ModelConfig, kind: str) -> Params | P:

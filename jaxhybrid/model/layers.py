@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxhybrid.model.blueprint import Initializer, normal, ones, weight, zeros
 from jaxhybrid.model.config import ModelConfig
@@ -24,6 +25,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
+# Names for policies of recomputation.
+MLP_INPUT, MLP_PRODUCT = "mlp_input", "mlp_product"
 
 
 class LayerView(NamedTuple):
@@ -173,7 +176,8 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        named = partial(checkpoint_name, name=MLP_PRODUCT)
+        return self.down_proj(ACTIVATIONS[self.activation](named(self.gate_proj(x))) * named(self.up_proj(x)))
 
 
 class Block(nnx.Module):
@@ -196,6 +200,7 @@ class Block(nnx.Module):
         return self._added(x, self.mixed_norm(mixed) if self.norms_after else mixed)
 
     def add_mlp(self, x: jax.Array) -> jax.Array:
+        x = checkpoint_name(x, MLP_INPUT)
         with jax.named_scope("mlp"):
             out = self.mlp(self.post_norm(x) if self.norms_before else x)
             return self._added(x, self.mlp_norm(out) if self.norms_after else out)

@@ -23,6 +23,8 @@ QUERY_BLOCK = 1024  # queries of a block of the plain form
 GPU_ROW = 2048  # keys up to which cuDNN gets one mask for all queries, and its gradient computes nothing again
 GPU_QUERY_BLOCK = 512
 GPU_QUERIES = 4096  # that one call of cuDNN should have at least, to fill the chip
+GPU_MANY_QUERIES = 32768  # in rows up to GPU_MIDDLE_ROW: most batches in one call, with no loop and one choice
+GPU_MIDDLE_ROW = 8192
 TPU_BLOCK = 512  # queries, and keys, of a block of splash attention
 TPU_LONG_BLOCK, TPU_LONG = 1024, 32768  # in longer rows: a table of all pairs of blocks is in scalar memory
 DECODE_BLOCK = 512  # keys of a block of the cache
@@ -87,7 +89,8 @@ def causal_attention(
         return _cudnn_short(q, k, v, query_starts, first, is_causal=first_query is None)
     if platform == "gpu" and short:
         size = min(GPU_QUERY_BLOCK, Q + -Q % 8)
-        blocks = size, max(1, min(GPU_QUERIES // (B * size), Q // size))
+        most = GPU_MANY_QUERIES if k.shape[1] <= GPU_MIDDLE_ROW else GPU_QUERIES
+        blocks = size, max(1, min(most // (B * size), math.ceil(Q / size)))
         if first_query is None:
             return _cudnn_documents(q, k, v, query_starts, first, blocks)
         return _cudnn_windowed(q, k, v, query_starts, first, blocks)

@@ -14,17 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxhybrid.model.blueprint import Params, bind, cast, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, Remat, layers_of_kind
-from jaxhybrid.model.layers import Block, LayerView, TokenContext, layer_views
+from jaxhybrid.model.layers import MLP_INPUT, MLP_PRODUCT, Block, LayerView, TokenContext, layer_views
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import gather, mark
 
 BLOCK_INPUT = "block_input"
 POLICIES = {
     "block": None,
+    "mlp": jax.checkpoint_policies.save_only_these_names(MLP_INPUT, MLP_PRODUCT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT],
@@ -57,8 +59,10 @@ def walk(
         extra: per kind, what else `mix` gets: a stack with a row for each of its layers.
         softmax: [L] bool, traced: see `hidden_states`.
         remat: what is kept for the backward pass. `none`: everything. `block`: x between the blocks. `dots`: results of
-            matrix products, too. `offload`: x between the blocks, in the host's memory. Where kinds share a scan, with
-            `block`, `mix` must close over no array: its gradient is taken when the scan's own arrays are gone.
+            matrix products, too. `offload`: x between the blocks, in the host's memory. `mlp`: x before each mixer and
+            each MLP, and the MLP's products but the last; blocks are cast to x's dtype once, and their gradients are
+            of it. Where kinds share a scan, with `block` and `mlp`, `mix` must close over no array: its gradient is
+            taken when the scan's own arrays are gone.
         sums: dtype in which devices add up the gradients of their shared weights.
         watch: gives a layer's result in place of `mix`, from what goes into its block and what comes out.
 
@@ -72,7 +76,7 @@ def walk(
     for kind in kinds:
         stack = params["mixers"][kind]
         if len(kinds) > 1:
-            stack = blocks.in_compute_dtype(kind, stack)
+            stack = blocks.in_compute_dtype(MIXERS[kind], stack)
         if softmax is None:
             stacks[kind] = spread(stack, config.layer_types, kind)
         elif jax.tree.leaves(stack)[0].shape[0] == config.num_layers:
@@ -87,7 +91,10 @@ def walk(
         return block(which, x, context.at_layer(view), block_params, rows | shared, own)
 
     own = None if extra is None else extra[kinds[0]]
-    x, result = jax.lax.scan(body, x, (which, params["blocks"], stacks, own, _views(config)))
+    every = params["blocks"]
+    if blocks.keeps_products:
+        every = blocks.in_compute_dtype(Block, every)
+    x, result = jax.lax.scan(body, x, (which, every, stacks, own, _views(config)))
     return x, {kinds[0]: result} if len(kinds) == 1 else {}
 
 
@@ -135,28 +142,40 @@ class _Blocks:
     def of_any(self, kinds: tuple[str, ...]) -> BlockFunction:
         """The block of a layer whose kind is number `which` of `kinds`; without results."""
         if self.remat == "block":
-            return self._own_gradient_of_any(kinds)
+            chosen = with_own_gradient([self._alone(kind) for kind in kinds])
+            return lambda which, x, context, params, rows, own: (chosen(which, context, x, params, rows), None)
+
+        def branch(kind: str) -> Callable[..., jax.Array]:
+            return lambda context, normed, rows: self._mixed(kind, normed, context, rows, None, marked=True)[0]
+
+        branches = [branch(kind) for kind in kinds]
+        mixed_by = with_own_gradient(branches) if self.keeps_products else partial(_switch, branches)
 
         def block(
             which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: None
         ) -> tuple[jax.Array, None]:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
-
-            def branch(kind: str) -> Callable[..., jax.Array]:
-                return lambda normed, rows: self._mixed(kind, normed, context, rows, own, marked=True)[0]
-
-            mixed = jax.lax.switch(which, [branch(kind) for kind in kinds], block.mixer_input(x), rows)
+            mixed = mixed_by(which, context, block.mixer_input(x), rows)
             return block.add_mlp(block.add_mixed(x, mixed)), None
 
         return self._recomputed(block)
 
-    def in_compute_dtype(self, kind: str, stack: Params) -> Params:
-        """Of kinds that share a scan: their rows lie there several times."""
-        declared = variables(MIXERS[kind], self.config, jax.tree.leaves(stack)[0].shape[0])
+    def _alone(self, kind: str) -> Callable[..., jax.Array]:
+        block = self.of(kind, in_switch=True)
+        return lambda context, x, block_params, rows: block(None, x, context, block_params, rows, None)[0]
+
+    @property
+    def keeps_products(self) -> bool:
+        return self.remat == "mlp"
+
+    def in_compute_dtype(self, part: type[nnx.Module], stack: Params) -> Params:
+        """Before the scan: of mixers whose rows lie there several times, and of blocks that are read several times."""
+        declared = variables(part, self.config, jax.tree.leaves(stack)[0].shape[0])
         return cast(declared, mark(declared, stack), self.dtype)
 
     def _block(self, params: Params) -> Block:
-        return bind(Block, self.config, gather(variables(Block, self.config), params, self.dtype, self.sums))
+        declared = variables(Block, self.config)
+        return bind(Block, self.config, gather(declared, params, self.dtype, self.sums, marked=self.keeps_products))
 
     def _mixed(
         self, kind: str, normed: jax.Array, context: TokenContext, rows: Params, own: Any, marked: bool
@@ -169,35 +188,37 @@ class _Blocks:
     def _recomputed(self, block: BlockFunction) -> BlockFunction:
         return block if self.remat == "none" else jax.checkpoint(block, policy=POLICIES[self.remat])
 
-    def _own_gradient_of_any(self, kinds: tuple[str, ...]) -> BlockFunction:
-        """`jax.checkpoint` of the block, by a gradient of its own with the whole block in each branch.
 
-        JAX's gradient of a switch would carry what every branch wants to keep out of one switch and into the next,
-        zeros for all but the branch that was taken: 5 % of a distillation step on an H200, where this is none.
-        """
-        branches = [self.of(kind, in_switch=True) for kind in kinds]
+# (context, operands) -> array
+Branch = Callable[..., jax.Array]
 
-        @jax.custom_vjp
-        def block(which: jax.Array, *operands: Any) -> jax.Array:
-            choices = [lambda *operands, f=f: f(None, *operands, None)[0] for f in branches]
-            return jax.lax.switch(which, choices, *operands)
 
-        def backward(saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-            which, *operands = saved
+def _switch(branches: list[Branch], which: jax.Array, context: TokenContext, *operands: Any) -> jax.Array:
+    return jax.lax.switch(which, branches, context, *operands)
 
-            def pull(branch: BlockFunction, x: Any, context: Any, block_params: Any, rows: Any, cotangent: Any) -> Any:
-                run = lambda x, block_params, rows: branch(None, x, context, block_params, rows, None)[0]  # noqa: E731
-                return jax.vjp(run, x, block_params, rows)[1](cotangent)
 
-            pulls = [partial(pull, branch) for branch in branches]
-            x, block_params, rows = jax.lax.switch(which, pulls, *operands, cotangent)
-            return None, x, None, block_params, rows
+def with_own_gradient(branches: list[Branch]) -> Branch:
+    """`_switch` whose gradient computes the branch that was taken once more, from the operands alone.
 
-        block.defvjp(lambda *operands: (block(*operands), operands), backward)
-        return lambda which, x, context, block_params, rows, own: (
-            block(which, x, context, block_params, rows),
-            None,
-        )
+    JAX's gradient of a switch would carry what every branch wants to keep out of one switch and into the next,
+    zeros for all but the branch that was taken: 5 % of a distillation step on an H200, where this is none.
+    """
+
+    @jax.custom_vjp
+    def chosen(which: jax.Array, context: TokenContext, *operands: Any) -> jax.Array:
+        return _switch(branches, which, context, *operands)
+
+    def backward(saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+        which, context, *operands = saved
+
+        def pull(branch: Branch, context: TokenContext, cotangent: jax.Array, *operands: Any) -> Any:
+            return jax.vjp(partial(branch, context), *operands)[1](cotangent)
+
+        pulls = [partial(pull, branch) for branch in branches]
+        return None, None, *jax.lax.switch(which, pulls, context, cotangent, *operands)
+
+    chosen.defvjp(lambda *arguments: (chosen(*arguments), arguments), backward)
+    return chosen
 
 
 def _views(config: ModelConfig) -> LayerView | None:

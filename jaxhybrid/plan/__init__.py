@@ -37,7 +37,11 @@ def print_plan(
             print(text, flush=True)
 
     say(model_screen(planned))
-    found: dict[str, Any] = {"model": surgery.as_json(planned), "serving": serving.as_json(planned), "topologies": {}}
+    found: dict[str, Any] = {
+        "model": surgery.as_json(planned),
+        "serving": serving.as_json(serving.serving(planned)),
+        "topologies": {},
+    }
     for topology in slices:
         steps = Steps(topology, cache_folder(), jobs, lambda text: print(text, file=sys.stderr))
         if suggest:

@@ -59,7 +59,7 @@ def advice(stage: str, settings: StageConfig, memory: Memory, mesh: Mapping[str,
         ways.append(f"{stage}.gradient_accumulation={2 * settings.gradient_accumulation} halves the rows at a time")
     elif rows == 1 and memory.beside > memory.usable / 8:
         ways.append(f"a device has one row already: mesh.context={2 * mesh['context']} splits rows")
-    if stage != "align" and settings.remat in ("none", "dots"):
+    if stage != "align" and settings.remat in ("none", "dots", "mlp"):
         ways.append(f"{stage}.remat=block keeps less for the backward pass")
     elif stage != "align" and settings.remat == "block":
         ways.append(f"{stage}.remat=offload keeps blocks' inputs in the host's memory")

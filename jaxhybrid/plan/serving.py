@@ -51,27 +51,29 @@ class Serving:
 
 
 def serving(planned: Planned) -> Serving:
-    """By what the mixers keep in decoding, K/V caches in the run's compute dtype and states in float32."""
-    dtype, hybrid = jnp.dtype(planned.config.dtype), planned.hybrid
+    """Of a run's hybrid, in its compute dtype."""
+    return serving_of(planned.hybrid, planned.config.dtype)
+
+
+def serving_of(hybrid: ModelConfig, dtype: Any) -> Serving:
+    """By what the mixers keep in decoding, K/V caches in `dtype` and states in float32."""
     one, two = (_state_bytes(FULL_ATTENTION, hybrid, length, dtype) for length in (1, 2))
-    assert hybrid.mixer is not None
     return Serving(
         token=two - one,
-        state=_state_bytes(hybrid.mixer.kind, hybrid, 1, dtype),
+        state=0 if hybrid.mixer is None else _state_bytes(hybrid.mixer.kind, hybrid, 1, dtype),
         softmax_layers=len(hybrid.softmax_layers),
         depth=hybrid.num_layers,
-        weights=count_parameters(model_variables(hybrid)) * dtype.itemsize,
+        weights=count_parameters(model_variables(hybrid)) * jnp.dtype(dtype).itemsize,
     )
 
 
 def _state_bytes(kind: str, config: ModelConfig, capacity: int, dtype: Any) -> int:
-    state = jax.eval_shape(lambda: MIXERS[kind].initial_state(config, 1, capacity, dtype))
+    state = jax.eval_shape(lambda: MIXERS[kind].initial_state(config, 1, capacity, jnp.dtype(dtype)))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-def as_json(planned: Planned, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+def as_json(found: Serving, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
     """For programs."""
-    found = serving(planned)
     return {
         "kv_bytes_per_token_and_softmax_layer": found.token,
         "state_bytes_per_linear_layer": found.state,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from jaxhybrid.report.table import evaluation_rows
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import StageConfig
 
@@ -28,6 +29,24 @@ def choice(record: dict[str, Any]) -> str:
     reached = f", KL {last['kl']:.4f}{untrained}" if "kl" in last else ""
     spent = [f"{cost[name]:,} tokens {what}" for name, what in COSTS.items() if cost[name]]
     return f"{kept}{reached}" + (f" ({' and '.join(spent)}, {cost['flops']:.1e} FLOPs)" if spent else "")
+
+
+def model_card(config: RunConfig, evaluation: dict[str, Any] | None) -> str:
+    """How a run made its hybrid, and the figures of its evaluation, as sections of a model card."""
+    sources = ", ".join(Path(source).name if Path(source).is_absolute() else source for source in config.data.train)
+    stages = {name: getattr(config, name).tokens for name in ("align", "distill", "finetune")}
+    trained = ", ".join(f"{name} {tokens:,}" for name, tokens in stages.items())
+    text = (
+        "## How it was made\n\n"
+        "Linear layers were aligned to the attention they replace, the hybrid was distilled from the base model by KL, "
+        "and finetuned\n(RADLADS, arXiv 2505.03005). "
+        f"The softmax layers were chosen by `{config.select.method}`.\n\nTokens: {trained}. Text: {sources}."
+    )
+    if evaluation is None:
+        return text
+    header, rows = evaluation_rows(evaluation, made=False)
+    lines = [header, ["---"] * len(header), *rows]
+    return f"{text}\n\n## Figures\n\nHeld-out text.\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def end_of_run(config: RunConfig, exported: Path, page: Path) -> str:

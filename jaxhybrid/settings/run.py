@@ -94,6 +94,9 @@ class ExportConfig(Section):
 
     folder: str | None = about(None, "where to write; null: RUN_DIR/export")
     dtype: Dtype = about("bfloat16", "type of the weights in the files")
+    format: Literal["auto", "native", "remote-code"] = about(
+        "auto", "native: an architecture of transformers itself; remote-code: its own code; auto: native where exact"
+    )
     max_shard: str = about("5GB", "largest weights file, as 5GB or 500MB")
 
     @field_validator("max_shard")

@@ -52,8 +52,9 @@ class StageConfig(Section):
     clip_norm: Positive | None = about(1.0, "largest global gradient norm; null does not clip")
     remat: RematPolicy = free(
         "block",
-        "what the backward pass computes again. none: nothing; dots: all but matrix products; block: each block from "
-        "its input, a third more time; offload: so, with the inputs in the host's memory",
+        "what the backward pass computes again. none: nothing; dots: all but matrix products; mlp: mixers, and what "
+        "is cheap of MLPs; block: each block from its input, a third more time; offload: so, with the inputs in the "
+        "host's memory",
     )
     checkpoint_every: Count = free(500, "steps between checkpoints")
     keep_checkpoints: Count = free(2, "newest checkpoints that stay; one more is being written")

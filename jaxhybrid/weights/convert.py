@@ -31,8 +31,9 @@ def convert(teacher: Model, layer_types: tuple[str, ...], mixer: MixerConfig, rn
         mixers[FULL_ATTENTION] = _take_rows(attention, softmax)
     if linear:
         linear_mixer = LINEAR_MIXERS[mixer.kind]
-        taken = linear_mixer.from_attention(_take_rows(attention, linear), config)
-        mixers[mixer.kind] = initialize(linear_mixer, config, rng, len(linear)) | taken
+        depths = jnp.array(linear, jnp.float32) / max(config.num_layers - 1, 1)
+        fresh = initialize(linear_mixer, config, rng, len(linear)) | linear_mixer.by_depth(depths, config)
+        mixers[mixer.kind] = fresh | linear_mixer.from_attention(_take_rows(attention, linear), config)
     return Model({**teacher.params, "mixers": mixers}, config, teacher.folder)
 
 

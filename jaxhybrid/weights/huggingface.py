@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxhybrid import hosts
 from jaxhybrid.errors import ConfigError, WeightsError
 from jaxhybrid.families import hf_to_config, hf_to_student_config
+from jaxhybrid.families.native import QWEN3_5
 from jaxhybrid.model.blueprint import Exact, Params, is_variable
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import param_shardings
@@ -28,7 +29,9 @@ from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.model import open_gguf
 from jaxhybrid.weights.gguf.source import is_gguf
 from jaxhybrid.weights.names import FileTensor, file_tensors, fused_tensors
+from jaxhybrid.weights.native import PartOfTensor, native_tensors, own_tensors
 from jaxhybrid.weights.safetensors import DTYPES, StoredTensor, read_table, stored_tensors
+from jaxhybrid.weights.save import Written
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "ACCEPTABLE_USE*")
@@ -71,8 +74,7 @@ def load_student(
     shardings: Params | None = None,
 ) -> Model:
     """A hybrid that `export` wrote; arguments and errors as for `load_teacher`."""
-    path = _resolve(folder)
-    return _load(_open(path, hf_to_student_config(read_table(path / "config.json"))), dtype, mesh, shardings)
+    return _load(open_student(folder), dtype, mesh, shardings)
 
 
 def _load(files: "ModelFiles", dtype: Any, mesh: Mesh | None, shardings: Params | None) -> Model:
@@ -87,6 +89,13 @@ def open_teacher(path_or_id: str | os.PathLike[str], ignore_config_keys: Iterabl
     """What `load_teacher` reads from, checked as far as it can be without reading the weights."""
     folder = _resolve(path_or_id)
     return _open(folder, hf_to_config(read_table(folder / "config.json"), ignore_config_keys))
+
+
+def open_student(folder: str | os.PathLike[str]) -> "ModelFiles":
+    """What `load_student` reads from, in either form of an export, checked without reading the weights."""
+    path = _resolve(folder)
+    hf = read_table(path / "config.json")
+    return _open(path, hf_to_student_config(hf), hf.get("model_type") == QWEN3_5)
 
 
 def teacher_keys(path_or_id: str | os.PathLike[str]) -> dict[str, Any]:
@@ -115,7 +124,7 @@ class ModelFiles:
 
     folder: Path
     config: ModelConfig
-    stored: dict[str, StoredTensor]
+    stored: Mapping[str, StoredTensor | PartOfTensor]
     entries: list[FileTensor]
 
     @property
@@ -143,21 +152,22 @@ class ModelFiles:
         return jax.tree_util.tree_map_with_path(read, declared, *rest, is_leaf=is_variable)
 
 
-def _open(folder: Path, config: ModelConfig) -> ModelFiles:
+def _open(folder: Path, config: ModelConfig, native: bool = False) -> ModelFiles:
     """Raises WeightsError: a tensor is quantised, missing, unexpected, or of another shape than the config says."""
     _check_tokenizer(folder, config)
     stored, entries = stored_tensors(folder), file_tensors(config)
+    tensors: Sequence[Written] = native_tensors(config) if native else entries
     _refuse_quantised(folder, stored)
     stored = _parted(stored, entries, config)
-    _check_names(folder, stored, entries, config)
-    for entry in entries:
+    _check_names(folder, stored, tensors, config)
+    for entry in tensors:
         found, expected = stored[entry.name].shape, entry.file_shape
         if found != expected:
             raise WeightsError(
                 f"{entry.name} in {stored[entry.name].file} has shape {list(found)}, expected {list(expected)} "
                 "from config.json; weights and config do not belong together."
             )
-    return ModelFiles(folder, config, stored, entries)
+    return ModelFiles(folder, config, own_tensors(stored, config) if native else stored, entries)
 
 
 def _parted(stored: dict[str, StoredTensor], entries: list[FileTensor], config: ModelConfig) -> dict[str, StoredTensor]:
@@ -180,7 +190,11 @@ def _parted(stored: dict[str, StoredTensor], entries: list[FileTensor], config: 
 
 
 def _read_leaf(
-    rows: list[FileTensor], stored: dict[str, StoredTensor], shape: tuple[int, ...], dtype: Any, sharding: Any
+    rows: list[FileTensor],
+    stored: Mapping[str, StoredTensor | PartOfTensor],
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: Any,
 ) -> jax.Array:
     """One leaf, placed part by part: the host holds one part of it, and the pages of one tensor, at a time."""
 
@@ -219,7 +233,9 @@ def _refuse_quantised(folder: Path, stored: dict[str, StoredTensor]) -> None:
         )
 
 
-def _check_names(folder: Path, stored: dict[str, StoredTensor], entries: list[FileTensor], config: ModelConfig) -> None:
+def _check_names(
+    folder: Path, stored: dict[str, StoredTensor], entries: Sequence[Written], config: ModelConfig
+) -> None:
     expected = {entry.name for entry in entries}
     missing = [entry.name for entry in entries if entry.name not in stored]
     if missing:

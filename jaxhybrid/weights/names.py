@@ -6,7 +6,7 @@ separate tensors there and rows of one stacked leaf here.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +71,34 @@ class FileTensor(NamedTuple):
     def file_shape(self) -> Shape:
         return self.layout.file_shape(self.shape)
 
+    @property
+    def parts(self) -> tuple["FileTensor", ...]:
+        """What is read to write it: itself alone. See `weights.native` for tensors made of several."""
+        return (self,)
+
+    def to_file(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """It, of the values of its parts in the file's layout."""
+        return values[0]
+
+
+class FusedTensor(NamedTuple):
+    """Several tensors of a file in one, the rows of each below those of the one before."""
+
+    name: str
+    parts: tuple[FileTensor, ...]
+
+    @property
+    def file_shape(self) -> Shape:
+        shapes = [part.file_shape for part in self.parts]
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    @property
+    def float32(self) -> bool:
+        return self.parts[0].float32
+
+    def to_file(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(values)
+
 
 def file_tensors(config: ModelConfig) -> list[FileTensor]:
     """Every tensor of a model of this config, in the order of a file: embedding, layer by layer, final norm, head."""
@@ -103,6 +131,15 @@ def fused_tensors(config: ModelConfig) -> dict[str, list[str]]:
         for layer in range(config.num_layers)
         for whole, parts in family(config.family).fused.items()
     }
+
+
+def teacher_tensors(config: ModelConfig) -> list[FileTensor | FusedTensor]:
+    """`file_tensors`, fused as the family's own files have them; exports have them apart."""
+    parts = {entry.name: entry for entry in file_tensors(config)}
+    fused = fused_tensors(config)
+    first = {names[0]: FusedTensor(name, tuple(parts[part] for part in names)) for name, names in fused.items()}
+    others = {part for names in fused.values() for part in names[1:]}
+    return [first.get(name, entry) for name, entry in parts.items() if name not in others]
 
 
 def _leaf(name: str, variable: nnx.Variable) -> tuple[str, Layout]:

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,31 @@ from jaxhybrid import hosts
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.weights.names import FileTensor, file_tensors, fused_tensors
+from jaxhybrid.weights.names import FileTensor, file_tensors
 from jaxhybrid.weights.safetensors import INDEX_FILE, SINGLE_FILE, file_order, stream_safetensors
 
 PIECE_BYTES = 1 << 26  # put into the file's layout at once
 
 
-class _Tensor(NamedTuple):
-    """One tensor of a file: one of ours, or several, one below the other."""
-
-    name: str
-    parts: list[FileTensor]
+class Written(Protocol):
+    """A tensor of the files: a `FileTensor`, or one made of several."""
 
     @property
-    def file_shape(self) -> tuple[int, ...]:
-        shapes = [part.file_shape for part in self.parts]
-        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    def name(self) -> str: ...
+    @property
+    def file_shape(self) -> tuple[int, ...]: ...
+    @property
+    def float32(self) -> bool: ...
+    @property
+    def parts(self) -> tuple[FileTensor, ...]: ...
+    def to_file(self, values: Sequence[np.ndarray]) -> np.ndarray: ...
+
+
+class Source(NamedTuple):
+    """Parameters, and by what some tensors are multiplied before they are written, along the last axis of the file."""
+
+    params: Params
+    factors: Mapping[str, np.ndarray]
 
 
 def save_weights(
@@ -43,25 +52,31 @@ def save_weights(
     dtype: Any = np.float32,
     max_shard_bytes: int = 5_000_000_000,
     *,
-    fused: bool = False,
+    tensors: Sequence[Written] | None = None,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes `model.safetensors`, or shards and their index when it would exceed `max_shard_bytes`.
 
-    With `fused` tensors are as in the family's own files, which have some of them in one; exports have them apart.
     Files get their names only when all of them are whole; weights already in the folder are replaced. With several
     processes all must call it, and the first one writes. Parameters declared float32 are written in float32.
+
+    Args:
+        tensors: of the files; None: those of `file_tensors`.
+        factors: of the parts of tensors, by the names in `file_tensors`, along the last axis of the file's layout.
 
     Raises:
         WeightsError: a parameter has another shape than `config` says.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _plan(_tensors(config, fused), np.dtype(dtype), max_shard_bytes)
+    entries = file_tensors(config) if tensors is None else tensors
+    source = Source(params, factors or {})
+    shards = _plan(entries, np.dtype(dtype), max_shard_bytes)
     names = [_shard_name(i, len(shards)) for i in range(len(shards))]
     writer = hosts.is_first()
     try:
         for name, shard in zip(names, shards):
-            _write(_draft(folder, name), params, shard, np.dtype(dtype))
+            _write(_draft(folder, name), source, shard, np.dtype(dtype))
         if writer:
             _put_in_place(folder, names, shards, np.dtype(dtype))
     finally:
@@ -71,17 +86,15 @@ def save_weights(
     hosts.barrier("weights written")  # then every process may read them
 
 
-def _tensors(config: ModelConfig, fused: bool) -> list[_Tensor]:
-    parts = {entry.name: entry for entry in file_tensors(config)}
-    joined = fused_tensors(config) if fused else {}
-    whole = {names[0]: _Tensor(name, [parts[part] for part in names]) for name, names in joined.items()}
-    inside = {part for names in joined.values() for part in names[1:]}
-    return [whole.get(name, _Tensor(name, [entry])) for name, entry in parts.items() if name not in inside]
+def read_scales(params: Params, config: ModelConfig, dtype: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Small tensors by their names in `file_tensors`, in the type of the files. All processes must call it."""
+    entries = {entry.name: entry for entry in file_tensors(config)}
+    return {name: np.asarray(_whole(params, entries[name], np.dtype(dtype))) for name in names}
 
 
-def _plan(entries: list[_Tensor], dtype: np.dtype, max_shard_bytes: int) -> list[list[_Tensor]]:
+def _plan(entries: Sequence[Written], dtype: np.dtype, max_shard_bytes: int) -> list[list[Written]]:
     """Tensors in file order, cut wherever a file would grow past the limit; a larger tensor gets a file of its own."""
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[Written]] = [[]]
     used = 0
     for entry in entries:
         size = _bytes(entry, dtype)
@@ -93,34 +106,39 @@ def _plan(entries: list[_Tensor], dtype: np.dtype, max_shard_bytes: int) -> list
     return shards
 
 
-def _dtype(entry: _Tensor, dtype: np.dtype) -> np.dtype:
-    return np.dtype(np.float32) if entry.parts[0].float32 else dtype
+def _dtype(entry: Written, dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if entry.float32 else dtype
 
 
-def _bytes(entry: _Tensor, dtype: np.dtype) -> int:
+def _bytes(entry: Written, dtype: np.dtype) -> int:
     return math.prod(entry.file_shape) * _dtype(entry, dtype).itemsize
 
 
-def _write(path: Path, params: Params, shard: list[_Tensor], dtype: np.dtype) -> None:
+def _write(path: Path, source: Source, shard: list[Written], dtype: np.dtype) -> None:
     """One file, by the first process; the others give it their parts."""
     entries = {entry.name: entry for entry in shard}
     types = {entry.name: _dtype(entry, dtype) for entry in shard}
     if hosts.is_first():
         shapes = {entry.name: entry.file_shape for entry in shard}
-        stream_safetensors(path, shapes, types, lambda name: _to_file(params, entries[name], types[name]))
+        stream_safetensors(path, shapes, types, lambda name: _to_file(source, entries[name], types[name]))
     else:
         for name in file_order(types):
             for part in entries[name].parts:
-                _whole(params, part, types[name])
+                _whole(source.params, part, types[name])
 
 
-def _to_file(params: Params, entry: _Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _to_file(source: Source, entry: Written, dtype: np.dtype) -> Iterator[np.ndarray]:
     """One tensor as it lies in the file, in pieces along its first axis."""
-    for part in entry.parts:
-        value = part.layout.to_file(np.asarray(_whole(params, part, dtype)))
-        step = max(PIECE_BYTES * len(value) // max(value.nbytes, 1), 1)
-        for start in range(0, len(value), step):
-            yield value[start : start + step]
+    value = entry.to_file([_part(source, part, dtype) for part in entry.parts])
+    step = max(PIECE_BYTES * len(value) // max(value.nbytes, 1), 1)
+    for start in range(0, len(value), step):
+        yield value[start : start + step]
+
+
+def _part(source: Source, entry: FileTensor, dtype: np.dtype) -> np.ndarray:
+    """In the file's layout."""
+    value = entry.layout.to_file(np.asarray(_whole(source.params, entry, dtype)))
+    return value * source.factors[entry.name].astype(dtype) if entry.name in source.factors else value
 
 
 def _whole(params: Params, entry: FileTensor, dtype: np.dtype) -> Any:
@@ -164,7 +182,7 @@ def _draft(folder: Path, name: str) -> Path:
     return folder / f".{name}.{os.getpid()}.tmp"
 
 
-def _put_in_place(folder: Path, names: list[str], shards: list[list[_Tensor]], dtype: np.dtype) -> None:
+def _put_in_place(folder: Path, names: list[str], shards: list[list[Written]], dtype: np.dtype) -> None:
     index = folder / INDEX_FILE
     if len(names) > 1:
         total = sum(_bytes(entry, dtype) for shard in shards for entry in shard)

@@ -115,7 +115,15 @@ def test_noise_follows_seed_and_place():
 
 @pytest.mark.parametrize(
     "setting",
-    [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0}, {"seed": -1}],
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_k": 2**31},
+        {"top_p": 0},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"seed": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(setting):
     (name, value), *_ = setting.items()

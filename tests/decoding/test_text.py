@@ -1,5 +1,7 @@
 """Text that comes in pieces: nothing is given out that must be taken back."""
 
+import random
+
 import pytest
 
 from jaxhybrid.decoding.text import Answer
@@ -42,3 +44,40 @@ def test_half_a_character_is_held_back():
     assert answer.add([65, first]) == "A"
     assert answer.add([second]) == "é"
     assert Answer(decode).add([first]) == ""
+
+
+def test_the_stop_string_that_ends_first_counts_whatever_the_pieces():
+    for size in (1, 2, 3, 100):
+        answer, tokens = Answer(decode, ["bcdef", "cd"]), list(b"abcdefg")
+        while tokens and not answer.is_stopped:
+            answer.add(tokens[:size])
+            tokens = tokens[size:]
+        assert (answer.text, bytes(answer.tokens)) == ("ab", b"abcd")
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_pieces_of_any_size_make_the_text_of_all_tokens(strips):
+    """Characters of one to four bytes, broken ones, and a tokenizer that drops the space before a text."""
+    marks = "aé€😀 �".encode()
+    rng = random.Random(0)
+    parts = [marks[:1], marks[1:3], marks[3:6], marks[6:10], marks[10:11], b"\xff", b"\xe2\x82"]
+    seen = []
+
+    def decoded(tokens):
+        seen.append(len(tokens))
+        text = decode(tokens)
+        return text[1:] if strips and text.startswith(" ") else text
+
+    for _ in range(100):
+        tokens = list(b"".join(rng.choices(parts, k=60)) + b"end")
+        answer, given, rest = Answer(decoded), "", tokens
+        while rest:
+            size = rng.randrange(1, 9)
+            given += answer.add(rest[:size])
+            rest = rest[size:]
+        assert given + answer.rest() == answer.text == decoded(tokens)
+    seen.clear()
+    answer = Answer(decoded)
+    for _ in range(1000):
+        answer.add(list(b"fourteen bytes"))
+    assert max(seen) <= 3 * 14

@@ -32,6 +32,13 @@ GATES = (
     "a_down_proj.weight",
     "a_up_proj.weight",
     "a_up_proj.bias",
+    "dt_proj.weight",
+    ".D",
+    "decay_bias",
+    "r_down_proj.weight",
+    "r_up_proj.weight",
+    "rate_bias",
+    "removal",
 )
 
 
@@ -118,7 +125,7 @@ def read(folder, inputs, other_ways):
     }
     found["card_prints"], found["card_warns"] = run_card(folder)
     found |= generate(model, tokens)
-    if other_ways:
+    if other_ways and list(folder.glob("*.py")):  # what becomes of an architecture of transformers is its own affair
         found |= offloaded(folder, tokens) | quantized(folder, tokens, found["logits"])
     np.savez(folder.parent / f"{transformers.__version__}.npz", **found)
 

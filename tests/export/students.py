@@ -1,13 +1,21 @@
 """Small students in all their kinds, to be exported."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.model.blueprint import is_variable
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, RopeConfig
+from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
+from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
+from jaxhybrid.model.mixers.mamba2 import Mamba2Config
+from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
+from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
 from jaxhybrid.model.transformer import Model, model_variables
 
 SOFT, LIN = FULL_ATTENTION, GatedDeltaNetConfig.kind
@@ -60,9 +68,42 @@ CASES = {
         "mixer": GLAConfig(expand_kv=False, rope=True, qkv_bias=True, qk_norm=True),
     },
 }
+# With everything that a mixer has.
+OTHER_MIXERS = {
+    mixer.kind: {
+        "family": "qwen3",
+        "qkv_bias": True,
+        "o_bias": True,
+        "qk_norm": True,
+        "layer_types": (SOFT, mixer.kind),
+        "mixer": replace(mixer, rope=True, qkv_bias=True, qk_norm=True),
+    }
+    for mixer in (
+        DeltaNetConfig(conv_size=3, expand_kv=False),
+        KimiDeltaConfig(conv_size=4, low_rank=64),
+        FixedDecayConfig(),
+        Mamba2Config(expand_kv=False),
+        RWKV6Config(expand_kv=False, low_rank=64),
+        RWKV7Config(low_rank=64),
+    )
+}
+# Students that transformers' own qwen3_5_text can express.
+QWEN3_5 = {
+    "family": "qwen3",
+    "qk_norm": True,
+    "num_layers": 3,
+    "layer_types": (LIN, SOFT, LIN),
+    "mixer": GatedDeltaNetConfig(qkv_bias=False, qk_norm=False, conv_size=4),
+}
+NATIVE_CASES = {
+    "native": QWEN3_5 | {"rope": LLAMA3, "head_dim": 32, "num_layers": 4, "layer_types": (LIN, SOFT, LIN, SOFT)},
+    "native_without_convolution": QWEN3_5
+    | {"rope": YARN, "tie_embeddings": True, "mixer": PLAIN, "num_kv_heads": 4, "layer_types": (SOFT, LIN, LIN)},
+}
 
 
-def make_student(folder, **changes):
+def make_student(folder, *, least_scale=None, **changes):
+    """least_scale: of norms; 1/2 makes qwen3_5_text exact without more ado."""
     settings = {
         "family": "llama",
         "vocab_size": 61,
@@ -85,7 +126,7 @@ def make_student(folder, **changes):
         if name in ("A_log", "dt_bias"):
             values = noise
         elif name == "scale":
-            values = 1 + 0.3 * noise
+            values = np.maximum(1 + 0.3 * noise, -np.inf if least_scale is None else least_scale)
         else:  # projections, taps, biases: large enough that none of them is without effect
             values = 0.1 * noise
         return jnp.asarray(values, jnp.float32)

@@ -30,16 +30,25 @@ def test_what_is_in_the_folder(tmp_path, teacher_folder):
         "LICENSE",
         "README.md",
         "USE_POLICY.md",
+        "checksums.json",
         "config.json",
         "configuration_jaxhybrid.py",
         "decoder_layer_jaxhybrid.py",
+        "delta_rule_jaxhybrid.py",
+        "deltanet_jaxhybrid.py",
+        "dplr_jaxhybrid.py",
+        "fixed_decay_jaxhybrid.py",
         "gated_deltanet_jaxhybrid.py",
         "generation_config.json",
         "gla_jaxhybrid.py",
+        "kimi_delta_jaxhybrid.py",
         "linear_attention_jaxhybrid.py",
+        "mamba2_jaxhybrid.py",
         "model.safetensors",
         "modeling_jaxhybrid.py",
         "packing_jaxhybrid.py",
+        "rwkv6_jaxhybrid.py",
+        "rwkv7_jaxhybrid.py",
         "softmax_attention_jaxhybrid.py",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -144,7 +153,7 @@ def test_full_disk_leaves_what_was_there(tmp_path, teacher_folder, monkeypatch, 
         export(student, target)
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
 
-    def full(params, config, folder, *options):
+    def full(params, config, folder, *options, **named):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -10,11 +10,8 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from jaxhybrid.export.remote_code.configuration_jaxhybrid import JaxHybridConfig
-from jaxhybrid.export.remote_code.gated_deltanet_jaxhybrid import (
-    JaxHybridGatedDeltaNet,
-    chunked_gated_delta_rule,
-    gated_delta_rule_step,
-)
+from jaxhybrid.export.remote_code.delta_rule_jaxhybrid import chunked_gated_delta_rule, gated_delta_rule_step
+from jaxhybrid.export.remote_code.gated_deltanet_jaxhybrid import JaxHybridGatedDeltaNet
 from jaxhybrid.export.remote_code.modeling_jaxhybrid import JaxHybridForCausalLM
 from tests.export.models import DEFAULT_ROPE, FULL, GLA, HYBRID, PLAIN, SHAPE, make_model, shaken, tokens
 

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import FAMILIES, config_to_hf, hf_to_config, hf_to_student_config, student_config_to_hf
 from jaxhybrid.model.config import FULL_ATTENTION, RopeConfig, WindowConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
 
@@ -306,6 +307,10 @@ MIXERS = [
         decay_init="slow",
     ),
     GLAConfig(qkv_bias=False, qk_norm=False, decay_rank=4),
+    *(
+        LINEAR_MIXERS[kind].Config(qkv_bias=False, qk_norm=False)
+        for kind in ("deltanet", "kimi_delta", "fixed_decay", "mamba2", "rwkv6", "rwkv7")
+    ),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from jaxhybrid.families import FAMILIES, config_to_hf, hf_to_config
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.weights.huggingface import load_teacher
+from jaxhybrid.weights.names import teacher_tensors
 from jaxhybrid.weights.save import save_weights
 from tests.families.teachers import SHAPE, TEACHERS, cases, logits_of, make_teacher
 
@@ -53,7 +54,7 @@ def test_written_back_it_is_the_same_model(made, tmp_path, family, number):
     """By transformers, which reads what was written: config and weights, under the family's own names."""
     folder, expected = made(family, number)
     model = load_teacher(folder)
-    save_weights(model.params, model.config, tmp_path, fused=True)
+    save_weights(model.params, model.config, tmp_path, tensors=teacher_tensors(model.config))
     no_padding = {"pad_token_id": None}  # the default of some families is beyond this vocabulary
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(model.config) | no_padding))
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")

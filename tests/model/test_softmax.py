@@ -68,9 +68,10 @@ def check(run, q, k, v, d_out, ids, first=0, window=None):
         assert np.abs(a - b).max() <= BOUNDS[q.dtype.name] * np.abs(b).max(), name
 
 
-def on_gpu(monkeypatch, row=0):
+def on_gpu(monkeypatch, row=0, middle=0):
     """The GPU's form in small blocks, with XLA where cuDNN would be."""
-    for name, value in {"CUDNN": "xla", "GPU_ROW": row, "GPU_QUERY_BLOCK": 16, "GPU_QUERIES": 64}.items():
+    sizes = {"GPU_ROW": row, "GPU_MIDDLE_ROW": middle, "GPU_QUERY_BLOCK": 16, "GPU_QUERIES": 64}
+    for name, value in (sizes | {"CUDNN": "xla"}).items():
         monkeypatch.setattr(softmax, name, value)
     monkeypatch.setattr(softmax, "target_platform", lambda: "gpu")
 
@@ -95,9 +96,12 @@ def test_plain_form(monkeypatch, dtype, block, heads, groups, kind):
     check(lambda q, k, v: softmax.causal_attention(q, k, v, ids), *inputs(101, heads, groups, 8, dtype), ids)
 
 
-@pytest.mark.parametrize(("kind", "row"), [("packed", 0), ("padded", 0), ("one", 0), ("padded", 2048), ("none", 0)])
-def test_form_of_gpus(monkeypatch, kind, row):
-    on_gpu(monkeypatch, row)
+@pytest.mark.parametrize(
+    ("kind", "row", "middle"),
+    [("packed", 0, 0), ("padded", 0, 0), ("one", 0, 0), ("padded", 2048, 0), ("none", 0, 0), ("packed", 0, 2048)],
+)
+def test_form_of_gpus(monkeypatch, kind, row, middle):
+    on_gpu(monkeypatch, row, middle)
     ids = jnp.ones((2, 101), jnp.int32) if kind == "one" else documents(kind, 101)
     check(lambda q, k, v: softmax.causal_attention(q, k, v, ids), *inputs(101, 6, 2, 8, "bfloat16"), ids)
 

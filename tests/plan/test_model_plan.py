@@ -15,6 +15,7 @@ from jaxhybrid.families import hf_to_config
 from jaxhybrid.model.blueprint import count_parameters
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.decode import initial_states
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.plan import serving, steps, surgery
@@ -87,7 +88,10 @@ def test_what_is_left_behind_is_named(plan_of, config_file):
     assert set(found.layers) == {OPEN}  # the scores will tell
 
 
-@pytest.mark.parametrize("overrides", [(), ("mixer.expand_kv=false",), ("mixer.conv_size=4",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [("mixer.expand_kv=false",), ("mixer.conv_size=4",), *((f"mixer.kind={kind}",) for kind in LINEAR_MIXERS)],
+)
 def test_bytes_of_a_sequence_are_those_of_the_decode_state(plan_of, overrides):
     planned = plan_of("dtype=bfloat16", *overrides)
     found = serving.serving(planned)

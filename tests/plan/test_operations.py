@@ -6,10 +6,15 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.plan.collectives import exchanges
 from jaxhybrid.plan.liveness import peak_bytes
 from jaxhybrid.plan.operations import Branches, causal_share, operations
 from jaxhybrid.plan.work import PRODUCTS, work
+from jaxhybrid.weights.convert import convert
+from tests.conftest import make_teacher
 
 F32 = 4
 
@@ -43,6 +48,26 @@ def test_recomputation_counts():
     once = 2 * 8 * 16 * 16
     # Two forward; x @ w again, for the tanh; and of each product, what it gives back to x and to w.
     assert flops(traced(jax.grad(loss, argnums=(0, 1)), (8, 16), (16, 16))) == (2 + 1 + 4) * once
+
+
+def test_products_that_are_kept_are_held_and_not_made_again():
+    types = (GLAConfig.kind, FULL_ATTENTION) * 8
+    teacher = make_teacher(intermediate_size=512, num_layers=len(types))
+    model = jax.eval_shape(lambda: convert(teacher, types, GLAConfig(), jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+    def gradient(params, tokens, remat):
+        return jax.grad(lambda params: jnp.sum(hidden_states(Model(params, model.config), tokens, remat=remat)))(params)
+
+    block, mlp = (
+        jax.jit(gradient, static_argnums=2).trace(model.params, tokens, remat).jaxpr.jaxpr for remat in ("block", "mlp")
+    )
+    layers, rows, (D, F) = len(types), 2 * 16, (32, 512)
+    shares = {"layers": layers, "shares": (0.5, 0.5)}
+    assert flops(block, **shares) - flops(mlp, **shares) == layers * 3 * 2 * rows * D * F
+    kept = layers * rows * (2 * F + D) * F32
+    # Less what one layer makes again.
+    assert 0.85 * kept < peak_bytes(mlp) - peak_bytes(block) < kept
 
 
 def test_layers_of_two_kinds_count_by_their_share():

@@ -9,8 +9,14 @@ import pytest
 
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.decode import Chunk, decode_token, embedded, initial_states, prefill_layer, unstack
+from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
+from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
+from jaxhybrid.model.mixers.mamba2 import Mamba2Config
+from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
+from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings, rows_sharding
 from jaxhybrid.model.transformer import Model, forward, model_variables, outputs
 from jaxhybrid.stages.align import align_step, linear_mixers
@@ -27,6 +33,10 @@ F = FULL_ATTENTION
 RATES = training(10, learning_rate=1e-3, mixer_learning_rate=1e-2, eps=1e-2)
 CONVOLVED = GatedDeltaNetConfig(conv_size=3)
 FEW_STATES = GatedDeltaNetConfig(expand_kv=False)
+OTHERS = [
+    DeltaNetConfig(conv_size=3), KimiDeltaConfig(low_rank=4), FixedDecayConfig(), Mamba2Config(expand_kv=False),
+    RWKV6Config(low_rank=4), RWKV7Config(low_rank=4),
+]  # fmt: skip
 slow = pytest.mark.slow
 
 
@@ -47,13 +57,16 @@ def stage_steps(teacher, linear, hybrid):
         batch = {**batch, "teacher_hidden": hidden}
         return score_step(state, jnp.int32(2), batch, head, config=linear.config, optimizer=optimizer, **static)
 
+    distill = partial(distill_step, config=hybrid.config, **static)
+
     def finetune(state, _, batch, optimizer):
         return finetune_step(state, batch, config=hybrid.config, optimizer=optimizer, **static)
 
     return {
         "align": (lambda linear, *_: linear_mixers(linear.params), partial(align_step, config=linear.config, **static)),
         "score": (lambda linear, _, teacher: candidate_params(linear, teacher, jnp.int32(2)), score),
-        "distill": (lambda _, hybrid, __: hybrid.params, partial(distill_step, config=hybrid.config, **static)),
+        "distill": (lambda _, hybrid, __: hybrid.params, distill),
+        "products kept": (lambda _, hybrid, __: hybrid.params, partial(distill, remat="mlp")),
         "finetune": (lambda _, hybrid, __: hybrid.params, finetune),
     }
 
@@ -79,9 +92,10 @@ PAIRS = [(2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (
         ((2, 1, 4, 1), 61, FEW_STATES),
         *(pytest.param(shape, 64, GLAConfig(), marks=slow) for shape in ALONE),
         *(pytest.param(shape, vocab, CONVOLVED, marks=slow) for shape, vocab in zip(PAIRS, (60, 61, 64) * 2)),
+        *(pytest.param((1, 2, 2, 2), 64, mixer, marks=slow, id=mixer.kind) for mixer in OTHERS),
     ],
 )
-@pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune"])
+@pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune", pytest.param("products kept", marks=slow)])
 def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
     teacher = make_teacher(vocab_size=vocab_size, tie_embeddings=vocab_size == 60)
     G = mixer.kind
@@ -109,6 +123,7 @@ def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
         ((1, 2, 4, 1), FEW_STATES),
         ((2, 1, 2, 2), CONVOLVED),
         *(pytest.param(shape, GLAConfig(), marks=slow) for shape in (*ALONE, *PAIRS)),
+        *(pytest.param((1, 2, 2, 2), mixer, marks=slow, id=mixer.kind) for mixer in OTHERS),
     ],
 )
 def test_decoding_on_a_mesh_equals_one_device(shape, mixer):

@@ -1,6 +1,7 @@
 """Weight decay is for matrices: every parameter of every family and mixer is labelled, and the optimizer obeys."""
 
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 
 import jax
@@ -12,8 +13,14 @@ import pytest
 from jaxhybrid.model.blueprint import Exact, is_variable
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
+from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
+from jaxhybrid.model.mixers.mamba2 import Mamba2Config
+from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
+from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.train.optimizer import decays, make_optimizer, parameter_groups, start, update
 from tests.tiny import training
@@ -28,12 +35,20 @@ MIXERS = [
     GatedDeltaNetConfig(expand_kv=expand, output_gate=gate, conv_size=taps, qkv_bias=bias, qk_norm=norm)
     for expand, gate, taps, bias, norm in product((True, False), (True, False), (0, 4), (True, False), (True, False))
 ]
+OTHERS = [
+    settings(qkv_bias=carried, qk_norm=carried)
+    for settings in (
+        GLAConfig, partial(DeltaNetConfig, conv_size=4), partial(KimiDeltaConfig, conv_size=4), FixedDecayConfig,
+        Mamba2Config, RWKV6Config, RWKV7Config,
+    )
+    for carried in (True, False)
+]  # fmt: skip
 
 
 def configs():
     for values in product((True, False), repeat=len(FLAGS)):
         yield replace(SMALL, **dict(zip(FLAGS, values)))
-    for mixer in (*MIXERS, GLAConfig(qkv_bias=True, qk_norm=True), GLAConfig(qkv_bias=False, qk_norm=False)):
+    for mixer in (*MIXERS, *OTHERS):
         yield replace(SMALL, mixer=mixer, layer_types=(FULL_ATTENTION, mixer.kind))
 
 
@@ -52,15 +67,26 @@ def test_every_parameter_is_labelled_by_its_name_as_its_declaration_has_it():
             assert decays(path) == is_matrix(variable), jax.tree_util.keystr(path)
             labels[path[-1].key] = decays(path)
     assert {name for name, decayed in labels.items() if decayed} == {"kernel", "embedding", "taps"}
-    assert {name for name, decayed in labels.items() if not decayed} == {"scale", "bias", "A_log", "dt_bias"}
+    gates = {"A_log", "dt_bias", "D", "decay_bias", "rate_bias", "removal"}
+    shift = {"mix", *(f"{stream}_mix" for stream in "rkvwg")}
+    assert {name for name, decayed in labels.items() if not decayed} == {"scale", "bias"} | gates | shift
 
 
 def test_every_mixer_is_among_them():
     """A new mixer, or a new setting of one, belongs into the configs above."""
     assert {kind for config in configs() for kind in config.layer_types} == {FULL_ATTENTION, *LINEAR_MIXERS}
     shared = {"expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm", "gate_init", "decay_init"}
-    assert {f.name for f in fields(GatedDeltaNetConfig)} == {*shared, "conv_size"}
-    assert {f.name for f in fields(GLAConfig)} == {*shared, "decay_rank"}
+    own = {kind: {f.name for f in fields(mixer.Config)} - shared for kind, mixer in LINEAR_MIXERS.items()}
+    assert own == {
+        "gated_deltanet": {"conv_size"},
+        "gla": {"decay_rank"},
+        "deltanet": {"conv_size"},
+        "kimi_delta": {"conv_size", "low_rank"},
+        "fixed_decay": {"form"},
+        "mamba2": {"ssm_conv_size"},
+        "rwkv6": {"low_rank"},
+        "rwkv7": {"low_rank"},
+    }
 
 
 def test_only_matrices_shrink():

@@ -15,9 +15,9 @@ class JaxHybridConfig(PreTrainedConfig):
     """The base model's own keys, plus which layers are linear and what a linear layer is made of.
 
     `layer_types` holds "full_attention" or "linear_attention" per layer, the names transformers builds its caches from.
-    `linear_mixer` is what the linear layers are, gated_deltanet or gla, and the key of that name holds their settings:
-    `expand_kv` (one state per query head; else one per key/value head), `output_gate`, `rope`, `qkv_bias`, `qk_norm`,
-    and `conv_size` (taps of the convolution, 0 for none) or `decay_rank`.
+    `linear_mixer` is what the linear layers are (the file `NAME_jaxhybrid.py`), and the key of that name holds their
+    settings: `expand_kv` (one state per query head; else one per key/value head), `output_gate`, `rope`, `qkv_bias`,
+    `qk_norm`, and what the mixer has of its own, such as `conv_size` (taps of the convolution, 0 for none).
     `base_model_type` names the base model's architecture, and `traits` holds what that has otherwise than Llama:
     `qkv_bias`, `o_bias`, `qk_norm`; `wide_qk_norm` (over all heads together), `activation` (gelu_tanh), `norms`
     ("after" or "around" a mixer and an MLP), `norm_offset` (norms scale by 1 + weight), `embedding_scale`,

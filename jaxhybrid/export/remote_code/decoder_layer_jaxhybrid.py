@@ -10,11 +10,30 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_jaxhybrid import JaxHybridConfig
+from .deltanet_jaxhybrid import JaxHybridDeltaNet
+from .fixed_decay_jaxhybrid import JaxHybridFixedDecay
 from .gated_deltanet_jaxhybrid import JaxHybridGatedDeltaNet
 from .gla_jaxhybrid import JaxHybridGLA
+from .kimi_delta_jaxhybrid import JaxHybridKimiDelta
+from .linear_attention_jaxhybrid import JaxHybridLinearAttention
+from .mamba2_jaxhybrid import JaxHybridMamba2
+from .rwkv6_jaxhybrid import JaxHybridRWKV6
+from .rwkv7_jaxhybrid import JaxHybridRWKV7
 from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm
 
-LINEAR_MIXERS = {mixer.name: mixer for mixer in (JaxHybridGatedDeltaNet, JaxHybridGLA)}
+LINEAR_MIXERS: dict[str, type[JaxHybridLinearAttention]] = {
+    mixer.name: mixer
+    for mixer in (
+        JaxHybridGatedDeltaNet,
+        JaxHybridGLA,
+        JaxHybridDeltaNet,
+        JaxHybridKimiDelta,
+        JaxHybridFixedDecay,
+        JaxHybridMamba2,
+        JaxHybridRWKV6,
+        JaxHybridRWKV7,
+    )
+}
 
 
 class JaxHybridMLP(nn.Module):

@@ -1,7 +1,4 @@
-"""Linear attention by the gated delta rule (arXiv 2412.06464). torch only.
-
-Axes as in linear_attention_jaxhybrid.py; C chunk.
-"""
+"""Gated DeltaNet (arXiv 2412.06464): a delta rule with a decay for each state. torch only."""
 
 from typing import ClassVar
 
@@ -9,144 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 from .configuration_jaxhybrid import JaxHybridConfig
-from .linear_attention_jaxhybrid import (
-    FORGET,
-    JaxHybridGateProjection,
-    JaxHybridLinearAttention,
-    JaxHybridShortConvolution,
-)
-
-CHUNK = 64
-L2_EPS = 1e-6
+from .delta_rule_jaxhybrid import JaxHybridDeltaRule
+from .linear_attention_jaxhybrid import JaxHybridGateProjection
 
 
-def chunked_gated_delta_rule(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """S_t = a_t (I - b_t k_t k_t') S_{t-1} + b_t k_t v_t', o_t = S_t' q_t, in chunks (arXiv 2412.06464, section 3.3).
-
-    q [B,N,R,T,K] already scaled, k and v [B,N,T,K], log_decay and beta [B,N,T], state [B,N,K,K]; all float32.
-    Returns o [B,N,R,T,K] and the state after the last token. Within a chunk the corrected values solve the unit lower
-    triangular system (I + tril(b_i a_i..a_j k_i.k_j)) u = b (v - decay k S), exactly.
-    """
-    B, N, R, T, K = q.shape
-    padding = -T % CHUNK if T > CHUNK else 0
-    if padding:  # keys of zero, beta 0 and decay 1 leave the state as it is
-        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
-        log_decay, beta = (F.pad(x, (0, padding)) for x in (log_decay, beta))
-    C = min(T, CHUNK)
-    q = q.reshape(B, N, R, -1, C, K)
-    k, v = (x.reshape(B, N, -1, C, K) for x in (k, v))
-    beta = beta.reshape(B, N, -1, C, 1)
-    log_decay = log_decay.reshape(B, N, -1, C)
-
-    # between[i, j] = a_{j+1} .. a_i, summed from j on: a difference of sums from the start would round by their size.
-    past = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)
-    between = torch.where(past, log_decay[..., None], 0).cumsum(-2).masked_fill(past.mT, float("-inf")).exp()
-    from_start = log_decay.cumsum(-1).exp()[..., None]
-    system = beta * (k @ k.mT) * between  # the solver reads below the diagonal only and takes ones on it
-    inverse = torch.linalg.solve_triangular(
-        system, torch.eye(C, dtype=q.dtype, device=q.device).expand_as(system), upper=False, unitriangular=True
-    )
-    k_read = k * from_start
-    scores = (q @ k[:, :, None].mT) * between[:, :, None]
-    q_read = q * from_start[:, :, None]
-    k_written = (k * between[..., -1, :, None]).mT
-    chunk_decay = from_start[..., -1:, :]
-
-    outputs = []
-    for c in range(k.shape[2]):
-        # The difference first, the inverse after: the other order subtracts two larger numbers.
-        u = inverse[:, :, c] @ (beta[:, :, c] * (v[:, :, c] - k_read[:, :, c] @ state))
-        outputs.append(q_read[:, :, :, c] @ state[:, :, None] + scores[:, :, :, c] @ u[:, :, None])
-        state = chunk_decay[:, :, c] * state + k_written[:, :, c] @ u
-    return torch.cat(outputs, dim=3)[:, :, :, :T], state
-
-
-def gated_delta_rule_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`chunked_gated_delta_rule` for a single token: T = 1."""
-    state = log_decay.exp()[..., None] * state
-    correction = beta[..., None] * (v - k @ state)
-    state = state + k.mT @ correction
-    return q @ state[:, :, None], state
-
-
-def l2_normalize(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
-
-
-class JaxHybridGatedDeltaNet(JaxHybridLinearAttention):
-    """Linear attention by the gated delta rule, behind optional norms, rotation and convolution."""
-
+class JaxHybridGatedDeltaNet(JaxHybridDeltaRule):
     name = "gated_deltanet"
-    settings = (*JaxHybridLinearAttention.settings, "conv_size")
     float32: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "a_proj", "b_proj")
-
-    q_conv: JaxHybridShortConvolution
-    k_conv: JaxHybridShortConvolution
-    v_conv: JaxHybridShortConvolution
 
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        D, H, K, N = config.hidden_size, config.num_attention_heads, self.head_dim, self.num_states
-        self.a_proj = JaxHybridGateProjection(D, N)
-        self.b_proj = JaxHybridGateProjection(D, N)
-        self.A_log = nn.Parameter(torch.zeros(N))
-        self.dt_bias = nn.Parameter(torch.ones(N))
-        self.conv_size = config.linear_settings(self.name, self.settings)["conv_size"]
-        if self.conv_size:
-            for name, channels in (("q_conv", H * K), ("k_conv", N * K), ("v_conv", N * K)):
-                setattr(self, name, JaxHybridShortConvolution(channels, self.conv_size))
+        self.a_proj = JaxHybridGateProjection(config.hidden_size, self.num_states)
+        self.A_log = nn.Parameter(torch.zeros(self.num_states))
+        self.dt_bias = nn.Parameter(torch.ones(self.num_states))
 
     def init_own_weights(self) -> None:
         init.zeros_(self.A_log)  # A = 1, and steps of softplus(-4.6) = 0.01: a half-life of 69 tokens
         init.constant_(self.dt_bias, -4.6)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        cache: Cache | None,
-        real: torch.Tensor | None,
-        first: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`real` [B,T] is False on padding, which neither writes nor decays the state nor enters the convolution.
-
-        `first` [B,T] is True where a document starts: with an empty state and no inputs before it.
-        """
-        x, K, N = hidden_states, self.head_dim, self.num_states
-        B, T, _ = x.shape
-        q, k, v = self.projected(x, position_embeddings)
-
-        with torch.autocast(x.device.type, enabled=False):
-            past_inputs, state = self.read(cache)
-            q, k, v = q.float(), k.float(), v.float()
-            last_inputs = q.new_zeros(B, 1, 1)  # what a layer without convolution keeps: see `write`
-            if self.conv_size:
-                convs, inputs = (self.q_conv, self.k_conv, self.v_conv), [x.flatten(2) for x in (q, k, v)]
-                pasts = [None] * 3 if past_inputs is None else past_inputs.split([x.shape[2] for x in inputs], dim=1)
-                convolved = [conv(x, past, real, first) for conv, x, past in zip(convs, inputs, pasts)]
-                q, k, v = (y.unflatten(-1, (-1, K)) for y, _ in convolved)
-                last_inputs = torch.cat([last for _, last in convolved], dim=1)
-            q, k, v = l2_normalize(F.silu(q)), l2_normalize(F.silu(k)), F.silu(v)
-            log_decay = -self.A_log.float().exp() * F.softplus(self.a_proj(x) + self.dt_bias.float())
-            beta = self.b_proj(x).sigmoid()
-            if first is not None:
-                log_decay = log_decay.masked_fill(first[..., None], FORGET)
-            if real is not None:
-                log_decay, beta = log_decay * real[..., None], beta * real[..., None]
-
-            if state is None:
-                state = q.new_zeros(B, N, K, K)
-            rule = gated_delta_rule_step if T == 1 else chunked_gated_delta_rule
-            q = self.queries_by_state(q)
-            k, v, log_decay, beta = (x.transpose(1, 2) for x in (k, v, log_decay, beta))
-            out, state = rule(q, k, v, log_decay, beta, state)
-            self.write(cache, last_inputs, state)
-            out = self.normed(out)
-        return self.gated_output(out, x)
+    def log_decay(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.A_log.float().exp() * F.softplus(self.a_proj(x) + self.dt_bias.float())

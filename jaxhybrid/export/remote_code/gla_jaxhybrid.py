@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
 from .configuration_jaxhybrid import JaxHybridConfig
-from .linear_attention_jaxhybrid import FORGET, JaxHybridGateProjection, JaxHybridLinearAttention
+from .linear_attention_jaxhybrid import JaxHybridGateProjection, JaxHybridLinearAttention, marked
 
 CHUNK = 16  # decays between all pairs of a chunk's tokens are held for every channel
 NORMALIZER = 16
@@ -21,8 +21,8 @@ def chunked_gla(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """S_t = diag(a_t) S_{t-1} + k_t v_t', o_t = S_t' q_t, in chunks.
 
-    q [B,N,R,T,K] already scaled, k, v and log_decay [B,N,T,K], state [B,N,K,K]; all float32. Returns o [B,N,R,T,K] and
-    the state after the last token.
+    q [B,N,R,T,K] already scaled, k and v [B,N,T,K], log_decay [B,N,T,K] or [B,N,T,1], state [B,N,K,K]; all float32.
+    Returns o [B,N,R,T,K] and the state after the last token.
     """
     T = q.shape[3]
     outputs = []
@@ -63,22 +63,15 @@ class JaxHybridGLA(JaxHybridLinearAttention):
         real: torch.Tensor | None,
         first: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`real` [B,T] is False on padding, which neither writes nor decays the state.
-
-        `first` [B,T] is True where a document starts: with an empty state.
-        """
+        """`real` and `first` [B,T] as in `marked`."""
         x, K, N = hidden_states, self.head_dim, self.num_states
         q, k, v = self.projected(x, position_embeddings)
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = q.float(), k.float(), v.float()
             log_decay = F.logsigmoid(self.a_up_proj(self.a_down_proj(x))).unflatten(-1, (N, K)) / NORMALIZER
-            if first is not None:
-                log_decay = log_decay.masked_fill(first[..., None, None], FORGET)
-            if real is not None:
-                log_decay, k = log_decay * real[..., None, None], k * real[..., None, None]
+            log_decay, k = marked(real, first, log_decay, k)
             _, state = self.read(cache)
-            if state is None:
-                state = q.new_zeros(x.shape[0], N, K, K)
+            state = self.empty_state(q) if state is None else state
             k, v, log_decay = (x.transpose(1, 2) for x in (k, v, log_decay))
             out, state = chunked_gla(self.queries_by_state(q), k, v, log_decay, state)
             self.write(cache, q.new_zeros(x.shape[0], 1, 1), state)

@@ -64,6 +64,8 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, JaxHybridShortConvolution):  # the current token passes through
             init.copy_(module.weight, F.one_hot(torch.tensor(module.weight.shape[-1] - 1)).expand_as(module.weight))
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, JaxHybridLinearAttention):
             module.init_own_weights()
         elif isinstance(module, JaxHybridRMSNorm):

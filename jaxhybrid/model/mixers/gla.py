@@ -66,6 +66,6 @@ class GLA(LinearMixer):
 
 
 def _half_life_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[N,K]: the half-lives of `slow_half_lives`, one for all channels of a state, where a_up_proj gives zero."""
-    decay = jnp.exp(-NORMALIZER * math.log(2.0) / slow_half_lives(shape[0]))  # sigmoid of the bias
-    return jnp.broadcast_to((jnp.log(decay) - jnp.log1p(-decay))[:, None], shape)
+    """[N,K]: the half-lives of `slow_half_lives`, where a_up_proj gives zero."""
+    decay = jnp.exp(-NORMALIZER * math.log(2.0) / slow_half_lives(shape))  # sigmoid of the bias
+    return jnp.log(decay) - jnp.log1p(-decay)

@@ -1,5 +1,6 @@
 """What linear mixers made from softmax attention share: projections, options, the recurrence, the output gate."""
 
+import math
 from functools import partial
 from typing import Any, ClassVar
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxhybrid_kernels import context_linear_attention, linear_attention
 
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.attention import project
 from jaxhybrid.model.blueprint import Params, normal, zeros
-from jaxhybrid.model.config import MixerConfig, ModelConfig
+from jaxhybrid.model.config import MixerConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext, query_key_norms
 from jaxhybrid.model.partition import own_heads, repeated
 
@@ -26,7 +28,8 @@ class LinearMixer(nnx.Module):
 
     Config: ClassVar[type[MixerConfig]]  # its settings
     title: ClassVar[str]  # of the architecture, for the model card
-    state_heads: ClassVar[dict[str, int]] = {"memory": 1}  # the axis of heads (or their channels) in one layer's state
+    # The axis of heads (or their channels) in one layer's state; None has no such axis.
+    state_heads: ClassVar[dict[str, int | None]] = {"memory": 1}
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         mixer = config.mixer
@@ -38,13 +41,20 @@ class LinearMixer(nnx.Module):
             for heads, axes in ((H, per_head), (N, per_state), (N, per_state))
         )
         self.o_proj = Linear(rngs, (H, K, D), ("heads", "head_dim", "embed"), bias=config.o_bias, inputs=2)
-        self.o_norm = RMSNorm(rngs, K, "head_dim", config.norm_eps)
-        if mixer.output_gate:
-            # "value" is a copy of v_proj: see `from_attention`.
-            self.g_proj = Linear(rngs, (D, H, K), per_head, init=zeros if mixer.gate_init == "zero" else normal)
+        self.add_output(config, rngs)
         if mixer.qk_norm:
             self.q_norm, self.k_norm = query_key_norms(config, rngs, N)
         self.rope = mixer.rope
+
+    def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        """What `gated_output` needs: a norm of each head's output, and a gate of full rank."""
+        mixer, D, H, K = config.mixer, config.hidden_size, config.num_heads, config.head_dim
+        assert mixer is not None
+        self.o_norm = RMSNorm(rngs, K, "head_dim", config.norm_eps)
+        if mixer.output_gate:
+            # "value" is a copy of v_proj: see `from_attention`.
+            gate = zeros if mixer.gate_init == "zero" else normal
+            self.g_proj = Linear(rngs, (D, H, K), ("embed", "heads", "head_dim"), init=gate)
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
@@ -78,6 +88,14 @@ class LinearMixer(nnx.Module):
             taken["g_proj"] = cloned("v_proj", config.num_heads // config.num_kv_heads, ("kernel",))
         return taken
 
+    @staticmethod
+    def by_depth(depths: jax.Array, config: ModelConfig) -> Params:
+        """Initial values that depend on where the layers are: depths [n], 0 for a model's first layer, 1 for its last.
+
+        Parameters of the mixer itself, by name, stacked; they take the place of `__init__`'s.
+        """
+        return {}
+
     @classmethod
     def describe(cls, config: ModelConfig) -> list[str]:
         """A linear layer in a few words each, for the model card."""
@@ -89,10 +107,14 @@ class LinearMixer(nnx.Module):
     def projected(self, x_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         return project(self, x_BTD, context, self.rope)
 
+    def gate(self, x: jax.Array) -> jax.Array:
+        """What the gate's projection goes through."""
+        return jax.nn.silu(x)
+
     def gated_output(self, out_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
         out = self.o_norm(out_BTHK)
         if hasattr(self, "g_proj"):
-            out = out * jax.nn.silu(self.g_proj(x_BTD))
+            out = out * self.gate(self.g_proj(x_BTD))
         return self.o_proj(out)
 
 
@@ -100,33 +122,70 @@ def recurrence(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    log_decay: jax.Array,
+    log_decay: jax.Array | None,
     beta: jax.Array | None,
     context: TokenContext,
     memory: jax.Array | None,
     norm_eps: float | None = None,
+    scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel: (out [B,T,H,K], memory [B,N,K,K] after the last token).
 
     Args:
-        log_decay: at most 0, in float32: [B,T,N], [B,T,N,K], or [N] where it does not depend on the token.
+        log_decay: at most 0, in float32: [B,T,N], [B,T,N,K], or [N] where it does not depend on the token; None has
+            no decay.
         beta: [B,T,N] in (0, 1) for the delta rule; None for the additive one.
         norm_eps: q and k are first divided by their length, this inside the root; None leaves them.
+        scale: of the queries; None is 1 / sqrt(K).
     """
-    if log_decay.ndim == 1:
+    if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
-    kernel = partial(linear_attention, norm_eps=norm_eps)
+    kernel = partial(linear_attention, norm_eps=norm_eps, scale=scale)
     if context.first_token is not None:
-        kernel = partial(context_linear_attention, norm_eps=norm_eps, axis_name="context")
+        kernel = partial(context_linear_attention, norm_eps=norm_eps, scale=scale, axis_name="context")
     return kernel(q, k, v, log_decay, beta, context.segment_ids, memory)
+
+
+# --- low ranks
+
+
+def low_rank_option() -> Any:
+    return option(None, "rank of the mixer's own projections of low rank; null: as published, by the model's sizes")
+
+
+def check_low_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise ConfigError(f"mixer.low_rank={rank}: must be at least 1, or null for the published ranks.")
+
+
+def published_rank(factor: float, width: int, power: float) -> int:
+    """RADLADS' ranks: factor * width^power, as a multiple of 32."""
+    return max(1, round(factor * width**power / 32)) * 32
 
 
 # --- initial decays
 
 
-def slow_half_lives(states: int) -> jax.Array:
-    """Half-lives spread over the states from 64 to 4096 tokens: nearest to a softmax layer with long reach."""
-    return jnp.exp(jnp.linspace(jnp.log(64.0), jnp.log(4096.0), states))
+def random_A_log(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """log A with A uniform in (0, 16), as Mamba-2 and fla draw it."""
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1e-3, 16.0))
+
+
+def random_step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Bias whose softplus is log-uniform in [0.001, 0.1], as Mamba-2 and fla draw it."""
+    return inverse_softplus(jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(1e-1))))
+
+
+def half_life_steps(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Bias [N] or [N,K] whose softplus gives the half-lives of `slow_half_lives`, with A_log and projections zero."""
+    return inverse_softplus(math.log(2.0) / slow_half_lives(shape))
+
+
+def slow_half_lives(shape: tuple[int, ...]) -> jax.Array:
+    """[N] or [N,K]: half-lives spread over the states from 64 to 4096 tokens, one for all channels of a state:
+    nearest to a softmax layer with long reach."""
+    lives = jnp.exp(jnp.linspace(jnp.log(64.0), jnp.log(4096.0), shape[0]))
+    return jnp.broadcast_to(lives.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
 
 def inverse_softplus(y: jax.Array) -> jax.Array:

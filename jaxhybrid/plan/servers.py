@@ -1,0 +1,132 @@
+"""Which server loads an exported folder, why another does not and what to change; and what a sequence takes there.
+
+What servers can do is data, in servers.yaml, with sources: it was read, not run.
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxhybrid import checksums
+from jaxhybrid.disk import size_text
+from jaxhybrid.errors import ConfigError
+from jaxhybrid.export.form import why_not_native
+from jaxhybrid.families.native import QWEN3_5, attention_interval
+from jaxhybrid.families.student import is_student
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.plan.serving import Serving, as_json, serving_of
+from jaxhybrid.report.table import aligned
+from jaxhybrid.weights.huggingface import open_student
+from jaxhybrid.weights.safetensors import read_table
+
+FACTS = Path(__file__).with_name("servers.yaml")
+BLOCK_TOKENS = 16  # K/V caches are made of blocks of a multiple of this
+PERIODIC = (
+    "select the layers with select.method=uniform select.uniform=last, and a select.budget that divides the depth into "
+    "equal groups"
+)
+
+
+@cache
+def server_facts() -> dict[str, Any]:
+    facts: dict[str, Any] = yaml.safe_load(FACTS.read_text())
+    return facts
+
+
+def check(folder: Path, verify: bool = False) -> dict[str, Any]:
+    """What is known of an export's servers, for programs. Of the weights only names, shapes and types are read.
+
+    verify: compare all files with their checksums, too.
+
+    Raises:
+        DamageError: a file is not as it was exported.
+        ConfigError: the folder is no export.
+        WeightsError: its weights are not those that its config asks for.
+    """
+    if not is_student(folder):
+        raise ConfigError(f"{folder} is not an exported folder: no config.json of an export in it.")
+    has_checksums = checksums.verify(folder) if verify else None
+    hf, files = read_table(folder / "config.json"), open_student(folder)
+    config, dtype = files.config, str(hf.get("dtype", "float32"))
+    found, native = serving_of(config, dtype), hf["model_type"] == QWEN3_5
+    against = "" if native else why_not_native(config)
+    way = f"a student that {QWEN3_5} can express: see below" if against else "export it with --format native"
+    return {
+        "folder": str(folder),
+        "verified": has_checksums,
+        "form": hf["model_type"],
+        "why_not_native": against,
+        "layers": config.num_layers,
+        "softmax_layers": list(config.softmax_layers),
+        "interval": attention_interval(config),
+        "dtype": dtype,
+        "servers": [_server(name, facts, hf["model_type"], config, way) for name, facts in server_facts().items()],
+        "sequence": as_json(found) | {"kv_block_tokens_of_a_state": block_tokens(found)},
+    }
+
+
+def block_tokens(found: Serving) -> int:
+    """Tokens whose keys and values, of one layer, are no less than a state: the block of a cache whose pages are of one
+    size for both kinds of layers, as vLLM's are."""
+    return math.ceil(found.state / found.token / BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig, way: str) -> dict[str, Any]:
+    """`loads` is True, False, or None where it is not known. `way`: how an export gets the native form."""
+    forms = facts.get("loads") or {}
+    if form not in forms:
+        loads = None if facts.get("known") is False and form == QWEN3_5 else False
+        change = [way] if QWEN3_5 in forms else []
+        return _found(name, loads, facts["otherwise"], change=change)
+    known = forms[form]
+    found = _found(name, True, known["note"], start=known["from"], sources=known.get("sources", []))
+    if known.get("uniform") and attention_interval(config) is None:
+        layers = ", ".join(map(str, config.softmax_layers))
+        found["loads"] = False
+        found["why"] += f"; with softmax in {layers} it would take other layers for softmax, without a word"
+        found["change"].append(PERIODIC)
+    wanted = known.get("head_dim")
+    if wanted and config.head_dim != wanted["wants"]:
+        found["change"].append(wanted["remedy"])
+    return found
+
+
+def _found(name: str, loads: bool | None, why: str, start: str | None = None, **lists: list[str]) -> dict[str, Any]:
+    return {"server": name, "loads": loads, "from": start, "why": why, "change": [], "sources": []} | {
+        key: [*values] for key, values in lists.items()
+    }
+
+
+def check_text(found: dict[str, Any]) -> str:
+    """For people."""
+    words = {True: "yes", False: "no", None: "not known"}
+    rows = [[one["server"], words[one["loads"]], one["from"] or "-"] for one in found["servers"]]
+    kept = f"{len(found['softmax_layers'])} of {found['layers']} layers softmax"
+    told = {None: "", True: ", all files as they were exported", False: ", without checksums"}[found["verified"]]
+    lines = [f"{found['folder']}: {found['form']}, {kept}, {found['dtype']}{told}", ""]
+    lines += [aligned(["server", "loads it", "from version"], rows, left=3), ""]
+    for one in found["servers"]:
+        lines.append(f"{one['server']}: {one['why']}")
+        lines += [f"  change: {change}" for change in one["change"]]
+        lines += [f"  source: {source}" for source in one["sources"]]
+    if found["why_not_native"]:
+        lines += ["", found["why_not_native"]]
+    sequence = found["sequence"]
+    sizes = [
+        [f"{row['tokens']:,}", size_text(row["hybrid_bytes"]), size_text(row["teacher_bytes"])]
+        for row in sequence["sequences"]
+    ]
+    lines += ["", aligned(["tokens of a sequence", "takes", "softmax everywhere"], sizes, left=0), ""]
+    token, state = sequence["kv_bytes_per_token_and_softmax_layer"], sequence["state_bytes_per_linear_layer"]
+    return "\n".join(
+        [
+            *lines,
+            f"A softmax layer adds {token:,} bytes a token; a linear layer keeps {state:,}, its state in float32.",
+            "Where a cache has pages of one size for both, as vLLM's, a block is of "
+            f"{sequence['kv_block_tokens_of_a_state']:,} tokens.",
+            "transformers alone was run; the rest is what sources and threads of the servers say (docs/serving.md).",
+        ]
+    )
