@@ -24,7 +24,7 @@ def plain_alignment(mixers, teacher, config, batch):
     mask, x, losses = batch["segment_ids"] != 0, embed(teacher, batch["tokens"]), []
     for layer, kind in enumerate(config.layer_types):
         block = bind(Block, teacher.config, row(params["blocks"], layer))
-        normed = block.input_norm(x)
+        normed = block.mixer_input(x)
         attention = bind(MIXERS[FULL_ATTENTION], teacher.config, row(params["mixers"][FULL_ATTENTION], layer))
         target, _ = attention(normed, context)
         if kind != FULL_ATTENTION:

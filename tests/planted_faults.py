@@ -261,8 +261,8 @@ FAULTS = [
     Fault(
         "groups: the norm before a mixer left out",
         "train/optimizer.py",
-        '{"mixers", "input_norm"}',
-        '{"mixers"}',
+        '{"mixers", "input_norm", ',
+        '{"mixers", ',
         f"{OPTIMIZER}::test_every_leaf_has_its_group",
     ),
     Fault(

@@ -19,6 +19,7 @@ from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.model import decode
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.decode import Chunk, LayerStates, Unstacked
+from jaxhybrid.model.layers import layer_views
 from jaxhybrid.model.partition import head_spec, on_shards, row_devices, rows_sharding
 from jaxhybrid.model.transformer import Model
 
@@ -156,9 +157,10 @@ class Engine:
         x = _embedded(self.model, placed)
         states = list(self.states)
         self.states = ()  # given away layer by layer
-        for layer, kind in enumerate(self.model.config.layer_types):
+        config = self.model.config
+        for layer, (kind, view) in enumerate(zip(config.layer_types, layer_views(config))):
             x, states[layer] = _prefill_layer(
-                self.model.config, kind, self.model.layers[layer], x, states[layer], chunk
+                config, kind, self.model.layers[layer], x, states[layer], chunk, view=view
             )
         self.states = tuple(states)
 
@@ -268,7 +270,7 @@ def chunk_sizes(tokens: int, rows: int) -> list[int]:
 # --- the programs; each that takes states gives their memory to what it returns
 
 _embedded = jax.jit(decode.embedded)
-_prefill_layer = jax.jit(decode.prefill_layer, static_argnums=(0, 1), donate_argnames="state")
+_prefill_layer = jax.jit(decode.prefill_layer, static_argnums=(0, 1), static_argnames="view", donate_argnames="state")
 _initial_states = jax.jit(decode.initial_states, static_argnums=(0, 1, 2, 3))
 _grown = jax.jit(decode.grown, static_argnames="capacity")
 

@@ -6,14 +6,28 @@ from typing import Any
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import native, student
 from jaxhybrid.families.base import Family
+from jaxhybrid.families.exaone4 import EXAONE4
+from jaxhybrid.families.gemma import GEMMA, GEMMA3
+from jaxhybrid.families.granite import GRANITE
+from jaxhybrid.families.internlm3 import INTERNLM3
 from jaxhybrid.families.llama import LLAMA
-from jaxhybrid.families.mistral import MISTRAL
+from jaxhybrid.families.mistral import MINISTRAL, MISTRAL
+from jaxhybrid.families.olmo import OLMO2, OLMO3
+from jaxhybrid.families.phi import PHI3
 from jaxhybrid.families.qwen2 import QWEN2
 from jaxhybrid.families.qwen3 import QWEN3
+from jaxhybrid.families.seed_oss import SEED_OSS
+from jaxhybrid.families.smollm3 import SMOLLM3
 from jaxhybrid.families.student import STUDENT_TYPE, is_student_config
 from jaxhybrid.model.config import ModelConfig
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GEMMA, GEMMA3, OLMO2, OLMO3, PHI3, GRANITE, SMOLLM3, EXAONE4,
+        INTERNLM3, SEED_OSS,
+    )
+}  # fmt: skip
 
 
 def family(model_type: str) -> Family:

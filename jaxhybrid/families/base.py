@@ -1,13 +1,13 @@
 """What the config of every family has in common, and the refusal of everything that is not understood."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families.rope import CONFIG_KEYS as ROPE_KEYS
-from jaxhybrid.families.rope import rope_from_hf, rope_to_hf
-from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
+from jaxhybrid.families.rope import rope_to_hf, ropes_from_hf
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, WindowConfig
 
 # Read by every family.
 COMMON_KEYS = (
@@ -45,7 +45,7 @@ HARMLESS_KEYS = frozenset(
         "begin_suppress_tokens", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id",
         "remove_invalid_values", "exponential_decay_length_penalty",
         "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version", "internal_version",
-        "gradient_checkpointing", "dual_chunk_attention_config", "max_sequence_length",
+        "gradient_checkpointing", "dual_chunk_attention_config", "max_sequence_length", "cache_implementation",
     )
 )  # fmt: skip
 LLAMA_NAMES = {
@@ -55,7 +55,14 @@ LLAMA_NAMES = {
     "input_norm": "input_layernorm",
     "post_norm": "post_attention_layernorm",
 }
+SLIDING_ATTENTION = "sliding_attention"
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' names and ours
+
+
+def all_full(hf: dict[str, Any]) -> list[str]:
+    """The kinds of layers of a family without sliding windows."""
+    return [FULL_ATTENTION] * read_integer(hf, "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,16 @@ class Family:
 
     Attributes:
         flags: the parts of ModelConfig that this family's own keys decide (biases, norms), from a config.
-        flag_keys: those keys, from a ModelConfig; raises ConfigError for a shape the family cannot express.
+        flag_keys: those keys, from a ModelConfig.
         own_keys: config keys read beside the common ones.
         defaults: values transformers takes where a config is silent.
         own_names: parts of the model that this family's weights files call otherwise than Llama's do.
+        fused: tensors of a layer in the files that are several of ours, one below the other.
+        kinds: the kind of each layer, full_attention or sliding_attention, from a config.
+        sliding_theta: families with it have rotary settings by kind of layer; this is the base of sliding layers where
+            a config is silent.
+        partial_rotary: whether partial_rotary_factor is heeded.
+        activation_key: what the config calls the MLP's activation.
     """
 
     model_type: str
@@ -77,6 +90,11 @@ class Family:
     own_keys: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     own_names: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    kinds: Callable[[dict[str, Any]], list[str]] = all_full
+    sliding_theta: float | None = None
+    partial_rotary: bool = False
+    activation_key: str = "hidden_act"
 
     @property
     def names(self) -> dict[str, str]:
@@ -102,7 +120,11 @@ class Family:
         if head_dim is None and width % heads:
             raise ConfigError(f"hidden_size={width} does not divide by num_attention_heads={heads}; set head_dim.")
         max_positions = read_integer(hf, "max_position_embeddings")
-        config = ModelConfig(
+        rope, sliding_rope = ropes_from_hf(hf, max_positions, ignored, self.sliding_theta, self.partial_rotary)
+        activation = hf.get(self.activation_key) or "silu"
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"{self.activation_key}={activation!r}: supported are {', '.join(ACTIVATIONS)}.")
+        return ModelConfig(
             family=self.model_type,
             vocab_size=read_integer(hf, "vocab_size"),
             hidden_size=width,
@@ -111,16 +133,13 @@ class Family:
             num_heads=heads,
             num_kv_heads=self._kv_heads(hf, heads),
             head_dim=width // heads if head_dim is None else read_integer({"head_dim": head_dim}, "head_dim"),
-            norm_eps=_positive(hf, "rms_norm_eps", 1e-6),
+            norm_eps=read_positive(hf, "rms_norm_eps", 1e-6),
             max_position_embeddings=max_positions,
-            rope=rope_from_hf(hf, max_positions, ignored),
+            rope=rope,
             tie_embeddings=read_flag(hf, "tie_word_embeddings"),
-            **self.flags(hf),
+            window=self._window(hf, layers, max_positions, None if sliding_rope == rope else sliding_rope),
+            **{"activation": ACTIVATIONS[activation], **self.flags(hf)},
         )
-        kinds = hf.get("layer_types")
-        if kinds is not None and len(kinds) != layers:
-            raise ConfigError(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}.")
-        return config
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """The Hugging Face keys of a softmax model of this config: the reverse of `read_config`.
@@ -128,7 +147,11 @@ class Family:
         Raises:
             ConfigError: the family has no way to say what `config` has.
         """
-        return {
+        ropes: dict[str, Any] = rope_to_hf(config.rope)
+        if self.sliding_theta is not None:
+            sliding = config.window.rope if config.window is not None and config.window.rope is not None else None
+            ropes = {FULL_ATTENTION: ropes, SLIDING_ATTENTION: rope_to_hf(sliding or config.rope)}
+        hf = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "vocab_size": config.vocab_size,
@@ -138,16 +161,46 @@ class Family:
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
-            "hidden_act": "silu",
+            self.activation_key: {ours: name for name, ours in ACTIVATIONS.items()}[config.activation],
             "max_position_embeddings": config.max_position_embeddings,
             "rms_norm_eps": config.norm_eps,
-            "rope_parameters": rope_to_hf(config.rope),
+            "rope_parameters": ropes,
             "tie_word_embeddings": config.tie_embeddings,
             **self.flag_keys(config),
         }
+        wanted, said = replace(config, layer_types=(), mixer=None), self.read_config(hf)
+        for item in fields(ModelConfig):
+            if getattr(wanted, item.name) != getattr(said, item.name):
+                raise ConfigError(
+                    f"A {self.model_type} model cannot have {item.name}={getattr(config, item.name)}: its Hugging Face "
+                    f"config can say {getattr(said, item.name)} here."
+                )
+        return hf
+
+    def _window(self, hf: dict[str, Any], layers: int, max_positions: int, rope: Any) -> WindowConfig | None:
+        """The sliding window, unless it cannot act: one as long as the context, with the rotary settings of all."""
+        kinds = self.kinds(hf)
+        others = sorted({str(kind) for kind in kinds if kind not in (FULL_ATTENTION, SLIDING_ATTENTION)})
+        if others:
+            raise ConfigError(
+                f"layer_types has {', '.join(others)}; a teacher's layers are {FULL_ATTENTION} or {SLIDING_ATTENTION}."
+            )
+        if len(kinds) != layers:
+            raise ConfigError(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}.")
+        given = hf.get("layer_types")
+        if given is not None and list(given) != kinds:
+            raise ConfigError(
+                f"layer_types is {', '.join(map(str, given))}; a {self.model_type} model of this config has "
+                f"{', '.join(kinds)} in transformers, which does not read the key. Correct or remove it."
+            )
+        sliding = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING_ATTENTION)
+        if not sliding:
+            return None
+        size = read_integer(hf, "sliding_window")
+        return None if size >= max_positions and rope is None else WindowConfig(size, sliding, rope)
 
     def _kv_heads(self, hf: dict[str, Any], heads: int) -> int:
-        if "num_key_value_heads" not in hf and self.model_type != "llama":
+        if "num_key_value_heads" not in hf:
             raise ConfigError(f"The config lacks num_key_value_heads, which {self.model_type} models state.")
         return heads if hf.get("num_key_value_heads") is None else read_integer(hf, "num_key_value_heads")
 
@@ -173,16 +226,6 @@ class Family:
             raise ConfigError(
                 f"quantization_config={method!r}: quantised weights are not read; use the unquantised model."
             )
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act={hf['hidden_act']!r}: only silu (SwiGLU) is supported.")
-        if "use_sliding_window" in self.own_keys and hf.get("use_sliding_window"):
-            raise ConfigError(
-                f"use_sliding_window={hf['use_sliding_window']!r}: sliding-window attention is not supported "
-                f"(sliding_window={hf.get('sliding_window')!r})."
-            )
-        others = sorted({str(kind) for kind in hf.get("layer_types") or () if kind != FULL_ATTENTION})
-        if others:
-            raise ConfigError(f"layer_types has {', '.join(others)}; a teacher's layers must all be {FULL_ATTENTION}.")
 
 
 def read_flag(hf: dict[str, Any], key: str) -> bool:
@@ -201,18 +244,48 @@ def read_integer(hf: dict[str, Any], key: str) -> int:
     return value
 
 
-def require(config: ModelConfig, **expected: bool) -> None:
-    """Raises ConfigError unless `config` has these flags, because the family's configs cannot say otherwise."""
-    for name, value in expected.items():
-        if getattr(config, name) is not value:
-            raise ConfigError(
-                f"A {config.family} model cannot have {name}={getattr(config, name)} "
-                f"(with qkv_bias={config.qkv_bias}): its Hugging Face config has no key for it."
-            )
-
-
-def _positive(hf: dict[str, Any], key: str, default: float) -> float:
+def read_positive(hf: dict[str, Any], key: str, default: float | None = None) -> float:
     value = hf.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         raise ConfigError(f"{key}={value!r} is not a positive number.")
     return float(value)
+
+
+def kind_keys(config: ModelConfig) -> dict[str, Any]:
+    """The keys of families that say of each layer whether it slides."""
+    window = config.window
+    sliding = () if window is None else window.layers
+    kinds = [SLIDING_ATTENTION if layer in sliding else FULL_ATTENTION for layer in range(config.num_layers)]
+    return {"sliding_window": None if window is None else window.size, "layer_types": kinds}
+
+
+def given_kinds(hf: dict[str, Any], otherwise: Callable[[int], bool]) -> list[str]:
+    """`layer_types`; where it is absent a layer slides if `otherwise` says so of its number."""
+    kinds = [
+        SLIDING_ATTENTION if otherwise(layer) else FULL_ATTENTION
+        for layer in range(read_integer(hf, "num_hidden_layers"))
+    ]
+    return kinds if hf.get("layer_types") is None else list(hf["layer_types"])
+
+
+def kinds_by_switch(hf: dict[str, Any]) -> list[str]:
+    """Of Qwen's: with `use_sliding_window` the layers from `max_window_layers` on slide, or those of `layer_types`."""
+    slides = read_flag(hf, "use_sliding_window") and hf.get("sliding_window") is not None
+    kinds = given_kinds(hf, lambda layer: slides and layer >= hf["max_window_layers"])
+    if SLIDING_ATTENTION in kinds and not slides:
+        raise ConfigError(
+            f"layer_types has {SLIDING_ATTENTION}, but use_sliding_window={hf.get('use_sliding_window')!r} and "
+            f"sliding_window={hf.get('sliding_window')!r}."
+        )
+    return kinds
+
+
+def switch_keys(config: ModelConfig) -> dict[str, Any]:
+    """The reverse of `kinds_by_switch`."""
+    return {"use_sliding_window": config.window is not None, **kind_keys(config)}
+
+
+def one_kind(hf: dict[str, Any]) -> list[str]:
+    """Of Mistral's: all layers slide if the config has a window."""
+    kind = FULL_ATTENTION if hf.get("sliding_window") is None else SLIDING_ATTENTION
+    return [kind] * read_integer(hf, "num_hidden_layers")

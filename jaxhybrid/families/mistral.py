@@ -1,39 +1,40 @@
-"""Mistral 0.2 and 0.3, Nemo, Mistral Small: Llama without biases. The sliding window of 0.1 is refused."""
+"""Mistral, Nemo, Mistral Small: Llama without biases. 0.1 has a sliding window in every layer.
+
+Ministral 8B as transformers has it since 5.0 (`ministral`) says of each layer whether it slides.
+"""
 
 from typing import Any
 
-from jaxhybrid.errors import ConfigError
-from jaxhybrid.families.base import Family, read_integer, require
+from jaxhybrid.families.base import Family, given_kinds, kind_keys, one_kind
 from jaxhybrid.model.config import ModelConfig
 
 # What transformers takes where a config is silent.
-WINDOW = {"sliding_window": 4096}
-DEFAULTS = {"max_position_embeddings": 131_072}
+DEFAULTS = {"max_position_embeddings": 131_072, "sliding_window": 4096}
 
 
-def _flags(hf: dict[str, Any]) -> dict[str, Any]:
-    """None. A token sees `sliding_window` tokens, itself among them: a window as long as the context cannot act."""
-    given = WINDOW | hf
-    length = read_integer(DEFAULTS | hf, "max_position_embeddings")
-    if given["sliding_window"] is not None and read_integer(given, "sliding_window") < length:
-        silent = "" if "sliding_window" in hf else ", which transformers takes where config.json does not say"
-        raise ConfigError(
-            f"sliding_window={given['sliding_window']}{silent}: sliding-window attention is not supported. It acts on "
-            f"texts longer than the window, and max_position_embeddings={length}. A model without it has null here."
-        )
-    return {}
+def _window_key(config: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": None if config.window is None else config.window.size}
 
 
-def _flag_keys(config: ModelConfig) -> dict[str, Any]:
-    require(config, qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False)
-    return {"sliding_window": None}
+def _ministral_kinds(hf: dict[str, Any]) -> list[str]:
+    return given_kinds(hf, lambda layer: hf.get("sliding_window") is not None)
 
 
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    flags=_flags,
-    flag_keys=_flag_keys,
+    flags=lambda hf: {},
+    flag_keys=_window_key,
     own_keys=("sliding_window",),
     defaults=DEFAULTS,
+    kinds=one_kind,
+)
+MINISTRAL = Family(
+    model_type="ministral",
+    architecture="MinistralForCausalLM",
+    flags=lambda hf: {},
+    flag_keys=kind_keys,
+    own_keys=("sliding_window",),
+    defaults=DEFAULTS,
+    kinds=_ministral_kinds,
 )

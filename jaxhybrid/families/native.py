@@ -93,7 +93,9 @@ def features(config: ModelConfig) -> list[Feature]:
 def write_native(family: Family, config: ModelConfig, teacher_hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a student that `features` has no objection to. Our own keys stay in it, to be read back."""
     hf = write_student(family, config, teacher_hf_config)
-    hf.pop("use_sliding_window", None)
+    del hf["traits"]  # for our own code
+    for key in ("use_sliding_window", "sliding_window"):
+        hf.pop(key, None)
     # For scaled rotary embeddings transformers 5.16 reads this key where later versions read the one inside.
     hf |= {"model_type": QWEN3_5, "architectures": [ARCHITECTURE], "partial_rotary_factor": 1.0}
     return hf | _native_keys(config, hf["rope_parameters"])

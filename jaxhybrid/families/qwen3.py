@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxhybrid.families.base import WINDOW_KEYS, Family, read_flag, require
+from jaxhybrid.families.base import WINDOW_KEYS, Family, kinds_by_switch, read_flag, switch_keys
 from jaxhybrid.model.config import ModelConfig
 
 
@@ -12,8 +12,7 @@ def _flags(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flag_keys(config: ModelConfig) -> dict[str, Any]:
-    require(config, o_bias=config.qkv_bias, mlp_bias=False, qk_norm=True)
-    return {"attention_bias": config.qkv_bias, "use_sliding_window": False}
+    return {"attention_bias": config.qkv_bias, **switch_keys(config)}
 
 
 QWEN3 = Family(
@@ -22,5 +21,6 @@ QWEN3 = Family(
     flags=_flags,
     flag_keys=_flag_keys,
     own_keys=("attention_bias", *WINDOW_KEYS),
-    defaults={"max_position_embeddings": 32768, "head_dim": 128},
+    defaults={"max_position_embeddings": 32768, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    kinds=kinds_by_switch,
 )

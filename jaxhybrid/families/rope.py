@@ -22,6 +22,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -38,13 +39,49 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor"),
 }
+LISTS = ("short_factor", "long_factor")
 
 
-def rope_from_hf(hf: dict[str, Any], max_position_embeddings: int, ignored: Sequence[str] = ()) -> RopeConfig:
+def ropes_from_hf(
+    hf: dict[str, Any],
+    max_position_embeddings: int,
+    ignored: Sequence[str] = (),
+    sliding_theta: float | None = None,
+    partial: bool = False,
+) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rotary settings of a config: of all layers, or of full and of sliding ones where they are told apart.
+
+    Args:
+        sliding_theta: the base of sliding layers in a config that says nothing of it; None: they are not told apart.
+    """
+    if sliding_theta is None:
+        return rope_from_hf(hf, max_position_embeddings, ignored, partial), None
+    given = hf.get("rope_parameters") or {}
+    if not given or not isinstance(given, dict) or any(not isinstance(value, dict | None) for value in given.values()):
+        # Older keys: `rope_scaling` and `rope_theta` are those of full layers.
+        sliding = {"rope_theta": hf.get("rope_local_base_freq", sliding_theta)}
+        return rope_from_hf(hf, max_position_embeddings, ignored), rope_from_hf(sliding, max_position_embeddings)
+    unknown = given.keys() - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ConfigError(
+            f"rope_parameters has {', '.join(sorted(unknown))}; known: full_attention, sliding_attention."
+        )
+    older = {key: value for key, value in hf.items() if key not in ("rope_parameters", "rope_local_base_freq")}
+    full = older | {"rope_parameters": given.get("full_attention"), "rope_scaling": hf.get("rope_scaling")}
+    sliding = {"rope_parameters": given.get("sliding_attention"), "rope_theta": sliding_theta}
+    return rope_from_hf(full, max_position_embeddings, ignored), rope_from_hf(sliding, max_position_embeddings, ignored)
+
+
+def rope_from_hf(
+    hf: dict[str, Any], max_position_embeddings: int, ignored: Sequence[str] = (), partial: bool = False
+) -> RopeConfig:
     """The rotary settings of a config. `rope_scaling`, where filled, wins over `rope_parameters`, as in transformers.
 
-    ignored: keys to pass over that the rule does not know, as `rope_scaling.attn_factor`.
+    Args:
+        ignored: keys to pass over that the rule does not know, as `rope_scaling.attn_factor`.
+        partial: whether the family can leave a part of the head unrotated.
 
     Raises:
         ConfigError: an unknown rule, a key the rule does not have, a missing key, or a part of the head left unrotated.
@@ -63,12 +100,16 @@ def rope_from_hf(hf: dict[str, Any], max_position_embeddings: int, ignored: Sequ
     rope.pop("type", None)
     if kind not in REQUIRED:
         raise ConfigError(f"{source} has rope_type={kind!r}; supported: {', '.join(REQUIRED)}.")
+    share = 1.0
     for where, value in (
-        (f"{source}.partial_rotary_factor", rope.pop("partial_rotary_factor", None)),
         ("partial_rotary_factor", hf.get("partial_rotary_factor")),
+        (f"{source}.partial_rotary_factor", rope.pop("partial_rotary_factor", None)),  # it wins
     ):
-        if value not in (None, 1):
-            raise ConfigError(f"{where}={value!r}: heads rotated only in part are not supported.")
+        if value in (None, 1):
+            continue
+        if not partial or isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ConfigError(f"{where}={value!r}: this family's heads are rotated whole.")
+        share = float(value)
     theta = rope.pop("rope_theta", hf.get("rope_theta"))
     length = _original_length(hf, rope, kind, source, max_position_embeddings)
     missing = [name for name in REQUIRED[kind] if name not in rope]
@@ -82,15 +123,18 @@ def rope_from_hf(hf: dict[str, Any], max_position_embeddings: int, ignored: Sequ
             )
     unknown = {name: rope.pop(name) for name in [*rope] if name not in known}
     for name, value in rope.items():
-        if name not in ("truncate",) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        numbers = value if name in LISTS and isinstance(value, list | tuple) else [value]
+        if name not in ("truncate",) and any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
             raise ConfigError(f"{source}.{name}={value!r} is not a number.")
-    if kind == "yarn" and "factor" not in rope:
+        if name in LISTS:
+            rope[name] = tuple(map(float, numbers))
+    if kind in ("yarn", "longrope") and "factor" not in rope:
         rope["factor"] = max_position_embeddings / (length or max_position_embeddings)
     rope |= {"original_max_position_embeddings": length}
     for name in ("beta_fast", "beta_slow"):  # transformers takes a zero as absent
         if not rope.get(name, True):
             del rope[name]
-    config = RopeConfig(kind=kind, theta=float(DEFAULT_THETA if theta is None else theta), **rope)
+    config = RopeConfig(kind=kind, theta=float(DEFAULT_THETA if theta is None else theta), partial=share, **rope)
     for name, value in unknown.items():
         if f"{source}.{name}" not in ignored:
             raise ConfigError(_unknown(source, name, value, config))
@@ -119,7 +163,7 @@ def _original_length(
     """The context length before extension, for the rules that read one; a key of the config itself wins."""
     inner = rope.pop("original_max_position_embeddings", None)
     outer = hf.get("original_max_position_embeddings")
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         return next(length for length in (outer, inner, max_positions) if length is not None)
     for where, length in (
         (f"{source}.original_max_position_embeddings", inner),
@@ -136,8 +180,10 @@ def _original_length(
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     """The `rope_parameters` of a rotary setting."""
     hf: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.partial != 1:
+        hf["partial_rotary_factor"] = rope.partial
     for name in REQUIRED[rope.kind] + OPTIONAL[rope.kind]:
         value = getattr(rope, name)
         if value is not None:
-            hf[name] = value
+            hf[name] = list(value) if name in LISTS else value
     return hf

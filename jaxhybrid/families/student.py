@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.families.base import HARMLESS_KEYS, Family
+from jaxhybrid.families.base import HARMLESS_KEYS, SLIDING_ATTENTION, Family
+from jaxhybrid.families.rope import rope_to_hf
 from jaxhybrid.model.config import FULL_ATTENTION, MixerConfig, ModelConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 
 STUDENT_TYPE = "jaxhybrid"
 LINEAR_ATTENTION = "linear_attention"  # transformers' name of a layer with a state of fixed size
-STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", *LINEAR_MIXERS)
+STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", "traits", *LINEAR_MIXERS)
+# What an export's code must know of the base model where it is not as Llama's.
+TRAITS = (
+    "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
+    "residual_scale", "logit_scale", "attention_scale", "window", "unrotated_layers",
+)  # fmt: skip
 NOT_CARRIED = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
 
@@ -29,6 +35,8 @@ def write_student(family: Family, config: ModelConfig, teacher_hf_config: Mappin
     hf |= {
         "model_type": STUDENT_TYPE,
         "base_model_type": family.model_type,
+        "traits": _traits(config, hf),
+        "rope_parameters": rope_to_hf(config.rope),  # those of sliding layers are a trait
         "layer_types": [FULL_ATTENTION if kind == FULL_ATTENTION else LINEAR_ATTENTION for kind in config.layer_types],
     }
     if config.mixer is not None:
@@ -56,7 +64,18 @@ def read_student(families: Mapping[str, Family], hf: dict[str, Any]) -> ModelCon
                 f"layer_types has {kind!r}; a student's layers are {FULL_ATTENTION} or {LINEAR_ATTENTION}."
             )
     plain = {key: value for key, value in hf.items() if key not in (*STUDENT_KEYS, "layer_types")}
+    traits = hf.get("traits") or {}  # exports from before they were written have none
+    plain |= {"layer_types": traits["layer_types"]} if traits.get("layer_types") else {}
+    if families[base].sliding_theta is not None:
+        rope = plain.get("rope_parameters")
+        plain["rope_parameters"] = {
+            FULL_ATTENTION: rope,
+            SLIDING_ATTENTION: traits.get("window", {}).get("rope") or rope,
+        }
     config = families[base].read_config(plain)
+    if traits and (said := _traits(config, plain)) != traits:
+        differing = sorted(name for name in {*said, *traits} if said.get(name) != traits.get(name))
+        raise ConfigError(f"The student's traits and its other keys contradict each other in {', '.join(differing)}.")
     if not kinds:
         raise ConfigError("The student's config lacks layer_types.")
     mixer = _read_mixer(hf)
@@ -64,6 +83,18 @@ def read_student(families: Mapping[str, Family], hf: dict[str, Any]) -> ModelCon
         raise ConfigError(f"The student's config lacks the settings of its linear layers ({', '.join(LINEAR_MIXERS)}).")
     types = tuple(mixer.kind if mixer and kind == LINEAR_ATTENTION else FULL_ATTENTION for kind in kinds)
     return replace(config, layer_types=types, mixer=mixer)
+
+
+def _traits(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """TRAITS that are not Llama's, as JSON has them, and the base model's own `layer_types`."""
+    defaults = {item.name: item.default for item in fields(ModelConfig)}
+    found = {name: getattr(config, name) for name in TRAITS if getattr(config, name) != defaults[name]}
+    if config.window is not None:
+        rope = config.window.rope
+        found["window"] = asdict(config.window) | {"rope": None if rope is None else rope_to_hf(rope)}
+    if hf.get("layer_types"):
+        found["layer_types"] = hf["layer_types"]
+    return dict(json.loads(json.dumps(found)))
 
 
 def _read_mixer(hf: Mapping[str, Any]) -> MixerConfig | None:

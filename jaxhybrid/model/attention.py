@@ -8,10 +8,10 @@ from flax import nnx
 
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
-from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext
+from jaxhybrid.model.layers import Linear, TokenContext, query_key_norms
 from jaxhybrid.model.partition import joined, own_heads
 from jaxhybrid.model.rope import rotate
-from jaxhybrid.model.softmax import causal_attention, decode_attention
+from jaxhybrid.model.softmax import Window, causal_attention, decode_attention
 
 
 class Attention(nnx.Module):
@@ -28,7 +28,9 @@ class Attention(nnx.Module):
         )
         self.o_proj = Linear(rngs, (H, K, D), ("heads", "head_dim", "embed"), bias=config.o_bias, inputs=2)
         if config.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(rngs, K, "head_dim", config.norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = query_key_norms(config, rngs, G)
+        self.window = None if config.window is None else config.window.size
+        self.scale = None if config.attention_scale is None else config.attention_scale * K**0.5
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
@@ -44,12 +46,15 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Params | None]:
         """Attention output after o_proj [B,T,D], and the cache with this call's keys and values when one was given."""
         q, k, v = project(self, x_BTD, context)
+        if self.scale is not None:  # what comes below divides by sqrt(K)
+            q = q * self.scale
+        window = None if self.window is None else Window(self.window, context.slides)
         if state is None:
             if context.first_token is not None:  # the keys of the whole row, for the queries of a part of it
                 k, v = (joined(x, 1, "context") for x in (k, v))
             out = causal_attention(
                 q, k, v, context.segment_ids,
-                key_segment_ids=context.key_segment_ids, first_query=context.first_token,
+                key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window,
             )  # fmt: skip
             return self.o_proj(out), None
         assert context.cache_index is not None
@@ -62,14 +67,14 @@ class Attention(nnx.Module):
                 name: cache.at[at].set(new[name][:, 0], mode="drop", unique_indices=True)
                 for name, cache in state.items()
             }
-            out = decode_attention(q[:, 0], state["k"], state["v"], index)[:, None]
+            out = decode_attention(q[:, 0], state["k"], state["v"], index, window)[:, None]
         else:
             state = {
                 name: jax.lax.dynamic_update_slice_in_dim(cache, jnp.moveaxis(new[name], 1, 2), index, 2)
                 for name, cache in state.items()
             }
             keys, values = (jnp.moveaxis(state[name], 2, 1) for name in ("k", "v"))
-            out = causal_attention(q, keys, values, None, first_query=index)
+            out = causal_attention(q, keys, values, None, first_query=index, window=window)
         return self.o_proj(out), state
 
 

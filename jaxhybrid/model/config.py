@@ -19,18 +19,34 @@ Remat = Literal["none", "block", "mlp", "dots", "offload"]
 class RopeConfig:
     """Rotary position embedding, with the scaling rules of transformers' `rope_parameters`."""
 
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     theta: float = 10_000.0
     factor: float = 1.0
-    original_max_position_embeddings: int | None = None  # llama3, yarn, dynamic: the length before extension
+    original_max_position_embeddings: int | None = None  # all but default, linear: the length before extension
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: scale of cos and sin; None takes the rule of the YaRN paper
+    attention_factor: float | None = None  # yarn, longrope: scale of cos and sin; None takes the paper's rule
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope: each pair's stretch in texts up to the original length
+    long_factor: tuple[float, ...] = ()  # longrope: and in longer ones
+    partial: float = 1.0  # the share of a head's channels that is rotated, its first ones
+
+    def width(self, head_dim: int) -> int:
+        """Channels of a head that are rotated."""
+        return int(head_dim * self.partial)
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Softmax layers in which a token sees `size` tokens at most, itself among them."""
+
+    size: int
+    layers: tuple[int, ...]
+    rope: RopeConfig | None = None  # of these layers; None: that of all
 
 
 def option(default: Any, about: str) -> Any:
@@ -85,9 +101,9 @@ class MixerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One causal language model: pre-norm blocks of a token mixer and a SwiGLU MLP."""
+    """One causal language model: blocks of a token mixer and a gated MLP. The defaults are Llama's."""
 
-    family: str  # the Hugging Face model_type whose weight names and config keys apply: llama, qwen2, qwen3
+    family: str  # the Hugging Face model_type whose weight names and config keys apply: llama, gemma3_text, ...
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -103,6 +119,16 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False  # query and key norms over all heads together, not over each (OLMo 2)
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
+    norms: Literal["before", "after", "around"] = "before"  # where a mixer and an MLP have norms (OLMo 2, Gemma 2)
+    norm_offset: bool = False  # norms scale by 1 + their weight (Gemma)
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a mixer or an MLP adds
+    logit_scale: float = 1.0
+    attention_scale: float | None = None  # of queries with keys; None: 1 / sqrt(head_dim)
+    window: WindowConfig | None = None
+    unrotated_layers: tuple[int, ...] = ()  # without rotary embedding (SmolLM3)
     layer_types: tuple[str, ...] = ()  # one mixer name per layer; empty means softmax everywhere
     mixer: MixerConfig | None = None  # of the layers that are not softmax
 
@@ -119,6 +145,15 @@ class ModelConfig:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs.")
+        if self.rope.width(self.head_dim) % 2:
+            rotated = self.rope.width(self.head_dim)
+            raise ConfigError(f"partial_rotary_factor={self.rope.partial} of {self.head_dim} is {rotated}, not pairs.")
+        stretched = len(self.rope.short_factor), len(self.rope.long_factor), self.rope.width(self.head_dim) // 2
+        if self.rope.kind == "longrope" and len(set(stretched)) > 1:
+            raise ConfigError("rope short_factor, long_factor have {} and {} numbers for {} pairs.".format(*stretched))
+        for name, layers in (("window", self.window.layers if self.window else ()), ("rope", self.unrotated_layers)):
+            if any(not 0 <= layer < self.num_layers for layer in layers):
+                raise ConfigError(f"{name} names the layers {layers}, the model has {self.num_layers}.")
 
     @property
     def softmax_layers(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from jaxhybrid.errors import TopologyError
 from jaxhybrid.model.blueprint import Exact, Params, is_variable, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.head import Columns, TiedColumns, gathered, own_columns, whole
-from jaxhybrid.model.layers import Block, TokenContext
+from jaxhybrid.model.layers import Block, LayerView, TokenContext, layer_views
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import (
     BATCH_AXES,
@@ -186,7 +186,13 @@ def embedded(model: Unstacked, tokens_RC: jax.Array) -> jax.Array:
 
 
 def prefill_layer(
-    config: ModelConfig, kind: str, weights: Params, x_RCD: jax.Array, state: Params, chunk: Chunk
+    config: ModelConfig,
+    kind: str,
+    weights: Params,
+    x_RCD: jax.Array,
+    state: Params,
+    chunk: Chunk,
+    view: LayerView | None = None,
 ) -> tuple[jax.Array, Params]:
     """A chunk through one layer: what goes into the next, and the layer's state after it.
 
@@ -201,7 +207,7 @@ def prefill_layer(
         places = jnp.arange(x.shape[1], dtype=jnp.int32)
         segments = (places < chunk.counts[:, None]).astype(jnp.int32)
         tables = rotary_tables(config, jnp.zeros_like(segments) + chunk.first + places, chunk.longest)
-        context = TokenContext(segments, *tables, cache_index=chunk.first)
+        context = TokenContext(segments, **tables, cache_index=chunk.first).at_layer(view)
         x, own = one_layer(config, kind, x, context, _with_state, weights["block"], weights["mixer"], own)
         if chunk.rows is not None:
             own = jax.tree.map(lambda s, new: s.at[chunk.rows].set(new, mode="drop"), state, own)
@@ -245,10 +251,11 @@ def decode_own_token(
 ) -> tuple[jax.Array, LayerStates]:
     """`decode_token` of this device's rows, inside `on_shards`."""
     config, ends = model.config, model.model
-    context = TokenContext(None, *rotary_tables(config, lengths[:, None]), cache_index=lengths)
+    context = TokenContext(None, **rotary_tables(config, lengths[:, None]), cache_index=lengths)
     x, after = embed(ends, tokens[:, None], model.dtype), []
-    for kind, weights, state in zip(config.layer_types, model.layers, states):
-        x, new = one_layer(config, kind, x, context, _with_state, weights["block"], weights["mixer"], state)
+    for kind, view, weights, state in zip(config.layer_types, layer_views(config), model.layers, states):
+        own = context.at_layer(view)
+        x, new = one_layer(config, kind, x, own, _with_state, weights["block"], weights["mixer"], state)
         after.append(new)
     logits = columns.logits(gathered(final_norm(ends, x[:, 0])), config.vocab_size)
     return whole(logits, config.vocab_size), tuple(after)

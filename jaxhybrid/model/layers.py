@@ -1,5 +1,6 @@
 """The small modules that every part is made of, and what a block knows about its tokens."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,8 +21,27 @@ from jaxhybrid.model.partition import (
     total,
 )
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 # Names for policies of recomputation.
 MLP_INPUT, MLP_PRODUCT = "mlp_input", "mlp_product"
+
+
+class LayerView(NamedTuple):
+    """How one layer looks at the tokens, where layers differ in it; of all layers, arrays [L]."""
+
+    slides: Any  # bool: it has the model's sliding window
+    rotates: Any  # bool: it has rotary embedding
+
+
+def layer_views(config: ModelConfig) -> list[LayerView] | list[None]:
+    """Of each layer; None where all are alike."""
+    if config.window is None and not config.unrotated_layers:
+        return [None] * config.num_layers
+    sliding = () if config.window is None else config.window.layers
+    return [LayerView(i in sliding, i not in config.unrotated_layers) for i in range(config.num_layers)]
 
 
 class TokenContext(NamedTuple):
@@ -30,12 +50,24 @@ class TokenContext(NamedTuple):
     # [B,T]; 0 is padding. A document is one run of equal ids, used once in a row; documents do not see each other.
     # None: the row is one document.
     segment_ids: jax.Array | None
-    cos: jax.Array  # [B,T,K/2] rotary tables
+    cos: jax.Array  # rotary tables: [B,T,K/2], or fewer pairs where a part of a head is rotated
     sin: jax.Array
     key_segment_ids: jax.Array | None = None  # [B,M] of the whole row, if it is split
     # When decoding, the place of this call's first token in the cache: a scalar for a chunk, [B] for one token a row.
     cache_index: jax.Array | None = None
     first_token: jax.Array | None = None  # scalar: the place in the row of this device's first token, if rows are split
+    sliding_tables: tuple[jax.Array, jax.Array] | None = None  # cos and sin of sliding layers, if theirs are others
+    slides: Any = None  # bool: the layer has the model's sliding window, if the model has one
+
+    def at_layer(self, view: LayerView | None) -> "TokenContext":
+        """As the layer sees it that `view` is of."""
+        if view is None:
+            return self
+        cos, sin = self.cos, self.sin
+        if self.sliding_tables is not None:
+            cos, sin = (jnp.where(view.slides, own, x) for own, x in zip(self.sliding_tables, (cos, sin)))
+        cos, sin = jnp.where(view.rotates, cos, 1.0), jnp.where(view.rotates, sin, 0.0)
+        return self._replace(cos=cos, sin=sin, slides=view.slides)
 
 
 class Linear(nnx.Module):
@@ -71,12 +103,36 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs, width: int, axis: str, eps: float):
-        self.scale = weight(rngs, (width,), (axis,), ones)
+    """x / rms(x) over the last axis, times the scale, or times 1 + the scale with `offset`."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, axis: str, eps: float, offset: bool = False):
+        self.scale = weight(rngs, (width,), (axis,), zeros if offset else ones)
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...], self.eps, self.offset)
+
+
+class WideRMSNorm(nnx.Module):
+    """The norm of all heads [..,H,K] together."""
+
+    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int], heads_axis: str, eps: float):
+        self.scale = weight(rngs, shape, (heads_axis, "head_dim"), ones)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.scale[...], self.eps)
+        exact = x.astype(exact_dtype(x.dtype))
+        # Each device has as many heads; where they are fewer than devices, all are copied as often.
+        mean = total(jnp.mean(exact * exact, axis=(-2, -1), keepdims=True), "tensor") / axis_size("tensor")
+        return (exact * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def query_key_norms(config: ModelConfig, rngs: nnx.Rngs, key_heads: int) -> Any:
+    """(of queries, of keys) as the teacher has them."""
+    H, K, eps = config.num_heads, config.head_dim, config.norm_eps
+    if config.wide_qk_norm:
+        return WideRMSNorm(rngs, (H, K), "heads", eps), WideRMSNorm(rngs, (key_heads, K), "kv_heads", eps)
+    return tuple(RMSNorm(rngs, K, "head_dim", eps, config.norm_offset) for _ in range(2))
 
 
 class Embedding(nnx.Module):
@@ -110,38 +166,59 @@ def look_up(table: jax.Array, tokens_BT: jax.Array, vocab_size: int, dtype: Any)
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """down(f(gate x) * up x): SwiGLU where f is silu, GeGLU where it is gelu."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = Linear(rngs, (D, F), ("embed", "mlp"), bias=bias)
         self.up_proj = Linear(rngs, (D, F), ("embed", "mlp"), bias=bias)
         self.down_proj = Linear(rngs, (F, D), ("mlp", "embed"), bias=bias)
+        self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         named = partial(checkpoint_name, name=MLP_PRODUCT)
-        return self.down_proj(jax.nn.silu(named(self.gate_proj(x))) * named(self.up_proj(x)))
+        return self.down_proj(ACTIVATIONS[self.activation](named(self.gate_proj(x))) * named(self.up_proj(x)))
 
 
 class Block(nnx.Module):
-    """One pre-norm layer without its mixer: x + mixer(norm x), then + mlp(norm x)."""
+    """One layer without its mixer: x + mixer(norm x), then + mlp(norm x), or with norms elsewhere."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(rngs, config.hidden_size, "embed", config.norm_eps)
-        self.post_norm = RMSNorm(rngs, config.hidden_size, "embed", config.norm_eps)
+        norm = partial(RMSNorm, rngs, config.hidden_size, "embed", config.norm_eps, config.norm_offset)
+        self.residual_scale = config.residual_scale
+        self.norms_before, self.norms_after = config.norms != "after", config.norms != "before"
+        if self.norms_before:
+            self.input_norm, self.post_norm = norm(), norm()
         self.mlp = MLP(config, rngs)
+        if self.norms_after:
+            self.mixed_norm, self.mlp_norm = norm(), norm()
+
+    def mixer_input(self, x: jax.Array) -> jax.Array:
+        return self.input_norm(x) if self.norms_before else x
+
+    def add_mixed(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        return self._added(x, self.mixed_norm(mixed) if self.norms_after else mixed)
 
     def add_mlp(self, x: jax.Array) -> jax.Array:
         x = checkpoint_name(x, MLP_INPUT)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_norm(x))
+            out = self.mlp(self.post_norm(x) if self.norms_before else x)
+            return self._added(x, self.mlp_norm(out) if self.norms_after else out)
+
+    def _added(self, x: jax.Array, more: jax.Array) -> jax.Array:
+        return x + (more if self.residual_scale == 1 else more * self.residual_scale)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) over the last axis in float32, then cast back and scaled (as Llama does)."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: bool = False) -> jax.Array:
+    """x / rms(x) over the last axis in float32, then cast back and scaled (as Llama does).
+
+    offset: times 1 + scale in float32, and cast back after that (as Gemma does).
+    """
     with jax.named_scope("norm"):
         exact = x.astype(exact_dtype(x.dtype))
         exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
+        if offset:
+            return (exact * (1.0 + scale.astype(exact.dtype))).astype(x.dtype)
         return exact.astype(x.dtype) * scale.astype(x.dtype)
 
 

@@ -15,20 +15,20 @@ from flax import nnx
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.model.blueprint import Params, bind, shapes_by_name, variables
 from jaxhybrid.model.config import layers_of_kind
-from jaxhybrid.model.layers import Block, exact_dtype
+from jaxhybrid.model.layers import Block, exact_dtype, layer_views
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.transformer import Ends, Model, token_context
+from jaxhybrid.model.transformer import Ends, Model, scaled, token_context
 
 
 class Layer(nnx.Module):
-    """One pre-norm layer: x + mixer(norm x), then + mlp(norm x)."""
+    """One layer: x + mixer(norm x), then + mlp(norm x), or with the block's norms elsewhere."""
 
     def __init__(self, block: Block, mixer: Any):
         self.block, self.mixer = block, mixer
 
     def __call__(self, x: jax.Array, context: Any) -> jax.Array:
-        x = x + self.mixer(self.block.input_norm(x), context)[0]
-        return self.block.add_mlp(x)
+        mixed = self.mixer(self.block.mixer_input(x), context)[0]
+        return self.block.add_mlp(self.block.add_mixed(x, mixed))
 
 
 class Unrolled(nnx.Module):
@@ -69,10 +69,10 @@ class Unrolled(nnx.Module):
         if attention_mask is not None and segment_ids is None:
             segment_ids = jnp.diagonal(attention_mask, axis1=-2, axis2=-1).astype(jnp.int32)
         context = token_context(self.config, tokens_BT, segment_ids, positions)
-        x = self.ends.embed(tokens_BT)
-        for layer in self.layers:
-            x = layer(x, context)
-        x = self.ends.final_norm(x)
+        x = scaled(self.ends.embed(tokens_BT), self.config.embedding_scale)
+        for layer, view in zip(self.layers, layer_views(self.config)):
+            x = layer(x, context.at_layer(view))
+        x = scaled(self.ends.final_norm(x), self.config.logit_scale)
         if self.ends.head is not None:
             return self.ends.head(x, dtype=exact_dtype(x.dtype)), None
         table = self.ends.embed.embedding[...]

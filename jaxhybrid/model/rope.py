@@ -1,6 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) with the length-extension rules that Hugging Face configs name."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,31 @@ from jaxhybrid.model.layers import exact_dtype
 from jaxhybrid.model.partition import BATCH_AXES, largest
 
 
-def rotary_tables(
-    config: ModelConfig, positions_BT: jax.Array, longest: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B,T,K/2], for the given token positions.
+def rotary_tables(config: ModelConfig, positions_BT: jax.Array, longest: jax.Array | None = None) -> dict[str, Any]:
+    """What a `TokenContext` has of positions: `cos` and `sin`, float32 [B,T,K/2], and those of sliding layers.
 
-    The `dynamic` rule takes its length from the largest position present, as transformers does, or from `longest`, the
-    tokens of the longest text, where these are a part of them.
+    The `dynamic` and `longrope` rules take their length from the largest position present, as transformers does, or
+    from `longest`, the tokens of the longest text, where these are a part of them.
     """
-    rope, width = config.rope, config.head_dim
-    scale = 1.0
+    cos, sin = _tables(config, config.rope, positions_BT, longest)
+    tables: dict[str, Any] = {"cos": cos, "sin": sin}
+    if config.window is not None and config.window.rope is not None:
+        tables["sliding_tables"] = _tables(config, config.window.rope, positions_BT, longest)
+    return tables
+
+
+def _tables(
+    config: ModelConfig, rope: RopeConfig, positions_BT: jax.Array, longest: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    width, scale = rope.width(config.head_dim), 1.0
     frequencies: jax.Array | np.ndarray
-    if rope.kind == "dynamic":
+    if rope.kind in ("dynamic", "longrope"):
         length = jnp.max(positions_BT) + 1 if longest is None else longest
+        length = largest(length, *BATCH_AXES)
+    if rope.kind == "dynamic":
         frequencies = _dynamic_frequencies(rope, width, config.max_position_embeddings, length)
+    elif rope.kind == "longrope":
+        frequencies, scale = _longrope_frequencies(rope, width, length)
     elif rope.kind == "llama3":
         frequencies = _llama3_frequencies(rope, width)
     elif rope.kind == "yarn":
@@ -36,7 +48,10 @@ def rotary_tables(
 
 
 def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + K/2) of every head; cos and sin are [B,T,K/2]."""
+    """Rotates the pairs (i, i + K/2) of every head; cos and sin are [B,T,K/2]. Channels beyond their pairs stay."""
+    if 2 * cos.shape[-1] < x_BTHK.shape[-1]:
+        turned, rest = jnp.split(x_BTHK, [2 * cos.shape[-1]], axis=-1)
+        return jnp.concatenate([rotate(turned, cos, sin), rest], axis=-1)
     first, second = jnp.split(x_BTHK.astype(exact_dtype(x_BTHK.dtype)), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)
@@ -48,9 +63,21 @@ def _frequencies(theta: float, width: int) -> np.ndarray:
 
 def _dynamic_frequencies(rope: RopeConfig, width: int, max_positions: int, length: jax.Array) -> jax.Array:
     original = rope.original_max_position_embeddings or max_positions
-    length = jnp.maximum(largest(length, *BATCH_AXES), original).astype(jnp.float32)
+    length = jnp.maximum(length, original).astype(jnp.float32)
     theta = rope.theta * (rope.factor * length / original - (rope.factor - 1)) ** (width / (width - 2))
     return 1.0 / theta ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def _longrope_frequencies(rope: RopeConfig, width: int, length: jax.Array) -> tuple[jax.Array, float]:
+    """LongRoPE (arXiv 2402.13753): each pair stretched by a factor of its own, others in texts beyond the original."""
+    original = rope.original_max_position_embeddings
+    assert original is not None
+    factors = jnp.where(
+        length > original, jnp.array(rope.long_factor, jnp.float32), jnp.array(rope.short_factor, jnp.float32)
+    )
+    scale = 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(original))
+    frequencies = jnp.asarray(_frequencies(rope.theta, width), jnp.float32) / factors
+    return frequencies, scale if rope.attention_factor is None else rope.attention_factor
 
 
 def _llama3_frequencies(rope: RopeConfig, width: int) -> np.ndarray:

@@ -31,8 +31,22 @@ DECODE_BLOCK = 512  # keys of a block of the cache
 LANES = 128
 CUDNN: Literal["cudnn", "xla"] = "cudnn"
 
+PLACE_BITS = 30  # of a query's number as splash attention's mask gets it; the next one: its layer slides
+
 # (q [N,Q,H,K], k and v [N,W,G,K], visible [N,Q,W]) -> [N,Q,H,K]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Window(NamedTuple):
+    """Of a sliding window: a query sees `size` keys at most, its own among them, where the layer `slides`."""
+
+    size: int
+    slides: Any  # bool, may be traced
+
+    def starts(self, starts: jax.Array, first: jax.Array) -> jax.Array:
+        """The first key that queries at first, first+1, ... see, if without the window it is starts [B,Q]."""
+        query = first + jnp.arange(starts.shape[1], dtype=jnp.int32)
+        return jnp.where(self.slides, jnp.maximum(starts, query - (self.size - 1)), starts)
 
 
 def causal_attention(
@@ -43,6 +57,7 @@ def causal_attention(
     *,
     key_segment_ids: jax.Array | None = None,
     first_query: jax.Array | None = None,
+    window: Window | None = None,
 ) -> jax.Array:
     """softmax(q k' / sqrt(K)) v over the keys of a query's document up to its own: [B,Q,H,K] in q's dtype.
 
@@ -53,12 +68,13 @@ def causal_attention(
         segment_ids: [B,Q] or None: all one document. A document is one run of equal ids; so is padding.
         key_segment_ids: [B,M], where keys are not those of the queries.
         first_query: traced int32: the place of the first query on the keys' axis, at most M - Q. None: 0, and M is Q.
+        window: of those keys the last few only.
     """
     if key_segment_ids is None:
         assert first_query is None or segment_ids is None, "queries that are a slice need the ids of all keys"
         key_segment_ids = segment_ids
     platform, short = target_platform(), q.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and short and key_segment_ids is None and first_query is None:
+    if platform == "gpu" and short and key_segment_ids is None and first_query is None and window is None:
         return _cudnn_causal(q, k, v)
     B, Q = q.shape[:2]
     starts = segment_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
@@ -66,7 +82,9 @@ def causal_attention(
     query_starts = starts if first_query is None else jax.lax.dynamic_slice_in_dim(starts, first, Q, 1)
     q, k, v, starts, query_starts, first = _varying_alike(q, k, v, starts, query_starts, first)
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0:
-        return splash_attention(q, k, v, query_starts, starts, first)
+        return splash_attention(q, k, v, query_starts, starts, first, window)
+    if window is not None:
+        query_starts = window.starts(query_starts, first)
     if platform == "gpu" and short and k.shape[1] <= GPU_ROW:
         return _cudnn_short(q, k, v, query_starts, first, is_causal=first_query is None)
     if platform == "gpu" and short:
@@ -74,14 +92,16 @@ def causal_attention(
         most = GPU_MANY_QUERIES if k.shape[1] <= GPU_MIDDLE_ROW else GPU_QUERIES
         blocks = size, max(1, min(most // (B * size), math.ceil(Q / size)))
         if first_query is None:
-            return _cudnn_documents(q, k, v, starts, first, blocks)
+            return _cudnn_documents(q, k, v, query_starts, first, blocks)
         return _cudnn_windowed(q, k, v, query_starts, first, blocks)
     if Q <= QUERY_BLOCK:
         return _plain_masked(q, k, v, _visible(query_starts, first, k.shape[1]))
     return windowed_attention(q, k, v, query_starts, first, attend=_plain_masked, size=QUERY_BLOCK, at_once=1)
 
 
-def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) -> jax.Array:
+def decode_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, window: Window | None = None
+) -> jax.Array:
     """One query a row, q [B,H,K], to the keys up to `last` [B] of the caches k, v [B,G,M,K]: [B,H,K].
 
     The sum over values is made in blocks of the cache and the blocks are added up: with one row and few heads, one
@@ -91,6 +111,8 @@ def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array) 
     exact, block = exact_dtype(q.dtype), math.gcd(M, DECODE_BLOCK)
     scores = jnp.einsum("bgrk,bgmk->bgrm", q.reshape(B, G, H // G, K), k, preferred_element_type=exact)
     seen = jnp.arange(M, dtype=jnp.int32) <= last[:, None]
+    if window is not None:
+        seen &= jnp.arange(M, dtype=jnp.int32) >= window.starts(jnp.zeros_like(last)[:, None], last[:, None])
     scores = jnp.where(seen[:, None, None], scores * K**-0.5, MASKED)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     sums = jnp.einsum(
@@ -353,6 +375,7 @@ def splash_attention(
     query_starts: jax.Array,
     key_starts: jax.Array,
     first: jax.Array,
+    window: Window | None = None,
     *,
     block: int | None = None,
     interpret: bool = False,
@@ -360,7 +383,7 @@ def splash_attention(
     """Of q [B,Q,H,K], at first, first+1, ... of the keys [B,M,G,K], each to those from query_starts [B,Q] to its own.
 
     key_starts [B,M] tells the documents of the keys. Pairs of blocks of which no query sees a key are skipped: those
-    in the future, and those of other documents. `interpret` is for CPUs.
+    in the future, those of other documents, and those before the window. `interpret` is for CPUs.
     """
     Q, M = q.shape[1], k.shape[1]
     block = block or (TPU_BLOCK if M <= TPU_LONG else TPU_LONG_BLOCK)
@@ -371,8 +394,11 @@ def splash_attention(
         jnp.pad(query_starts, ((0, 0), (0, after_q)), constant_values=-1),
         jnp.pad(key_starts, ((0, 0), (0, after_k)), constant_values=-2),
     )
-    pairs = _seeing_blocks(query_starts, first, block_q, block_k, (M + after_k) // block_k)
+    seen_from = query_starts if window is None else window.starts(query_starts, first)
+    pairs = _seeing_blocks(seen_from, first, block_q, block_k, (M + after_k) // block_k)
     places: Any = jnp.broadcast_to(first + jnp.arange(Q + after_q, dtype=jnp.int32), segments.q.shape)
+    if window is not None:
+        places = places + (jnp.asarray(window.slides, jnp.int32) << PLACE_BITS)
     by_key, by_query = (
         MaskInfo(_nearest(pairs, axis), None, pairs.astype(jnp.int32)[:, None], None, places) for axis in (2, 1)
     )
@@ -382,7 +408,8 @@ def splash_attention(
             for x, n in ((q * q.shape[-1] ** -0.5, after_q), (k, after_k), (v, after_k))
         )
     )
-    out = _splash(*operands, segments, by_key, by_query, _Launch(block_q, block_k, interpret))
+    launch = _Launch(block_q, block_k, interpret, None if window is None else window.size)
+    out = _splash(*operands, segments, by_key, by_query, launch)
     return jnp.moveaxis(out, 2, 1)[:, :Q]
 
 
@@ -412,10 +439,20 @@ def _not_later(query: jax.Array, key: jax.Array) -> jax.Array:
     return query >= key
 
 
+def _in_window(size: int, query: jax.Array, key: jax.Array) -> jax.Array:
+    place = query & ((1 << PLACE_BITS) - 1)
+    return (place >= key) & ((query == place) | (key > place - size))
+
+
 class _Launch(NamedTuple):
     block_q: int
     block_k: int
     interpret: bool
+    window: int | None = None
+
+    @property
+    def mask(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return _not_later if self.window is None else partial(_in_window, self.window)
 
     @property
     def sizes(self) -> splash.BlockSizes:
@@ -432,7 +469,7 @@ def _splash_forward(q: Any, k: Any, v: Any, segments: Any, by_key: Any, by_query
     def row(args: Any) -> Any:
         q, k, v, segments, table = args
         out, (logsumexp,) = splash._splash_attention_forward(
-            table, q, k, v, segments, None, splash.DEFAULT_MASK_VALUE, False, launch.sizes, None, True, _not_later,
+            table, q, k, v, segments, None, splash.DEFAULT_MASK_VALUE, False, launch.sizes, None, True, launch.mask,
             interpret=launch.interpret,
         )  # fmt: skip
         return out, logsumexp
@@ -451,7 +488,7 @@ def _splash_backward(launch: _Launch, saved: Any, d_out: jax.Array) -> Any:
             False,
             launch.sizes,
             None,
-            _not_later,
+            launch.mask,
             None,
             launch.interpret,
             saved,

@@ -93,7 +93,7 @@ class Ends(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         S, D = config.vocab_size, config.hidden_size
         self.embed = Embedding(rngs, (S, D))
-        self.final_norm = RMSNorm(rngs, D, "embed", config.norm_eps)
+        self.final_norm = RMSNorm(rngs, D, "embed", config.norm_eps, config.norm_offset)
         self.head = None if config.tie_embeddings else Linear(rngs, (D, S), ("embed", "vocab"))
 
 
@@ -211,13 +211,21 @@ def embed(model: Model, tokens_BT: jax.Array, dtype: Any = None) -> jax.Array:
     """Token embeddings [B,T,D]."""
     table = model.params["embed"]["embedding"]
     with jax.named_scope("embed"):
-        return look_up(table, tokens_BT, model.config.vocab_size, table.dtype if dtype is None else dtype)
+        x = look_up(table, tokens_BT, model.config.vocab_size, table.dtype if dtype is None else dtype)
+        return scaled(x, model.config.embedding_scale)
+
+
+def scaled(x: jax.Array, scale: float) -> jax.Array:
+    """x times a number rounded to its type, as transformers does it."""
+    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
 def final_norm(model: Model, x: jax.Array, sums: Any = jnp.float32) -> jax.Array:
+    """What the head takes: its product with the head are logits, their scale included."""
     declared = model_variables(model.config)["final_norm"]
     scale = gather(declared, model.params["final_norm"], x.dtype, sums)["scale"]
-    return rms_norm(x, scale, model.config.norm_eps)
+    config = model.config
+    return scaled(rms_norm(x, scale, config.norm_eps, config.norm_offset), config.logit_scale)
 
 
 def token_context(
@@ -238,5 +246,5 @@ def token_context(
             positions_BT = jax.lax.dynamic_slice_in_dim(segment_positions(every), first, T, 1)
     tables = rotary_tables(config, positions_BT)
     if not is_split:
-        return TokenContext(segment_ids_BT, *tables)
-    return TokenContext(segment_ids_BT, *tables, key_segment_ids=every, first_token=first)
+        return TokenContext(segment_ids_BT, **tables)
+    return TokenContext(segment_ids_BT, **tables, key_segment_ids=every, first_token=first)

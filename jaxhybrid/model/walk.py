@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxhybrid.model.blueprint import Params, bind, cast, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, Remat, layers_of_kind
-from jaxhybrid.model.layers import MLP_INPUT, MLP_PRODUCT, Block, TokenContext
+from jaxhybrid.model.layers import MLP_INPUT, MLP_PRODUCT, Block, LayerView, TokenContext, layer_views
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import gather, mark
 
@@ -87,14 +87,14 @@ def walk(
     block = blocks.of(kinds[0]) if len(kinds) == 1 else blocks.of_any(kinds)
 
     def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
-        which, block_params, rows, own = scanned
-        return block(which, x, context, block_params, rows | shared, own)
+        which, block_params, rows, own, view = scanned
+        return block(which, x, context.at_layer(view), block_params, rows | shared, own)
 
     own = None if extra is None else extra[kinds[0]]
     every = params["blocks"]
     if blocks.keeps_products:
         every = blocks.in_compute_dtype(Block, every)
-    x, result = jax.lax.scan(body, x, (which, every, stacks, own))
+    x, result = jax.lax.scan(body, x, (which, every, stacks, own, _views(config)))
     return x, {kinds[0]: result} if len(kinds) == 1 else {}
 
 
@@ -133,8 +133,8 @@ class _Blocks:
 
         def block(_: Any, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any) -> Any:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
-            mixed, result = self._mixed(kind, block.input_norm(x), context, rows, own, marked=in_switch)
-            after = block.add_mlp(x + mixed)
+            mixed, result = self._mixed(kind, block.mixer_input(x), context, rows, own, marked=in_switch)
+            after = block.add_mlp(block.add_mixed(x, mixed))
             return after, result if self.watch is None else self.watch(x, after)
 
         return block if in_switch else self._recomputed(block)
@@ -155,8 +155,8 @@ class _Blocks:
             which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: None
         ) -> tuple[jax.Array, None]:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
-            mixed = mixed_by(which, context, block.input_norm(x), rows)
-            return block.add_mlp(x + mixed), None
+            mixed = mixed_by(which, context, block.mixer_input(x), rows)
+            return block.add_mlp(block.add_mixed(x, mixed)), None
 
         return self._recomputed(block)
 
@@ -219,6 +219,12 @@ def with_own_gradient(branches: list[Branch]) -> Branch:
 
     chosen.defvjp(lambda *arguments: (chosen(*arguments), arguments), backward)
     return chosen
+
+
+def _views(config: ModelConfig) -> LayerView | None:
+    """How each layer looks at the tokens, [L]; None where all are alike."""
+    first, *rest = layer_views(config)
+    return first if first is None else jax.tree.map(lambda *flags: jnp.array(flags), first, *rest)
 
 
 def _runs(layer_types: tuple[str, ...]) -> list[tuple[int, int]]:

@@ -72,7 +72,7 @@ def parameter_groups(params: Params) -> Params:
 
     def group(path: tuple[Any, ...], _: Any) -> str:
         names = {str(getattr(key, "key", key)) for key in path}
-        return "mixer" if names & {"mixers", "input_norm"} else "rest"
+        return "mixer" if names & {"mixers", "input_norm", "mixed_norm"} else "rest"
 
     return jax.tree_util.tree_map_with_path(group, params)
 

@@ -1,5 +1,6 @@
 """Hugging Face folders -> models: weights are read tensor by tensor, straight to where they are kept, without torch."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from jaxhybrid.weights.gguf.config import hugging_face_config
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.model import open_gguf
 from jaxhybrid.weights.gguf.source import is_gguf
-from jaxhybrid.weights.names import FileTensor, file_tensors
+from jaxhybrid.weights.names import FileTensor, file_tensors, fused_tensors
 from jaxhybrid.weights.native import PartOfTensor, native_tensors, own_tensors
 from jaxhybrid.weights.safetensors import DTYPES, StoredTensor, read_table, stored_tensors
 from jaxhybrid.weights.save import Written
@@ -157,6 +158,7 @@ def _open(folder: Path, config: ModelConfig, native: bool = False) -> ModelFiles
     stored, entries = stored_tensors(folder), file_tensors(config)
     tensors: Sequence[Written] = native_tensors(config) if native else entries
     _refuse_quantised(folder, stored)
+    stored = _parted(stored, entries, config)
     _check_names(folder, stored, tensors, config)
     for entry in tensors:
         found, expected = stored[entry.name].shape, entry.file_shape
@@ -166,6 +168,25 @@ def _open(folder: Path, config: ModelConfig, native: bool = False) -> ModelFiles
                 "from config.json; weights and config do not belong together."
             )
     return ModelFiles(folder, config, own_tensors(stored, config) if native else stored, entries)
+
+
+def _parted(stored: dict[str, StoredTensor], entries: list[FileTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    """Tensors that the family's files keep fused, each part as if it were by itself: it is a range of their bytes."""
+    shapes, parted = {entry.name: entry.file_shape for entry in entries}, dict(stored)
+    for whole, names in fused_tensors(config).items():
+        if whole not in stored:
+            continue
+        tensor, rows = stored[whole], [shapes[name][0] for name in names]
+        expected = (sum(rows), *shapes[names[0]][1:])
+        if tensor.shape != expected:
+            raise WeightsError(
+                f"{whole} in {tensor.file} has shape {list(tensor.shape)}, expected {list(expected)} from config.json; "
+                "weights and config do not belong together."
+            )
+        del parted[whole]
+        for name, first in zip(names, itertools.accumulate([0, *rows])):
+            parted[name] = tensor.rows(first, shapes[name][0])
+    return parted
 
 
 def _read_leaf(

@@ -81,6 +81,25 @@ class FileTensor(NamedTuple):
         return values[0]
 
 
+class FusedTensor(NamedTuple):
+    """Several tensors of a file in one, the rows of each below those of the one before."""
+
+    name: str
+    parts: tuple[FileTensor, ...]
+
+    @property
+    def file_shape(self) -> Shape:
+        shapes = [part.file_shape for part in self.parts]
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    @property
+    def float32(self) -> bool:
+        return self.parts[0].float32
+
+    def to_file(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(values)
+
+
 def file_tensors(config: ModelConfig) -> list[FileTensor]:
     """Every tensor of a model of this config, in the order of a file: embedding, layer by layer, final norm, head."""
     names = family(config.family).names
@@ -105,13 +124,31 @@ def file_tensors(config: ModelConfig) -> list[FileTensor]:
     return tensors + [tensor for tensor in ends if tensor.path[0] != "embed"]
 
 
+def fused_tensors(config: ModelConfig) -> dict[str, list[str]]:
+    """Of tensors that the family's own files keep fused: the names of `file_tensors` whose rows they are, in order."""
+    return {
+        f"model.layers.{layer}.{whole}.weight": [f"model.layers.{layer}.{part}.weight" for part in parts]
+        for layer in range(config.num_layers)
+        for whole, parts in family(config.family).fused.items()
+    }
+
+
+def teacher_tensors(config: ModelConfig) -> list[FileTensor | FusedTensor]:
+    """`file_tensors`, fused as the family's own files have them; exports have them apart."""
+    parts = {entry.name: entry for entry in file_tensors(config)}
+    fused = fused_tensors(config)
+    first = {names[0]: FusedTensor(name, tuple(parts[part] for part in names)) for name, names in fused.items()}
+    others = {part for names in fused.values() for part in names[1:]}
+    return [first.get(name, entry) for name, entry in parts.items() if name not in others]
+
+
 def _leaf(name: str, variable: nnx.Variable) -> tuple[str, Layout]:
     """What the file calls a module's own parameter of this name, and how it lies there."""
     if name == "kernel":
         return "weight", linear(variable.get_metadata("inputs"))
     return {
         "bias": ("bias", FOLDED),
-        "scale": ("weight", SAME),
+        "scale": ("weight", FOLDED),
         "embedding": ("weight", SAME),
         "taps": ("weight", TAPS),
     }.get(name, (name, SAME))

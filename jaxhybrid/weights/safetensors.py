@@ -31,6 +31,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
 
+    def rows(self, first: int, count: int) -> "StoredTensor":
+        """Some rows of it, as a tensor of its own."""
+        size = np.dtype(DTYPES[self.dtype]).itemsize * math.prod(self.shape[1:])
+        return StoredTensor(self.file, self.dtype, (count, *self.shape[1:]), self.offset + first * size)
+
     def view(self) -> np.ndarray:
         """The tensor as a read-only memory map; its pages are given back when the last view of it goes.
 

@@ -333,7 +333,7 @@ def test_fresh_linear_layers_start_sensibly():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base_model_type": "gpt2"}, "base_model_type"),
+        ({"traits": {"sinks": 4}}, "sinks"),
         ({"layer_types": ["linear_attention", "mamba3", "full_attention"]}, "mamba3"),
         ({"gated_deltanet": PLAIN | {"qk_norm": None}}, "lacks qk_norm"),
         ({"linear_mixer": "mamba"}, "linear_mixer 'mamba'"),

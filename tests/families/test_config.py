@@ -7,7 +7,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import FAMILIES, config_to_hf, hf_to_config, hf_to_student_config, student_config_to_hf
-from jaxhybrid.model.config import FULL_ATTENTION, RopeConfig
+from jaxhybrid.model.config import FULL_ATTENTION, RopeConfig, WindowConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
@@ -22,6 +22,7 @@ SHAPE = {
     "max_position_embeddings": 256,
 }
 HF_CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FOUR = tuple(HF_CLASSES)  # tests/families/test_every_family.py has all of them
 
 
 def base(family="llama", **changes):
@@ -47,7 +48,7 @@ def refused(config, *parts, **options):
 # --- what a config means
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FOUR)
 def test_absent_keys_take_transformers_defaults(family):
     bare = {key: value for key, value in base(family).items() if key != "max_position_embeddings"}
     ours, theirs = hf_to_config(bare), HF_CLASSES[family](**{k: v for k, v in bare.items() if k != "model_type"})
@@ -141,7 +142,7 @@ def test_length_beside_the_rope_settings_wins():
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        ({"rope_type": "longrope", "short_factor": [1.0]}, ("longrope", "default, linear, dynamic, llama3, yarn")),
+        ({"rope_type": "longrope", "short_factor": [1.0]}, ("longrope", "lacks long_factor")),
         ({"rope_type": "proportional"}, ("proportional",)),
         ({"type": "su"}, ("'su'",)),
         ({"rope_type": "default", "mrope_section": [1, 2]}, ("mrope_section=[1, 2]",)),
@@ -152,6 +153,7 @@ def test_length_beside_the_rope_settings_wins():
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5",)),
         ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}, ("=64", "256")),
         ({"full_attention": {"rope_type": "default"}}, ("full_attention", "layer type")),
+        ({"rope_type": "longrope", "short_factor": ["1"], "long_factor": [1.0]}, ("short_factor=['1']",)),
         ("yarn", ("'yarn'",)),
     ],
 )
@@ -180,7 +182,7 @@ def test_sizes_must_be_positive_integers(key, value):
         ("llama", {"hidden_act": "gelu"}, ("hidden_act='gelu'", "silu")),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq")),
         ("llama", {"sliding_window": 4096}, ("sliding_window=4096", "ignore_config_keys=('sliding_window',)")),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 4096}, ("use_sliding_window=True", "4096")),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": "9", "max_window_layers": 1}, ("sliding_window='9'",)),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ("sliding_attention",)),
         ("qwen3", {"layer_types": ["full_attention"]}, ("1 entries", "2")),
         ("llama", {"layer_types": ["full_attention", "linear_attention"]}, ("linear_attention",)),
@@ -193,10 +195,11 @@ def test_sizes_must_be_positive_integers(key, value):
         ("llama", {"rope_interleaved": True}, ("rope_interleaved=True",)),
         ("llama", {"attention_bias": "yes"}, ("attention_bias='yes'",)),
         ("llama", {"rms_norm_eps": 0}, ("rms_norm_eps=0",)),
-        ("mixtral", {}, ("'mixtral'", "llama, mistral, qwen2, qwen3")),
+        ("mixtral", {}, ("'mixtral'", ", ".join(FAMILIES))),
         ("mistral", {"attention_bias": True}, ("attention_bias=True", "mistral")),
         ("mistral", {"sliding_window": True}, ("sliding_window=True",)),
-        ("mistral", {"sliding_window": 255}, ("sliding_window=255", "max_position_embeddings=256", "null")),
+        ("mistral", {"sliding_window": 0}, ("sliding_window=0",)),
+        ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 2}, ("does not read the key",)),
     ],
 )
 def test_refused_by_name_and_value(family, changes, parts):
@@ -204,15 +207,15 @@ def test_refused_by_name_and_value(family, changes, parts):
 
 
 def test_no_model_type():
-    refused({}, "model_type", "llama, mistral, qwen2, qwen3")
+    refused({}, "model_type", ", ".join(FAMILIES))
 
 
 def test_a_window_as_long_as_the_context_cannot_act():
     assert hf_to_config(base("mistral", sliding_window=256)) == hf_to_config(base("mistral"))  # as Ministral 8B
     silent = base("mistral", max_position_embeddings=8192)
     del silent["sliding_window"]
-    refused(silent, "sliding_window=4096", "which transformers takes where config.json does not say")
-    assert hf_to_config(silent | {"max_position_embeddings": 4096}).max_position_embeddings == 4096
+    assert hf_to_config(silent).window == WindowConfig(4096, (0, 1))
+    assert hf_to_config(silent | {"max_position_embeddings": 4096}).window is None
 
 
 def test_harmless_and_silent_keys():
@@ -269,7 +272,7 @@ def test_an_unknown_factor_of_attention_is_explained():
 # --- written and read again
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FOUR)
 @pytest.mark.parametrize("tie", [False, True])
 def test_config_round_trip(family, tie):
     config = hf_to_config(base(family, head_dim=20, tie_word_embeddings=tie, rms_norm_eps=1e-5))

@@ -124,7 +124,7 @@ def test_one_scan_walks_all_layers(model, batch):
     for layer, kind in enumerate(model.config.layer_types):
         block = bind(Block, model.config, row(params["blocks"], layer))
         mixer = bind(MIXERS[kind], model.config, row(params["mixers"][kind], used[kind]))
-        expected = block.add_mlp(expected + mixer(block.input_norm(expected), context)[0])
+        expected = block.add_mlp(expected + mixer(block.mixer_input(expected), context)[0])
         used[kind] += 1
 
     hidden = hidden_states(model, batch["tokens"], batch["segment_ids"])

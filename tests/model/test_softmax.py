@@ -34,11 +34,13 @@ def inputs(length, heads, groups, width, dtype):
     return q, k, v, d_out
 
 
-def formula(q, k, v, ids, first=0):
+def formula(q, k, v, ids, first=0, window=None):
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     key = np.arange(k.shape[1])
     query = first + np.arange(q.shape[1])
     visible = (key <= query[:, None])[None]
+    if window is not None:
+        visible = visible & (key > query[:, None] - window)
     if ids is not None:
         ids = np.asarray(ids)
         visible = visible & (ids[:, query][:, :, None] == ids[:, None, :])
@@ -47,7 +49,7 @@ def formula(q, k, v, ids, first=0):
     return jnp.einsum("bhqm,bmhk->bqhk", weights, v)
 
 
-def check(run, q, k, v, d_out, ids, first=0):
+def check(run, q, k, v, d_out, ids, first=0, window=None):
     """`run` on the queries from `first` on; what it gives at padding is nobody's business."""
     q, d_out = q[:, first:], d_out[:, first:]
     real = np.ones((1, 1, 1, 1)) if ids is None else np.asarray(ids != 0)[:, first:, None, None]
@@ -59,7 +61,7 @@ def check(run, q, k, v, d_out, ids, first=0):
     actual = jax.jit(partial(both, run))(q, k, v, d_out)
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, d_out))
-        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first)))(*exact)
+        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first, window)))(*exact)
     for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
         assert a.dtype == q.dtype, name
         a, b = np.asarray(a, np.float64), np.asarray(b)
@@ -74,15 +76,15 @@ def on_gpu(monkeypatch, row=0, middle=0):
     monkeypatch.setattr(softmax, "target_platform", lambda: "gpu")
 
 
-def splash(q, k, v, ids, first=0):
+def splash(q, k, v, ids, first=0, window=None):
     starts = jnp.zeros(k.shape[:2], jnp.int32) if ids is None else segment_starts(ids)
     first = jnp.int32(first)
     query_starts = jax.lax.dynamic_slice_in_dim(starts, first, q.shape[1], 1)
-    return softmax.splash_attention(q, k, v, query_starts, starts, first, block=128, interpret=True)
+    return softmax.splash_attention(q, k, v, query_starts, starts, first, window, block=128, interpret=True)
 
 
-def sliced(q, k, v, ids, first):
-    return softmax.causal_attention(q, k, v, None, key_segment_ids=ids, first_query=jnp.int32(first))
+def sliced(q, k, v, ids, first, window=None):
+    return softmax.causal_attention(q, k, v, None, key_segment_ids=ids, first_query=jnp.int32(first), window=window)
 
 
 @pytest.mark.parametrize(("heads", "groups", "kind"), [(2, 2, "none"), (3, 1, "packed"), (8, 2, "padded")])
@@ -130,6 +132,47 @@ def test_slices_of_the_queries(monkeypatch, form, kind):
         on_gpu(monkeypatch, row=2048 if form == "short gpu" else 0)
     run = splash if form == "splash" else sliced
     check(lambda q, k, v: run(q, k, v, ids, first), *inputs(length, 2, 1, 64, dtype), ids, first)
+
+
+@pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 37])
+@pytest.mark.parametrize("form", ["plain", "blocks", "gpu", "short gpu", "splash"])
+def test_sliding_windows(monkeypatch, form, first):
+    """The last keys of a document only, of all queries and of a slice, where the layer slides and where it does not."""
+    length, size = (300, 70) if form == "splash" else (101, 20)
+    ids = documents("padded", length)
+    if form == "blocks":
+        monkeypatch.setattr(softmax, "QUERY_BLOCK", 16)
+    if "gpu" in form:
+        on_gpu(monkeypatch, row=2048 if form == "short gpu" else 0)
+    arrays = inputs(length, 2, 1, 64, "bfloat16" if "gpu" in form else "float32")
+    attend = splash if form == "splash" else sliced
+    for slides in (True, False):
+
+        def run(q, k, v, slides=slides):  # traced, as a layer of a scan has it
+            window = softmax.Window(size, jnp.asarray(slides))
+            if first == 0 and form != "splash":
+                return softmax.causal_attention(q, k, v, ids, window=window)
+            return attend(q, k, v, ids, first, window)
+
+        check(run, *arrays, ids, first, size if slides else None)
+
+
+def test_a_window_without_documents(monkeypatch):
+    on_gpu(monkeypatch, row=2048)
+    window = softmax.Window(20, True)
+    check(
+        lambda q, k, v: softmax.causal_attention(q, k, v, None, window=window),
+        *inputs(101, 2, 1, 8, "bfloat16"), None, 0, 20,
+    )  # fmt: skip
+
+
+def test_decoding_in_a_window():
+    q, k, v, _ = inputs(101, 4, 2, 8, "float32")
+    at = jnp.array([5, 60])
+    rows = jnp.arange(2)
+    caches = (jnp.moveaxis(x, 2, 1) for x in (k, v))
+    out = softmax.decode_attention(q[rows, at], *caches, at, softmax.Window(20, True))
+    np.testing.assert_allclose(out, formula(q, k, v, None, window=20)[rows, at], atol=2e-5)
 
 
 def test_slices_together_are_the_whole(monkeypatch):

@@ -264,7 +264,7 @@ def test_rankings_are_those_of_plain_loops(models, student, plain):
     errors, cosines = [], []
     for layer in range(DEPTH):
         block = bind(Block, teacher.config, row(teacher.params["blocks"], layer))
-        normed = block.input_norm(x)
+        normed = block.mixer_input(x)
         outputs = [
             bind(MIXERS[kind], config, row(params["mixers"][kind], layer))(normed, context)[0]
             for kind, config, params in ((F, teacher.config, teacher.params), (G, linear.config, linear.params))

@@ -180,7 +180,7 @@ def test_gates_mix_both_branches_on_the_stream_that_goes_on(aligned):
     def mix(params, soft, linear, x, gate):
         context = token_context(teacher.config, batch["tokens"], batch["segment_ids"], None)
         block = bind(Block, teacher.config, params)
-        normed = block.input_norm(x)
+        normed = block.mixer_input(x)
         branches = (bind(MIXERS[kind], both.config, p)(normed, context)[0] for kind, p in ((F, soft), (G, linear)))
         return block.add_mlp(x + gate * next(branches) + (1 - gate) * next(branches))
 

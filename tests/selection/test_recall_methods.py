@@ -74,7 +74,7 @@ def test_ablation_is_the_walk_without_a_mixer(vocabulary, teacher):
     def block_of(params, mixer, x, factor):
         context = token_context(teacher.config, task.tokens, seen, None)
         block = bind(Block, teacher.config, params)
-        mixed = bind(MIXERS["full_attention"], teacher.config, mixer)(block.input_norm(x), context)[0]
+        mixed = bind(MIXERS["full_attention"], teacher.config, mixer)(block.mixer_input(x), context)[0]
         return block.add_mlp(x + factor * mixed)
 
     for removed in (-1, 0, 2):

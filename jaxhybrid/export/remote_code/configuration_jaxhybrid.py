@@ -5,6 +5,11 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+TRAITS = {
+    "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
+    "residual_scale", "logit_scale", "attention_scale", "window", "unrotated_layers", "layer_types",
+}  # fmt: skip
+
 
 class JaxHybridConfig(PreTrainedConfig):
     """The base model's own keys, plus which layers are linear and what a linear layer is made of.
@@ -13,7 +18,11 @@ class JaxHybridConfig(PreTrainedConfig):
     `linear_mixer` is what the linear layers are (the file `NAME_jaxhybrid.py`), and the key of that name holds their
     settings: `expand_kv` (one state per query head; else one per key/value head), `output_gate`, `rope`, `qkv_bias`,
     `qk_norm`, and what the mixer has of its own, such as `conv_size` (taps of the convolution, 0 for none).
-    `base_model_type` names the softmax layers' kind: llama or mistral, qwen2 (q, k, v biases) or qwen3 (q, k norms).
+    `base_model_type` names the base model's architecture, and `traits` holds what that has otherwise than Llama:
+    `qkv_bias`, `o_bias`, `qk_norm`; `wide_qk_norm` (over all heads together), `activation` (gelu_tanh), `norms`
+    ("after" or "around" a mixer and an MLP), `norm_offset` (norms scale by 1 + weight), `embedding_scale`,
+    `residual_scale`, `logit_scale`, `attention_scale`, `window` (size, layers and rope of softmax layers that see the
+    last tokens only), `unrotated_layers`, and the base model's own `layer_types`.
     """
 
     model_type = "jaxhybrid"
@@ -38,6 +47,7 @@ class JaxHybridConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
     layer_types: list[str] = field(default_factory=list)
+    traits: dict[str, Any] = field(default_factory=dict)
     linear_mixer: str = "gated_deltanet"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -50,10 +60,11 @@ class JaxHybridConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if not self.layer_types:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
-        if self.base_model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-            raise ValueError(f"base_model_type {self.base_model_type!r} is not one of llama, mistral, qwen2, qwen3.")
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act {self.hidden_act!r}: this model's MLP is SwiGLU, whose activation is silu.")
+        unknown = set(self.traits) - TRAITS
+        if unknown:
+            raise ValueError(f"traits has {sorted(unknown)}, which this code does not know.")
+        if self.hidden_act not in ("silu", "gelu_pytorch_tanh"):
+            raise ValueError(f"hidden_act {self.hidden_act!r}: this model's MLP has silu or gelu_pytorch_tanh.")
         unknown = set(self.layer_types) - {"full_attention", "linear_attention"}
         if unknown:
             raise ValueError(f"layer_types has {sorted(unknown)}; known: full_attention, linear_attention.")
@@ -75,17 +86,26 @@ class JaxHybridConfig(PreTrainedConfig):
     @property
     def qkv_bias(self) -> bool:
         """Whether softmax layers have biases on q, k and v."""
-        return self.attention_bias or self.base_model_type == "qwen2"
+        return self.trait("qkv_bias", self.attention_bias or self.base_model_type == "qwen2")
 
     @property
     def o_bias(self) -> bool:
         """Whether mixers, softmax or linear, have a bias on their output projection."""
-        return self.attention_bias and self.base_model_type != "qwen2"
+        return self.trait("o_bias", self.attention_bias and self.base_model_type != "qwen2")
 
     @property
     def qk_norm(self) -> bool:
-        """Whether softmax layers normalise queries and keys per head."""
-        return self.base_model_type == "qwen3"
+        """Whether softmax layers normalise queries and keys."""
+        return self.trait("qk_norm", self.base_model_type == "qwen3")
+
+    def trait(self, name: str, otherwise: Any) -> Any:
+        """What the base model has otherwise than Llama; where it has not, `otherwise`."""
+        return self.traits.get(name, otherwise)
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a softmax layer sees at most; None: all."""
+        window = self.trait("window", None)
+        return window["size"] if window is not None and layer in window["layers"] else None
 
 
 __all__ = ["JaxHybridConfig"]

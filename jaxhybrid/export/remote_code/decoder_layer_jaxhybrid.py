@@ -1,5 +1,6 @@
 """One layer of a hybrid: softmax or linear attention, then the MLP. torch only."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,20 +37,22 @@ LINEAR_MIXERS: dict[str, type[JaxHybridLinearAttention]] = {
 
 
 class JaxHybridMLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """down(f(gate x) * up x): SwiGLU where f is silu, GeGLU where it is gelu."""
 
     def __init__(self, config: JaxHybridConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gelu = config.trait("activation", "silu") == "gelu_tanh"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        return self.down_proj((F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * self.up_proj(x))
 
 
 class JaxHybridDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: token mixer, then MLP."""
+    """Token mixer, then MLP, with norms before them, after them or around them."""
 
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -61,8 +64,17 @@ class JaxHybridDecoderLayer(GradientCheckpointingLayer):
         else:
             self.self_attn = JaxHybridAttention(config, layer_idx)
         self.mlp = JaxHybridMLP(config)
-        self.input_layernorm = JaxHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = JaxHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
+        offset = config.trait("norm_offset", False)
+        norm = partial(JaxHybridRMSNorm, config.hidden_size, config.rms_norm_eps, offset)
+        self.norms = config.trait("norms", "before")
+        self.residual_scale = config.trait("residual_scale", 1.0)
+        if self.norms != "after":
+            self.input_layernorm = norm()
+        if self.norms == "around":
+            self.pre_feedforward_layernorm = norm()
+        self.post_attention_layernorm = norm()  # before the MLP, where no norm comes after a mixer
+        if self.norms != "before":
+            self.post_feedforward_layernorm = norm()
 
     def forward(
         self,
@@ -72,10 +84,18 @@ class JaxHybridDecoderLayer(GradientCheckpointingLayer):
         **masks: Any,
     ) -> torch.Tensor:
         """`masks`: what its mixer knows of padding and documents."""
-        x = self.input_layernorm(hidden_states)
+        x = hidden_states if self.norms == "after" else self.input_layernorm(hidden_states)
         if self.is_linear:
             mixed = self.linear_attn(x, position_embeddings, cache, **masks)
         else:
             mixed, _ = self.self_attn(x, position_embeddings, cache, **masks)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.norms == "before":
+            hidden_states = hidden_states + self.scaled(mixed)
+            return hidden_states + self.scaled(self.mlp(self.post_attention_layernorm(hidden_states)))
+        hidden_states = hidden_states + self.scaled(self.post_attention_layernorm(mixed))
+        x = self.pre_feedforward_layernorm(hidden_states) if self.norms == "around" else hidden_states
+        return hidden_states + self.scaled(self.post_feedforward_layernorm(self.mlp(x)))
+
+    def scaled(self, more: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual stream."""
+        return more if self.residual_scale == 1 else more * self.residual_scale

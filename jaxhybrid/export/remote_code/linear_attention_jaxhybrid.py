@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .configuration_jaxhybrid import JaxHybridConfig
-from .softmax_attention_jaxhybrid import JaxHybridRMSNorm, rotate
+from .softmax_attention_jaxhybrid import JaxHybridHeadNorm, JaxHybridRMSNorm, rotate
 
 FORGET = -1e4  # log decay at a document's first token: exp is 0, and sums of several stay finite
 
@@ -149,8 +149,8 @@ class JaxHybridLinearAttention(nn.Module):
         self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
         self.qk_norm = settings["qk_norm"]
         if self.qk_norm:
-            self.q_norm = JaxHybridRMSNorm(K, config.rms_norm_eps)
-            self.k_norm = JaxHybridRMSNorm(K, config.rms_norm_eps)
+            self.q_norm = JaxHybridHeadNorm(config, H)
+            self.k_norm = JaxHybridHeadNorm(config, N)
 
     def add_output(self, config: JaxHybridConfig, settings: dict[str, Any]) -> None:
         """What `normed` and `gated_output` need."""

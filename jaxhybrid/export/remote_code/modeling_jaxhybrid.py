@@ -4,6 +4,7 @@ Axes: B batch, T tokens. No keyword is swallowed: what a forward does not name i
 """
 
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -67,6 +68,8 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, JaxHybridLinearAttention):
             module.init_own_weights()
+        elif isinstance(module, JaxHybridRMSNorm):
+            (init.zeros_ if module.offset else init.ones_)(module.weight)
         elif isinstance(module, JaxHybridRotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies()[0])
 
@@ -76,8 +79,11 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([JaxHybridDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = JaxHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = JaxHybridRMSNorm(config.hidden_size, config.rms_norm_eps, config.trait("norm_offset", False))
         self.rotary_emb = JaxHybridRotaryEmbedding(config)
+        self.window = config.trait("window", None)
+        if self.window is not None and self.window["rope"] is not None:
+            self.sliding_rotary_emb = JaxHybridRotaryEmbedding(config, self.window["rope"])
         self.gradient_checkpointing = False
         self.linear_layer = next((i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"), None)
         self.post_init()
@@ -116,6 +122,8 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if (scale := self.config.trait("embedding_scale", 1.0)) != 1:
+            x = x * torch.tensor(scale, dtype=x.dtype, device=x.device)
         if not x.shape[1]:
             raise ValueError(f"The input has no tokens: its shape is {tuple(x.shape[:2])}.")
         cache = self._checked_cache(cache, past_key_values)
@@ -128,18 +136,31 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         layout = lay_out(x, real, position_ids, (cu_seq_lens_q, cu_seq_lens_k), seq_idx, memory)
         if use_cache and cache is None:
             cache = self._new_cache(layout)
-        masks: dict[str, dict[str, Any]] = {
-            "linear_attention": {"real": layout.real, "first": layout.first},
-            "full_attention": softmax_mask(self.config, x, attention_mask, {CACHE_NAME: cache}, columns, layout),
-        }
-        tables = self.rotary_emb(x, layout.positions)
-        for layer, kind in zip(self.layers, self.config.layer_types):
-            x = layer(x, position_embeddings=tables, cache=cache, **masks[kind])
+        mask = partial(softmax_mask, self.config, x, attention_mask, {CACHE_NAME: cache}, columns, layout)
+        linear: dict[str, Any] = {"real": layout.real, "first": layout.first}
+        full, sliding = mask(), {} if self.window is None else mask(self.window["size"])
+        tables = self._tables(x, layout.positions)
+        for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types)):
+            softmax = full if self.config.window_of(number) is None else sliding
+            arguments = linear if kind == "linear_attention" else softmax
+            x = layer(x, position_embeddings=tables[number], cache=cache, **arguments)
         if cache is not None and self.linear_layer is not None:
             device = self._state(cache).device
             cache.update_conv_state(layout.memory.to(device), self.linear_layer, LAYOUT)
         outputs: dict[str, Any] = {"last_hidden_state": self.norm(x), CACHE_NAME: cache}
         return BaseModelOutputWithPast(**outputs)
+
+    def _tables(self, x: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """cos and sin of each layer."""
+        tables = own = self.rotary_emb(x, positions)
+        if hasattr(self, "sliding_rotary_emb"):
+            own = self.sliding_rotary_emb(x, positions)
+        still = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
+        unrotated = self.config.trait("unrotated_layers", ())
+        return [
+            still if layer in unrotated else tables if self.config.window_of(layer) is None else own
+            for layer in range(self.config.num_hidden_layers)
+        ]
 
     def _checked_cache(self, cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
         if cache is not None and past_key_values is not None and cache is not past_key_values:
@@ -244,6 +265,8 @@ class JaxHybridForCausalLM(JaxHybridPreTrainedModel, GenerationMixin):
             )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        if (scale := self.config.trait("logit_scale", 1.0)) != 1:
+            logits = logits * scale
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(

@@ -126,10 +126,11 @@ def softmax_mask(
     cache: dict[str, Cache | None],
     columns: int | torch.Tensor,
     layout: Layout,
+    window: int | None = None,
 ) -> dict[str, Any]:
     """Arguments of the softmax layers: a mask as their implementation wants it, and what flash attention wants besides.
 
-    `cache` is the cache under transformers' name for it.
+    `cache` is the cache under transformers' name for it; `window` the tokens that a sliding layer sees.
 
     Raises:
         ValueError: this implementation, or this cache, would let packed documents see each other.
@@ -141,7 +142,12 @@ def softmax_mask(
     if isinstance(attention_mask, dict):
         if start is not None and eager and has_linear:
             raise ValueError("Packed rows need an attention_mask [batch, tokens], not one for each type of layer.")
-        return {"attention_mask": attention_mask["full_attention"]}
+        mask = attention_mask["full_attention"]
+        if window is None:
+            return {"attention_mask": mask}
+        if mask is not None:
+            return {"attention_mask": _cut_to_window(mask, window, columns)}
+        attention_mask, start = None, None  # all tokens before a query, as there is no mask
     if start is not None and eager and not has_linear and None not in cache.values():
         raise ValueError("Without linear layers the cache keeps no account of packed documents: call without one.")
     documents = None
@@ -155,8 +161,27 @@ def softmax_mask(
                 "choose eager, sdpa, flex_attention or flash attention."
             )
         documents = partial(_same_document, start, columns)
-    mask = create_causal_mask(config, tokens, attention_mask, **cache, and_mask_function=documents)
+    seen = documents if window is None else partial(_in_window, window, documents)
+    mask = create_causal_mask(config, tokens, attention_mask, **cache, and_mask_function=seen)
     return {"attention_mask": mask}
+
+
+def _cut_to_window(mask: Any, window: int, columns: int | torch.Tensor) -> torch.Tensor:
+    """A mask [B,1,T,keys] without what is before the windows of its queries."""
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            "Sliding layers take masks by type of layer as tensors only; load the model with "
+            'attn_implementation="sdpa" or "eager".'
+        )
+    query = columns + torch.arange(mask.shape[-2], device=mask.device)
+    near = torch.arange(mask.shape[-1], device=mask.device) > query[:, None] - window
+    return mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, torch.finfo(mask.dtype).min)
+
+
+def _in_window(window: int, documents: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    """For transformers' masks: whether a key is among the last `window` up to its query's own, and of its document."""
+    near = key > query - window
+    return near if documents is None else near & documents(batch, head, query, key)
 
 
 def _same_document(

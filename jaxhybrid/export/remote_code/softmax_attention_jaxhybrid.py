@@ -18,16 +18,32 @@ from .configuration_jaxhybrid import JaxHybridConfig
 
 
 class JaxHybridRMSNorm(nn.Module):
-    """x / rms(x) over the last axis in float32, scaled by the weight."""
+    """x / rms(x) over the last axis in float32, scaled by the weight, or by 1 + the weight with `offset`."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, offset: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width) if offset else torch.ones(width))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (normed * (1.0 + self.weight.float())).to(x.dtype)
+        return self.weight * normed.to(x.dtype)
+
+
+class JaxHybridHeadNorm(JaxHybridRMSNorm):
+    """The norm of queries or keys [B,T,heads,K] as the base model has it: of each head, or of all heads together."""
+
+    def __init__(self, config: JaxHybridConfig, heads: int) -> None:
+        wide = config.trait("wide_qk_norm", False)
+        width = heads * config.head_dim if wide else config.head_dim
+        super().__init__(width, config.rms_norm_eps, config.trait("norm_offset", False))
+        self.wide = wide
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(-2)).view_as(x) if self.wide else super().forward(x)
 
 
 class JaxHybridRotaryEmbedding(nn.Module):
@@ -35,24 +51,37 @@ class JaxHybridRotaryEmbedding(nn.Module):
 
     inv_freq: torch.Tensor
 
-    def __init__(self, config: JaxHybridConfig) -> None:
+    def __init__(self, config: JaxHybridConfig, rope_parameters: dict[str, Any] | None = None) -> None:
+        """rope_parameters: those of sliding layers, where they are not the model's."""
         super().__init__()
         self.config = config
+        if rope_parameters is not None:
+            self.config = JaxHybridConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=rope_parameters,
+            )
         inv_freq, self.attention_scaling = self.frequencies()
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def frequencies(self, length: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
-        """Of the pairs of channels, [K/2], and what cos and sin are multiplied by. Only "dynamic" reads `length`."""
+        """Of the pairs of channels, [K/2] or fewer, and what cos and sin are multiplied by.
+
+        Only "dynamic" and "longrope" read `length`.
+        """
         rule = self.config.rope_parameters["rope_type"]
         if rule != "default":
             return ROPE_INIT_FUNCTIONS[rule](self.config, None if length is None else length.device, seq_len=length)
-        exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32) / self.config.head_dim
+        width = int(self.config.head_dim * self.config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
         return self.config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inv_freq = self.inv_freq
-        if self.config.rope_parameters["rope_type"] == "dynamic":
+        if self.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
             # From this call's positions alone: transformers' own update remembers the longest text it has seen.
             inv_freq, _ = self.frequencies(position_ids.max() + 1)
         angles = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float32)
@@ -61,9 +90,11 @@ class JaxHybridRotaryEmbedding(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + K/2) of x [B,T,heads,K] in float32."""
+    """Rotates the pairs (i, i + K/2) of x [B,T,heads,K] in float32; channels beyond those of cos and sin stay."""
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    turned = (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 def eager_attention_forward(
@@ -96,15 +127,16 @@ class JaxHybridAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = K
         self.num_key_value_groups = H // G
-        self.scaling = K**-0.5
+        self.scaling = config.trait("attention_scale", K**-0.5)
+        self.sliding_window = config.window_of(layer_idx)
         self.is_causal = True
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = JaxHybridRMSNorm(K, config.rms_norm_eps)
-            self.k_norm = JaxHybridRMSNorm(K, config.rms_norm_eps)
+            self.q_norm = JaxHybridHeadNorm(config, H)
+            self.k_norm = JaxHybridHeadNorm(config, G)
 
     def forward(
         self,
@@ -125,5 +157,7 @@ class JaxHybridAttention(nn.Module):
         backend = self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
+        if self.sliding_window is not None:  # for flash attention; others have it in their mask
+            flash_arguments["sliding_window"] = self.sliding_window
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **flash_arguments)
         return self.o_proj(out.flatten(2)), weights

@@ -13,7 +13,7 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.attention import project
 from jaxhybrid.model.blueprint import Params, normal, zeros
 from jaxhybrid.model.config import MixerConfig, ModelConfig, option
-from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext
+from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext, query_key_norms
 from jaxhybrid.model.partition import own_heads, repeated
 
 
@@ -43,7 +43,7 @@ class LinearMixer(nnx.Module):
         self.o_proj = Linear(rngs, (H, K, D), ("heads", "head_dim", "embed"), bias=config.o_bias, inputs=2)
         self.add_output(config, rngs)
         if mixer.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(rngs, K, "head_dim", config.norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = query_key_norms(config, rngs, N)
         self.rope = mixer.rope
 
     def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -81,7 +81,9 @@ class LinearMixer(nnx.Module):
         taken = {"q_proj": cloned("q_proj", 1), "k_proj": cloned("k_proj", clones), "v_proj": cloned("v_proj", clones)}
         taken["o_proj"] = attention["o_proj"]
         if mixer.qk_norm:
-            taken |= {name: attention[name] for name in ("q_norm", "k_norm")}
+            wide = config.wide_qk_norm  # with a scale for each head
+            taken |= {"q_norm": attention["q_norm"], "k_norm": attention["k_norm"]}
+            taken |= {"k_norm": cloned("k_norm", clones, ("scale",))} if wide else {}
         if mixer.output_gate and mixer.gate_init == "value":
             taken["g_proj"] = cloned("v_proj", config.num_heads // config.num_kv_heads, ("kernel",))
         return taken
