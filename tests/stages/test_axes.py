@@ -110,7 +110,8 @@ def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
     np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(sharded["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        bound = 2e-5 * max(np.abs(b).max(), 1e-6)  # second moments are squares: twice what gradients may differ
+        # Sums in another order: 2e-5 for gradients, and twice that for their squares, the second moments.
+        bound = (4e-5 if ".nu[" in jax.tree_util.keystr(path) else 2e-5) * max(np.abs(b).max(), 1e-6)
         np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
     moments = jax.tree.leaves(actual.optimizer)
     on_one = sum(x.addressable_shards[0].data.nbytes for x in moments)
