@@ -6,6 +6,7 @@
     python benchmarks/decode_speed.py contexts --models teacher      # 1k to 256k tokens; one model a call: some minutes
     python benchmarks/decode_speed.py contexts --models 0.125 0.25 0.5
     python benchmarks/decode_speed.py products                       # bandwidth of products with few rows, by layout
+    python benchmarks/decode_speed.py kernels                        # parts of a token's layer, by kernel and blocks
     python benchmarks/decode_speed.py transformers                   # `generate` of transformers on the exported folder
     python benchmarks/decode_speed.py plot --images docs/images      # of what the other parts wrote
 
@@ -21,9 +22,11 @@ calls are not counted. `stacks` is the same step with each layer's weights slice
 import argparse
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # before JAX st
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxhybrid_kernels import Places, linear_attention_token, row_product
+from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel
+from jaxhybrid_kernels.gpu.row_product import Blocks, row_product_kernel
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 from output import Output
@@ -43,6 +49,7 @@ from jaxhybrid.decoding.engine import Engine, Request
 from jaxhybrid.model import decode
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.softmax import plain_decode_attention
 from jaxhybrid.model.transformer import Model, random_params
 from jaxhybrid.selection.methods import layer_types, select_layers
 from jaxhybrid.weights.convert import convert
@@ -312,6 +319,89 @@ def products(options: argparse.Namespace, output: Output) -> None:
                 output.add("products", shape=options.shape_name, model=name, form=form, rows=rows, **row)
 
 
+BLOCKS = [  # for sums of 1536 and of 8960
+    *(Blocks(*sizes) for sizes in ((16, 512, 4), (8, 512, 4), (4, 512, 4), (8, 512, 2), (2, 512, 1))),
+    *(Blocks(*sizes) for sizes in ((16, 256, 4), (8, 256, 4), (4, 256, 4), (4, 256, 2))),
+]
+
+
+def kernels(options: argparse.Namespace, output: Output) -> None:
+    """Parts of a token's layer, each of many like it in turn: bytes a second by XLA and by kernels, by their blocks."""
+    shape = options.shape
+    D, F, N, K = shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.head_dim
+    # (its row of results, (written in place, given) -> new, written in place, given, bytes moved)
+    cases: list[tuple[dict[str, Any], Callable[[Any, Any], Any], Any, Any, int]] = []
+    for name, outputs, inputs, gated in (
+        ("q, k, v, gate and decays", 4 * N * K + 2 * N, D, False),
+        ("output", D, N * K, False),
+        ("gate and up", 2 * F, D, True),
+        ("down", D, F, False),
+    ):
+        scale, each = jnp.ones(inputs, jnp.bfloat16), 2 * outputs * inputs
+        given = [
+            (jnp.ones((1, inputs), jnp.bfloat16), jnp.zeros((outputs, inputs), jnp.bfloat16))
+            for _ in range(max(2, 2**28 // each))
+        ]
+        forms: dict[str, Callable[..., Any]] = {
+            "xla": partial(row_product, norm=(scale, 1e-6), gated=gated, implementation="xla")
+        }
+        for blocks in BLOCKS:
+            if outputs // (2 if gated else 1) % blocks.outputs == 0 and inputs % blocks.inputs == 0:
+                forms[str(tuple(blocks))] = partial(
+                    row_product_kernel, bias_O=None, scale_D=scale, eps=1e-6, residual_1O=None, gated=gated,
+                    dtype=jnp.bfloat16, blocks=blocks, interpret=False,
+                )  # fmt: skip
+        for form, product in forms.items():
+            run = lambda _, given, product=product: [product(*pair) for pair in given]  # noqa: E731
+            cases.append(({"model": name, "form": form, "rows": 1}, run, [], given, each))
+    for rows, count in ((1, 160), (64, 3)):
+        decay, beta, scale = -jnp.ones((rows, N)), jnp.ones((rows, N)), jnp.ones(K)
+        projections = [jnp.ones((rows, 4 * N * K)) for _ in range(count)]
+        for form in ("xla", "triton"):
+            token = partial(
+                linear_attention_token, places=Places(0, N, 2 * N, 3 * N), log_decay=decay, beta_BN=beta, silu=True,
+                out_norm=(scale, 1e-6), norm_eps=1e-6, dtype=jnp.bfloat16, implementation=form,
+            )  # fmt: skip
+
+            def run(states: Any, given: Any, token: Any = token) -> Any:
+                return [token(y, state_BNKV=state)[1] for y, state in zip(given, states)]
+
+            states = [jnp.zeros((rows, N, K, K)) for _ in range(count)]
+            cases.append(
+                ({"model": "state", "form": form, "rows": rows}, run, states, projections, 2 * states[0].nbytes)
+            )
+    for rows, context in ((1, 1024), (1, 65536), (64, 32768)):
+        G, last = shape.num_kv_heads, jnp.full(rows, context - 1, jnp.int32)
+        caches = [[jnp.zeros((rows, G, context, K), jnp.bfloat16) for _ in "kv"] for _ in range(2)]
+        pairs = [(jnp.ones((rows, N, K), jnp.bfloat16), *cache) for cache in caches]
+        grouped = [(q.reshape(rows, G, -1, K), k, v) for q, k, v in pairs]
+        forms = {"xla": partial(plain_decode_attention, last=last)}
+        for block, warps, stages in ((64, 4, 3), (128, 4, 2), (64, 2, 3), (32, 2, 4)):
+            forms[f"{block, warps, stages}"] = partial(
+                decode_attention_kernel, last=last, block=block, warps=warps, stages=stages
+            )
+        for form, attend in forms.items():
+            run = lambda _, given, attend=attend: [attend(*one) for one in given]  # noqa: E731
+            case = {"model": f"attention, {context}", "form": form, "rows": rows}
+            cases.append((case, run, [], pairs if form == "xla" else grouped, nbytes(caches[0])))
+    with ThreadPoolExecutor(12) as pool:
+        compiled = list(
+            pool.map(lambda case: jax.jit(case[1], donate_argnums=0).lower(case[2], case[3]).compile(), cases)
+        )
+    for (case, _, written, given, moved), program in zip(cases, compiled):
+        times = []
+        for _ in range(6):
+            began = time.perf_counter()
+            for _ in range(10):
+                found = program(written, given)
+                written = found if written else written
+            jax.block_until_ready(found)
+            times.append((time.perf_counter() - began) / 10 / len(given))
+        seconds = float(np.median(times[1:]))
+        row = {"us": 1e6 * seconds, "of_bandwidth": moved / seconds / options.bandwidth}
+        output.add("kernels", shape=options.shape_name, **case, **row)
+
+
 def in_transformers(options: argparse.Namespace, output: Output) -> None:
     try:
         import torch
@@ -391,9 +481,11 @@ def plot(options: argparse.Namespace, output: Output) -> None:
             print(path)
 
 
+KERNELS = {"row_product": sys.modules[row_product.__module__], "token": sys.modules[linear_attention_token.__module__],
+           "attention": sys.modules[plain_decode_attention.__module__]}  # fmt: skip
 PARTS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
     "floor": floor, "batch": batch, "longest": longest, "contexts": contexts,
-    "products": products, "transformers": in_transformers, "plot": plot,
+    "products": products, "kernels": kernels, "transformers": in_transformers, "plot": plot,
 }  # fmt: skip
 
 
@@ -412,11 +504,16 @@ def main() -> None:
     parser.add_argument(
         "--no-hlo", dest="hlo", action="store_false", help="floor: do not look for copies in the program"
     )
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=KERNELS, help="kernels in whose place XLA's programs run"
+    )
     parser.add_argument("--output", type=Path, default=Path("decode_speed.json"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
     options.shape = shape_of(options.shape_name)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.shape_name}", flush=True)
+    for name in options.without:
+        KERNELS[name].on_nvidia = lambda: False  # type: ignore[attr-defined]
     for part in options.parts:
         print(f"--- {part}", flush=True)
         PARTS[part](options, Output(options.output, ROW))

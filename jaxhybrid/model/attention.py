@@ -18,6 +18,7 @@ class Attention(nnx.Module):
     """Grouped-query softmax attention with rotary embedding, and a teacher's biases and norms where it has them."""
 
     kind = FULL_ATTENTION
+    joins = False  # see `LinearMixer`
     state_heads: ClassVar[dict[str, int | None]] = {"k": 1, "v": 1}  # the axis of heads in the state of one layer
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):

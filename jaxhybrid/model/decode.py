@@ -17,6 +17,7 @@ from jaxhybrid.errors import TopologyError
 from jaxhybrid.model.blueprint import Exact, Params, is_variable, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.head import Columns, TiedColumns, gathered, own_columns, whole
+from jaxhybrid.model.joined import join, joined_layer, may_join
 from jaxhybrid.model.layers import Block, LayerView, TokenContext, layer_views
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import (
@@ -43,7 +44,7 @@ class Unstacked:
     """A model with the weights of each layer by themselves, in the compute dtype."""
 
     ends: Params  # embed, final_norm, head
-    layers: tuple[Params, ...]  # block, mixer
+    layers: tuple[Params, ...]  # block and mixer, or what `join` makes of them
     config: ModelConfig = field(metadata={"static": True})
 
     @property
@@ -67,6 +68,8 @@ class Unstacked:
 def unstack(model: Model, dtype: Any, *, consume: bool = False) -> Unstacked:
     """The weights of each layer as arrays of their own, in `dtype`; what is declared `Exact` stays float32.
 
+    Without a mesh those that some linear layers read together are joined; on one a device has its part of each weight.
+
     Args:
         consume: delete the stacks of `model` on the way, so that at no time more than one weight lies there twice.
     """
@@ -89,21 +92,31 @@ def unstack(model: Model, dtype: Any, *, consume: bool = False) -> Unstacked:
         jax.tree.map(rows, declared[part], model.params[part], is_leaf=is_variable) for part in ("blocks", "mixers")
     )
     types = model.config.layer_types
-    layers = tuple(
+    layers = [
         {"block": taken(blocks, layer), "mixer": taken(mixers[kind], types[:layer].count(kind))}
         for layer, kind in enumerate(types)
-    )
+    ]
+    if active_mesh() is None:
+        del blocks, mixers
+        for layer, kind in enumerate(types):  # the parts of a layer are gone before those of the next are joined
+            if may_join(model.config, kind):
+                layers[layer] = _join(model.config, kind, layers[layer])
+                if consume:
+                    jax.block_until_ready(layers[layer])
     cast = lambda variable, x: x.astype(dtype_of(variable, x))  # noqa: E731
     ends = {
         name: jax.tree.map(cast, declared[name], model.params[name], is_leaf=is_variable)
         for name in variables(Ends, model.config)
     }
-    return Unstacked(ends, layers, model.config)
+    return Unstacked(ends, tuple(layers), model.config)
 
 
 @partial(jax.jit, static_argnums=1)
 def _rows(stack: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
     return tuple(stack[row].astype(dtype) for row in range(stack.shape[0]))
+
+
+_join = jax.jit(join, static_argnums=(0, 1))
 
 
 # --- states
@@ -208,7 +221,7 @@ def prefill_layer(
         segments = (places < chunk.counts[:, None]).astype(jnp.int32)
         tables = rotary_tables(config, jnp.zeros_like(segments) + chunk.first + places, chunk.longest)
         context = TokenContext(segments, **tables, cache_index=chunk.first).at_layer(view)
-        x, own = one_layer(config, kind, x, context, _with_state, weights["block"], weights["mixer"], own)
+        x, own = _layer(config, kind, weights, x, context, own)
         if chunk.rows is not None:
             own = jax.tree.map(lambda s, new: s.at[chunk.rows].set(new, mode="drop"), state, own)
         return x, own
@@ -216,6 +229,14 @@ def prefill_layer(
     states = state_specs(config, kind)
     specs = layer_specs(config, kind), ROWS, states, chunk.specs
     return on_shards(local, (weights, x_RCD, state, chunk), specs, (ROWS, states))
+
+
+def _layer(
+    config: ModelConfig, kind: str, weights: Params, x: jax.Array, context: TokenContext, state: Params
+) -> tuple[jax.Array, Params]:
+    if "block" not in weights:
+        return joined_layer(config, kind, weights, x, context, state)
+    return one_layer(config, kind, x, context, _with_state, weights["block"], weights["mixer"], state)
 
 
 def _with_state(normed: jax.Array, mixer: Any, context: TokenContext, state: Params) -> tuple[jax.Array, Params]:
@@ -255,7 +276,7 @@ def decode_own_token(
     x, after = embed(ends, tokens[:, None], model.dtype), []
     for kind, view, weights, state in zip(config.layer_types, layer_views(config), model.layers, states):
         own = context.at_layer(view)
-        x, new = one_layer(config, kind, x, own, _with_state, weights["block"], weights["mixer"], state)
+        x, new = _layer(config, kind, weights, x, own, state)
         after.append(new)
     logits = columns.logits(gathered(final_norm(ends, x[:, 0])), config.vocab_size)
     return whole(logits, config.vocab_size), tuple(after)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import PartitionSpec as P
-from jaxhybrid_kernels.numerics import target_platform
+from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel, decode_attention_refusal
+from jaxhybrid_kernels.numerics import on_nvidia, target_platform
 
 from jaxhybrid.model.layers import exact_dtype, segment_starts
 
@@ -102,7 +103,17 @@ def causal_attention(
 def decode_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, window: Window | None = None
 ) -> jax.Array:
-    """One query a row, q [B,H,K], to the keys up to `last` [B] of the caches k, v [B,G,M,K]: [B,H,K].
+    """One query a row, q [B,H,K], to the keys up to `last` [B] of the caches k, v [B,G,M,K]: [B,H,K]."""
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    if window is None and on_nvidia() and decode_attention_refusal(grouped, k) is None:
+        return decode_attention_kernel(grouped, k, v, last).reshape(q.shape).astype(q.dtype)
+    return plain_decode_attention(q, k, v, last, window)
+
+
+def plain_decode_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, window: Window | None = None
+) -> jax.Array:
+    """`decode_attention` by XLA.
 
     The sum over values is made in blocks of the cache and the blocks are added up: with one row and few heads, one
     product for each head would leave most of a GPU idle.

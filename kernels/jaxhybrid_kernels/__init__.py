@@ -6,11 +6,14 @@ from jaxhybrid_kernels.context import context_dplr_attention, context_linear_att
 from jaxhybrid_kernels.context_convolution import context_short_convolution
 from jaxhybrid_kernels.debug import debug_checks
 from jaxhybrid_kernels.dplr import dplr_attention, dplr_attention_step
+from jaxhybrid_kernels.layer_token import Places, linear_attention_token
 from jaxhybrid_kernels.recurrent import linear_attention_step
+from jaxhybrid_kernels.row_product import row_product
 from jaxhybrid_kernels.short_convolution import short_convolution, short_convolution_step
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Places",
     "context_dplr_attention",
     "context_linear_attention",
     "context_short_convolution",
@@ -20,6 +23,8 @@ __all__ = [
     "dplr_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "linear_attention_token",
+    "row_product",
     "short_convolution",
     "short_convolution_step",
 ]

@@ -75,3 +75,10 @@ def target_platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def on_nvidia() -> bool:
+    """Whether code traced now will run on a GPU of NVIDIA's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return target_platform() == "gpu" and "NVIDIA" in kind

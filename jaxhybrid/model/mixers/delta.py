@@ -33,6 +33,8 @@ class DeltaRuleConfig(MixerConfig):
 class DeltaRule(LinearMixer):
     """A subclass declares its decays, then `write_strengths` and `add_convolutions`, and gives `log_decay`."""
 
+    silu = True
+    norm_eps = L2_EPS
     state_heads: ClassVar[dict[str, int | None]] = LinearMixer.state_heads | {"q_conv": 2, "k_conv": 2, "v_conv": 2}
     b_proj: Linear
 
@@ -74,12 +76,13 @@ class DeltaRule(LinearMixer):
             k, after["k_conv"] = self.k_conv(k, context, before.get("k_conv"))
             v, after["v_conv"] = self.v_conv(v, context, before.get("v_conv"))
         q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
-        # Gates in float32: in 16 bits a slow decay rounds to no decay.
-        beta = jax.nn.sigmoid(self.b_proj(x_BTD, dtype=jnp.float32))
-        out, after["memory"] = recurrence(
-            q, k, v, self.log_decay(x_BTD), beta, context, before.get("memory"), norm_eps=L2_EPS
-        )
+        memory = before.get("memory")
+        out, after["memory"] = recurrence(q, k, v, *self.gates(x_BTD), context, memory, norm_eps=self.norm_eps)
         return self.gated_output(out, x_BTD), None if state is None else after
+
+    def gates(self, x_BTD: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+        """In float32: in 16 bits a slow decay rounds to no decay."""
+        return self.log_decay(x_BTD), jax.nn.sigmoid(self.b_proj(x_BTD, dtype=jnp.float32))
 
 
 # --- short convolutions

@@ -27,6 +27,7 @@ class GatedDeltaNetConfig(DeltaRuleConfig):
 class GatedDeltaNet(DeltaRule):
     Config = GatedDeltaNetConfig
     title = "Gated DeltaNet, arXiv 2412.06464"
+    joins = True
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)

@@ -35,6 +35,7 @@ class GLAConfig(MixerConfig):
 class GLA(LinearMixer):
     Config = GLAConfig
     title = "Gated Linear Attention, arXiv 2312.06635"
+    joins = True
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -57,12 +58,14 @@ class GLA(LinearMixer):
         self, x_BTD: jax.Array, context: TokenContext, state: Params | None = None
     ) -> tuple[jax.Array, Params | None]:
         q, k, v = self.projected(x_BTD, context)
-        # In float32: in 16 bits a slow decay rounds to no decay.
-        logits = self.a_up_proj(self.a_down_proj(x_BTD, dtype=jnp.float32), dtype=jnp.float32)
-        log_decay = jax.nn.log_sigmoid(logits) / NORMALIZER
         memory = None if state is None else state["memory"]
-        out, memory = recurrence(q, k, v, log_decay, None, context, memory)
+        out, memory = recurrence(q, k, v, *self.gates(x_BTD), context, memory)
         return self.gated_output(out, x_BTD), None if state is None else {"memory": memory}
+
+    def gates(self, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+        """In float32: in 16 bits a slow decay rounds to no decay."""
+        logits = self.a_up_proj(self.a_down_proj(x_BTD, dtype=jnp.float32), dtype=jnp.float32)
+        return jax.nn.log_sigmoid(logits) / NORMALIZER, None
 
 
 def _half_life_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

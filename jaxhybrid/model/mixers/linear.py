@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxhybrid_kernels import context_linear_attention, linear_attention
+from jaxhybrid_kernels import Places, context_linear_attention, linear_attention, linear_attention_token
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.attention import project
@@ -30,6 +30,11 @@ class LinearMixer(nnx.Module):
     title: ClassVar[str]  # of the architecture, for the model card
     # The axis of heads (or their channels) in one layer's state; None has no such axis.
     state_heads: ClassVar[dict[str, int | None]] = {"memory": 1}
+    # Whether decoding may join its weights: all its projections but the last read the layer's normed input, one has the
+    # shape of heads only if it is q, k, v or the gate, and `token` serves it.
+    joins: ClassVar[bool] = False
+    silu: ClassVar[bool] = False  # of q, k and v
+    norm_eps: ClassVar[float | None] = None  # as in `recurrence`
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         mixer = config.mixer
@@ -103,6 +108,29 @@ class LinearMixer(nnx.Module):
         assert mixer is not None
         states = f"{config.num_states} states of {config.head_dim} x {config.head_dim}"
         return [states, *["output gate"] * mixer.output_gate, *["rotary embedding"] * mixer.rope]
+
+    def gates(self, x_BTD: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        """log_decay and beta as `recurrence` takes them, in float32."""
+        raise NotImplementedError
+
+    def token(
+        self, projections_BO: jax.Array, places: Places, x_BTD: jax.Array, state: Params
+    ) -> tuple[jax.Array, Params]:
+        """`__call__` of one token up to o_proj [B,1,H*K], by the operator that does it all at once.
+
+        For states with a query each, and heads that come from their projections as they are: see `has_plain_heads`.
+        """
+        log_decay, beta = (None if gate is None else gate[:, 0] for gate in self.gates(x_BTD))
+        assert log_decay is not None
+        out, memory = linear_attention_token(
+            projections_BO, places, log_decay, beta, state["memory"], dtype=x_BTD.dtype, silu=self.silu,
+            norm_eps=self.norm_eps, out_norm=(self.o_norm.scale[...], self.o_norm.eps),
+        )  # fmt: skip
+        return out[:, None], {"memory": memory}
+
+    def has_plain_heads(self, state: Params) -> bool:
+        heads, states = self.q_proj.kernel.shape[1], self.k_proj.kernel.shape[1]
+        return heads == states and not self.rope and not hasattr(self, "q_norm") and state.keys() == {"memory"}
 
     def projected(self, x_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         return project(self, x_BTD, context, self.rope)

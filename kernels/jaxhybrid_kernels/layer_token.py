@@ -1,0 +1,81 @@
+"""One token of a linear-attention layer between its projections: activation, recurrence, output norm and gate."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxhybrid_kernels.gpu.layer_token import Places, token_kernel
+from jaxhybrid_kernels.numerics import on_nvidia, split_axes
+from jaxhybrid_kernels.recurrent import linear_attention_step
+
+WIDTHS = (64, 128)  # of a head; a program holds its state in registers
+WARPS = 8
+
+
+def linear_attention_token(
+    projections_BO: jax.Array,
+    places: Places,
+    log_decay: jax.Array,
+    beta_BN: jax.Array | None,
+    state_BNKV: jax.Array,
+    *,
+    out_norm: tuple[jax.Array, float],
+    silu: bool = False,
+    norm_eps: float | None = None,
+    dtype: Any,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`linear_attention_step` of a layer's projections, and what follows up to its last projection.
+
+    With the heads q, k, v, g of a token:  o, state = step(silu q, silu k, silu v);  o / rms(o) scale silu g.
+
+    projections:    [B,O]: heads of K values one after the other, those of each kind together, anything after them.
+    places:         the first head of each kind, N of each; without `gate` there is none.
+    log_decay:      [B,N] or [B,N,K]; beta [B,N] or None, the state [B,N,K,K]: as `linear_attention_step` has them.
+    out_norm:       (scale [K], eps).
+    silu:           of q, k and v.
+    norm_eps:       as in `linear_attention`.
+    dtype:          of q, k, v, g and of what is returned.
+    implementation: "triton" (64 or 128 channels, on NVIDIA GPUs; interpreted on a CPU): one kernel, which writes the
+                    state in place where it is donated; "xla", or None: "triton" where it serves.
+
+    Returns out [B,N*K] and the state after the token. Raises ValueError if "triton" is asked for by name and cannot.
+    """
+    refusal = _refusal(projections_BO, log_decay, beta_BN, state_BNKV)
+    if implementation == "triton" and refusal is not None:
+        raise ValueError(refusal)
+    scale, eps = out_norm
+    if implementation == "triton" or (implementation is None and refusal is None and on_nvidia()):
+        return token_kernel(
+            projections_BO, places, log_decay, beta_BN, state_BNKV, scale, eps, silu, norm_eps, dtype, WARPS,
+            interpret=not on_nvidia(),
+        )  # fmt: skip
+    B, N, K, _ = state_BNKV.shape
+
+    def heads(first: int) -> jax.Array:
+        return projections_BO[:, first * K : (first + N) * K].reshape(B, N, K).astype(dtype)
+
+    q, k, v = map(heads, places[:3])
+    if silu:
+        q, k, v = map(jax.nn.silu, (q, k, v))
+    out, state = linear_attention_step(q, k, v, log_decay, beta_BN, state_BNKV, norm_eps=norm_eps)
+    exact = out.astype(jnp.promote_types(dtype, jnp.float32))
+    exact = exact * lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
+    out = exact.astype(dtype) * scale.astype(dtype)
+    if places.gate is not None:
+        out = out * jax.nn.silu(heads(places.gate))
+    return out.reshape(B, -1), state
+
+
+def _refusal(projections: jax.Array, log_decay: jax.Array, beta: jax.Array | None, state: jax.Array) -> str | None:
+    """Why the kernel cannot take these arguments, naming the value in the way; None if it can."""
+    if axes := split_axes(projections, log_decay, beta, state):
+        return f"implementation='triton' runs on whole arrays: they are split over {axes}."
+    if state.shape[2] not in WIDTHS or state.shape[2] != state.shape[3]:
+        return f"state has shape {tuple(state.shape)}, implementation='triton' takes 64 or 128 channels, K = V."
+    for name, array in (("log_decay", log_decay), ("beta", beta), ("state", state)):
+        if array is not None and array.dtype != jnp.float32:
+            return f"{name} has dtype {array.dtype}, implementation='triton' computes in float32."
+    return None

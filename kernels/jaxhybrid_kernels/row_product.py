@@ -1,0 +1,91 @@
+"""The product of a few rows with a matrix as decoding wants it: norm before, gate, bias and residual after."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxhybrid_kernels.gpu.row_product import Blocks, row_product_kernel
+from jaxhybrid_kernels.numerics import on_nvidia, split_axes
+
+FEWEST = Blocks(outputs=2, inputs=32, warps=1)
+MOST = Blocks(outputs=8, inputs=512, warps=4)
+
+
+def row_product(
+    x: jax.Array,
+    weight_OD: jax.Array,
+    bias_O: jax.Array | None = None,
+    *,
+    norm: tuple[jax.Array, float] | None = None,
+    residual: jax.Array | None = None,
+    gated: bool = False,
+    dtype: Any = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x [...,D] by a matrix that has a row for each result: [...,O], summed in float32 (float64 if x is). Not
+    differentiable: for decoding.
+
+    norm:           (scale [D], eps): x is first divided by its root mean square and scaled, as Llama does.
+    residual:       [...,O], added to the result.
+    gated:          the first half of the results are gates of the second: silu(a) b, [...,O/2].
+    dtype:          of the result; x's by default.
+    implementation: "triton" (one row in float32 or bfloat16, on NVIDIA GPUs; interpreted on a CPU), "xla", or None:
+                    "triton" where it serves.
+
+    Raises ValueError if "triton" is asked for by name and cannot.
+    """
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    blocks = blocks_of(*weight_OD.shape, gated)
+    refusal = _refusal(x, weight_OD, bias_O, residual, blocks)
+    if implementation == "triton" and refusal is not None:
+        raise ValueError(refusal)
+    if blocks is not None and (implementation == "triton" or (implementation is None and not refusal and on_nvidia())):
+        scale, eps = (None, 0.0) if norm is None else norm
+        row, added = (a if a is None else a.reshape(1, -1) for a in (x, residual))
+        y = row_product_kernel(
+            row, weight_OD, bias_O, scale, eps, added, gated, dtype, blocks, interpret=not on_nvidia()
+        )
+        return y.reshape(*x.shape[:-1], -1)
+    if norm is not None:
+        exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        exact = exact * lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + norm[1])
+        x = exact.astype(x.dtype) * norm[0].astype(x.dtype)
+    y = jnp.einsum("...d,od->...o", x, weight_OD, preferred_element_type=dtype)
+    if bias_O is not None:
+        y = y + bias_O.astype(dtype)
+    if gated:
+        gate, up = jnp.split(y, 2, axis=-1)
+        y = jax.nn.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def blocks_of(outputs: int, inputs: int, gated: bool, most: Blocks = MOST) -> Blocks | None:
+    """The largest that divide the matrix, as many values at once as `most` has; None where only small ones do."""
+    inputs_at_once = math.gcd(inputs, most.inputs)
+    largest = most.outputs * most.inputs // inputs_at_once
+    outputs_at_once = math.gcd(outputs // (2 if gated else 1), largest)
+    if inputs_at_once < FEWEST.inputs or outputs_at_once < FEWEST.outputs:
+        return None
+    return Blocks(outputs_at_once, inputs_at_once, most.warps)
+
+
+def _refusal(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, residual: jax.Array | None, blocks: Blocks | None
+) -> str | None:
+    """Why the kernel cannot take these arguments, naming the value in the way; None if it can."""
+    if axes := split_axes(x, weight, bias, residual):
+        return f"implementation='triton' runs on whole arrays: they are split over {axes}."
+    if math.prod(x.shape[:-1]) != 1:
+        return f"x has shape {tuple(x.shape)}, implementation='triton' takes one row."
+    for name, array in (("x", x), ("weight", weight)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} has dtype {array.dtype}, implementation='triton' takes float32 and bfloat16."
+    if blocks is None:
+        return (
+            f"weight has shape {tuple(weight.shape)}: implementation='triton' wants {FEWEST.inputs} to divide its"
+            f" columns, and {FEWEST.outputs} the results."
+        )
+    return None
