@@ -18,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from jaxhybrid.evaluate.bootstrap import over_runs
+from jaxhybrid.evaluate.recall import LEAST_TEACHER
 from jaxhybrid.selection.ranking import jaccard
 
 Record = dict[str, Any]
@@ -47,7 +48,10 @@ class Measured:
             if record["kind"] == "distilled":
                 self.distilled[tuple(record["layers"])].append(record)
         self.finetuned = {tuple(r["layers"]): r for r in records if r["kind"] == "finetuned"}
-        self.asked = list(self.reference["teacher"]["recall"])
+        # Prompts by name; where the teacher answers few, they say nothing of a student.
+        given = self.reference["teacher"]["recall"]
+        self.asked = [name for name in given if share(self.reference["teacher"], name) >= LEAST_TEACHER]
+        self.not_asked = [name for name in given if name not in self.asked]
 
     def budgets(self) -> list[int]:
         return sorted({choice["budget"] for choice in self.choices}, reverse=True)
@@ -109,6 +113,8 @@ def table(found: Measured, budget: int) -> str:
 def prediction(found: Measured, budget: int) -> str:
     """How well what is known before distillation orders the sets after it."""
     sets = [layers for layers in found.sets(budget) if found.distilled[layers] and layers in found.untrained]
+    if len(sets) < 3:
+        return f"{len(sets)} sets distilled: too few to rank."
     after = [found.kl(layers) for layers in sets]
     lines = ["| before distillation | after | Spearman | best by it, against the best |", "|---|---|---|---|"]
     signals = {
@@ -161,15 +167,15 @@ def finetuned(found: Measured) -> str:
     return "\n".join(lines)
 
 
-def mixers(path: Path) -> str:
-    """The variants that mixer_study.py measured."""
+def mixers(path: Path, asked: list[str] | None) -> str:
+    """The variants that mixer_study.py measured, with the prompts `asked`; None: with all."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     aligned = {r["variant"]: r for r in records if r["kind"] == "untrained"}
     distilled: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record["kind"] == "distilled":
             distilled[record["variant"]].append(record)
-    names = list(next(iter(distilled.values()))[0]["recall"])
+    names = asked or list(next(iter(distilled.values()))[0]["recall"])
     head = ["variant", "alignment loss", "KL all linear", "KL of the set, untrained", "distilled", "on long rows"]
     lines = ["| " + " | ".join([*head, *map(_title, names)]) + " |", "|" + "---|" * (len(head) + len(names))]
     for variant, first in aligned.items():
@@ -239,16 +245,17 @@ def main() -> None:
     options = parser.parse_args()
     if not options.records and not options.mixers:
         parser.error("name a file of records, or one with --mixers")
+    found = Measured(options.records) if options.records else None
     if options.mixers:
-        print(f"## Mixers\n\n{mixers(options.mixers)}\n")
-    if not options.records:
+        print(f"## Mixers\n\n{mixers(options.mixers, found and found.asked)}\n")
+    if not found:
         return
-    found = Measured(options.records)
     teacher, linear = found.reference["teacher"], found.reference["all linear"]
     print(f"{found.common['teacher']}, {found.common['hardware']}, aligned on {found.common['align_tokens']:,} tokens.")
-    print(
-        "The teacher's answers: " + ", ".join(f"{_title(asked)} {share(teacher, asked):.1%}" for asked in found.asked)
-    )
+    shares = {asked: f"{_title(asked)} {share(teacher, asked):.1%}" for asked in teacher["recall"]}
+    print("The teacher's answers: " + ", ".join(shares[asked] for asked in found.asked))
+    if found.not_asked:
+        print("Too few to compare students by: " + ", ".join(shares[asked] for asked in found.not_asked))
     print(f"All linear, untrained: KL {linear['kl']:.3f}\n")
     for budget in found.budgets():
         print(

@@ -46,12 +46,12 @@ def gguf_folder(name: str) -> Path:
         sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
         files = [str(file.absolute()) for file in model.files]
         write_json(draft / ORIGIN, {"files": files, "sha256": digest, "sizes": sizes}, WAY_OUT)
-        remove(folder)
         try:
             draft.rename(folder)
-        except OSError:
-            if not _whole(folder):  # otherwise another process wrote the same folder meanwhile
-                raise
+        except OSError:  # there is one: a damaged one, or another process's, which is read already
+            if not _whole(folder):
+                remove(folder)
+                draft.rename(folder)
     return folder
 
 

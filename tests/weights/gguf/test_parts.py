@@ -156,6 +156,21 @@ def test_the_folder_is_made_once_and_made_again_when_it_is_not_whole(file, cache
     assert origin["sha256"] == open_gguf(str(file)).digest()
 
 
+def test_a_folder_that_another_process_made_meanwhile_stays(file, cache, monkeypatch):
+    """That process reads it already."""
+    write, made = gguf_folder_module.write_folder, []
+
+    def overtaken(model, folder):
+        write(model, folder)
+        monkeypatch.setattr(gguf_folder_module, "write_folder", write)
+        made.append(gguf_folder(str(file)).stat().st_ino)
+
+    monkeypatch.setattr(gguf_folder_module, "write_folder", overtaken)
+    folder = gguf_folder(str(file))
+    assert made == [folder.stat().st_ino]
+    assert list(cache.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_conversion_that_fails_leaves_nothing(number, file, cache, monkeypatch):
     def full(model, config, path):
