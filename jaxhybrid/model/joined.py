@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxhybrid_kernels import Places, row_product
+from jaxhybrid_kernels.numerics import decodes_by_kernels
 
 from jaxhybrid.model.blueprint import Params, bind, is_variable, variables
 from jaxhybrid.model.config import ModelConfig
@@ -19,11 +20,9 @@ from jaxhybrid.model.mixers import MIXERS
 
 
 def may_join(config: ModelConfig, kind: str) -> bool:
-    """Whether `joined_layer` says what a layer of this kind does: blocks are as Llama has them."""
-    as_llama = ("before", False, 1.0, "silu")
-    return (
-        MIXERS[kind].joins and (config.norms, config.norm_offset, config.residual_scale, config.activation) == as_llama
-    )
+    """Whether decoding has kernels that want it, and `joined_layer` says what such a layer does: blocks as Llama's."""
+    own = config.norms, config.norm_offset, config.residual_scale, config.activation
+    return decodes_by_kernels() and MIXERS[kind].joins and own == ("before", False, 1.0, "silu")
 
 
 def input_projections(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:

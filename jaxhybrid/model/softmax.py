@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import PartitionSpec as P
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel, decode_attention_refusal
-from jaxhybrid_kernels.numerics import on_nvidia, target_platform
+from jaxhybrid_kernels.numerics import decodes_by_kernels, on_nvidia, target_platform
 
 from jaxhybrid.model.layers import exact_dtype, segment_starts
 
@@ -105,7 +105,7 @@ def decode_attention(
 ) -> jax.Array:
     """One query a row, q [B,H,K], to the keys up to `last` [B] of the caches k, v [B,G,M,K]: [B,H,K]."""
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-    if window is None and on_nvidia() and decode_attention_refusal(grouped, k) is None:
+    if window is None and decodes_by_kernels() and on_nvidia() and decode_attention_refusal(grouped, k) is None:
         return decode_attention_kernel(grouped, k, v, last).reshape(q.shape).astype(q.dtype)
     return plain_decode_attention(q, k, v, last, window)
 

@@ -1,5 +1,6 @@
 """Dtypes, matrix products and varying axes shared by the operators."""
 
+import os
 from typing import Any
 
 import jax
@@ -75,6 +76,12 @@ def target_platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def decodes_by_kernels() -> bool:
+    """Whether decoding takes its own kernels where they serve: with JAXHYBRID_DECODE_KERNELS=1. Their values have been
+    compared with the formula interpreted and not yet on a card."""
+    return os.environ.get("JAXHYBRID_DECODE_KERNELS") == "1"
 
 
 def on_nvidia() -> bool:

@@ -22,6 +22,11 @@ PLAIN = GatedDeltaNetConfig()
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda"))
 
 
+@pytest.fixture(autouse=True)
+def with_kernels(monkeypatch):
+    monkeypatch.setenv("JAXHYBRID_DECODE_KERNELS", "1")
+
+
 def hybrid(mixer, **changes):
     """One layer of each kind, biases and norms away from their first values."""
     model = convert(make_teacher(num_layers=2, **changes), (mixer.kind, F), mixer, jax.random.key(1))
