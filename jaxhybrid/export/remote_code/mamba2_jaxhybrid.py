@@ -24,11 +24,15 @@ class JaxHybridHeadsRMSNorm(nn.Module):
 
     def __init__(self, heads: int, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, width))
+        self.weight = nn.Parameter(torch.ones(heads * width))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.eps) * self.weight.to(x.dtype)
+        return (
+            x
+            * torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.eps)
+            * self.weight.view(x.shape[-2:]).to(x.dtype)
+        )
 
 
 class JaxHybridMamba2(JaxHybridLinearAttention):

@@ -16,10 +16,9 @@ from flax import nnx
 
 from jaxhybrid.model.blueprint import Exact, Params, normal, ones, weight, zeros
 from jaxhybrid.model.config import MixerConfig, ModelConfig, option
-from jaxhybrid.model.layers import Linear, TokenContext, exact_dtype
+from jaxhybrid.model.layers import Linear, TokenContext, WideRMSNorm
 from jaxhybrid.model.mixers.delta import check_taps, convolution_in_words, convolution_state, qkv_convolutions
 from jaxhybrid.model.mixers.linear import LinearMixer, half_life_steps, random_A_log, random_step_bias, recurrence
-from jaxhybrid.model.partition import total
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Mamba2(LinearMixer):
         if mixer.output_gate:
             gate = zeros if mixer.gate_init == "zero" else normal
             self.g_proj = Linear(rngs, (D, H, K), ("embed", "heads", "head_dim"), init=gate)
-        self.norm = HeadsRMSNorm(rngs, (H, K), config.norm_eps)
+        self.norm = WideRMSNorm(rngs, (H, K), "heads", config.norm_eps)
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
@@ -94,17 +93,3 @@ class Mamba2(LinearMixer):
         if hasattr(self, "g_proj"):
             out = out * jax.nn.silu(self.g_proj(x_BTD))
         return self.o_proj(self.norm(out)), None if state is None else after
-
-
-class HeadsRMSNorm(nnx.Module):
-    """x [...,H,K] / rms(x) over all heads of the layer, wherever they are, in float32; then cast back and scaled."""
-
-    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int], eps: float):
-        self.scale = weight(rngs, shape, ("heads", "head_dim"), ones)
-        self.width, self.eps = shape[0] * shape[1], eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        exact = x.astype(exact_dtype(x.dtype))
-        squares = total(jnp.sum(exact * exact, axis=(-2, -1), keepdims=True), "tensor")
-        exact = exact * jax.lax.rsqrt(squares / self.width + self.eps)
-        return exact.astype(x.dtype) * self.scale[...].astype(x.dtype)
