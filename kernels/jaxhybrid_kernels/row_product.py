@@ -38,13 +38,14 @@ def row_product(
     Raises ValueError if "triton" is asked for by name and cannot.
     """
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    blocks = blocks_of(*weight_OD.shape, gated)
+    outputs, inputs = weight_OD.shape
+    blocks = blocks_of(outputs, inputs, gated)
     refusal = _refusal(x, weight_OD, bias_O, residual, blocks)
     if implementation == "triton" and refusal is not None:
         raise ValueError(refusal)
     if blocks is not None and (implementation == "triton" or (implementation is None and not refusal and on_nvidia())):
         scale, eps = (None, 0.0) if norm is None else norm
-        row, added = (a if a is None else a.reshape(1, -1) for a in (x, residual))
+        row, added = x.reshape(1, -1), None if residual is None else residual.reshape(1, -1)
         y = row_product_kernel(
             row, weight_OD, bias_O, scale, eps, added, gated, dtype, blocks, interpret=not on_nvidia()
         )
