@@ -55,8 +55,9 @@ def hugging_face_config(model: GgufModel) -> dict[str, Any]:
     biases = {"attention_bias": "blk.0.attn_q.bias" in model.tensors, "mlp_bias": "blk.0.ffn_up.bias" in model.tensors}
     stated = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}.get(architecture, ())
     if settings.has("attention.sliding_window") and architecture != "gemma3":
+        window = settings.integer("attention.sliding_window")
         raise WeightsError(
-            f"{model.name} has {settings.prefix}attention.sliding_window, read of gemma3 only. {OTHER_FILE}"
+            f"{model.name} has {settings.prefix}attention.sliding_window={window}, read of gemma3 only. {OTHER_FILE}"
         )
     return {
         "architectures": [family(ARCHITECTURES[architecture]).architecture],
