@@ -71,6 +71,9 @@ def compare_tokenizers(ours: Any, file: Path, texts: list[str]) -> None:
     print(f"token ids of {len(texts)} texts, {tokens} tokens: {len(different)} texts differ {different[:3]!r}")
     returned = sum(ours.decode(a) == text for text, a, _ in pairs)
     print(f"texts that come back the same: {returned} of {len(texts)}")
+    if ours.chat_template is None:
+        print("chat template: none in the file")
+        return
     talk = [t.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True) for t in (ours, theirs)]
     print(f"chat template: {'the same' if talk[0] == talk[1] else talk}")
     ids = [t(talk[0], add_special_tokens=False).input_ids for t in (ours, theirs)]

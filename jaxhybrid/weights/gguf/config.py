@@ -8,7 +8,7 @@ from jaxhybrid.errors import WeightsError
 from jaxhybrid.families import family
 from jaxhybrid.weights.gguf.model import OTHER_FILE, GgufModel
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # called the same as the families
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}  # GGUF's name: ours
 QUANTIZATION_VERSION = 2  # of ggml's block layouts; files of version 1 hold other ones under the same names
 # The keys below an architecture that are read here, or say nothing about what the model computes.
 KEYS = frozenset(
@@ -17,6 +17,7 @@ KEYS = frozenset(
         "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
         "attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base",
         "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+        "attention.sliding_window",
     )
 )  # fmt: skip
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' name -> GGUF's
@@ -24,6 +25,9 @@ ROPE_FACTORS = "rope_freqs.weight"
 # What every Llama 3.1, 3.2 and 3.3 has; the factor differs.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 DEFAULT_THETA = 10_000.0  # llama.cpp's, for files that do not state it
+# Of Gemma 3, in llama.cpp's code and not in its files: one layer in so many is full, the others slide and have this
+# base; the model of 27B, known by its depth, scales attention by its width per head.
+GEMMA3_PATTERN, GEMMA3_SLIDING_THETA, GEMMA3_27B_LAYERS = 6, 10_000.0, 62
 
 
 def hugging_face_config(model: GgufModel) -> dict[str, Any]:
@@ -49,10 +53,15 @@ def hugging_face_config(model: GgufModel) -> dict[str, Any]:
     head_dim = _head_width(settings, width // heads)
     theta = decimal(settings.number("rope.freq_base", DEFAULT_THETA))
     biases = {"attention_bias": "blk.0.attn_q.bias" in model.tensors, "mlp_bias": "blk.0.ffn_up.bias" in model.tensors}
-    stated = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}[architecture]
+    stated = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}.get(architecture, ())
+    if settings.has("attention.sliding_window") and architecture != "gemma3":
+        window = settings.integer("attention.sliding_window")
+        raise WeightsError(
+            f"{model.name} has {settings.prefix}attention.sliding_window={window}, read of gemma3 only. {OTHER_FILE}"
+        )
     return {
-        "architectures": [family(architecture).architecture],
-        "model_type": architecture,
+        "architectures": [family(ARCHITECTURES[architecture]).architecture],
+        "model_type": ARCHITECTURES[architecture],
         "vocab_size": settings.integer("vocab_size", len(model.settings("tokenizer.ggml.tokens", str))),
         "hidden_size": width,
         "intermediate_size": settings.integer("feed_forward_length"),
@@ -60,7 +69,7 @@ def hugging_face_config(model: GgufModel) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": settings.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "hidden_act": "silu",
+        **(_gemma3(settings, width // heads, head_dim) if architecture == "gemma3" else {"hidden_act": "silu"}),
         "max_position_embeddings": settings.integer("context_length"),
         "rms_norm_eps": decimal(settings.number("attention.layer_norm_rms_epsilon")),
         "rope_theta": theta,
@@ -71,6 +80,18 @@ def hugging_face_config(model: GgufModel) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in model.tensors,
         **{f"{role}_token_id": token for role, token in role_ids(model).items() if role != "unk"},
         "dtype": "float32",
+    }
+
+
+def _gemma3(settings: "_Settings", width_per_head: int, head_dim: int) -> dict[str, Any]:
+    layers = settings.integer("block_count")
+    full = [(layer + 1) % GEMMA3_PATTERN == 0 for layer in range(layers)]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": width_per_head if layers == GEMMA3_27B_LAYERS else head_dim,
+        "sliding_window": settings.integer("attention.sliding_window"),
+        "layer_types": ["full_attention" if own else "sliding_attention" for own in full],
+        "rope_local_base_freq": GEMMA3_SLIDING_THETA,
     }
 
 

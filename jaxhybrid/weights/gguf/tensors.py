@@ -29,6 +29,13 @@ LAYER_PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+OWN_PARTS = {  # where an architecture has more norms, and other names for them
+    "gemma3_text": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+}
 
 
 def write_weights(model: GgufModel, config: dict[str, Any], path: Path) -> None:
@@ -41,7 +48,9 @@ def write_weights(model: GgufModel, config: dict[str, Any], path: Path) -> None:
 
     def rows(name: str) -> Iterator[np.ndarray]:
         heads = _paired_heads(name, config)
-        if heads is None:
+        if name.endswith("norm.weight") and config["model_type"] == "gemma3_text":
+            yield model.values(sources[name]) - 1  # llama.cpp keeps what the norm multiplies by, transformers less 1
+        elif heads is None:
             yield from model.rows(sources[name])
         else:
             yield split_halves(model.values(sources[name]), heads)
@@ -57,7 +66,7 @@ def _sources(model: GgufModel, config: dict[str, Any]) -> dict[str, str]:
     for tensor in model.tensors:
         if tensor == ROPE_FACTORS:
             continue
-        name = _hugging_face_name(tensor)
+        name = _hugging_face_name(tensor, LAYER_PARTS | OWN_PARTS.get(config["model_type"], {}))
         if name not in expected:
             raise WeightsError(
                 f"{model.name} has the tensor {tensor}, which a {config['model_type']} model of its metadata does not "
@@ -75,12 +84,12 @@ def _sources(model: GgufModel, config: dict[str, Any]) -> dict[str, str]:
     return sources
 
 
-def _hugging_face_name(tensor: str) -> str | None:
+def _hugging_face_name(tensor: str, layer_parts: dict[str, str]) -> str | None:
     found = NAME.fullmatch(tensor)
     if found is None:
         return None
     layer, part, kind = found.groups()
-    name = (MODEL_PARTS if layer is None else LAYER_PARTS).get(part)
+    name = (MODEL_PARTS if layer is None else layer_parts).get(part)
     if name is None:
         return None
     return f"{name}.{kind}" if layer is None else f"model.layers.{int(layer)}.{name}.{kind}"

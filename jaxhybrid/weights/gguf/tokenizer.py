@@ -91,7 +91,9 @@ def rebuild_tokenizer(model: GgufModel, length: int) -> tuple[Tokenizer, dict[st
     tokenizer.post_processor = _post_processor(vocabulary, roles, adds_bos)
     special = vocabulary.of_type(UNKNOWN) + vocabulary.of_type(CONTROL)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in vocabulary.of_type(USER_DEFINED)])
+    # One with spaces in it, as Gemma's runs of them, is looked for where spaces have become pieces.
+    added = vocabulary.of_type(USER_DEFINED)
+    tokenizer.add_tokens([AddedToken(token, normalized=SPACE in token) for token in added])
     settings = {f"{role}_token": token for role, token in roles.items()} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": [token for token in special if token not in roles.values()],
@@ -171,7 +173,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     if vocabulary.flag("remove_extra_whitespaces", False):
         raise WeightsError(f"{vocabulary.model.name} has a tokenizer that removes spaces, not known. {OTHER_FILE}")
     spaced = next((token for token in vocabulary.of_type(USER_DEFINED) if SPACE in token), None)
-    if spaced is not None:
+    if spaced is not None and vocabulary.flag("add_space_prefix", True):
         raise WeightsError(f"{vocabulary.model.name} has the added token {spaced!r} with a space in it. {OTHER_FILE}")
     unknown = vocabulary.of_type(UNKNOWN)
     tokenizer = Tokenizer(

@@ -96,12 +96,19 @@ def transformers_model(file):
     return model
 
 
-def gguf_name(name):
+def gguf_name(name, names):
     name, _, kind = name.rpartition(".")
-    if name in NAMES:
-        return f"{NAMES[name]}.{kind}"
+    if name in names:
+        return f"{names[name]}.{kind}"
     _, _, layer, part = name.split(".", 3)
-    return f"blk.{layer}.{NAMES[part]}.{kind}"
+    return f"blk.{layer}.{names[part]}.{kind}"
+
+
+GEMMA3_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 class Draft:
@@ -138,25 +145,28 @@ class Draft:
 def draft(model, vocabulary, kinds=("F32",)):
     """The draft of a transformers model. Matrices get the types of `kinds` in turn, quantised ones random blocks."""
     config, rng, turns = model.config, np.random.default_rng(0), itertools.cycle(kinds)
-    architecture = config.model_type
+    architecture = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    names = NAMES | (GEMMA3_NAMES if architecture == "gemma3" else {})
     tensors = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach().numpy()
         kind = "F32" if value.ndim == 1 else next(turns)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            value = value + 1  # what the norm multiplies by
         if architecture == "llama" and "q_proj" in name:
             value = permute(value, config.num_attention_heads)
         if architecture == "llama" and "k_proj" in name:
             value = permute(value, config.num_key_value_heads)
         if kind == "F32":
-            tensors[gguf_name(name)] = np.ascontiguousarray(value), None
+            tensors[gguf_name(name, names)] = np.ascontiguousarray(value), None
         elif kind == "F16":
-            tensors[gguf_name(name)] = value.astype(np.float16), None
+            tensors[gguf_name(name, names)] = value.astype(np.float16), None
         elif kind == "BF16":
             bits = parameter.detach().bfloat16().view(torch.int16).numpy()
-            tensors[gguf_name(name)] = np.ascontiguousarray(bits).view(np.uint8), "BF16"
+            tensors[gguf_name(name, names)] = np.ascontiguousarray(bits).view(np.uint8), "BF16"
         else:
-            tensors[gguf_name(name)] = random_blocks(kind, *value.shape, rng), kind
-    rope = config.rope_parameters
+            tensors[gguf_name(name, names)] = random_blocks(kind, *value.shape, rng), kind
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     settings = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -169,7 +179,9 @@ def draft(model, vocabulary, kinds=("F32",)):
     }
     if architecture == "llama":
         settings |= {"vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim}
-    if architecture == "qwen3":
+    if architecture == "gemma3":
+        settings["attention.sliding_window"] = config.sliding_window
+    if architecture in ("qwen3", "gemma3"):
         settings |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     if rope["rope_type"] in ("linear", "yarn"):
         settings |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}

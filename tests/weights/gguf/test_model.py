@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from jaxhybrid.complete import complete
 from jaxhybrid.export.folder import export
+from jaxhybrid.families import hf_to_config
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.pipeline import Pipeline
@@ -22,6 +23,7 @@ from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.gguf.head import TENSOR_TYPES
 from jaxhybrid.weights.gguf.model import open_gguf
 from jaxhybrid.weights.huggingface import load_student, load_teacher
+from tests.families.teachers import make_teacher
 from tests.tiny import write_config
 from tests.weights.conftest import make_torch_model
 from tests.weights.gguf.make import SHAPE, byte_level_vocabulary, draft, transformers_model
@@ -65,6 +67,18 @@ def test_logits_are_those_of_the_model_the_file_was_made_from(name, tmp_path):
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
     assert teacher.config.norm_eps == model.config.rms_norm_eps
     assert teacher.config.tie_embeddings == bool(model.config.tie_word_embeddings)
+
+
+def test_gemma_3(tmp_path):
+    """Norms less 1, sliding layers and their rotary base, neither of which is in the file."""
+    settings = {"num_hidden_layers": 7, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8}
+    model = make_teacher("gemma3_text", **SHAPE | settings)
+    teacher = load_teacher(draft(model, byte_level_vocabulary("qwen2")).write(tmp_path / "model.gguf"))
+    assert teacher.config == hf_to_config(model.config.to_dict())
+    with torch.no_grad():
+        expected = model(torch.tensor(TOKENS)).logits.numpy()
+    found = np.asarray(forward(teacher, jnp.asarray(TOKENS)))
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parametrize(("family", "head_dim"), [("llama", 64), ("qwen2", 64), ("qwen3", 128)])

@@ -30,7 +30,7 @@ def refused(tmp_path, cache):
 
 
 METADATA = [
-    ({"general.architecture": "mamba"}, ["'mamba'", "llama, qwen2, qwen3"]),
+    ({"general.architecture": "mamba"}, ["'mamba'", "llama, qwen2, qwen3, gemma3"]),
     ({"general.type": "adapter"}, ["adapter", "qwen2"]),
     ({"general.quantization_version": 1}, ["general.quantization_version=1"]),
     ({"qwen2.block_count": None}, ["lacks qwen2.block_count"]),

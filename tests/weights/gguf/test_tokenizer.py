@@ -247,6 +247,20 @@ def test_an_added_token_with_a_space_is_refused(pieces, rebuild):
         rebuild(vocabulary)
 
 
+def test_added_runs_of_spaces_without_the_space_before(pieces, rebuild):
+    """As Gemma has them: the longest one is taken before pieces are looked for, and gives its spaces back."""
+    vocabulary = sentencepiece_vocabulary(pieces, **{"tokenizer.ggml.add_space_prefix": False})
+    first, text = len(vocabulary["tokenizer.ggml.tokens"]), f"anna{' ' * 12}has{' ' * 13}a number"
+    for run in ("\u2581" * 12, "\u2581" * 13):
+        vocabulary["tokenizer.ggml.tokens"].append(run)
+        vocabulary["tokenizer.ggml.token_type"].append(4)
+        vocabulary["tokenizer.ggml.scores"].append(-1000.0)
+    tokenizer = rebuild(vocabulary)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert [i for i in ids if i >= first] == [first, first + 1]
+    assert tokenizer.decode(ids) == text
+
+
 def test_scores_that_order_nothing_are_refused(pieces, rebuild):
     count = pieces.get_piece_size()
     with pytest.raises(WeightsError, match="one score for all tokens"):
