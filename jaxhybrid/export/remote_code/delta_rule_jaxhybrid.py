@@ -11,10 +11,9 @@ from transformers.cache_utils import Cache
 
 from .configuration_jaxhybrid import JaxHybridConfig
 from .linear_attention_jaxhybrid import (
+    JaxHybridConvolved,
     JaxHybridGateProjection,
     JaxHybridLinearAttention,
-    JaxHybridShortConvolution,
-    convolve_all,
     marked,
 )
 
@@ -79,23 +78,15 @@ def l2_normalize(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
-class JaxHybridDeltaRule(JaxHybridLinearAttention):
+class JaxHybridDeltaRule(JaxHybridConvolved):
     """The delta rule behind optional norms, rotation and convolution; a subclass gives `log_decay`."""
 
     settings = (*JaxHybridLinearAttention.settings, "conv_size")
 
-    q_conv: JaxHybridShortConvolution
-    k_conv: JaxHybridShortConvolution
-    v_conv: JaxHybridShortConvolution
-
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        H, K, N = config.num_attention_heads, self.head_dim, self.num_states
-        self.b_proj = JaxHybridGateProjection(config.hidden_size, N)
-        self.conv_size = config.linear_settings(self.name, self.settings)["conv_size"]
-        if self.conv_size:
-            for name, channels in (("q_conv", H * K), ("k_conv", N * K), ("v_conv", N * K)):
-                setattr(self, name, JaxHybridShortConvolution(channels, self.conv_size))
+        self.b_proj = JaxHybridGateProjection(config.hidden_size, self.num_states)
+        self.add_convolutions(config, config.linear_settings(self.name, self.settings)["conv_size"])
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
         """[B,T,N], or what `rule` takes, in float32."""
@@ -118,11 +109,7 @@ class JaxHybridDeltaRule(JaxHybridLinearAttention):
         q, k, v = self.projected(x, position_embeddings)
         with torch.autocast(x.device.type, enabled=False):
             past_inputs, state = self.read(cache)
-            q, k, v = q.float(), k.float(), v.float()
-            last_inputs = q.new_zeros(x.shape[0], 1, 1)  # what a layer without convolution keeps: see `write`
-            if self.conv_size:
-                convolutions = (self.q_conv, self.k_conv, self.v_conv)
-                (q, k, v), last_inputs = convolve_all(convolutions, (q, k, v), past_inputs, real, first)
+            q, k, v, last_inputs = self.convolved((q, k, v), past_inputs, real, first)
             q, k, v = l2_normalize(F.silu(q)), l2_normalize(F.silu(k)), F.silu(v)
             log_decay, beta = marked(real, first, self.log_decay(x), self.b_proj(x).sigmoid())
             state = self.empty_state(q) if state is None else state

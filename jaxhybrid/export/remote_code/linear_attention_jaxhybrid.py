@@ -213,3 +213,33 @@ class JaxHybridLinearAttention(nn.Module):
         if cache is not None:  # both in float32; from its convolution state the cache learns that it has a past
             cache.update_conv_state(last_inputs, self.layer_idx)
             cache.update_recurrent_state(state, self.layer_idx)
+
+
+class JaxHybridConvolved(JaxHybridLinearAttention):
+    """A layer with a short convolution on q, k and v, where its size is not 0."""
+
+    q_conv: JaxHybridShortConvolution
+    k_conv: JaxHybridShortConvolution
+    v_conv: JaxHybridShortConvolution
+
+    def add_convolutions(self, config: JaxHybridConfig, size: int, bias: bool = False) -> None:
+        H, K, N = config.num_attention_heads, self.head_dim, self.num_states
+        self.conv_size = size
+        if size:
+            for name, channels in (("q_conv", H * K), ("k_conv", N * K), ("v_conv", N * K)):
+                setattr(self, name, JaxHybridShortConvolution(channels, size, bias=bias))
+
+    def convolved(
+        self,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        past: torch.Tensor | None,
+        real: torch.Tensor | None,
+        first: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v in float32, and the convolutions' `past` for the next call."""
+        q, k, v = (x.float() for x in inputs)
+        last_inputs = q.new_zeros(q.shape[0], 1, 1)  # what a layer without convolution keeps: see `write`
+        if self.conv_size:
+            convolutions = (self.q_conv, self.k_conv, self.v_conv)
+            (q, k, v), last_inputs = convolve_all(convolutions, (q, k, v), past, real, first)
+        return q, k, v, last_inputs

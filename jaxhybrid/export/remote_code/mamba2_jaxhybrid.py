@@ -11,55 +11,32 @@ from transformers.cache_utils import Cache
 from .configuration_jaxhybrid import JaxHybridConfig
 from .gla_jaxhybrid import chunked_gla
 from .linear_attention_jaxhybrid import (
+    JaxHybridConvolved,
     JaxHybridGateProjection,
     JaxHybridLinearAttention,
-    JaxHybridShortConvolution,
-    convolve_all,
     marked,
 )
+from .softmax_attention_jaxhybrid import JaxHybridRMSNorm
 
 
-class JaxHybridHeadsRMSNorm(nn.Module):
-    """x [...,H,K] / rms(x) over all heads together, then scaled."""
-
-    def __init__(self, heads: int, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads * width))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (
-            x
-            * torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.eps)
-            * self.weight.view(x.shape[-2:]).to(x.dtype)
-        )
-
-
-class JaxHybridMamba2(JaxHybridLinearAttention):
+class JaxHybridMamba2(JaxHybridConvolved):
     name = "mamba2"
     settings = (*JaxHybridLinearAttention.settings, "ssm_conv_size")
     float32: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "dt_proj", "D")
 
-    q_conv: JaxHybridShortConvolution
-    k_conv: JaxHybridShortConvolution
-    v_conv: JaxHybridShortConvolution
-
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        H, K, N = config.num_attention_heads, self.head_dim, self.num_states
+        H, N = config.num_attention_heads, self.num_states
         self.dt_proj = JaxHybridGateProjection(config.hidden_size, N)
         self.A_log = nn.Parameter(torch.zeros(N))
         self.dt_bias = nn.Parameter(torch.ones(N))
         self.D = nn.Parameter(torch.ones(H))
-        self.conv_size = config.linear_settings(self.name, self.settings)["ssm_conv_size"]
-        if self.conv_size:
-            for name, channels in (("q_conv", H * K), ("k_conv", N * K), ("v_conv", N * K)):
-                setattr(self, name, JaxHybridShortConvolution(channels, self.conv_size, bias=True))
+        self.add_convolutions(config, config.linear_settings(self.name, self.settings)["ssm_conv_size"], bias=True)
 
     def add_output(self, config: JaxHybridConfig, settings: dict[str, Any]) -> None:
         H, K = config.num_attention_heads, self.head_dim
         self.g_proj = nn.Linear(config.hidden_size, H * K, bias=False) if settings["output_gate"] else None
-        self.norm = JaxHybridHeadsRMSNorm(H, K, config.rms_norm_eps)
+        self.norm = JaxHybridRMSNorm(H * K, config.rms_norm_eps)  # over all heads together
 
     def init_own_weights(self) -> None:
         init.zeros_(self.A_log)  # A = 1, and steps of softplus(-4.6) = 0.01: a half-life of 69 tokens
@@ -79,11 +56,7 @@ class JaxHybridMamba2(JaxHybridLinearAttention):
         q, k, v = self.projected(x, position_embeddings)
         with torch.autocast(x.device.type, enabled=False):
             past_inputs, state = self.read(cache)
-            q, k, v = q.float(), k.float(), v.float()
-            last_inputs = q.new_zeros(x.shape[0], 1, 1)  # what a layer without convolution keeps: see `write`
-            if self.conv_size:
-                convolutions = (self.q_conv, self.k_conv, self.v_conv)
-                (q, k, v), last_inputs = convolve_all(convolutions, (q, k, v), past_inputs, real, first)
+            q, k, v, last_inputs = self.convolved((q, k, v), past_inputs, real, first)
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
             steps = F.softplus(self.dt_proj(x) + self.dt_bias.float())
             log_decay, k = marked(real, first, -self.A_log.float().exp() * steps, k * steps[..., None])
@@ -96,5 +69,5 @@ class JaxHybridMamba2(JaxHybridLinearAttention):
             out = self.by_head(out) + skipped
             if self.g_proj is not None:
                 out = out * F.silu(self.g_proj(x).unflatten(-1, (-1, K)).float())
-            out = self.norm(out)
-        return self.o_proj(out.flatten(2).to(x.dtype))
+            out = self.norm(out.flatten(2))
+        return self.o_proj(out.to(x.dtype))

@@ -30,36 +30,58 @@ class DeltaRuleConfig(MixerConfig):
         check_taps("conv_size", self.conv_size)
 
 
-class DeltaRule(LinearMixer):
+class Convolved(LinearMixer):
+    """A mixer whose q, k and v go through SiLU, and through a short convolution before it where there are `taps`."""
+
+    state_heads: ClassVar[dict[str, int | None]] = LinearMixer.state_heads | {"q_conv": 2, "k_conv": 2, "v_conv": 2}
+
+    @staticmethod
+    def taps(config: ModelConfig) -> int:
+        raise NotImplementedError
+
+    def add_convolutions(self, config: ModelConfig, rngs: nnx.Rngs, bias: bool = False) -> None:
+        self.conv_size = self.taps(config)
+        if self.conv_size:
+            self.q_conv, self.k_conv, self.v_conv = qkv_convolutions(config, rngs, self.conv_size, bias)
+
+    @classmethod
+    def initial_state(cls, config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
+        """The memory, and the convolutions' last inputs."""
+        state = super().initial_state(config, batch, capacity, dtype)
+        return state | convolution_state(config, batch, cls.taps(config), dtype)
+
+    @classmethod
+    def describe(cls, config: ModelConfig) -> list[str]:
+        states, *rest = super().describe(config)
+        return [states, convolution_in_words(cls.taps(config)), *rest]
+
+    def convolved(
+        self, x_BTD: jax.Array, context: TokenContext, before: Params
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Params]:
+        """(q, k, v) as the recurrence takes them, and the convolutions' part of the state after them."""
+        q, k, v = self.projected(x_BTD, context)
+        after: Params = {}
+        if self.conv_size:
+            q, after["q_conv"] = self.q_conv(q, context, before.get("q_conv"))
+            k, after["k_conv"] = self.k_conv(k, context, before.get("k_conv"))
+            v, after["v_conv"] = self.v_conv(v, context, before.get("v_conv"))
+        return (jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)), after
+
+
+class DeltaRule(Convolved):
     """A subclass declares its decays, then `write_strengths` and `add_convolutions`, and gives `log_decay`."""
 
     silu = True
     norm_eps = L2_EPS
-    state_heads: ClassVar[dict[str, int | None]] = LinearMixer.state_heads | {"q_conv": 2, "k_conv": 2, "v_conv": 2}
     b_proj: Linear
 
     def write_strengths(self, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
         return Linear(rngs, (config.hidden_size, config.num_states), ("embed", "kv_heads"))
 
-    def add_convolutions(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        mixer = config.mixer
-        assert isinstance(mixer, DeltaRuleConfig)
-        self.conv_size = mixer.conv_size
-        if mixer.conv_size:
-            self.q_conv, self.k_conv, self.v_conv = qkv_convolutions(config, rngs, mixer.conv_size)
-
     @staticmethod
-    def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
-        """The memory, and the convolutions' last inputs."""
-        state, mixer = LinearMixer.initial_state(config, batch, capacity, dtype), config.mixer
-        assert isinstance(mixer, DeltaRuleConfig)
-        return state | convolution_state(config, batch, mixer.conv_size, dtype)
-
-    @classmethod
-    def describe(cls, config: ModelConfig) -> list[str]:
+    def taps(config: ModelConfig) -> int:
         assert isinstance(config.mixer, DeltaRuleConfig)
-        states, *rest = super().describe(config)
-        return [states, convolution_in_words(config.mixer.conv_size), *rest]
+        return config.mixer.conv_size
 
     def log_decay(self, x_BTD: jax.Array) -> jax.Array | None:
         """[B,T,N] or [B,T,N,K] in float32; None has no decay."""
@@ -68,14 +90,8 @@ class DeltaRule(LinearMixer):
     def __call__(
         self, x_BTD: jax.Array, context: TokenContext, state: Params | None = None
     ) -> tuple[jax.Array, Params | None]:
-        q, k, v = self.projected(x_BTD, context)
         before: Params = state or {}
-        after: Params = {}
-        if self.conv_size:
-            q, after["q_conv"] = self.q_conv(q, context, before.get("q_conv"))
-            k, after["k_conv"] = self.k_conv(k, context, before.get("k_conv"))
-            v, after["v_conv"] = self.v_conv(v, context, before.get("v_conv"))
-        q, k, v = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(v)
+        (q, k, v), after = self.convolved(x_BTD, context, before)
         memory = before.get("memory")
         out, after["memory"] = recurrence(q, k, v, *self.gates(x_BTD), context, memory, norm_eps=self.norm_eps)
         return self.gated_output(out, x_BTD), None if state is None else after

@@ -52,10 +52,14 @@ class LinearMixer(nnx.Module):
         self.rope = mixer.rope
 
     def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        """What `gated_output` needs: a norm of each head's output, and a gate of full rank."""
+        """What `gated_output` needs: a norm of each head's output, and a gate."""
+        self.o_norm = RMSNorm(rngs, config.head_dim, "head_dim", config.norm_eps)
+        self.add_gate(config, rngs)
+
+    def add_gate(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        """Of full rank, if the mixer has one."""
         mixer, D, H, K = config.mixer, config.hidden_size, config.num_heads, config.head_dim
         assert mixer is not None
-        self.o_norm = RMSNorm(rngs, K, "head_dim", config.norm_eps)
         if mixer.output_gate:
             # "value" is a copy of v_proj: see `from_attention`.
             gate = zeros if mixer.gate_init == "zero" else normal

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxhybrid.model.blueprint import Exact, Params, normal, ones, weight, zeros
+from jaxhybrid.model.blueprint import Exact, Params, ones, weight, zeros
 from jaxhybrid.model.config import MixerConfig, ModelConfig
 from jaxhybrid.model.layers import Linear, TokenContext
 from jaxhybrid.model.mixers.delta import convolve
@@ -65,11 +65,7 @@ class RWKV6(LinearMixer):
         self.decay_bias = weight(rngs, (N, K), ("kv_heads", "head_dim"), decays, Exact)
 
     def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        mixer, D, H, K = config.mixer, config.hidden_size, config.num_heads, config.head_dim
-        assert mixer is not None
-        if mixer.output_gate:
-            gate = zeros if mixer.gate_init == "zero" else normal
-            self.g_proj = Linear(rngs, (D, H, K), ("embed", "heads", "head_dim"), init=gate)
+        self.add_gate(config, rngs)
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
