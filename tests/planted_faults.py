@@ -491,8 +491,8 @@ FAULTS = [
     Fault(
         "decoding: the folder's repetition penalty forgotten",
         "complete.py",
-        ".get(PENALTY) or 1.0)",
-        ".get(PENALTY) and 1.0)",
+        ".get(PENALTY) or 1.0",
+        ".get(PENALTY) and 1.0",
         "tests/test_complete.py::test_answers_are_those_of_transformers_with_the_folders_penalty",
     ),
     # Conversion.
