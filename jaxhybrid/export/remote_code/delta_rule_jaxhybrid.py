@@ -112,9 +112,6 @@ class JaxHybridDeltaRule(JaxHybridConvolved):
             q, k, v, last_inputs = self.convolved((q, k, v), past_inputs, real, first)
             q, k, v = l2_normalize(F.silu(q)), l2_normalize(F.silu(k)), F.silu(v)
             log_decay, beta = marked(real, first, self.log_decay(x), self.b_proj(x).sigmoid())
-            state = self.empty_state(q) if state is None else state
-            by_state = (x.transpose(1, 2) for x in (k, v, log_decay, beta))
-            out, state = self.rule(self.queries_by_state(q), *by_state, state)
-            self.write(cache, last_inputs, state)
+            out = self.recurred(self.rule, cache, last_inputs, state, q, k, v, log_decay, beta)
             out = self.normed(out)
         return self.gated_output(out, x)

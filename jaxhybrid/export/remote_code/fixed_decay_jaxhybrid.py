@@ -52,9 +52,6 @@ class JaxHybridFixedDecay(JaxHybridLinearAttention):
                 q, k, v = F.silu(q), F.silu(k), F.silu(v)
             log_decay, k = marked(real, first, self.log_decay(x).expand(*x.shape[:2], -1), k)
             _, state = self.read(cache)
-            state = self.empty_state(q) if state is None else state
-            k, v, log_decay = (x.transpose(1, 2) for x in (k, v, log_decay))
-            out, state = chunked_gla(self.queries_by_state(q), k, v, log_decay[..., None], state)
-            self.write(cache, q.new_zeros(x.shape[0], 1, 1), state)
+            out = self.recurred(chunked_gla, cache, self.nothing_kept(q), state, q, k, v, log_decay[..., None])
             out = self.normed(out)
         return self.gated_output(out, x)

@@ -71,9 +71,6 @@ class JaxHybridGLA(JaxHybridLinearAttention):
             log_decay = F.logsigmoid(self.a_up_proj(self.a_down_proj(x))).unflatten(-1, (N, K)) / NORMALIZER
             log_decay, k = marked(real, first, log_decay, k)
             _, state = self.read(cache)
-            state = self.empty_state(q) if state is None else state
-            k, v, log_decay = (x.transpose(1, 2) for x in (k, v, log_decay))
-            out, state = chunked_gla(self.queries_by_state(q), k, v, log_decay, state)
-            self.write(cache, q.new_zeros(x.shape[0], 1, 1), state)
+            out = self.recurred(chunked_gla, cache, self.nothing_kept(q), state, q, k, v, log_decay)
             out = self.normed(out)
         return self.gated_output(out, x)

@@ -4,6 +4,7 @@ Axes: B batch, T tokens, D model width, H query heads, N states of a layer, R = 
 K head width, W convolution taps. Projections keep [B,T,heads,K]; recurrences work on [B,heads,T,K].
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -193,6 +194,26 @@ class JaxHybridLinearAttention(nn.Module):
     def empty_state(self, q: torch.Tensor) -> torch.Tensor:
         return q.new_zeros(q.shape[0], self.num_states, self.head_dim, self.head_dim)
 
+    def recurred(
+        self,
+        rule: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        cache: Cache | None,
+        last_inputs: torch.Tensor,
+        state: torch.Tensor | None,
+        q: torch.Tensor,
+        *inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        """q and the inputs [B,T,...] of `rule` through it, from a state or an empty one: [B,N,R,T,K]. The cache gets
+        the state after them, and the last inputs."""
+        state = self.empty_state(q) if state is None else state
+        out, state = rule(self.queries_by_state(q), *(x.transpose(1, 2) for x in inputs), state)
+        self.write(cache, last_inputs, state)
+        return out
+
+    def nothing_kept(self, q: torch.Tensor) -> torch.Tensor:
+        """The last inputs of a layer that needs none: see `write`."""
+        return q.new_zeros(q.shape[0], 1, 1)
+
     def normed(self, out: torch.Tensor) -> torch.Tensor:
         """[B,N,R,T,K] -> [B,T,H,K]"""
         return self.o_norm(self.by_head(out))
@@ -238,7 +259,7 @@ class JaxHybridConvolved(JaxHybridLinearAttention):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v in float32, and the convolutions' `past` for the next call."""
         q, k, v = (x.float() for x in inputs)
-        last_inputs = q.new_zeros(q.shape[0], 1, 1)  # what a layer without convolution keeps: see `write`
+        last_inputs = self.nothing_kept(q)
         if self.conv_size:
             convolutions = (self.q_conv, self.k_conv, self.v_conv)
             (q, k, v), last_inputs = convolve_all(convolutions, (q, k, v), past, real, first)

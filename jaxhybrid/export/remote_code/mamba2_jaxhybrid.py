@@ -60,12 +60,9 @@ class JaxHybridMamba2(JaxHybridConvolved):
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
             steps = F.softplus(self.dt_proj(x) + self.dt_bias.float())
             log_decay, k = marked(real, first, -self.A_log.float().exp() * steps, k * steps[..., None])
-            state = self.empty_state(q) if state is None else state
             skipped = self.D.float()[:, None] * v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
-            k, v, log_decay = (x.transpose(1, 2) for x in (k, v, log_decay[..., None]))
-            q = self.queries_by_state(q) * K**0.5  # Mamba-2 does not scale
-            out, state = chunked_gla(q, k, v, log_decay, state)
-            self.write(cache, last_inputs, state)
+            q = q * K**0.5  # Mamba-2 does not scale
+            out = self.recurred(chunked_gla, cache, last_inputs, state, q, k, v, log_decay[..., None])
             out = self.by_head(out) + skipped
             if self.g_proj is not None:
                 out = out * F.silu(self.g_proj(x).unflatten(-1, (-1, K)).float())

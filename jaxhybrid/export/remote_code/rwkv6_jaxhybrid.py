@@ -93,8 +93,5 @@ class JaxHybridRWKV6(JaxHybridLinearAttention):
             logits = self.a_up_proj(self.a_down_proj(x_w).tanh()).unflatten(-1, (N, K)) + self.decay_bias.float()
             log_decay = (-logits.exp()).clamp(min=LEAST_LOG_DECAY)
             log_decay, k = marked(real, first, log_decay, k * -torch.expm1(log_decay))
-            state = self.empty_state(q) if state is None else state
-            k, v, log_decay = (x.transpose(1, 2) for x in (k, v, log_decay))
-            out, state = chunked_gla(self.queries_by_state(q), k, v, log_decay, state)
-            self.write(cache, last_inputs, state)
+            out = self.recurred(chunked_gla, cache, last_inputs, state, q, k, v, log_decay)
         return self.gated_output(self.by_head(out), x_g)

@@ -72,11 +72,10 @@ class JaxHybridRWKV7(JaxHybridLinearAttention):
             read = -removed if first is None else -removed.masked_fill(first[..., None, None], 0)
             log_decay, k, read, removed = marked(real, first, log_decay, k, read, removed * rate)
             _, state = self.read(cache)
-            state = self.empty_state(q) if state is None else state
-            k, v, log_decay, read, written = (x.transpose(1, 2) for x in (k, v, log_decay, read, removed))
-            out, state = chunked_dplr(self.queries_by_state(q), k, v, log_decay, read, written, state)
-            self.write(cache, q.new_zeros(x.shape[0], 1, 1), state)
-            out = self.by_head(out)
+            last_inputs = self.nothing_kept(q)
+            out = self.by_head(
+                self.recurred(chunked_dplr, cache, last_inputs, state, q, k, v, log_decay, read, removed)
+            )
         if self.output_gate:
             gate = self.g_up_proj(self.g_down_proj(x).sigmoid())
             out = out * gate.unflatten(-1, (-1, self.head_dim)).float()
