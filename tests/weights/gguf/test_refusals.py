@@ -38,7 +38,7 @@ METADATA = [
     ({"qwen2.block_count": 1}, ["blk.1.attn_q.weight", "dropped"]),
     ({"qwen2.feed_forward_length": [256, 256]}, ["qwen2.feed_forward_length=[256, 256]", "an integer"]),
     ({"qwen2.attention.head_count": 0}, ["qwen2.attention.head_count=0", "positive"]),
-    ({"qwen2.attention.sliding_window": 4096}, ["qwen2.attention.sliding_window=4096", "not known"]),
+    ({"qwen2.attention.sliding_window": 4096}, ["qwen2.attention.sliding_window=4096", "gemma3 only"]),
     ({"qwen2.attention.key_length": 64, "qwen2.attention.value_length": 32}, ["key_length=64", "value_length=32"]),
     ({"qwen2.rope.dimension_count": 32, "qwen2.attention.key_length": 64}, ["rope.dimension_count=32", "whole"]),
     ({"qwen2.embedding_length": 512}, ["token_embd.weight", "[512, 256]", "[512, 512]"]),
