@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from jaxhybrid.errors import RunError
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.partition import param_shardings
+from jaxhybrid.model.partition import HOST_MEMORY, in_memory, param_shardings
 from jaxhybrid.model.transformer import Model, abstract_params, model_variables
 from jaxhybrid.run_folder import RunFolder
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.run import RunConfig, validate_against
+from jaxhybrid.settings.stages import StageConfig
 from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from jaxhybrid.weights.huggingface import ModelFiles, open_teacher
@@ -47,11 +48,26 @@ class RunModels:
     @cached_property
     def frozen_teacher(self) -> Model:
         """The teacher in the compute dtype: what stages run it in."""
+        if "_offloaded_teacher" in self.__dict__:
+            return in_memory("device", self._offloaded_teacher)
         return Model(self._read_teacher(self.dtype), self.teacher_config, str(self.teacher_files.folder))
+
+    @cached_property
+    def _offloaded_teacher(self) -> Model:
+        return in_memory(HOST_MEMORY, self.frozen_teacher)
+
+    def teacher_of(self, settings: StageConfig) -> Model:
+        """The frozen teacher in the memory where a stage wants it; on the devices it stays only if that is there."""
+        if "teacher" not in settings.offload:
+            return self.frozen_teacher
+        offloaded = self._offloaded_teacher
+        self.__dict__.pop("frozen_teacher", None)
+        return offloaded
 
     def drop_teacher(self) -> None:
         """Frees its parameters; the next use reads them again."""
-        self.__dict__.pop("frozen_teacher", None)
+        for name in ("frozen_teacher", "_offloaded_teacher"):
+            self.__dict__.pop(name, None)
 
     def _read_teacher(self, dtype: Any, parts: Iterable[str] = ()) -> Params:
         return self.teacher_files.read(dtype, param_shardings(self.teacher_variables, self.mesh), parts)

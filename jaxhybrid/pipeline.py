@@ -26,7 +26,7 @@ from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.blueprint import Params, count_parameters
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import ROWS, make_mesh, own_share
-from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
 from jaxhybrid.selection.choice import Given
@@ -153,14 +153,16 @@ class Pipeline:
         """Stage 1: the linear mixers of every layer learn the teacher's attention outputs."""
         if not self._begins("align"):
             return
-        settings, student, teacher = self.config.align, self.models.linear_config, self.models.frozen_teacher
+        settings, student = self.config.align, self.models.linear_config
         rows = settings.batch_size // settings.gradient_accumulation
         tokens = min(settings.tokens_per_step, self.text.heldout.num_tokens)
         batch = place_batch(self.text.heldout_batches(settings.sequence_length, rows, tokens)[0], self.mesh)
         measure = jax.jit(partial(align_loss, config=student, dtype=self.dtype))
-        before = np.asarray(measure(self.models.initial_mixers(), teacher, batch))
-        mixers, figures = self._train("align", student, self.models.initial_mixers, teacher)
-        after = np.asarray(measure(mixers, teacher, batch))
+        initial = self.models.initial_mixers()
+        before = np.asarray(measure(initial, self.models.teacher_of(settings), batch))
+        del initial
+        mixers, figures = self._train("align", student, self.models.initial_mixers)
+        after = np.asarray(measure(mixers, self.models.teacher_of(settings), batch))
         summary = figures | {
             "heldout_loss_before": float(before.mean()),
             "heldout_loss_after": float(after.mean()),
@@ -344,7 +346,7 @@ class Pipeline:
         if not self._begins("distill"):
             return
         student = self.models.hybrid_config
-        self._finish("distill", *self._train("distill", student, self.models.hybrid, self.models.frozen_teacher))
+        self._finish("distill", *self._train("distill", student, self.models.hybrid))
 
     def finetune(self) -> None:
         """Stage 3: cross entropy, usually at a longer context."""
@@ -439,14 +441,11 @@ class Pipeline:
         hosts.by_first(lambda: disk.require_stage(stage, self.folder.stage(stage), candidates), f"disk of {stage}")
         return True
 
-    def _train(
-        self, name: str, student: ModelConfig, make: Callable[[], Params], *frozen: Model
-    ) -> tuple[Params, dict[str, Any]]:
+    def _train(self, name: str, student: ModelConfig, make: Callable[[], Params]) -> tuple[Params, dict[str, Any]]:
         """Trained parameters, and what the stage's record says beside what its metrics do.
 
         Args:
             make: float32 masters to start from; nobody else's, for the state is made of them.
-            frozen: what the stage's step is given beside its state and a batch.
         """
         settings: StageConfig = getattr(self.config, name)
         figures = {"mean_segment_tokens": self.segment_tokens(name)}
@@ -457,14 +456,15 @@ class Pipeline:
         def on_host_batch(state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
             return compiled(state, *frozen, place_batch(batch, self.mesh, settings.gradient_accumulation))
 
-        begin = partial(start, optimizer=optimizer)
+        begin = partial(start, optimizer=optimizer, offload=settings.offload)
         checkpoints = self.folder.stage(name) / "checkpoints"
         if hosts.by_first(
             lambda: steps_in(checkpoints), "checkpoints"
         ):  # read from there: nothing to be made and freed
-            state = abstract_state(optimizer, like, self.mesh)
+            state = abstract_state(optimizer, like, self.mesh, settings.offload)
         else:
             state = jax.jit(begin, donate_argnums=0)(make())
+        frozen = () if name == "finetune" else (self.models.teacher_of(settings),)
         state = train(state, on_host_batch, self.stream(name), self.folder.stage(name), settings, name)
         return state.params, figures
 

@@ -32,6 +32,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 ROWS = ("data", "fsdp")  # what a batch's rows are split over
 BATCH_AXES = (*ROWS, "context")  # over which tokens differ
 SHARDS = ("fsdp", "context")  # what weights are split over and gathered from
+HOST_MEMORY = "pinned_host"  # memory kind of a sharding whose arrays lie with the host, for its devices to read
 AnyMesh = Mesh | AbstractMesh  # without devices it serves for tracing
 
 
@@ -252,6 +253,30 @@ def _moved(spec: P, x: Any) -> Any:
     return x if getattr(jax.typeof(x).sharding, "spec", None) == spec else jax.reshard(x, spec)
 
 
+def in_memory(kind: str, tree: Any) -> Any:
+    """Arrays, or ShapeDtypeStructs, moved to a kind of memory of their devices: `device` or `HOST_MEMORY`."""
+
+    def own(x: Any) -> Any:
+        sharding = x.sharding.with_memory_kind(kind)
+        return x.update(sharding=sharding) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, sharding)
+
+    return jax.tree.map(own, tree)
+
+
+def near(tree: Any) -> Any:
+    """The arrays in the devices' own memory: what is offloaded to the host's comes in, the rest stays. Under jit."""
+    return _put(tree, jax.tree.map(lambda _: jax.memory.Space.Device, tree))
+
+
+def lying_as(tree: Any, like: Any) -> Any:
+    """The arrays in the memory in which those of `like` lie. Under jit."""
+    return _put(tree, jax.tree.map(lambda x: jax.typeof(x).memory_space, like))
+
+
+def _put(tree: Any, spaces: Any) -> Any:
+    return jax.tree.map(lambda x, to: x if jax.typeof(x).memory_space == to else jax.device_put(x, to), tree, spaces)
+
+
 def repeated(x: jax.Array, repeats: int, axis: int) -> jax.Array:
     """`jnp.repeat`, split over the mesh as x is."""
     sharding = None if active_mesh() is None else jax.typeof(x).sharding
@@ -327,6 +352,7 @@ def gather(declared: Params, params: Params, dtype: Any, sums: Any = jnp.float32
     They are gathered from the shards in `dtype`; their gradients come back to the shards, summed over devices in
     `sums`. Of K/V heads that are not split over `tensor` the device takes the one that its query heads read.
     `marked`: `mark` was called for them before.
+    Shards in the host's memory come in first: of a layer at a time, where this is called in a loop over layers.
     """
 
     def own(variable: nnx.Variable, x: jax.Array) -> jax.Array:
@@ -341,6 +367,7 @@ def gather(declared: Params, params: Params, dtype: Any, sums: Any = jnp.float32
         return _gathered(x, axes.index("embed"), kept, sums)
 
     with jax.named_scope("gather"):
+        params = near(params)
         return jax.tree.map(own, declared, params if marked else mark(declared, params), is_leaf=is_variable)
 
 

@@ -41,6 +41,7 @@ from jaxhybrid.model.partition import (
     gather,
     head_spec,
     joined,
+    near,
     on_shards,
     param_shardings,
     splits_tokens,
@@ -63,7 +64,7 @@ class Model:
     def head(self) -> jax.Array:
         """The matrix [D,S] that turns final hidden states into logits."""
         if self.config.tie_embeddings:
-            return self.params["embed"]["embedding"].T
+            return near(self.params["embed"]["embedding"]).T
         return self.params["head"]["kernel"]
 
     @property

@@ -21,7 +21,7 @@ from jaxhybrid.model.blueprint import Params, bind, cast, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, Remat, layers_of_kind
 from jaxhybrid.model.layers import MLP_INPUT, MLP_PRODUCT, Block, LayerView, TokenContext, layer_views
 from jaxhybrid.model.mixers import MIXERS
-from jaxhybrid.model.partition import gather, mark
+from jaxhybrid.model.partition import gather, lying_as, mark, near
 
 BLOCK_INPUT = "block_input"
 POLICIES = {
@@ -170,7 +170,7 @@ class _Blocks:
 
     def in_compute_dtype(self, part: type[nnx.Module], stack: Params) -> Params:
         """Before the scan: of mixers whose rows lie there several times, and of blocks that are read several times."""
-        declared = variables(part, self.config, jax.tree.leaves(stack)[0].shape[0])
+        declared, stack = variables(part, self.config, jax.tree.leaves(stack)[0].shape[0]), near(stack)
         return cast(declared, mark(declared, stack), self.dtype)
 
     def _block(self, params: Params) -> Block:
@@ -206,7 +206,7 @@ def with_own_gradient(branches: list[Branch]) -> Branch:
 
     @jax.custom_vjp
     def chosen(which: jax.Array, context: TokenContext, *operands: Any) -> jax.Array:
-        return _switch(branches, which, context, *operands)
+        return _switch(branches, which, context, *near(operands))
 
     def backward(saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
         which, context, *operands = saved
@@ -215,7 +215,8 @@ def with_own_gradient(branches: list[Branch]) -> Branch:
             return jax.vjp(partial(branch, context), *operands)[1](cotangent)
 
         pulls = [partial(pull, branch) for branch in branches]
-        return None, None, *jax.lax.switch(which, pulls, context, cotangent, *operands)
+        gradients = jax.lax.switch(which, pulls, context, cotangent, *near(operands))
+        return None, None, *lying_as(gradients, tuple(operands))
 
     chosen.defvjp(lambda *arguments: (chosen(*arguments), arguments), backward)
     return chosen

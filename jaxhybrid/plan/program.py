@@ -13,7 +13,7 @@ from jaxhybrid_kernels.numerics import target_platform
 
 from jaxhybrid.assembly import student_config
 from jaxhybrid.families import hf_to_config
-from jaxhybrid.model.partition import SHARDS, AnyMesh
+from jaxhybrid.model.partition import HOST_MEMORY, SHARDS, AnyMesh
 from jaxhybrid.model.transformer import Model, abstract_params
 from jaxhybrid.plan.collectives import Exchange, exchanges
 from jaxhybrid.plan.liveness import peak_bytes
@@ -130,5 +130,5 @@ def bytes_of_a_device(tree: Any) -> int:
     return sum(
         math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in leaves
-        if x.sharding is None or x.sharding.memory_kind != "pinned_host"
+        if x.sharding is None or x.sharding.memory_kind != HOST_MEMORY
     )

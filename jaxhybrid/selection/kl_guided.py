@@ -212,7 +212,11 @@ class _Programs:
             "dtype": self.dtype,
             "chunk_tokens": self.settings.kl_chunk,
         }
-        self.begin = jax.jit(lambda own, teacher, layer: start(candidate_params(own, teacher, layer), optimizer))
+
+        def begin(own: Model, teacher: Model, layer: jax.Array) -> Any:
+            return start(candidate_params(own, teacher, layer), optimizer, offload=self.settings.offload)
+
+        self.begin = jax.jit(begin)
         self.step = stage_step("score", config, student.config, optimizer)
         self._heldout = jax.jit(partial(_kl_and_tokens, **static))
         self._teacher = jax.jit(

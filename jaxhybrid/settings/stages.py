@@ -43,7 +43,11 @@ class StageConfig(Section):
         "adamw", "adafactor: second moments as rows and columns, no first ones, and betas and eps are not used"
     )
     moment_dtype: Dtype = about("float32", "type of AdamW's first moments, rounded at every step in bfloat16")
-    offload: Offload = free("none", "moments: the optimizer's moments lie in the host's memory between updates")
+    offload: Offload = free(
+        (),
+        "a list of what lies in the host's memory: moments and masters, between updates, and teacher; weights come to "
+        "the devices layer by layer",
+    )
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(as_tuple)] = about((0.9, 0.95), "AdamW's moment decays")
     eps: Positive = about(1e-8, "AdamW's epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = about(
@@ -195,8 +199,12 @@ class ScoreConfig(KlStageConfig):
 
     @model_validator(mode="after")
     def _check_stability(self) -> "ScoreConfig":
-        if self.offload != "none" and self.kept_dtype != "float32":
-            raise ValueError(f"offload {self.offload} does not go with kept_dtype {self.kept_dtype}; drop one of them")
+        if self.offload and self.kept_dtype != "float32":
+            raise ValueError(
+                f"offload {list(self.offload)} does not go with kept_dtype {self.kept_dtype}; drop one of them"
+            )
+        if "teacher" in self.offload:
+            raise ValueError("offload teacher: candidates are made of the teacher's own arrays; drop it here")
         window = self.stop_when_stable.window_tokens if self.stop_when_stable else None
         between = self.evaluate_every * self.tokens_per_step
         if window is not None and not 2 * between <= window < self.tokens:

@@ -8,7 +8,6 @@ from jaxhybrid.model.config import Remat
 
 Dtype = Literal["bfloat16", "float32"]
 Optimizer = Literal["adamw", "adafactor"]
-Offload = Literal["none", "moments"]
 Schedule = Literal["constant", "cosine", "linear"]
 RankBy = Literal["heldout", "train"]
 UniformBy = Literal["last", "first"]
@@ -35,6 +34,15 @@ Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValid
 def _as_policy(value: Any) -> Any:
     return {True: "block", False: "none"}[value] if isinstance(value, bool) else value
 
+
+def _as_offloaded(value: Any) -> Any:
+    if isinstance(value, str):
+        return () if value == "none" else (value,)
+    return as_tuple(value)
+
+
+# A list; one name, or none, may stand alone.
+Offload = Annotated[tuple[Literal["moments", "masters", "teacher"], ...], BeforeValidator(_as_offloaded)]
 
 # What earlier versions had as true and false is read, too.
 RematPolicy = Annotated[Remat, BeforeValidator(_as_policy)]

@@ -19,7 +19,16 @@ from jaxhybrid.model.blueprint import Params, bind, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.layers import TokenContext
 from jaxhybrid.model.mixers import LINEAR_MIXERS
-from jaxhybrid.model.partition import BATCH_AXES, active_specs, batch_spec, gather, on_shards, splits_tokens, total
+from jaxhybrid.model.partition import (
+    BATCH_AXES,
+    active_specs,
+    batch_spec,
+    gather,
+    near,
+    on_shards,
+    splits_tokens,
+    total,
+)
 from jaxhybrid.model.transformer import Model, embed, token_context
 from jaxhybrid.model.walk import collect, spread, walk
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
@@ -149,7 +158,8 @@ def _beside_own_teacher(
         nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, own))
         return target, jax.lax.cond(aligned, measure, lambda own: nothing, own)
 
-    extra = {FULL_ATTENTION: (jnp.array(is_linear), spread(stack, config.layer_types, kind))}
+    own = stack if all(is_linear) else spread(near(stack), config.layer_types, kind)
+    extra = {FULL_ATTENTION: (jnp.array(is_linear), own)}
     x = embed(Model(params, teacher_config), tokens_BT, dtype)
     _, found = walk(params, teacher_config, x, context, mix, extra=extra)
     return collect(found[FULL_ATTENTION], config.layer_types, kind)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhybrid.model.partition import near
+
 # Packed text: "tokens" and "segment_ids", int32 [B,T], or [A,B,T] for A microbatches that make one update.
 # Segment ids count documents from 1; 0 is padding.
 Batch = dict[str, jax.Array]
@@ -23,12 +25,13 @@ def count_tokens(batch: Batch) -> jax.Array:
 
 
 def accumulate(compute: Callable[[Batch], Any], batch: Batch) -> Any:
-    """Sum of `compute(microbatch)` over the microbatches, with one of them in memory at a time."""
+    """Sum of `compute(microbatch)` over the microbatches, with one of them in memory at a time; gradients of offloaded
+    parameters come in from the host's memory."""
     if batch["tokens"].ndim == 2:
-        return compute(batch)
+        return near(compute(batch))
 
     def add(total: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, compute(micro)), None
+        return jax.tree.map(jnp.add, total, near(compute(micro))), None
 
     # From zeros and not from the first one's result: `compute`, a whole gradient, is then compiled once.
     shapes = jax.eval_shape(compute, jax.tree.map(lambda x: x[0], batch))

@@ -1,6 +1,6 @@
 """The update of every stage as settings have it, and what it is given: a run calls it, a plan compiles it elsewhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.partition import AnyMesh
+from jaxhybrid.model.partition import HOST_MEMORY, AnyMesh, in_memory
 from jaxhybrid.model.transformer import Model, abstract_params
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import KlStageConfig, StageConfig
@@ -54,10 +54,12 @@ def trained_params(stage: str, student: ModelConfig, teacher: ModelConfig, mesh:
     return params
 
 
-def abstract_state(optimizer: optax.GradientTransformation, params: Params, mesh: AnyMesh) -> TrainState:
-    """What a stage starts from, as shapes, types and places on the mesh; `params` may be abstract, too."""
-    traced = jax.jit(partial(start, optimizer=optimizer)).trace(params)
-    kinds = {jax.memory.Space.Host: "pinned_host", jax.memory.Space.Device: "device"}
+def abstract_state(
+    optimizer: optax.GradientTransformation, params: Params, mesh: AnyMesh, offload: Sequence[str]
+) -> TrainState:
+    """What `start` gives, as shapes, types and places on the mesh; `params` may be abstract, too."""
+    traced = jax.jit(partial(start, optimizer=optimizer, offload=offload)).trace(params)
+    kinds = {jax.memory.Space.Host: HOST_MEMORY, jax.memory.Space.Device: "device"}
     leaves = [
         jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec, memory_kind=kinds[x.memory_space])
@@ -78,11 +80,16 @@ def stage_program(
     settings: StageConfig = getattr(config, stage)
     dtype, params = jnp.dtype(config.dtype), trained_params(stage, student, teacher, mesh)
     optimizer = make_optimizer(settings, params)
-    step, state = stage_step(stage, config, student, optimizer), abstract_state(optimizer, params, mesh)
+    step, state = (
+        stage_step(stage, config, student, optimizer),
+        abstract_state(optimizer, params, mesh, settings.offload),
+    )
     batch = abstract_batch(settings, mesh)
     if stage == "finetune":
         return step, (state, batch)
     frozen = Model(abstract_params(teacher, mesh, dtype), teacher)
+    if "teacher" in settings.offload:
+        frozen = in_memory(HOST_MEMORY, frozen)
     if stage != "score":
         return step, (state, frozen, batch)
     tokens = batch["tokens"]

@@ -1,6 +1,7 @@
 """AdamW or Adafactor with two parameter groups, the field's schedules, and the state a stage trains."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxhybrid.model.blueprint import Params
+from jaxhybrid.model.partition import lying_as, near
 from jaxhybrid.settings.stages import StageConfig
 
 
@@ -39,7 +41,7 @@ def make_optimizer(stage: StageConfig, params: Params) -> optax.GradientTransfor
     groups = {name: of_group(*rates) for name, rates in stage.rates.items()}
     clip = optax.identity() if stage.clip_norm is None else optax.clip_by_global_norm(stage.clip_norm)
     optimizer = optax.chain(clip, optax.partition(groups, parameter_groups(params)))
-    return _offloaded(optimizer) if stage.offload == "moments" else optimizer
+    return _offloaded(optimizer) if "moments" in stage.offload else optimizer
 
 
 def _scale_by_moments(stage: StageConfig) -> optax.GradientTransformation:
@@ -54,17 +56,19 @@ def _scale_by_moments(stage: StageConfig) -> optax.GradientTransformation:
 def _offloaded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same with its state in the host's memory; it comes to the devices while an update is made. For jit."""
 
-    def put(state: Any, space: Any) -> Any:
-        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)  # counts stay on the device
-
     def init(params: Params) -> Any:
-        return put(optimizer.init(params), jax.memory.Space.Host)
+        return _offload(optimizer.init(params))
 
     def update(gradients: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
-        updates, state = optimizer.update(gradients, put(state, jax.memory.Space.Device), params)
-        return updates, put(state, jax.memory.Space.Host)
+        updates, after = optimizer.update(gradients, near(state), params)
+        return updates, lying_as(after, state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _offload(tree: Any) -> Any:
+    """To the host's memory; counts stay on the device."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, tree)
 
 
 def parameter_groups(params: Params) -> Params:
@@ -119,9 +123,13 @@ def schedule(stage: StageConfig, peak: float, final: float) -> optax.Schedule:
     return rate
 
 
-def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state for `params`. Jit it with donated or sharded params: moments take the params' sharding."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def start(params: Params, optimizer: optax.GradientTransformation, *, offload: Sequence[str] = ()) -> TrainState:
+    """A fresh state for `params`. Jit it with donated or sharded params: moments take the params' sharding.
+
+    offload: a stage's; with `masters` in it the parameters lie in the host's memory.
+    """
+    moments = optimizer.init(params)
+    return TrainState(jnp.zeros((), jnp.int32), _offload(params) if "masters" in offload else params, moments)
 
 
 def update(
@@ -129,6 +137,7 @@ def update(
 ) -> tuple[TrainState, jax.Array]:
     """One optimizer update; returns the new state and the gradient's global norm before clipping."""
     with jax.named_scope("optimizer"):
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        masters = near(state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, masters)
+        params = lying_as(optax.apply_updates(masters, updates), state.params)
     return TrainState(state.step + 1, params, optimizer_state), optax.global_norm(gradients)
