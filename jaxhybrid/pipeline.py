@@ -463,7 +463,8 @@ class Pipeline:
         ):  # read from there: nothing to be made and freed
             state = abstract_state(optimizer, like, self.mesh, settings.offload)
         else:
-            state = jax.jit(begin, donate_argnums=0)(make())
+            stays = "masters" not in settings.offload  # what moves to other memory cannot be donated
+            state = jax.jit(begin, donate_argnums=0 if stays else ())(make())
         frozen = () if name == "finetune" else (self.models.teacher_of(settings),)
         state = train(state, on_host_batch, self.stream(name), self.folder.stage(name), settings, name)
         return state.params, figures

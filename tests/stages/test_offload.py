@@ -1,5 +1,7 @@
 """What lies in the host's memory changes no number, and is not on the devices between updates."""
 
+import json
+import signal
 from functools import partial
 
 import jax
@@ -17,13 +19,15 @@ from jaxhybrid.model.partition import (
     param_shardings,
 )
 from jaxhybrid.model.transformer import Model, model_variables
-from jaxhybrid.settings.stages import ScoreConfig
+from jaxhybrid.settings.stages import STAGES, ScoreConfig
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
+from jaxhybrid.train.metrics import read_metrics
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_batch, make_teacher
+from tests.runs import INTERRUPT, Workshop
 from tests.tiny import training
 
 MIXER = GatedDeltaNetConfig(conv_size=3)
@@ -63,11 +67,13 @@ def trained(stage, offload, remat, parts):
     return state, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "remat", "parts"),
-    [("align", None, 1), ("distill", "block", 1), ("finetune", "block", 2),
-     pytest.param("distill", "mlp", 2, marks=pytest.mark.slow), pytest.param("finetune", "none", 1, marks=pytest.mark.slow),
-     pytest.param("finetune", "dots", 1, marks=pytest.mark.slow), pytest.param("align", None, 2, marks=pytest.mark.slow)],
+    [
+        ("align", None, 1), ("align", None, 2), ("distill", "block", 2), ("distill", "mlp", 2),
+        ("finetune", "none", 1), ("finetune", "dots", 1), ("finetune", "block", 1),
+    ],
 )  # fmt: skip
 def test_offloading_changes_nothing(stage, remat, parts):
     expected, losses = trained(stage, (), remat, parts)
@@ -83,3 +89,25 @@ def test_offloading_changes_nothing(stage, remat, parts):
 def test_candidates_are_the_teachers_own_arrays():
     with pytest.raises(ValueError, match="offload teacher"):
         ScoreConfig(offload=("teacher",))
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_the_same(tmp_path):
+    """A run that is cut in the middle of distillation and goes on, everything offloaded, against one with nothing."""
+    metrics = {}
+    for name, state in {"plain": [], "offloaded": ["moments", "masters"]}.items():
+        (tmp_path / name).mkdir()
+        workshop = Workshop(tmp_path / name)
+        workshop.prepare()
+        teacher = state and ["teacher"]
+        settings = {"align": state + teacher, "score": state, "distill": state + teacher, "finetune": state}
+        arguments = [f"{stage}.offload={json.dumps(offloaded)}" for stage, offloaded in settings.items()]
+        cut = INTERRUPT.format(label="distill", step=5, delay=0, number=int(signal.SIGKILL))
+        assert workshop.start("run", workshop.config, *arguments, before=cut).returncode < 0
+        ended = workshop.start("run", workshop.config, *arguments)
+        assert ended.returncode == 0, ended.stderr
+        metrics[name] = [
+            [(record["step"], record.get("loss")) for record in read_metrics(workshop.run / stage)] for stage in STAGES
+        ]
+        metrics[name].append(json.loads((workshop.run / "evaluation.json").read_text())["models"])
+    assert metrics["offloaded"] == metrics["plain"]
