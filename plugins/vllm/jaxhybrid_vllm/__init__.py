@@ -10,8 +10,11 @@ def register() -> None:
     """Called by vLLM in each of its processes, more than once maybe."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from .exported.configuration_jaxhybrid import JaxHybridConfig
+    from .refusals import Check
 
     AutoConfig.register(JaxHybridConfig.model_type, JaxHybridConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "jaxhybrid_vllm.model:JaxHybridForCausalLM")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = Check

@@ -22,7 +22,6 @@ from .exported.decoder_layer_jaxhybrid import JaxHybridDecoderLayer
 from .exported.softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm, JaxHybridRotaryTables
 from .linear_attention import LinearAttention
 from .pages import state_shapes
-from .refusals import check
 
 
 class SoftmaxAttention(JaxHybridAttention):
@@ -88,7 +87,6 @@ class JaxHybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: JaxHybridConfig = vllm_config.model_config.hf_config
-        check(vllm_config)
         self.config = config
         self.model = Model(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))

@@ -1,9 +1,18 @@
 """What is refused, by name and before any weight is read: what would be wrong, or is not written."""
 
 from vllm.config import VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .exported.configuration_jaxhybrid import JaxHybridConfig
 from .pages import LINEAR
+
+
+class Check(VerifyAndUpdateConfig):
+    """Called by vLLM in the process that was started, before it starts others."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        check(vllm_config)
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -18,8 +27,8 @@ def check(vllm_config: VllmConfig) -> None:
             raise ValueError(f"--{option} {size}: this model runs on one device a replica; take 1.")
     if vllm_config.speculative_config is not None:
         raise ValueError("--speculative-config: a recurrent state cannot be rolled back; leave it out.")
-    if vllm_config.quant_config is not None:
-        raise ValueError(f"--quantization {vllm_config.model_config.quantization}: take weights as they are exported.")
+    if (quantization := vllm_config.model_config.quantization) is not None:
+        raise ValueError(f"--quantization {quantization}: take the weights as they are exported.")
     for option, dtype in (
         ("mamba-cache-dtype", cache.mamba_cache_dtype),
         ("mamba-ssm-cache-dtype", cache.mamba_ssm_cache_dtype),
@@ -43,6 +52,6 @@ def _check_rotation(config: JaxHybridConfig, longest: int) -> None:
         length = rope["original_max_position_embeddings"] if is_long else config.max_position_embeddings
         if longest > length:
             raise ValueError(
-                f"rope_type {rope['rope_type']!r} turns by a text's length beyond {length} tokens, which is not written: "
-                f"--max-model-len {length} instead of {longest}."
+                f"rope_type {rope['rope_type']!r} turns by a text's length beyond {length} tokens, which is not "
+                f"written: --max-model-len {length} instead of {longest}."
             )

@@ -9,6 +9,7 @@ from the root of a checkout, in jaxhybrid's environment. FOLDER/NAME is an expor
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -80,7 +81,7 @@ def write(name: str, folder: Path) -> None:
         export(model, folder / name, "float32", format="remote-code")
     rng = np.random.default_rng(1)
     rows = rng.integers(1, VOCABULARY, (len(LENGTHS), max(LENGTHS)))  # what stands behind a prompt does not reach it
-    log_probs = jax.nn.log_softmax(jax.jit(forward)(model, jnp.asarray(rows, jnp.int32)))
+    log_probs = jax.nn.log_softmax(jax.jit(partial(forward, model))(jnp.asarray(rows, jnp.int32)))
     found = {}
     for number, length in enumerate(LENGTHS):
         found |= {f"tokens_{number}": rows[number, :length], f"log_probs_{number}": log_probs[number, :length]}
