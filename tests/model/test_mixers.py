@@ -205,7 +205,9 @@ def test_the_exported_layer_gives_the_same(layer, go_on, exported):
     net = JaxHybridForCausalLM.from_pretrained(folder).eval()
     x, segments = inputs(), np.array([[0] * 4 + [1] * 10 + [3] * 13 + [0] * 3])
     expected, _ = go_on(x, segments)
-    rotation = net.model.rotary_emb(torch.from_numpy(x), torch.from_numpy(np.array(segment_positions(segments))))
+    rotation = net.model.rotary_tables.rotary_emb(
+        torch.from_numpy(x), torch.from_numpy(np.array(segment_positions(segments)))
+    )
     real = torch.from_numpy(segments != 0)
     first = torch.from_numpy((np.arange(30) == 4) | (np.arange(30) == 14))[None]
     cache, ends = DynamicCache(config=net.config), [0, 9, 10, 16, 30]

@@ -65,10 +65,17 @@ def test_a_list_of_layers_that_a_server_does_not_read(exported):
 )
 def test_an_export_with_its_own_code(exported, changes, remedy):
     found = check(exported("remote-code", **changes))
-    assert [server for server, loads in loaded(found).items() if loads] == ["transformers"]
+    assert [server for server, loads in loaded(found).items() if loads] == ["transformers", "vLLM"]
     assert set(loaded(found).values()) == {True, False}
-    vllm = found["servers"][1]
-    assert remedy in found["why_not_native"] + vllm["change"][0]
+    _, vllm, sglang, *_ = found["servers"]
+    assert "plugins/vllm" in vllm["why"]
+    assert remedy in found["why_not_native"] + sglang["change"][0]
+
+
+def test_an_export_with_one_kind_of_layers(exported):
+    found = check(exported("remote-code", layer_types=(LIN, LIN)))
+    assert [server for server, loads in loaded(found).items() if loads] == ["transformers"]
+    assert "all are gated_deltanet here" in found["servers"][1]["why"]
 
 
 def test_the_setting_it_names_gives_an_interval():

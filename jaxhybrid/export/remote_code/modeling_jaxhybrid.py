@@ -23,7 +23,12 @@ from .configuration_jaxhybrid import JaxHybridConfig
 from .decoder_layer_jaxhybrid import LINEAR_MIXERS, JaxHybridDecoderLayer
 from .linear_attention_jaxhybrid import JaxHybridGateProjection, JaxHybridLinearAttention, JaxHybridShortConvolution
 from .packing_jaxhybrid import Layout, is_padding_mask, lay_out, real_tokens, softmax_mask
-from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm, JaxHybridRotaryEmbedding
+from .softmax_attention_jaxhybrid import (
+    JaxHybridAttention,
+    JaxHybridRMSNorm,
+    JaxHybridRotaryEmbedding,
+    JaxHybridRotaryTables,
+)
 
 # What transformers calls a cache: `past_key_values` until 5.23, then `cache`.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -80,10 +85,8 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([JaxHybridDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = JaxHybridRMSNorm(config.hidden_size, config.rms_norm_eps, config.trait("norm_offset", False))
-        self.rotary_emb = JaxHybridRotaryEmbedding(config)
+        self.rotary_tables = JaxHybridRotaryTables(config)
         self.window = config.trait("window", None)
-        if self.window is not None and self.window["rope"] is not None:
-            self.sliding_rotary_emb = JaxHybridRotaryEmbedding(config, self.window["rope"])
         self.gradient_checkpointing = False
         self.linear_layer = next((i for i, kind in enumerate(config.layer_types) if kind == "linear_attention"), None)
         self.post_init()
@@ -139,7 +142,7 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         mask = partial(softmax_mask, self.config, x, attention_mask, {CACHE_NAME: cache}, columns, layout)
         linear: dict[str, Any] = {"real": layout.real, "first": layout.first}
         full, sliding = mask(), {} if self.window is None else mask(self.window["size"])
-        tables = self._tables(x, layout.positions)
+        tables = self.rotary_tables(x, layout.positions)
         for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types)):
             softmax = full if self.config.window_of(number) is None else sliding
             arguments = linear if kind == "linear_attention" else softmax
@@ -149,18 +152,6 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
             cache.update_conv_state(layout.memory.to(device), self.linear_layer, LAYOUT)
         outputs: dict[str, Any] = {"last_hidden_state": self.norm(x), CACHE_NAME: cache}
         return BaseModelOutputWithPast(**outputs)
-
-    def _tables(self, x: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """cos and sin of each layer."""
-        tables = own = self.rotary_emb(x, positions)
-        if hasattr(self, "sliding_rotary_emb"):
-            own = self.sliding_rotary_emb(x, positions)
-        still = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
-        unrotated = self.config.trait("unrotated_layers", ())
-        return [
-            still if layer in unrotated else tables if self.config.window_of(layer) is None else own
-            for layer in range(self.config.num_hidden_layers)
-        ]
 
     def _checked_cache(self, cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
         if cache is not None and past_key_values is not None and cache is not past_key_values:

@@ -89,6 +89,30 @@ class JaxHybridRotaryEmbedding(nn.Module):
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
+class JaxHybridRotaryTables(nn.Module):
+    """cos and sin of every layer: sliding layers may have a rotation of their own, others none."""
+
+    def __init__(self, config: JaxHybridConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary_emb = JaxHybridRotaryEmbedding(config)
+        window = config.trait("window", None)
+        if window is not None and window["rope"] is not None:
+            self.sliding_rotary_emb = JaxHybridRotaryEmbedding(config, window["rope"])
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """One pair for each layer, at positions [B,T]."""
+        tables = own = self.rotary_emb(x, positions)
+        if hasattr(self, "sliding_rotary_emb"):
+            own = self.sliding_rotary_emb(x, positions)
+        still = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
+        unrotated = self.config.trait("unrotated_layers", ())
+        return [
+            still if layer in unrotated else tables if self.config.window_of(layer) is None else own
+            for layer in range(self.config.num_hidden_layers)
+        ]
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (i, i + K/2) of x [B,T,heads,K] in float32; channels beyond those of cos and sin stay."""
     x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
@@ -138,6 +162,15 @@ class JaxHybridAttention(nn.Module):
             self.q_norm = JaxHybridHeadNorm(config, H)
             self.k_norm = JaxHybridHeadNorm(config, G)
 
+    def projected(
+        self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v [B,T,heads,K], q and k normed and rotated"""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, *position_embeddings), rotate(k, *position_embeddings), v
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -147,11 +180,7 @@ class JaxHybridAttention(nn.Module):
         **flash_arguments: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output and, with eager attention, its weights [B,H,T,M]."""
-        x, K = hidden_states, self.head_dim
-        q, k, v = (proj(x).unflatten(-1, (-1, K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.transpose(1, 2) for x in (rotate(q, *position_embeddings), rotate(k, *position_embeddings), v))
+        q, k, v = (x.transpose(1, 2) for x in self.projected(hidden_states, position_embeddings))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         backend = self.config._attn_implementation
