@@ -222,6 +222,19 @@ def test_the_exported_layer_gives_the_same(layer, go_on, exported):
     close(pieces[real], expected[segments != 0])
 
 
+def test_the_exported_layer_runs_in_16_bits(layer, go_on, exported):
+    """As exports are loaded by default: gates and decays stay float32, and nothing else does."""
+    _, folder = exported
+    net = JaxHybridForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    mixer, x, segments = net.model.layers[0].linear_attn, inputs(), np.ones((1, 30), np.int32)
+    whole = {name.split(".")[0] for name, p in mixer.named_parameters() if p.dtype == torch.float32}
+    assert whole == set(mixer.float32)
+    rotation = net.model.rotary_emb(torch.from_numpy(x), torch.arange(30)[None])
+    with torch.no_grad():
+        y = mixer(torch.from_numpy(x).bfloat16(), rotation, None, None, None)
+    close(y.float(), go_on(x, segments)[0], 0.05)
+
+
 @pytest.mark.slow
 def test_alignment_falls(layer):
     """From the start that conversion gives, beside a softmax teacher."""

@@ -52,7 +52,10 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, so no assisted generation
-    _keep_in_fp32_modules_strict = [name for mixer in LINEAR_MIXERS.values() for name in mixer.float32]  # noqa: RUF012
+    # With their place: transformers finds these anywhere in a name, and a part of another mixer may end alike.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        f"linear_attn.{name}" for mixer in LINEAR_MIXERS.values() for name in mixer.float32
+    ]
     _can_record_outputs = {"hidden_states": JaxHybridDecoderLayer, "attentions": JaxHybridAttention}  # noqa: RUF012
 
     @torch.no_grad()
