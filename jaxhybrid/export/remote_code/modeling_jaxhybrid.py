@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_jaxhybrid import JaxHybridConfig
 from .decoder_layer_jaxhybrid import LINEAR_MIXERS, JaxHybridDecoderLayer
-from .linear_attention_jaxhybrid import JaxHybridGateProjection, JaxHybridLinearAttention, JaxHybridShortConvolution
+from .linear_attention_jaxhybrid import JaxHybridGateProjection, JaxHybridShortConvolution, JaxHybridStateful
 from .packing_jaxhybrid import Layout, is_padding_mask, lay_out, real_tokens, softmax_mask
 from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm, JaxHybridRotaryEmbedding
 
@@ -69,7 +69,7 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
             init.copy_(module.weight, F.one_hot(torch.tensor(module.weight.shape[-1] - 1)).expand_as(module.weight))
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, JaxHybridLinearAttention):
+        elif isinstance(module, JaxHybridStateful):
             module.init_own_weights()
         elif isinstance(module, JaxHybridRMSNorm):
             (init.zeros_ if module.offset else init.ones_)(module.weight)

@@ -117,8 +117,8 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class JaxHybridAttention(nn.Module):
-    """Causal softmax attention with grouped key/value heads."""
+class JaxHybridProjections(nn.Module):
+    """What softmax attention of any kind is made of: projections with grouped key/value heads, norms, rotation."""
 
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -128,8 +128,6 @@ class JaxHybridAttention(nn.Module):
         self.head_dim = K
         self.num_key_value_groups = H // G
         self.scaling = config.trait("attention_scale", K**-0.5)
-        self.sliding_window = config.window_of(layer_idx)
-        self.is_causal = True
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
@@ -137,6 +135,25 @@ class JaxHybridAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = JaxHybridHeadNorm(config, H)
             self.k_norm = JaxHybridHeadNorm(config, G)
+
+    def projected(
+        self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [B,H,T,K], k and v [B,G,T,K]"""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class JaxHybridAttention(JaxHybridProjections):
+    """Causal softmax attention with grouped key/value heads."""
+
+    def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.sliding_window = config.window_of(layer_idx)
+        self.is_causal = True
 
     def forward(
         self,
@@ -147,11 +164,7 @@ class JaxHybridAttention(nn.Module):
         **flash_arguments: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output and, with eager attention, its weights [B,H,T,M]."""
-        x, K = hidden_states, self.head_dim
-        q, k, v = (proj(x).unflatten(-1, (-1, K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.transpose(1, 2) for x in (rotate(q, *position_embeddings), rotate(k, *position_embeddings), v))
+        q, k, v = self.projected(hidden_states, position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         backend = self.config._attn_implementation
