@@ -7,7 +7,8 @@ k_t = (1 - a_t + r_t) k_proj x,   y = o_proj(o * g_up sigmoid(g_down x))
 
 The transition is a diagonal plus rank one with two different vectors (`dplr_attention` of the kernels). Without token
 shift, without a bonus for the current token and without a norm of the output, as there. Not taken over from there is
-the value residual, which ties every layer's values to those of the first: here a layer knows itself alone.
+the value residual, which ties every layer's values to those of the first: here a layer is aligned by itself. See
+docs/mixers.md.
 """
 
 import math

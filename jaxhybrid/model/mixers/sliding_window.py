@@ -149,7 +149,7 @@ class SlidingWindow(Attention):
         place = jnp.arange(state["k"].shape[2], dtype=jnp.int32)
         newest = jnp.where(place < self.sinks, place, reached - (reached - place) % self.size)
         source = newest - reached + last
-        is_new = (last >= 0) & (source >= start) & (source <= last)
+        is_new = (last >= 0) & (place <= reached) & (source >= start)
         caches = {
             name: jnp.where(is_new[:, None, :, None], _taken(jnp.moveaxis(x, 1, 2), source), state[name])
             for name, x in new.items()
