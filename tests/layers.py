@@ -1,4 +1,4 @@
-"""One linear layer's output, token by token as the papers write it: what the mixers are compared with.
+"""One converted layer's output, token by token as the papers write it: what the mixers are compared with.
 
 p are the parameters of one layer as the tree holds them, x [T,D] is one document, everything in one dtype. With arrays
 of NumPy it computes at once, with those of JAX it can be differentiated.
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def layer_output(config, p, x):
-    """[T,D] of one document, without rotary embedding."""
+    """[T,D] of one document; linear layers without rotary embedding."""
     return LAYERS[config.mixer.kind](config, p, x)
 
 
@@ -93,7 +93,7 @@ def additive(k, v, decay):
 
 
 def output(p, o, gate):
-    return library(o).einsum("thk,hkd->td", o * gate, p["o_proj"]["kernel"])
+    return library(o).einsum("thk,hkd->td", o * gate, p["o_proj"]["kernel"]) + p["o_proj"]["bias"]
 
 
 def delta_layer(config, p, x, decay, gate):
@@ -187,6 +187,37 @@ def rwkv7(config, p, x):
     return output(p, o, project(p, "g_up_proj", sigmoid(project(p, "g_down_proj", x))))
 
 
+def sliding_window(config, p, x):
+    q, k, v = (project(p, f"{name}_proj", x) for name in "qkv")
+    q, k = (rms(y, p[f"{name}_norm"]["scale"], config.norm_eps) for name, y in (("q", q), ("k", k)))
+    cos, sin = rotation(config, x)
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    k, v = (repeat(y, config.num_heads // config.num_kv_heads, 1) for y in (k, v))
+    outputs = []
+    for t in range(x.shape[0]):
+        seen = np.array([s for s in range(t + 1) if s > t - config.mixer.window or s < config.mixer.sinks])
+        weights = library(x).exp(library(x).einsum("hk,shk->hs", q[t], k[seen]) / math.sqrt(config.head_dim))
+        weights = weights / weights.sum(-1, keepdims=True)
+        outputs.append(library(x).einsum("hs,shk->hk", weights, v[seen]))
+    return output(p, library(x).stack(outputs), 1.0)
+
+
+def rotation(config, x):
+    """cos and sin [T,1,K/2] of the angles."""
+    pairs = np.arange(config.head_dim // 2)
+    angles = np.arange(x.shape[0])[:, None] * config.rope.theta ** (-2.0 * pairs / config.head_dim)
+    return np.cos(angles)[:, None], np.sin(angles)[:, None]
+
+
+def rotated(x, cos, sin):
+    """Channel i turns with channel i + K/2."""
+    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return library(x).concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
 LAYERS = {
-    layer.__name__: layer for layer in (gated_deltanet, gla, deltanet, kimi_delta, fixed_decay, mamba2, rwkv6, rwkv7)
-}
+    layer.__name__: layer
+    for layer in (
+        gated_deltanet, gla, deltanet, kimi_delta, fixed_decay, mamba2, rwkv6, rwkv7, sliding_window,
+    )
+}  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers import STUDENT_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.settings.compare import UPSTREAM, _binding, differences, fingerprint
@@ -52,7 +52,7 @@ def test_defaults_are_the_papers(load):
 
 
 def test_the_mixer_section_is_the_models_own():
-    declared = {f.name for mixer in LINEAR_MIXERS.values() for f in dataclasses.fields(mixer.Config)}
+    declared = {f.name for mixer in STUDENT_MIXERS.values() for f in dataclasses.fields(mixer.Config)}
     assert set(MixerSettings.model_fields) - {"kind"} == declared
     assert MixerSettings().to_model() == GatedDeltaNetConfig()
     assert MixerSettings(conv_size=4, rope=True).to_model() == GatedDeltaNetConfig(conv_size=4, rope=True)
@@ -163,6 +163,9 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         (["mixer.kind=kimi_delta", "mixer.gate_init=value"], "mixer: gate_init='value': the gate of kimi_delta is of"),
         (["mixer.kind=rwkv7", "mixer.gate_init=value"], "mixer: gate_init='value': the gate of rwkv7 is of low rank"),
         (["mixer.kind=rwkv7", "mixer.expand_kv=false"], "mixer: expand_kv=False: rwkv7 has one query a state"),
+        (["mixer.kind=sliding_window", "mixer.rope=true"], "mixer: rope is not a setting of sliding_window; leave it"),
+        (["mixer.kind=sliding_window", "mixer.window=0"], "mixer: window=0: a token sees itself at least; use 1 or"),
+        (["mixer.kind=sliding_window", "mixer.sinks=-1"], "mixer: sinks=-1: use 0 for no sinks, or how many tokens"),
         (["mixer.kind=rwkv6", "mixer.low_rank=0"], "mixer: low_rank=0: must be at least 1, or null"),
         (
             ["mixer.kind=fixed_decay", "mixer.form=s4"],

@@ -7,7 +7,7 @@ from typing import Any
 from jaxhybrid.families import is_student_config
 from jaxhybrid.families.native import QWEN3_5
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers import LINEAR_MIXERS, STUDENT_MIXERS
 
 TRANSFORMERS = ">=5.16,<5.25"  # what exports are tested with
 
@@ -19,10 +19,10 @@ CARD = """\
 # {name}
 
 A hybrid of {base} ({family} architecture) with {layers} layers, counted from 0.
-Softmax attention is kept in {softmax}; {linear} of the layers use linear attention{title},
+Softmax attention is kept in {softmax}; {converted} of the layers use {mixing},
 whose memory does not grow with the text.
 
-{mixer}Weights are {dtype}; the decays of linear layers are float32.
+{mixer}Weights are {dtype}{decays}.
 
 ## Use
 
@@ -74,7 +74,9 @@ def model_card(
     if terms:  # the hub's word for terms that are not one of its list
         metadata += ["license: other", f"license_link: {terms[0]}"]
     softmax = config.softmax_layers
-    mixer = None if config.mixer is None else LINEAR_MIXERS[config.mixer.kind]
+    mixer = None if config.mixer is None else STUDENT_MIXERS[config.mixer.kind]
+    is_linear = config.mixer is None or config.mixer.kind in LINEAR_MIXERS
+    mixing = [*["linear attention"] * is_linear, *([] if mixer is None else [mixer.title])]
     return CARD.format(
         metadata="\n".join(metadata),
         name=name,
@@ -82,10 +84,11 @@ def model_card(
         family=config.family,
         layers=config.num_layers,
         softmax=f"layers {', '.join(map(str, softmax))}" if softmax else "no layer",
-        linear=config.num_layers - len(softmax),
-        title="" if mixer is None else f" ({mixer.title})",
-        mixer="" if mixer is None else f"A linear layer has: {', '.join(mixer.describe(config))}. ",
+        converted=config.num_layers - len(softmax),
+        mixing=mixing[0] + "".join(f" ({title})" for title in mixing[1:]),
+        mixer="" if mixer is None else f"Such a layer has: {', '.join(mixer.describe(config))}. ",
         dtype=dtype,
+        decays="; the decays of linear layers are float32" * is_linear,
         needs=NATIVE if native else OWN_CODE,
         made=f"{made}\n\n" if made else "",
         terms=f"The terms of the base model apply: {', '.join(terms)}."

@@ -17,7 +17,7 @@ from jaxhybrid.export.form import choose
 from jaxhybrid.families import native_student_config_to_hf, student_config_to_hf
 from jaxhybrid.families.student import is_student
 from jaxhybrid.files import draft_of, make_folder, storage_errors, write_json
-from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.config import LinearConfig, ModelConfig
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.weights.huggingface import TERMS_FILES
 from jaxhybrid.weights.safetensors import read_table
@@ -82,7 +82,7 @@ def export(
     mixer = model.config.mixer
     if mixer is not None and f"{mixer.kind}_jaxhybrid.py" not in CODE_FILES:
         raise ConfigError(f"{mixer.kind} has no PyTorch layer in {REMOTE_CODE}; an export of it could not be loaded.")
-    if mixer is not None and None in (mixer.qkv_bias, mixer.qk_norm):
+    if isinstance(mixer, LinearConfig) and None in (mixer.qkv_bias, mixer.qk_norm):
         raise ConfigError("The mixer's qkv_bias or qk_norm is unset; export a student that `convert` made.")
     target = Path(folder).expanduser().absolute()
     source = Path(model.folder) if model.folder else None

@@ -10,11 +10,11 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.families.base import HARMLESS_KEYS, SLIDING_ATTENTION, Family
 from jaxhybrid.families.rope import rope_to_hf
 from jaxhybrid.model.config import FULL_ATTENTION, MixerConfig, ModelConfig
-from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers import STUDENT_MIXERS
 
 STUDENT_TYPE = "jaxhybrid"
 LINEAR_ATTENTION = "linear_attention"  # transformers' name of a layer with a state of fixed size
-STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", "traits", *LINEAR_MIXERS)
+STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", "traits", *STUDENT_MIXERS)
 # What an export's code must know of the base model where it is not as Llama's.
 TRAITS = (
     "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
@@ -80,7 +80,9 @@ def read_student(families: Mapping[str, Family], hf: dict[str, Any]) -> ModelCon
         raise ConfigError("The student's config lacks layer_types.")
     mixer = _read_mixer(hf)
     if mixer is None and LINEAR_ATTENTION in kinds:
-        raise ConfigError(f"The student's config lacks the settings of its linear layers ({', '.join(LINEAR_MIXERS)}).")
+        raise ConfigError(
+            f"The student's config lacks the settings of its linear layers ({', '.join(STUDENT_MIXERS)})."
+        )
     types = tuple(mixer.kind if mixer and kind == LINEAR_ATTENTION else FULL_ATTENTION for kind in kinds)
     return replace(config, layer_types=types, mixer=mixer)
 
@@ -99,11 +101,11 @@ def _traits(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_mixer(hf: Mapping[str, Any]) -> MixerConfig | None:
     """The settings of the linear layers, under the name of their kind."""
-    present = [kind for kind in LINEAR_MIXERS if hf.get(kind)]
+    present = [kind for kind in STUDENT_MIXERS if hf.get(kind)]
     if len(present) > 1:
         raise ConfigError(f"The student's config has {' and '.join(present)}; its linear layers are of one kind.")
     for kind in present:
-        known = LINEAR_MIXERS[kind].Config
+        known = STUDENT_MIXERS[kind].Config
         unknown = set(hf[kind]) - {item.name for item in fields(known)}
         if unknown:
             raise ConfigError(f"{kind} has {', '.join(sorted(unknown))}, which this version does not know.")

@@ -46,28 +46,14 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, context: TokenContext, state: Params | None = None
     ) -> tuple[jax.Array, Params | None]:
         """Attention output after o_proj [B,T,D], and the cache with this call's keys and values when one was given."""
-        q, k, v = project(self, x_BTD, context)
-        if self.scale is not None:  # what comes below divides by sqrt(K)
-            q = q * self.scale
+        q, k, v = self.projected(x_BTD, context)
         window = None if self.window is None else Window(self.window, context.slides)
         if state is None:
-            if context.first_token is not None:  # the keys of the whole row, for the queries of a part of it
-                k, v = (joined(x, 1, "context") for x in (k, v))
-            out = causal_attention(
-                q, k, v, context.segment_ids,
-                key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window,
-            )  # fmt: skip
-            return self.o_proj(out), None
+            return self.o_proj(self.over_row(q, k, v, context, window)), None
         assert context.cache_index is not None
         index, new = context.cache_index, {"k": k, "v": v}
         if index.ndim:  # one token a row, each at a place of its own
-            # Indexed by head, too: XLA for GPUs transposes what is scattered into until its indexed axes come first.
-            rows, heads = (jnp.arange(size, dtype=jnp.int32) for size in state["k"].shape[:2])
-            at = rows[:, None], heads, index[:, None]
-            state = {
-                name: cache.at[at].set(new[name][:, 0], mode="drop", unique_indices=True)
-                for name, cache in state.items()
-            }
+            state = written(state, new, index)
             out = decode_attention(q[:, 0], state["k"], state["v"], index, window)[:, None]
         else:
             state = {
@@ -77,6 +63,31 @@ class Attention(nnx.Module):
             keys, values = (jnp.moveaxis(state[name], 2, 1) for name in ("k", "v"))
             out = causal_attention(q, keys, values, None, first_query=index, window=window)
         return self.o_proj(out), state
+
+    def projected(self, x_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = project(self, x_BTD, context)
+        if self.scale is not None:  # attention divides by sqrt(K)
+            q = q * self.scale
+        return q, k, v
+
+    def over_row(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, context: TokenContext, window: Window | None
+    ) -> jax.Array:
+        """Attention without a state: [B,T,H,K]."""
+        if context.first_token is not None:  # the keys of the whole row, for the queries of a part of it
+            k, v = (joined(x, 1, "context") for x in (k, v))
+        return causal_attention(
+            q, k, v, context.segment_ids,
+            key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window,
+        )  # fmt: skip
+
+
+def written(caches: Params, new: Params, index_B: jax.Array) -> Params:
+    """Caches [B,G,M,K] with one more token [B,1,G,K] in each row, at a place of its own."""
+    # Indexed by head, too: XLA for GPUs transposes what is scattered into until its indexed axes come first.
+    rows, heads = (jnp.arange(size, dtype=jnp.int32) for size in caches["k"].shape[:2])
+    at = rows[:, None], heads, index_B[:, None]
+    return {name: cache.at[at].set(new[name][:, 0], mode="drop", unique_indices=True) for name, cache in caches.items()}
 
 
 def project(

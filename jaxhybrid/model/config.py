@@ -56,13 +56,26 @@ def option(default: Any, about: str) -> Any:
 
 @dataclass(frozen=True)
 class MixerConfig:
+    """The settings of the mixer that converted layers have in the place of the teacher's attention."""
+
+    kind: ClassVar[str]  # its name in `layer_types` and in config files
+
+    def resolve(self, teacher: "ModelConfig") -> Self:
+        """These settings with every "as the teacher has it" filled in; says what a choice leaves behind.
+
+        Raises:
+            ConfigError: they do not go with the teacher.
+        """
+        return self
+
+
+@dataclass(frozen=True)
+class LinearConfig(MixerConfig):
     """What linear mixers made from softmax attention have in common. `None` is "as the teacher has it": see `resolve`.
 
     The defaults are those of KL-guided layer selection (arXiv 2512.20569, layers `gdn_v4` and `gla_v1`): heads
     expanded, output gate, no rotary embedding.
     """
-
-    kind: ClassVar[str]  # its name in `layer_types` and in config files
 
     expand_kv: bool = option(
         True, "clone each K/V head for its group of query heads; false keeps one state per K/V head"
@@ -79,11 +92,6 @@ class MixerConfig:
     )
 
     def resolve(self, teacher: "ModelConfig") -> Self:
-        """These settings with every "as the teacher has it" filled in; says what a choice leaves behind.
-
-        Raises:
-            ConfigError: the teacher has not what is to be carried.
-        """
         for name in ("qkv_bias", "qk_norm"):
             carried, present = getattr(self, name), getattr(teacher, name)
             if present and carried is False:
@@ -163,7 +171,7 @@ class ModelConfig:
     @property
     def num_states(self) -> int:
         """States (and key and value heads) of a linear layer: one per query head, or one per K/V head."""
-        assert self.mixer is not None
+        assert isinstance(self.mixer, LinearConfig)
         return self.num_heads if self.mixer.expand_kv else self.num_kv_heads
 
     def with_layers(self, layer_types: tuple[str, ...]) -> "ModelConfig":

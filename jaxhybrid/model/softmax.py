@@ -6,6 +6,7 @@ elsewhere and for 32 bits plain JAX. docs/attention.md has the figures, and what
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -39,10 +40,14 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Window(NamedTuple):
-    """Of a sliding window: a query sees `size` keys at most, its own among them, where the layer `slides`."""
+    """Of a sliding window: a query sees `size` keys at most, its own among them, where the layer `slides`.
+
+    Besides them it sees the first `sinks` keys of its document (arXiv 2309.17453).
+    """
 
     size: int
     slides: Any  # bool, may be traced
+    sinks: int = 0
 
     def starts(self, starts: jax.Array, first: jax.Array) -> jax.Array:
         """The first key that queries at first, first+1, ... see, if without the window it is starts [B,Q]."""
@@ -69,7 +74,7 @@ def causal_attention(
         segment_ids: [B,Q] or None: all one document. A document is one run of equal ids; so is padding.
         key_segment_ids: [B,M], where keys are not those of the queries.
         first_query: traced int32: the place of the first query on the keys' axis, at most M - Q. None: 0, and M is Q.
-        window: of those keys the last few only.
+        window: of those keys the last few only, and the first few if it has sinks.
     """
     if key_segment_ids is None:
         assert first_query is None or segment_ids is None, "queries that are a slice need the ids of all keys"
@@ -80,24 +85,24 @@ def causal_attention(
     B, Q = q.shape[:2]
     starts = segment_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
     first = jnp.int32(0) if first_query is None else first_query
-    query_starts = starts if first_query is None else jax.lax.dynamic_slice_in_dim(starts, first, Q, 1)
-    q, k, v, starts, query_starts, first = _varying_alike(q, k, v, starts, query_starts, first)
-    if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0:
-        return splash_attention(q, k, v, query_starts, starts, first, window)
-    if window is not None:
-        query_starts = window.starts(query_starts, first)
+    documents = starts if first_query is None else jax.lax.dynamic_slice_in_dim(starts, first, Q, 1)
+    q, k, v, starts, documents, first = _varying_alike(q, k, v, starts, documents, first)
+    sinks = 0 if window is None else window.sinks
+    if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0 and not sinks:
+        return splash_attention(q, k, v, documents, starts, first, window)
+    seen = _Seen(documents if window is None else window.starts(documents, first), documents, sinks)
     if platform == "gpu" and short and k.shape[1] <= GPU_ROW:
-        return _cudnn_short(q, k, v, query_starts, first, is_causal=first_query is None)
+        return _cudnn_short(q, k, v, seen, first, is_causal=first_query is None)
     if platform == "gpu" and short:
         size = min(GPU_QUERY_BLOCK, Q + -Q % 8)
         most = GPU_MANY_QUERIES if k.shape[1] <= GPU_MIDDLE_ROW else GPU_QUERIES
         blocks = size, max(1, min(most // (B * size), math.ceil(Q / size)))
         if first_query is None:
-            return _cudnn_documents(q, k, v, query_starts, first, blocks)
-        return _cudnn_windowed(q, k, v, query_starts, first, blocks)
+            return _cudnn_documents(q, k, v, seen, first, blocks)
+        return _cudnn_windowed(q, k, v, seen, first, blocks)
     if Q <= QUERY_BLOCK:
-        return _plain_masked(q, k, v, _visible(query_starts, first, k.shape[1]))
-    return windowed_attention(q, k, v, query_starts, first, attend=_plain_masked, size=QUERY_BLOCK, at_once=1)
+        return _plain_masked(q, k, v, seen.visible(first, k.shape[1]))
+    return windowed_attention(q, k, v, seen, first, attend=_plain_masked, size=QUERY_BLOCK, at_once=1)
 
 
 def decode_attention(
@@ -134,11 +139,29 @@ def plain_decode_attention(
     return out.reshape(B, H, K).astype(q.dtype)
 
 
-def _visible(query_starts: jax.Array, first: jax.Array, keys: int) -> jax.Array:
-    """[B,Q,keys]: the key is not before the query's document and not after the query."""
-    key = jnp.arange(keys, dtype=jnp.int32)
-    query = first + jnp.arange(query_starts.shape[1], dtype=jnp.int32)
-    return (key >= query_starts[..., None]) & (key <= query[:, None])
+@partial(jax.tree_util.register_dataclass, data_fields=("starts", "documents"), meta_fields=("sinks",))
+@dataclass(frozen=True)
+class _Seen:
+    """What each of some queries sees: the keys from `starts` to its own, and the first `sinks` of its document."""
+
+    starts: jax.Array  # [B,Q]
+    documents: jax.Array  # [B,Q]: where its document starts
+    sinks: int = 0
+
+    def visible(self, first: jax.Array, keys: int) -> jax.Array:
+        """[B,Q,keys] for queries at first, first+1, ..."""
+        query = first + jnp.arange(self.starts.shape[1], dtype=jnp.int32)
+        return self.by_query(lambda x: x[..., None]).sees(query[:, None], jnp.arange(keys, dtype=jnp.int32))
+
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Of queries and keys at these places, all of shapes that go together."""
+        seen = key >= self.starts
+        if self.sinks:
+            seen |= (key >= self.documents) & (key < self.documents + self.sinks)
+        return seen & (key <= query)
+
+    def by_query(self, change: Callable[[jax.Array], jax.Array]) -> "_Seen":
+        return _Seen(change(self.starts), change(self.documents), self.sinks)
 
 
 def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
@@ -171,12 +194,10 @@ def _cudnn_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) 
     return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=CUDNN)
 
 
-def _cudnn_short(
-    q: jax.Array, k: jax.Array, v: jax.Array, query_starts: jax.Array, first: jax.Array, is_causal: bool
-) -> jax.Array:
+def _cudnn_short(q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, is_causal: bool) -> jax.Array:
     Q, M = q.shape[1], k.shape[1]
     q, (k, v) = _pad_tokens(q, 0, Q % 2), (_pad_tokens(x, 0, M % 2) for x in (k, v))  # cuDNN refuses odd lengths
-    visible = _visible(jnp.pad(query_starts, ((0, 0), (0, Q % 2))), first, M + M % 2)
+    visible = seen.by_query(lambda x: jnp.pad(x, ((0, 0), (0, Q % 2)))).visible(first, M + M % 2)
     return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], is_causal=is_causal, implementation=CUDNN)[
         :, :Q
     ]
@@ -190,34 +211,34 @@ def _cudnn_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _cudnn_windowed(
-    q: jax.Array, k: jax.Array, v: jax.Array, query_starts: jax.Array, first: jax.Array, blocks: tuple[int, int]
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, blocks: tuple[int, int]
 ) -> jax.Array:
     size, at_once = blocks
-    return windowed_attention(q, k, v, query_starts, first, attend=_cudnn_masked, size=size, at_once=at_once)
+    return windowed_attention(q, k, v, seen, first, attend=_cudnn_masked, size=size, at_once=at_once)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _cudnn_documents(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, first: jax.Array, blocks: tuple[int, int]
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, blocks: tuple[int, int]
 ) -> jax.Array:
     """Without a mask where every row is one document. The gradient computes the attention once more."""
-    return jax.lax.cond(jnp.all(starts == 0), *_cudnn_branches(starts, first, blocks), q, k, v)
+    return jax.lax.cond(jnp.all(seen.starts == 0), *_cudnn_branches(seen, first, blocks), q, k, v)
 
 
 def _cudnn_branches(
-    starts: jax.Array, first: jax.Array, blocks: tuple[int, int]
+    seen: _Seen, first: jax.Array, blocks: tuple[int, int]
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-    return _cudnn_causal, lambda q, k, v: _cudnn_windowed(q, k, v, starts, first, blocks)
+    return _cudnn_causal, lambda q, k, v: _cudnn_windowed(q, k, v, seen, first, blocks)
 
 
-def _cudnn_documents_forward(q: Any, k: Any, v: Any, starts: Any, first: Any, blocks: tuple[int, int]) -> Any:
-    return _cudnn_documents(q, k, v, starts, first, blocks), (q, k, v, starts, first)
+def _cudnn_documents_forward(q: Any, k: Any, v: Any, seen: _Seen, first: Any, blocks: tuple[int, int]) -> Any:
+    return _cudnn_documents(q, k, v, seen, first, blocks), (q, k, v, seen, first)
 
 
 def _cudnn_documents_backward(blocks: tuple[int, int], saved: Any, d_out: jax.Array) -> Any:
-    *operands, starts, first = saved
-    pulls = [lambda *x, run=run: jax.vjp(run, *x)[1](d_out) for run in _cudnn_branches(starts, first, blocks)]
-    return *jax.lax.cond(jnp.all(starts == 0), *pulls, *operands), None, None
+    *operands, seen, first = saved
+    pulls = [lambda *x, run=run: jax.vjp(run, *x)[1](d_out) for run in _cudnn_branches(seen, first, blocks)]
+    return *jax.lax.cond(jnp.all(seen.starts == 0), *pulls, *operands), None, None
 
 
 _cudnn_documents.defvjp(_cudnn_documents_forward, _cudnn_documents_backward)
@@ -252,6 +273,7 @@ class _Plan(NamedTuple):
     attend: Attend
     windows: tuple[_Window, ...]  # narrow to wide; the last holds all keys
     before: int  # keys of padding before the first
+    sinks: int  # that blocks have at hand beside their windows: a multiple of 8, as cuDNN wants it
 
     @property
     def step(self) -> int:
@@ -259,20 +281,14 @@ class _Plan(NamedTuple):
 
 
 def windowed_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    query_starts: jax.Array,
-    first: jax.Array,
-    *,
-    attend: Attend,
-    size: int,
-    at_once: int,
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, *, attend: Attend, size: int, at_once: int
 ) -> jax.Array:
-    """Of q [B,Q,H,K], at first, first+1, ... of the keys [B,M,G,K], each to those from query_starts [B,Q] to its own.
+    """Of q [B,Q,H,K], at first, first+1, ... of the keys [B,M,G,K], each to those that it sees.
 
     A step takes `at_once` blocks of `size` queries, and of windows with 2, 4, 8, ... times as many keys, or all keys,
-    the least that holds what they see. The gradient computes a step's attention once more.
+    the least that holds what they see, sinks aside: those of the document that a block begins in are put beside its
+    window, and of a document that begins inside a block they are in it. The gradient computes a step's attention once
+    more.
     """
     Q, M, step = q.shape[1], k.shape[1], size * at_once
     padding = -Q % step
@@ -284,44 +300,46 @@ def windowed_attention(
     before = max((window.keys for window in windows[:-1]), default=0)
     k, v = (_pad_tokens(x, before, after) for x in (k, v))
     own = jnp.broadcast_to(first + jnp.arange(Q, Q + padding, dtype=jnp.int32), (q.shape[0], padding))
-    starts = jnp.concatenate([query_starts, own], axis=1)  # queries of the padding see themselves
-    return _windowed(_pad_tokens(q, 0, padding), k, v, starts, first, _Plan(attend, tuple(windows), before))[:, :Q]
+    seen = seen.by_query(lambda x: jnp.concatenate([x, own], axis=1))  # queries of the padding see themselves
+    plan = _Plan(attend, tuple(windows), before, seen.sinks + -seen.sinks % 8)
+    return _windowed(_pad_tokens(q, 0, padding), k, v, seen, first, plan)[:, :Q]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _windowed(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, first: jax.Array, plan: _Plan) -> jax.Array:
+def _windowed(q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, plan: _Plan) -> jax.Array:
     def step(args: Any) -> jax.Array:
-        at, q, starts = args
-        run = [partial(_step, plan=plan, window=window) for window in plan.windows]
-        spans = [partial(_span, window=window, before=plan.before) for window in plan.windows]
-        branches = [lambda q, k, v, f=f, s=s: f(q, s(k, at), s(v, at), starts, at) for f, s in zip(run, spans)]
-        return jax.lax.switch(_which(plan, starts, at), branches, q, k, v)
+        at, q, seen = args
 
-    return _joined(jax.lax.map(step, (_places(q, first, plan), _split(q, plan), _split(starts, plan))))
+        def branch(window: _Window) -> Callable[..., jax.Array]:
+            place = partial(_own_keys, seen=seen, at=at, plan=plan, window=window)
+            return lambda q, k, v: _step(q, place(k), place(v), seen, at, plan=plan, window=window)
+
+        return jax.lax.switch(_which(plan, seen.starts, at), [branch(w) for w in plan.windows], q, k, v)
+
+    return _joined(jax.lax.map(step, (_places(q, first, plan), _split(q, plan), _split_seen(seen, plan))))
 
 
-def _windowed_forward(q: Any, k: Any, v: Any, starts: Any, first: Any, plan: _Plan) -> Any:
-    return _windowed(q, k, v, starts, first, plan), (q, k, v, starts, first)
+def _windowed_forward(q: Any, k: Any, v: Any, seen: _Seen, first: Any, plan: _Plan) -> Any:
+    return _windowed(q, k, v, seen, first, plan), (q, k, v, seen, first)
 
 
 def _windowed_backward(plan: _Plan, saved: Any, d_out: jax.Array) -> Any:
-    q, k, v, starts, first = saved
+    q, k, v, seen, first = saved
 
     def step(sums: Any, args: Any) -> Any:
-        at, q, starts, d_out = args
+        at, q, seen, d_out = args
 
         def pull(window: _Window, sums: Any, q: jax.Array, d_out: jax.Array) -> Any:
-            span = partial(_span, window=window, before=plan.before)
-            run = partial(_step, starts=starts, at=at, plan=plan, window=window)
-            d_q, *d_keys = jax.vjp(run, q, span(k, at), span(v, at))[1](d_out)
-            place = plan.before + window.first_key(at)
-            added = [span(total, at) + d.astype(total.dtype) for total, d in zip(sums, d_keys)]
-            return [jax.lax.dynamic_update_slice_in_dim(a, b, place, 1) for a, b in zip(sums, added)], d_q
+            own = partial(_own_keys, seen=seen, at=at, plan=plan, window=window)
+            run = partial(_step, seen=seen, at=at, plan=plan, window=window)
+            d_q, *d_keys = jax.vjp(run, q, own(k), own(v))[1](d_out)
+            return [_added(total, d, seen, at, plan, window) for total, d in zip(sums, d_keys)], d_q
 
-        return jax.lax.switch(_which(plan, starts, at), [partial(pull, w) for w in plan.windows], sums, q, d_out)
+        pulls = [partial(pull, window) for window in plan.windows]
+        return jax.lax.switch(_which(plan, seen.starts, at), pulls, sums, q, d_out)
 
     sums = [jnp.zeros_like(x, dtype=exact_dtype(x.dtype)) for x in (k, v)]
-    scanned = (_places(q, first, plan), *(_split(x, plan) for x in (q, starts, d_out)))
+    scanned = _places(q, first, plan), _split(q, plan), _split_seen(seen, plan), _split(d_out, plan)
     (d_k, d_v), d_q = jax.lax.scan(step, sums, scanned)
     return _joined(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
@@ -329,30 +347,68 @@ def _windowed_backward(plan: _Plan, saved: Any, d_out: jax.Array) -> Any:
 _windowed.defvjp(_windowed_forward, _windowed_backward)
 
 
-def _step(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, at: jax.Array, *, plan: _Plan, window: _Window
-) -> jax.Array:
-    """Of the queries at at, at+1, ... to their window's span of keys: [B,step,H,K]."""
+class _Keys(NamedTuple):
+    """Of a step: `span`, the keys of all its windows, and each block's sinks [B,blocks,sinks,...], if it has some."""
+
+    span: jax.Array
+    sinks: jax.Array | None
+
+
+def _own_keys(x: jax.Array, seen: _Seen, at: jax.Array, plan: _Plan, window: _Window) -> _Keys:
+    span = jax.lax.dynamic_slice_in_dim(x, plan.before + window.first_key(at), window.span, 1)
+    places = _sink_places(seen, plan, window)
+    if places is None:
+        return _Keys(span, None)
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None, None]
+    return _Keys(span, x.at[rows, plan.before + places].get(mode="clip"))
+
+
+def _added(total: jax.Array, d: _Keys, seen: _Seen, at: jax.Array, plan: _Plan, window: _Window) -> jax.Array:
+    """`total` with the gradients of a step's keys at their places."""
+    place = plan.before + window.first_key(at)
+    span = jax.lax.dynamic_slice_in_dim(total, place, window.span, 1) + d.span.astype(total.dtype)
+    total = jax.lax.dynamic_update_slice_in_dim(total, span, place, 1)
+    places = _sink_places(seen, plan, window)
+    if places is None or d.sinks is None:
+        return total
+    rows = jnp.arange(total.shape[0], dtype=jnp.int32)[:, None, None]
+    return total.at[rows, plan.before + places].add(d.sinks.astype(total.dtype), mode="drop")
+
+
+def _sink_places(seen: _Seen, plan: _Plan, window: _Window) -> jax.Array | None:
+    """[B,blocks,sinks]: the first tokens of the document that each block's first query is in."""
+    if not plan.sinks or not window.moves:
+        return None
+    return seen.documents[:, :: window.queries, None] + jnp.arange(plan.sinks, dtype=jnp.int32)
+
+
+def _step(q: jax.Array, k: _Keys, v: _Keys, seen: _Seen, at: jax.Array, *, plan: _Plan, window: _Window) -> jax.Array:
+    """Of the queries at at, at+1, ... to their windows' keys and sinks: [B,step,H,K]."""
     B = q.shape[0]
     blocks, queries, keys, _ = window
 
     def per_block(x: jax.Array) -> jax.Array:
         return x.reshape(B * blocks, queries, *x.shape[2:])
 
-    def windows(x: jax.Array) -> jax.Array:
-        parts = [jax.lax.slice_in_dim(x, b * queries, b * queries + keys, axis=1) for b in range(blocks)]
-        return jnp.stack(parts, axis=1).reshape(B * blocks, keys, *x.shape[2:])
+    def at_hand(x: _Keys) -> jax.Array:
+        parts = [jax.lax.slice_in_dim(x.span, b * queries, b * queries + keys, axis=1) for b in range(blocks)]
+        windows = jnp.stack(parts, axis=1)
+        if x.sinks is not None:
+            windows = jnp.concatenate([x.sinks, windows], axis=2)
+        return windows.reshape(B * blocks, -1, *x.span.shape[2:])
 
     shift = queries * jnp.arange(blocks, dtype=jnp.int32)[:, None, None]
     query = at + shift + jnp.arange(queries, dtype=jnp.int32)[:, None]
-    key = window.first_key(at) + shift + jnp.arange(keys, dtype=jnp.int32)
-    visible = (key >= starts.reshape(B, blocks, queries, 1)) & (key <= query)
-    out = plan.attend(per_block(q), windows(k), windows(v), visible.reshape(B * blocks, queries, keys))
+    first = window.first_key(at) + shift
+    own = seen.by_query(lambda x: x.reshape(B, blocks, queries, 1))
+    visible = own.sees(query, first + jnp.arange(keys, dtype=jnp.int32))
+    places = _sink_places(seen, plan, window)
+    if places is not None:  # what is in the window is seen there
+        places = places[:, :, None]
+        sunk = (places < first) & (places < own.documents + seen.sinks) & (own.documents == own.documents[:, :, :1])
+        visible = jnp.concatenate([sunk, visible], axis=-1)
+    out = plan.attend(per_block(q), at_hand(k), at_hand(v), visible.reshape(B * blocks, queries, -1))
     return out.reshape(q.shape)
-
-
-def _span(x: jax.Array, at: jax.Array, *, window: _Window, before: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, before + window.first_key(at), window.span, 1)
 
 
 def _which(plan: _Plan, starts: jax.Array, at: jax.Array) -> jax.Array:
@@ -369,6 +425,10 @@ def _places(q: jax.Array, first: jax.Array, plan: _Plan) -> jax.Array:
 
 def _split(x: jax.Array, plan: _Plan) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, plan.step, *x.shape[2:]), 1, 0)
+
+
+def _split_seen(seen: _Seen, plan: _Plan) -> _Seen:
+    return seen.by_query(lambda x: _split(x, plan))
 
 
 def _joined(x: jax.Array) -> jax.Array:

@@ -127,7 +127,7 @@ def check_text(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
-            f"A softmax layer adds {token:,} bytes a token; a linear layer keeps {state:,}, its state in float32.",
+            f"A softmax layer adds {token:,} bytes a token; a converted layer keeps {state:,}.",
             "Where a cache has pages of one size for both, as vLLM's, a block is of "
             f"{sequence['kv_block_tokens_of_a_state']:,} tokens.",
             "transformers was run, and vLLM with the plugin; the rest is what sources and threads of the servers say "

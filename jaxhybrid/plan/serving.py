@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxhybrid.model.blueprint import count_parameters
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
-from jaxhybrid.model.mixers import MIXERS
+from jaxhybrid.model.mixers import LINEAR_MIXERS, MIXERS
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.plan.planned import Planned
 
@@ -22,13 +22,15 @@ class Serving:
 
     Attributes:
         token: that a softmax layer adds for each token.
-        state: of a linear layer, whatever the length.
+        state: of a converted layer, whatever the length.
+        moved: of that, in a step: a linear layer's is read and written, that of a sliding window only read.
         softmax_layers, depth: of the hybrid.
         weights: of the hybrid in the run's compute dtype.
     """
 
     token: int
     state: int
+    moved: int
     softmax_layers: int
     depth: int
     weights: int
@@ -46,8 +48,8 @@ class Serving:
 
     @property
     def faster_from(self) -> int:
-        """The length from which on a step moves no more bytes: a cache is read, a state is read and written."""
-        return -(-2 * self.state // self.token)
+        """The length from which on a step moves no more bytes: of a cache all is read."""
+        return -(-self.moved // self.token)
 
 
 def serving(planned: Planned) -> Serving:
@@ -56,11 +58,13 @@ def serving(planned: Planned) -> Serving:
 
 
 def serving_of(hybrid: ModelConfig, dtype: Any) -> Serving:
-    """By what the mixers keep in decoding, K/V caches in `dtype` and states in float32."""
+    """By what the mixers keep in decoding, keys and values in `dtype` and memories in float32."""
     one, two = (_state_bytes(FULL_ATTENTION, hybrid, length, dtype) for length in (1, 2))
+    state = 0 if hybrid.mixer is None else _state_bytes(hybrid.mixer.kind, hybrid, 1, dtype)
     return Serving(
         token=two - one,
-        state=0 if hybrid.mixer is None else _state_bytes(hybrid.mixer.kind, hybrid, 1, dtype),
+        state=state,
+        moved=2 * state if hybrid.mixer is not None and hybrid.mixer.kind in LINEAR_MIXERS else state,
         softmax_layers=len(hybrid.softmax_layers),
         depth=hybrid.num_layers,
         weights=count_parameters(model_variables(hybrid)) * jnp.dtype(dtype).itemsize,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxhybrid.model.blueprint import Params, count_parameters, is_variable, shapes_by_name, variables
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.model.mixers import LINEAR_MIXERS, MIXERS
+from jaxhybrid.model.mixers import MIXERS, STUDENT_MIXERS
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.plan.planned import Planned
 
@@ -39,7 +39,7 @@ def surgery(planned: Planned) -> Surgery:
     """By the mixers' own rules; nothing is computed."""
     linear, teacher = planned.linear, planned.teacher
     assert linear.mixer is not None
-    mixer = LINEAR_MIXERS[linear.mixer.kind]
+    mixer = STUDENT_MIXERS[linear.mixer.kind]
     attention, own = variables(MIXERS[FULL_ATTENTION], teacher), variables(mixer, linear)
     there = shapes_by_name(attention)
     started = shapes_by_name(jax.eval_shape(lambda a: mixer.from_attention(a, linear), _abstract(attention)))

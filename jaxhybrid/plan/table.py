@@ -60,7 +60,7 @@ def model_screen(planned: Planned) -> str:
     lines += [markdown(["layer", "becomes", "its mixer starts from", "mixer", "norms and MLP"], rows), ""]
     taken = [name if copies == 1 else f"{name} (each head {copies} times)" for name, copies in found.taken.items()]
     lines.append(f"A {mixer} layer takes from the teacher's attention: {', '.join(taken)}.")
-    lines.append(f"New in it: {', '.join(found.new)}.")
+    lines.append(f"New in it: {', '.join(found.new) or 'nothing'}.")
     if found.left:
         lines.append(f"Not taken: {', '.join(found.left)}.")
     if not planned.layers_are_known:
@@ -76,13 +76,14 @@ def serving_table(planned: Planned) -> str:
         [f"{length:,}", *(f"{n / 2**20:,.1f}" for n in (found.teacher(length), found.hybrid(length)))]
         for length in LENGTHS
     ]
+    moves = "a cache is read" + ", a state read and written" * (found.moved > found.state)
     return "\n".join(
         [
             markdown(["context", "teacher, MiB a sequence", "hybrid, MiB a sequence"], rows),
             "",
-            f"A softmax layer keeps {found.token:,} bytes for each token, a linear one {found.state:,} in all. The "
+            f"A softmax layer keeps {found.token:,} bytes for each token, a converted one {found.state:,} in all. The "
             f"hybrid takes less memory from {found.smaller_from:,} tokens on, and a step of generation moves less from "
-            f"{found.faster_from:,} on (a cache is read, a state read and written).",
+            f"{found.faster_from:,} on ({moves}).",
         ]
     )
 

@@ -7,18 +7,18 @@ from pydantic import create_model, model_validator
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import MixerConfig
-from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers import STUDENT_MIXERS
 from jaxhybrid.settings.types import Section, about
 
 
 class MixerSection(Section):
     """The linear mixer that replaces softmax attention; `null` settings follow the teacher."""
 
-    kind: Literal[tuple(LINEAR_MIXERS)] = about("gated_deltanet", "which linear mixer")  # type: ignore[valid-type]
+    kind: Literal[tuple(STUDENT_MIXERS)] = about("gated_deltanet", "which linear mixer")  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _check(self) -> "MixerSection":
-        own = {item.name for item in fields(LINEAR_MIXERS[self.kind].Config)}
+        own = {item.name for item in fields(STUDENT_MIXERS[self.kind].Config)}
         for name, item in type(self).model_fields.items():
             if name not in own | {"kind"} and getattr(self, name) != item.default:
                 raise ValueError(f"{name} is not a setting of {self.kind}; leave it out")
@@ -30,14 +30,14 @@ class MixerSection(Section):
 
     def to_model(self) -> MixerConfig:
         """The mixer's own settings."""
-        known = LINEAR_MIXERS[self.kind].Config
+        known = STUDENT_MIXERS[self.kind].Config
         return known(**{item.name: getattr(self, item.name) for item in fields(known)})
 
 
 def _mixer_fields() -> dict[str, Any]:
     """Every setting that a mixer declares, under its own name: (type, default and meaning)."""
     found: dict[str, Any] = {}
-    for mixer in LINEAR_MIXERS.values():
+    for mixer in STUDENT_MIXERS.values():
         types = get_type_hints(mixer.Config)
         for item in fields(mixer.Config):
             declared = (types[item.name], item.default, item.metadata["about"])

@@ -18,7 +18,7 @@ from jaxhybrid.losses import alignment_loss
 from jaxhybrid.model.blueprint import Params, bind, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.layers import TokenContext
-from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers import STUDENT_MIXERS
 from jaxhybrid.model.partition import (
     BATCH_AXES,
     active_specs,
@@ -111,7 +111,7 @@ def _beside_teacher(
     gradients: bool,
 ) -> tuple[jax.Array, Params]:
     ((kind, stack),) = mixers.items()
-    spec, linear = batch_spec(batch["tokens"]), LINEAR_MIXERS[kind]
+    spec, linear = batch_spec(batch["tokens"]), STUDENT_MIXERS[kind]
     own_specs = active_specs(variables(linear, config, len(jax.tree.leaves(stack)[0])))
     is_split = splits_tokens(spec)
     run = partial(_beside_own_teacher, teacher.config, config, kind, dtype, sums, distance, is_split, gradients)
@@ -138,7 +138,7 @@ def _beside_own_teacher(
 ) -> tuple[jax.Array, Params]:
     """On this device's tokens: (summed loss of each linear layer / `tokens` of the batch, its gradients)."""
     context = token_context(teacher_config, tokens_BT, segment_ids, None, is_split)
-    mask, linear = token_mask(segment_ids), LINEAR_MIXERS[kind]
+    mask, linear = token_mask(segment_ids), STUDENT_MIXERS[kind]
     is_linear = [name == kind for name in config.layer_types]
 
     def mix(normed: jax.Array, attention: Any, context: TokenContext, beside: Any) -> tuple[jax.Array, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Params, initialize
 from jaxhybrid.model.config import FULL_ATTENTION, MixerConfig, layers_of_kind
-from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers import STUDENT_MIXERS
 from jaxhybrid.model.transformer import Model
 
 
@@ -30,7 +30,7 @@ def convert(teacher: Model, layer_types: tuple[str, ...], mixer: MixerConfig, rn
     if softmax:
         mixers[FULL_ATTENTION] = _take_rows(attention, softmax)
     if linear:
-        linear_mixer = LINEAR_MIXERS[mixer.kind]
+        linear_mixer = STUDENT_MIXERS[mixer.kind]
         depths = jnp.array(linear, jnp.float32) / max(config.num_layers - 1, 1)
         fresh = initialize(linear_mixer, config, rng, len(linear)) | linear_mixer.by_depth(depths, config)
         mixers[mixer.kind] = fresh | linear_mixer.from_attention(_take_rows(attention, linear), config)

@@ -37,7 +37,10 @@ def finish(slots):
     return found
 
 
-@pytest.mark.parametrize("model", ["conv", "gla"], indirect=True)
+WINDOW = pytest.param("window", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model", ["conv", "gla", WINDOW], indirect=True)
 def test_a_prompt_in_chunks_gives_the_state_of_the_whole(model, monkeypatch):
     whole = Engine(model, 2)
     whole.prefill({0: Request(PROMPTS[2], 4), 1: Request(PROMPTS[0], 4)})
@@ -55,10 +58,11 @@ def test_a_prompt_in_chunks_gives_the_state_of_the_whole(model, monkeypatch):
             np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=f"{kind} {name}")
 
 
-def test_slots_are_filled_and_freed_while_others_run(hybrid):
+@pytest.mark.parametrize("model", ["conv", WINDOW], indirect=True)
+def test_slots_are_filled_and_freed_while_others_run(model):
     """Two texts under way; one is stopped, its slot and an empty one get new prompts, the other text never notices."""
-    expected = recomputed(hybrid, [*PROMPTS, PROMPTS[0] + [1]], 12)
-    slots = Engine(hybrid, 4)
+    expected = recomputed(model, [*PROMPTS, PROMPTS[0] + [1]], 12)
+    slots = Engine(model, 4)
     slots.prefill({0: Request(PROMPTS[0], 12), 2: Request(PROMPTS[2], 12)})
     first = slots.step(4)
     assert first == {0: expected[0][:4], 2: expected[2][:4]}

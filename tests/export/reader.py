@@ -24,21 +24,24 @@ import transformers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-GATES = (
-    "a_proj.weight",
-    "b_proj.weight",
-    "A_log",
-    "dt_bias",
-    "a_down_proj.weight",
-    "a_up_proj.weight",
-    "a_up_proj.bias",
-    "dt_proj.weight",
-    ".D",
-    "decay_bias",
-    "r_down_proj.weight",
-    "r_up_proj.weight",
-    "rate_bias",
-    "removal",
+GATES = tuple(  # of a linear layer itself, not of its token shift
+    f"linear_attn.{name}"
+    for name in (
+        "a_proj.weight",
+        "b_proj.weight",
+        "A_log",
+        "dt_bias",
+        "a_down_proj.weight",
+        "a_up_proj.weight",
+        "a_up_proj.bias",
+        "dt_proj.weight",
+        "D",
+        "decay_bias",
+        "r_down_proj.weight",
+        "r_up_proj.weight",
+        "rate_bias",
+        "removal",
+    )
 )
 
 

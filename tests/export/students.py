@@ -1,7 +1,5 @@
 """Small students in all their kinds, to be exported."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
 from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
+from jaxhybrid.model.mixers.sliding_window import SlidingWindowConfig
 from jaxhybrid.model.transformer import Model, model_variables
 
 SOFT, LIN = FULL_ATTENTION, GatedDeltaNetConfig.kind
@@ -69,6 +68,7 @@ CASES = {
     },
 }
 # With everything that a mixer has.
+CARRIED = {"rope": True, "qkv_bias": True, "qk_norm": True}
 OTHER_MIXERS = {
     mixer.kind: {
         "family": "qwen3",
@@ -76,15 +76,16 @@ OTHER_MIXERS = {
         "o_bias": True,
         "qk_norm": True,
         "layer_types": (SOFT, mixer.kind),
-        "mixer": replace(mixer, rope=True, qkv_bias=True, qk_norm=True),
+        "mixer": mixer,
     }
     for mixer in (
-        DeltaNetConfig(conv_size=3, expand_kv=False),
-        KimiDeltaConfig(conv_size=4, low_rank=64),
-        FixedDecayConfig(),
-        Mamba2Config(expand_kv=False),
-        RWKV6Config(expand_kv=False, low_rank=64),
-        RWKV7Config(low_rank=64),
+        DeltaNetConfig(conv_size=3, expand_kv=False, **CARRIED),
+        KimiDeltaConfig(conv_size=4, low_rank=64, **CARRIED),
+        FixedDecayConfig(**CARRIED),
+        Mamba2Config(expand_kv=False, **CARRIED),
+        RWKV6Config(expand_kv=False, low_rank=64, **CARRIED),
+        RWKV7Config(low_rank=64, **CARRIED),
+        SlidingWindowConfig(window=8, sinks=3),
     )
 }
 # Students that transformers' own qwen3_5_text can express.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.model.softmax import causal_attention
+from jaxhybrid.model.softmax import Window, causal_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -67,3 +67,14 @@ def test_slices_of_the_queries(kind):
         return causal_attention(q, k, v, None, key_segment_ids=ids, first_query=place)
 
     compare(run, q[:, 1300:], k, v, d_out[:, 1300:], real)
+
+
+@pytest.mark.parametrize("kind", ["none", "padded"])
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("length", [1000, 2600])
+def test_sliding_windows_and_sinks(kind, sinks, length):
+    q, k, v, d_out = inputs(length, 4, 2, 64)
+    ids = documents(kind, length)
+    real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[..., None, None]
+    window = Window(96, True, sinks)
+    compare(lambda q, k, v: causal_attention(q, k, v, ids, window=window), q, k, v, d_out, real)

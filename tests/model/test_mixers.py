@@ -1,4 +1,4 @@
-"""Every registered linear mixer by itself: against its recurrence written out, and against itself, chunked and not."""
+"""Every mixer of converted layers by itself: against its formula written out, and against itself, chunked and not."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.export.folder import export
 from jaxhybrid.export.remote_code.modeling_jaxhybrid import JaxHybridForCausalLM
-from jaxhybrid.model.blueprint import bind, is_variable, variables
-from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.attention import Attention
+from jaxhybrid.model.blueprint import bind, initialize, is_variable, variables
+from jaxhybrid.model.config import LinearConfig, ModelConfig, WindowConfig
 from jaxhybrid.model.layers import segment_positions
-from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers import STUDENT_MIXERS
 from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
 from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -25,6 +27,7 @@ from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
 from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
+from jaxhybrid.model.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
 from jaxhybrid.model.transformer import Model, model_variables, token_context
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.train.optimizer import make_optimizer, start
@@ -46,14 +49,16 @@ MIXERS = {
     "mamba2": Mamba2Config(ssm_conv_size=3, expand_kv=False, **CARRIED),
     "rwkv6": RWKV6Config(low_rank=4, expand_kv=False, **CARRIED),
     "rwkv7": RWKV7Config(low_rank=4, **CARRIED),
+    "sliding_window": SlidingWindowConfig(window=7),
+    "sinks": SlidingWindowConfig(window=5, sinks=3),
 }
 
 
-SLOW = ("gated_deltanet", "gla", "deltanet", "retnet")  # two are in most other tests, two share their code
+SLOW = ("gated_deltanet", "gla", "deltanet", "retnet", "sliding_window")  # in most other tests, or of shared code
 
 
 def test_every_mixer_is_here():
-    assert {mixer.kind for mixer in MIXERS.values()} == set(LINEAR_MIXERS)
+    assert {mixer.kind for mixer in MIXERS.values()} == set(STUDENT_MIXERS)
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,16 @@ class Layer:
     config: ModelConfig
     params: dict
 
-    def __call__(self, params, x, segments, state=None):
-        context = token_context(self.config, segments, segments, None)
-        return bind(LINEAR_MIXERS[self.config.mixer.kind], self.config, params)(x, context, state)
+    def __call__(self, params, x, segments, state=None, first=0):
+        """segments: None for one token of each row; first: the place of the first one in its document."""
+        ones = jnp.ones(x.shape[:2], jnp.int32)
+        positions = segment_positions(ones if segments is None else segments) + first
+        context = token_context(self.config, ones, segments, positions)
+        return bind(STUDENT_MIXERS[self.config.mixer.kind], self.config, params)(x, context, state)
 
     @property
     def empty(self):
-        return LINEAR_MIXERS[self.config.mixer.kind].initial_state(self.config, 1, 0, jnp.float32)
+        return STUDENT_MIXERS[self.config.mixer.kind].initial_state(self.config, 1, 0, jnp.float32)
 
 
 @pytest.fixture(
@@ -78,8 +86,9 @@ def layer(request):
     """One layer with nothing at a start that would hide it."""
     mixer = MIXERS[request.param]
     config = ModelConfig(
-        family="llama", vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4, num_kv_heads=2,
-        head_dim=8, norm_eps=EPS, max_position_embeddings=64, layer_types=(mixer.kind,), mixer=mixer,
+        family="qwen3", vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4, num_kv_heads=2,
+        head_dim=8, norm_eps=EPS, max_position_embeddings=64, layer_types=(mixer.kind,), mixer=mixer, o_bias=True,
+        **CARRIED,
     )  # fmt: skip
     rng = np.random.default_rng(0)
 
@@ -88,18 +97,18 @@ def layer(request):
         names = {"scale": 1 + 0.3 * noise, "A_log": 0.5 * noise, "dt_bias": noise - 2, "decay_bias": noise - 2}
         return jnp.asarray(names.get(path[-1].key, 0.4 * noise), jnp.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, variables(LINEAR_MIXERS[mixer.kind], config), is_leaf=is_variable)
+    params = jax.tree_util.tree_map_with_path(draw, variables(STUDENT_MIXERS[mixer.kind], config), is_leaf=is_variable)
     return Layer(config, params)
 
 
 @pytest.fixture(scope="module")
 def go_on(layer):
-    """(x, segments, state) -> (y, state after it), of at most 30 tokens, by one program."""
+    """(x, segments, state, first) -> (y, state after it), of at most 30 tokens, by one program."""
     whole = jax.jit(partial(layer, layer.params))
 
-    def padded(x, segments, state=layer.empty):
+    def padded(x, segments, state=layer.empty, first=0):
         more = ((0, 0), (0, 30 - x.shape[1]))
-        y, state = whole(np.pad(x, (*more, (0, 0))), np.pad(segments, more), state)
+        y, state = whole(np.pad(x, (*more, (0, 0))), np.pad(segments, more), state, first)
         return y[:, : x.shape[1]], state
 
     return padded
@@ -150,10 +159,10 @@ def test_the_gradients_are_those_of_the_recurrence_written_out(layer):
 
 def test_chunked_equals_recurrent(layer, run):
     x, segments = inputs(), np.ones((1, 30), np.int32)
-    step = jax.jit(lambda x, state: layer(layer.params, x, jnp.ones((1, 1), jnp.int32), state))
+    step = jax.jit(lambda x, state, t: layer(layer.params, x, None, state, t))
     state, outputs = layer.empty, []
     for t in range(30):
-        y, state = step(x[:, t : t + 1], state)
+        y, state = step(x[:, t : t + 1], state, t)
         outputs.append(y)
     close(run(x, segments), jnp.concatenate(outputs, axis=1))
 
@@ -164,8 +173,33 @@ def test_a_state_goes_on_where_a_chunk_ended(go_on, run):
     first = np.where(np.arange(24) < 17, 1, 0)[None].astype(np.int32)
     begun = np.concatenate([x[:, :17], inputs(24)[:, :7]], axis=1)
     y, state = go_on(begun, first)
-    rest, _ = go_on(x[:, 17:], np.ones((1, 13), np.int32), state)
+    rest, _ = go_on(x[:, 17:], np.ones((1, 13), np.int32), state, 17)
     close(np.concatenate([y[:, :17], rest], axis=1), run(x, np.ones((1, 30), np.int32)))
+
+
+def test_a_window_that_holds_all_is_the_teachers_attention():
+    """With the teacher's weights, which conversion takes as they are."""
+    config = replace(make_teacher(num_layers=1, hidden_size=16).config, mixer=SlidingWindowConfig(window=30))
+    params = jax.tree.map(jnp.asarray, initialize(Attention, config, jax.random.key(0)))
+    ones = jnp.ones((1, 30), jnp.int32)
+    context, x = token_context(config, ones, ones, None), jnp.asarray(inputs())
+    teacher, _ = bind(Attention, config, params)(x, context)
+    own = SlidingWindow.from_attention(params, config)
+    np.testing.assert_array_equal(bind(SlidingWindow, config, own)(x, context)[0], teacher)
+    shorter = replace(config, mixer=SlidingWindowConfig(window=29, sinks=1))
+    np.testing.assert_allclose(bind(SlidingWindow, shorter, own)(x, context)[0], teacher, rtol=0, atol=1e-6)
+    cut = replace(config, mixer=SlidingWindowConfig(window=29))
+    y = bind(SlidingWindow, cut, own)(x, context)[0]
+    assert np.abs(y - teacher)[:, :29].max() < 1e-6 < np.abs(y - teacher)[:, 29].max()
+
+
+def test_windows_that_say_nothing_are_refused_or_warned_of():
+    teacher = make_teacher().config
+    with pytest.raises(ConfigError, match=r"mixer\.window=62 with mixer\.sinks=2 holds"):
+        SlidingWindowConfig(window=62, sinks=2).resolve(replace(teacher, max_position_embeddings=64))
+    slides = replace(teacher, window=WindowConfig(8, (1,)))
+    with pytest.warns(UserWarning, match=r"the teacher's layers \[1\] see 8 tokens"):
+        SlidingWindowConfig(window=9).resolve(slides)
 
 
 def test_packed_documents_equal_separate_ones(run):
@@ -224,13 +258,30 @@ def test_the_exported_layer_gives_the_same(layer, go_on, exported):
     close(pieces[real], expected[segments != 0])
 
 
+def test_the_exported_layer_runs_in_16_bits(layer, go_on, exported):
+    """As exports are loaded by default: gates and decays stay float32, and nothing else does."""
+    _, folder = exported
+    net = JaxHybridForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    mixer, x, segments = net.model.layers[0].linear_attn, inputs(), np.ones((1, 30), np.int32)
+    whole = {name.split(".")[0] for name, p in mixer.named_parameters() if p.dtype == torch.float32}
+    assert whole == set(mixer.float32)
+    rotation = net.model.rotary_emb(torch.from_numpy(x), torch.arange(30)[None])
+    with torch.no_grad():
+        y = mixer(torch.from_numpy(x).bfloat16(), rotation, None, None, None)
+    close(y.float(), go_on(x, segments)[0], 0.05)
+
+
 @pytest.mark.slow
 def test_alignment_falls(layer):
     """From the start that conversion gives, beside a softmax teacher."""
     teacher = make_teacher(num_layers=2, hidden_size=16, intermediate_size=24, vocab_size=31)
-    mixer = replace(layer.config.mixer, qkv_bias=None, qk_norm=None)
+    mixer = layer.config.mixer
+    if isinstance(mixer, LinearConfig):
+        mixer, steps, rate = replace(mixer, qkv_bias=None, qk_norm=None), 30, 1e-2
+    else:  # begins near its teacher: with much out of sight there is something to learn
+        mixer, steps, rate = replace(mixer, window=2, sinks=min(mixer.sinks, 1)), 60, 3e-3
     student = convert(teacher, (mixer.kind,) * 2, mixer, jax.random.key(1))
-    settings = training(30, learning_rate=1e-2)
+    settings = training(steps, learning_rate=rate)
     mixers = linear_mixers(student.params)
     optimizer = make_optimizer(settings, mixers)
     step = jax.jit(partial(align_step, config=student.config, optimizer=optimizer, dtype=jnp.float32))

@@ -34,13 +34,15 @@ def inputs(length, heads, groups, width, dtype):
     return q, k, v, d_out
 
 
-def formula(q, k, v, ids, first=0, window=None):
+def formula(q, k, v, ids, first=0, window=None, sinks=0):
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     key = np.arange(k.shape[1])
     query = first + np.arange(q.shape[1])
     visible = (key <= query[:, None])[None]
     if window is not None:
-        visible = visible & (key > query[:, None] - window)
+        begins = key[None] == 0 if ids is None else np.diff(np.asarray(ids), prepend=-1) != 0
+        starts = np.maximum.accumulate(np.where(begins, key, 0), axis=1)
+        visible = visible & ((key > query[:, None] - window) | (key < starts[:, query, None] + sinks))
     if ids is not None:
         ids = np.asarray(ids)
         visible = visible & (ids[:, query][:, :, None] == ids[:, None, :])
@@ -49,7 +51,7 @@ def formula(q, k, v, ids, first=0, window=None):
     return jnp.einsum("bhqm,bmhk->bqhk", weights, v)
 
 
-def check(run, q, k, v, d_out, ids, first=0, window=None):
+def check(run, q, k, v, d_out, ids, first=0, window=None, sinks=0):
     """`run` on the queries from `first` on; what it gives at padding is nobody's business."""
     q, d_out = q[:, first:], d_out[:, first:]
     real = np.ones((1, 1, 1, 1)) if ids is None else np.asarray(ids != 0)[:, first:, None, None]
@@ -61,7 +63,7 @@ def check(run, q, k, v, d_out, ids, first=0, window=None):
     actual = jax.jit(partial(both, run))(q, k, v, d_out)
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, d_out))
-        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first, window)))(*exact)
+        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first, window, sinks)))(*exact)
     for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
         assert a.dtype == q.dtype, name
         a, b = np.asarray(a, np.float64), np.asarray(b)
@@ -157,6 +159,29 @@ def test_sliding_windows(monkeypatch, form, first):
         check(run, *arrays, ids, first, size if slides else None)
 
 
+@pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 37])
+@pytest.mark.parametrize("form", ["plain", "blocks", "gpu", "short gpu", "tpu"])
+def test_sinks(monkeypatch, form, first):
+    """The first tokens of a document beside its last ones: in a block's window and outside, of several documents."""
+    ids = np.ones((2, 101), np.int32)
+    ids[0, :5], ids[0, 75:], ids[1, 50:], ids[1, 53:], ids[1, 97:] = 0, 2, 2, 3, 0
+    if form in ("blocks", "tpu"):
+        monkeypatch.setattr(softmax, "QUERY_BLOCK", 16)
+    if form == "tpu":
+        monkeypatch.setattr(softmax, "target_platform", lambda: "tpu")
+    if "gpu" in form:
+        on_gpu(monkeypatch, row=2048 if form == "short gpu" else 0)
+    arrays = inputs(101, 2, 1, 64, "float32" if form in ("plain", "blocks") else "bfloat16")
+    window = softmax.Window(6, True, sinks=3)
+
+    def run(q, k, v):
+        if first == 0:
+            return softmax.causal_attention(q, k, v, jnp.asarray(ids), window=window)
+        return sliced(q, k, v, jnp.asarray(ids), first, window)
+
+    check(run, *arrays, ids, first, 6, 3)
+
+
 def test_a_window_without_documents(monkeypatch):
     on_gpu(monkeypatch, row=2048)
     window = softmax.Window(20, True)
@@ -197,13 +222,17 @@ def test_slices_together_are_the_whole(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-def test_no_array_of_tokens_by_tokens(monkeypatch):
+@pytest.mark.parametrize("window", [None, softmax.Window(20, True, sinks=4)])
+def test_no_array_of_tokens_by_tokens(monkeypatch, window):
     on_gpu(monkeypatch)
     q, k, v, d_out = inputs(520, 2, 1, 8, "bfloat16")
     ids = documents("packed", 520)
 
+    def attend(q, k, v):
+        return softmax.causal_attention(q, k, v, None, key_segment_ids=ids, window=window)
+
     def both(q, k, v):
-        return jax.vjp(lambda *x: softmax.causal_attention(*x, None, key_segment_ids=ids), q, k, v)[1](d_out)
+        return jax.vjp(attend, q, k, v)[1](d_out)
 
     monkeypatch.setattr(softmax, "_cudnn_causal", lambda q, k, v: q)  # whose stand-in makes one
     text = jax.jit(both).lower(q, k, v).as_text()

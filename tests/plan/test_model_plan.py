@@ -90,7 +90,12 @@ def test_what_is_left_behind_is_named(plan_of, config_file):
 
 @pytest.mark.parametrize(
     "overrides",
-    [("mixer.expand_kv=false",), ("mixer.conv_size=4",), *((f"mixer.kind={kind}",) for kind in LINEAR_MIXERS)],
+    [
+        ("mixer.expand_kv=false",),
+        ("mixer.conv_size=4",),
+        *((f"mixer.kind={kind}",) for kind in LINEAR_MIXERS),
+        ("mixer.kind=sliding_window", "mixer.window=40", "mixer.sinks=4"),
+    ],
 )
 def test_bytes_of_a_sequence_are_those_of_the_decode_state(plan_of, overrides):
     planned = plan_of("dtype=bfloat16", *overrides)

@@ -12,7 +12,7 @@ import pytest
 
 from jaxhybrid.model.blueprint import Exact, is_variable
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
-from jaxhybrid.model.mixers import LINEAR_MIXERS
+from jaxhybrid.model.mixers import STUDENT_MIXERS
 from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
 from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -21,6 +21,7 @@ from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
 from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
+from jaxhybrid.model.mixers.sliding_window import SlidingWindowConfig
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.train.optimizer import decays, make_optimizer, parameter_groups, start, update
 from tests.tiny import training
@@ -42,7 +43,7 @@ OTHERS = [
         Mamba2Config, RWKV6Config, RWKV7Config,
     )
     for carried in (True, False)
-]  # fmt: skip
+] + [SlidingWindowConfig()]  # fmt: skip
 
 
 def configs():
@@ -74,9 +75,9 @@ def test_every_parameter_is_labelled_by_its_name_as_its_declaration_has_it():
 
 def test_every_mixer_is_among_them():
     """A new mixer, or a new setting of one, belongs into the configs above."""
-    assert {kind for config in configs() for kind in config.layer_types} == {FULL_ATTENTION, *LINEAR_MIXERS}
+    assert {kind for config in configs() for kind in config.layer_types} == {FULL_ATTENTION, *STUDENT_MIXERS}
     shared = {"expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm", "gate_init", "decay_init"}
-    own = {kind: {f.name for f in fields(mixer.Config)} - shared for kind, mixer in LINEAR_MIXERS.items()}
+    own = {kind: {f.name for f in fields(mixer.Config)} - shared for kind, mixer in STUDENT_MIXERS.items()}
     assert own == {
         "gated_deltanet": {"conv_size"},
         "gla": {"decay_rank"},
@@ -86,6 +87,7 @@ def test_every_mixer_is_among_them():
         "mamba2": {"ssm_conv_size"},
         "rwkv6": {"low_rank"},
         "rwkv7": {"low_rank"},
+        "sliding_window": {"window", "sinks"},
     }
 
 

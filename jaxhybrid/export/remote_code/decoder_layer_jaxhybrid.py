@@ -15,13 +15,14 @@ from .fixed_decay_jaxhybrid import JaxHybridFixedDecay
 from .gated_deltanet_jaxhybrid import JaxHybridGatedDeltaNet
 from .gla_jaxhybrid import JaxHybridGLA
 from .kimi_delta_jaxhybrid import JaxHybridKimiDelta
-from .linear_attention_jaxhybrid import JaxHybridLinearAttention
+from .linear_attention_jaxhybrid import JaxHybridStateful
 from .mamba2_jaxhybrid import JaxHybridMamba2
 from .rwkv6_jaxhybrid import JaxHybridRWKV6
 from .rwkv7_jaxhybrid import JaxHybridRWKV7
+from .sliding_window_jaxhybrid import JaxHybridSlidingWindow
 from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm
 
-LINEAR_MIXERS: dict[str, type[JaxHybridLinearAttention]] = {
+LINEAR_MIXERS: dict[str, type[JaxHybridStateful]] = {
     mixer.name: mixer
     for mixer in (
         JaxHybridGatedDeltaNet,
@@ -32,6 +33,7 @@ LINEAR_MIXERS: dict[str, type[JaxHybridLinearAttention]] = {
         JaxHybridMamba2,
         JaxHybridRWKV6,
         JaxHybridRWKV7,
+        JaxHybridSlidingWindow,
     )
 }
 

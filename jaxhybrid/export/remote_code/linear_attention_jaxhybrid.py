@@ -129,12 +129,32 @@ def published_rank(factor: float, width: int, power: float) -> int:
     return max(1, round(factor * width**power / 32)) * 32
 
 
-class JaxHybridLinearAttention(nn.Module):
-    """What linear layers share: projections, norms, the output gate, and their place in a cache."""
+class JaxHybridStateful(nn.Module):
+    """A layer with a state of fixed size, and its place in a cache."""
 
     name: ClassVar[str]  # of its settings in the config
-    settings: ClassVar[tuple[str, ...]] = ("expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm")
     float32: ClassVar[tuple[str, ...]] = ()  # parameters or modules that stay float32 when a model is loaded in 16 bits
+    layer_idx: int
+
+    def read(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if cache is None or not cache.has_previous_state(self.layer_idx, state_idx=0):
+            return None, None
+        layer: Any = cache.layers[self.layer_idx]
+        return layer.conv_states[0], layer.recurrent_states[0]
+
+    def write(self, cache: Cache | None, last_inputs: torch.Tensor, state: torch.Tensor) -> None:
+        if cache is not None:  # from its convolution state the cache learns that it has a past
+            cache.update_conv_state(last_inputs, self.layer_idx)
+            cache.update_recurrent_state(state, self.layer_idx)
+
+    def init_own_weights(self) -> None:
+        """Fresh values of the parameters that stand in this very module."""
+
+
+class JaxHybridLinearAttention(JaxHybridStateful):
+    """What linear layers share: projections, norms and the output gate."""
+
+    settings: ClassVar[tuple[str, ...]] = ("expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm")
 
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -164,9 +184,6 @@ class JaxHybridLinearAttention(nn.Module):
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """What the gate's projection goes through."""
         return F.silu(x)
-
-    def init_own_weights(self) -> None:
-        """Fresh values of the parameters that stand in this very module."""
 
     def projected(
         self,
@@ -223,17 +240,6 @@ class JaxHybridLinearAttention(nn.Module):
         if self.g_proj is not None:
             out = out * self.gate(self.g_proj(x).unflatten(-1, (-1, self.head_dim)).float())
         return self.o_proj(out.flatten(2).to(x.dtype))
-
-    def read(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if cache is None or not cache.has_previous_state(self.layer_idx, state_idx=0):
-            return None, None
-        layer: Any = cache.layers[self.layer_idx]
-        return layer.conv_states[0], layer.recurrent_states[0]
-
-    def write(self, cache: Cache | None, last_inputs: torch.Tensor, state: torch.Tensor) -> None:
-        if cache is not None:  # both in float32; from its convolution state the cache learns that it has a past
-            cache.update_conv_state(last_inputs, self.layer_idx)
-            cache.update_recurrent_state(state, self.layer_idx)
 
 
 class JaxHybridConvolved(JaxHybridLinearAttention):

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_jaxhybrid import JaxHybridConfig
 from .decoder_layer_jaxhybrid import LINEAR_MIXERS, JaxHybridDecoderLayer
-from .linear_attention_jaxhybrid import JaxHybridGateProjection, JaxHybridLinearAttention, JaxHybridShortConvolution
+from .linear_attention_jaxhybrid import JaxHybridGateProjection, JaxHybridShortConvolution, JaxHybridStateful
 from .packing_jaxhybrid import Layout, is_padding_mask, lay_out, real_tokens, softmax_mask
 from .softmax_attention_jaxhybrid import (
     JaxHybridAttention,
@@ -57,7 +57,10 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = True  # a recurrent state cannot be rolled back, so no assisted generation
-    _keep_in_fp32_modules_strict = [name for mixer in LINEAR_MIXERS.values() for name in mixer.float32]  # noqa: RUF012
+    # With their place: transformers finds these anywhere in a name, and a part of another mixer may end alike.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        f"linear_attn.{name}" for mixer in LINEAR_MIXERS.values() for name in mixer.float32
+    ]
     _can_record_outputs = {"hidden_states": JaxHybridDecoderLayer, "attentions": JaxHybridAttention}  # noqa: RUF012
 
     @torch.no_grad()
@@ -71,7 +74,7 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
             init.copy_(module.weight, F.one_hot(torch.tensor(module.weight.shape[-1] - 1)).expand_as(module.weight))
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, JaxHybridLinearAttention):
+        elif isinstance(module, JaxHybridStateful):
             module.init_own_weights()
         elif isinstance(module, JaxHybridRMSNorm):
             (init.zeros_ if module.offset else init.ones_)(module.weight)

@@ -141,8 +141,8 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class JaxHybridAttention(nn.Module):
-    """Causal softmax attention with grouped key/value heads."""
+class JaxHybridProjections(nn.Module):
+    """What softmax attention of any kind is made of: projections with grouped key/value heads, norms, rotation."""
 
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -152,8 +152,6 @@ class JaxHybridAttention(nn.Module):
         self.head_dim = K
         self.num_key_value_groups = H // G
         self.scaling = config.trait("attention_scale", K**-0.5)
-        self.sliding_window = config.window_of(layer_idx)
-        self.is_causal = True
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
@@ -170,6 +168,15 @@ class JaxHybridAttention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *position_embeddings), rotate(k, *position_embeddings), v
+
+
+class JaxHybridAttention(JaxHybridProjections):
+    """Causal softmax attention with grouped key/value heads."""
+
+    def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.sliding_window = config.window_of(layer_idx)
+        self.is_causal = True
 
     def forward(
         self,

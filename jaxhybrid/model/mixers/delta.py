@@ -14,7 +14,7 @@ from jaxhybrid_kernels import context_short_convolution, short_convolution
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Params, weight, zeros
-from jaxhybrid.model.config import MixerConfig, ModelConfig, option
+from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, TokenContext
 from jaxhybrid.model.mixers.linear import LinearMixer, recurrence
 from jaxhybrid.model.partition import own_heads
@@ -23,7 +23,7 @@ L2_EPS = 1e-6  # inside the square root, so that the gradient at a zero row is f
 
 
 @dataclass(frozen=True)
-class DeltaRuleConfig(MixerConfig):
+class DeltaRuleConfig(LinearConfig):
     conv_size: int = option(0, "taps of the causal short convolution on q, k, v; 0 has none")
 
     def __post_init__(self) -> None:

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxhybrid.model.blueprint import Params
-from jaxhybrid.model.config import MixerConfig, ModelConfig, option
+from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import TokenContext
 from jaxhybrid.model.mixers.linear import LinearMixer, recurrence, slow_half_lives
 from jaxhybrid.model.partition import axis_index, axis_size, own_heads
 
 
 @dataclass(frozen=True)
-class FixedDecayConfig(MixerConfig):
+class FixedDecayConfig(LinearConfig):
     """A layer of RetNet (which rotates queries and keys: `rope`), or of lightning attention."""
 
     kind = "fixed_decay"

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Exact, Params, normal, zeros
-from jaxhybrid.model.config import MixerConfig, ModelConfig, option
+from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, TokenContext
 from jaxhybrid.model.mixers.linear import LinearMixer, recurrence, slow_half_lives
 
@@ -20,7 +20,7 @@ NORMALIZER = 16  # log a_t = logsigmoid(...) / NORMALIZER
 
 
 @dataclass(frozen=True)
-class GLAConfig(MixerConfig):
+class GLAConfig(LinearConfig):
     """A GLA layer as in KL-guided layer selection (`gla_v1`): keys as wide as values, a decay of low rank."""
 
     kind = "gla"

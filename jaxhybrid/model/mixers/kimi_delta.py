@@ -59,7 +59,7 @@ class KimiDelta(DeltaRule):
 
     def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         mixer, (D, K, _, R), H = config.mixer, _sizes(config), config.num_heads
-        assert mixer is not None
+        assert isinstance(mixer, KimiDeltaConfig)
         self.o_norm = RMSNorm(rngs, K, "head_dim", config.norm_eps)
         if mixer.output_gate:
             up = zeros if mixer.gate_init == "zero" else normal

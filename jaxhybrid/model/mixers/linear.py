@@ -12,7 +12,7 @@ from jaxhybrid_kernels import Places, context_linear_attention, linear_attention
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.attention import project
 from jaxhybrid.model.blueprint import Params, normal, zeros
-from jaxhybrid.model.config import MixerConfig, ModelConfig, option
+from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext, query_key_norms
 from jaxhybrid.model.partition import own_heads, repeated
 
@@ -26,7 +26,7 @@ class LinearMixer(nnx.Module):
     (x [B,T,D], context, state of one layer or None) -> (y [B,T,D], the state after the last token or None).
     """
 
-    Config: ClassVar[type[MixerConfig]]  # its settings
+    Config: ClassVar[type[LinearConfig]]  # its settings
     title: ClassVar[str]  # of the architecture, for the model card
     # The axis of heads (or their channels) in one layer's state; None has no such axis.
     state_heads: ClassVar[dict[str, int | None]] = {"memory": 1}
@@ -38,7 +38,7 @@ class LinearMixer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         mixer = config.mixer
-        assert mixer is not None
+        assert isinstance(mixer, LinearConfig)
         D, H, K, N = config.hidden_size, config.num_heads, config.head_dim, config.num_states
         per_head, per_state = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.q_proj, self.k_proj, self.v_proj = (
@@ -59,7 +59,7 @@ class LinearMixer(nnx.Module):
     def add_gate(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         """Of full rank, if the mixer has one."""
         mixer, D, H, K = config.mixer, config.hidden_size, config.num_heads, config.head_dim
-        assert mixer is not None
+        assert isinstance(mixer, LinearConfig)
         if mixer.output_gate:
             # "value" is a copy of v_proj: see `from_attention`.
             gate = zeros if mixer.gate_init == "zero" else normal
@@ -79,7 +79,7 @@ class LinearMixer(nnx.Module):
         `expand_kv=False`). The rest of the mixer starts from `__init__`'s values.
         """
         mixer = config.mixer
-        assert mixer is not None
+        assert isinstance(mixer, LinearConfig)
         leaves = ("kernel", "bias") if mixer.qkv_bias else ("kernel",)
 
         def cloned(name: str, clones: int, leaves: tuple[str, ...] = leaves) -> Params:
@@ -109,7 +109,7 @@ class LinearMixer(nnx.Module):
     def describe(cls, config: ModelConfig) -> list[str]:
         """A linear layer in a few words each, for the model card."""
         mixer = config.mixer
-        assert mixer is not None
+        assert isinstance(mixer, LinearConfig)
         states = f"{config.num_states} states of {config.head_dim} x {config.head_dim}"
         return [states, *["output gate"] * mixer.output_gate, *["rotary embedding"] * mixer.rope]
 

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxhybrid.model.blueprint import Exact, Params, normal, ones, weight, zeros
-from jaxhybrid.model.config import MixerConfig, ModelConfig, option
+from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, TokenContext, WideRMSNorm
 from jaxhybrid.model.mixers.delta import Convolved, check_taps
 from jaxhybrid.model.mixers.linear import half_life_steps, random_A_log, random_step_bias, recurrence
 
 
 @dataclass(frozen=True)
-class Mamba2Config(MixerConfig):
+class Mamba2Config(LinearConfig):
     """A Mamba-2 layer with as many channels as the teacher's attention has."""
 
     kind = "mamba2"

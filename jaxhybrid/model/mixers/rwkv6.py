@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxhybrid.model.blueprint import Exact, Params, ones, weight, zeros
-from jaxhybrid.model.config import MixerConfig, ModelConfig
+from jaxhybrid.model.config import LinearConfig, ModelConfig
 from jaxhybrid.model.layers import Linear, TokenContext
 from jaxhybrid.model.mixers.delta import convolve
 from jaxhybrid.model.mixers.linear import (
@@ -35,7 +35,7 @@ STREAMS = ("r", "k", "v", "w", "g")
 
 
 @dataclass(frozen=True)
-class RWKV6Config(MixerConfig):
+class RWKV6Config(LinearConfig):
     """A layer as in RADLADS' RAD-RWKV6; with `rope` as in its better one."""
 
     kind = "rwkv6"
@@ -76,7 +76,7 @@ class RWKV6(LinearMixer):
     @staticmethod
     def by_depth(depths: jax.Array, config: ModelConfig) -> Params:
         """Deeper layers forget less, as in RWKV-6."""
-        assert config.mixer is not None
+        assert isinstance(config.mixer, LinearConfig)
         if config.mixer.decay_init == "slow":
             return {}
         shape = config.num_states, config.head_dim

@@ -7,7 +7,8 @@ k_t = (1 - a_t + r_t) k_proj x,   y = o_proj(o * g_up sigmoid(g_down x))
 
 The transition is a diagonal plus rank one with two different vectors (`dplr_attention` of the kernels). Without token
 shift, without a bonus for the current token and without a norm of the output, as there. Not taken over from there is
-the value residual, which ties every layer's values to those of the first: here a layer knows itself alone.
+the value residual, which ties every layer's values to those of the first: here a layer is aligned by itself. See
+docs/mixers.md.
 """
 
 import math
@@ -21,7 +22,7 @@ from jaxhybrid_kernels import context_dplr_attention, dplr_attention
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Exact, Params, weight, zeros
-from jaxhybrid.model.config import MixerConfig, ModelConfig
+from jaxhybrid.model.config import LinearConfig, ModelConfig
 from jaxhybrid.model.layers import Linear, TokenContext
 from jaxhybrid.model.mixers.linear import (
     LinearMixer,
@@ -36,7 +37,7 @@ LENGTH_EPS = 1e-12  # inside the root of a removal's length, so that the gradien
 
 
 @dataclass(frozen=True)
-class RWKV7Config(MixerConfig):
+class RWKV7Config(LinearConfig):
     """A layer as in RADLADS' RAD-RWKV7, which rotates queries and keys: `rope`."""
 
     kind = "rwkv7"
@@ -72,7 +73,7 @@ class RWKV7(LinearMixer):
 
     def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         mixer, D, H, K, (_, R) = config.mixer, config.hidden_size, config.num_heads, config.head_dim, _ranks(config)
-        assert mixer is not None
+        assert isinstance(mixer, LinearConfig)
         if mixer.output_gate:
             up = zeros if mixer.gate_init == "zero" else _orthogonal
             self.g_down_proj = Linear(rngs, (D, R), ("embed", None), init=zeros)
@@ -81,7 +82,7 @@ class RWKV7(LinearMixer):
     @staticmethod
     def by_depth(depths: jax.Array, config: ModelConfig) -> Params:
         """Deeper layers forget less, as in RWKV-7."""
-        assert config.mixer is not None
+        assert isinstance(config.mixer, LinearConfig)
         if config.mixer.decay_init == "slow":
             return {}
         shape = config.num_states, config.head_dim
