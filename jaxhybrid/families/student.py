@@ -18,7 +18,7 @@ STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", "tr
 # What an export's code must know of the base model where it is not as Llama's.
 TRAITS = (
     "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
-    "residual_scale", "logit_scale", "attention_scale", "window", "unrotated_layers",
+    "residual_scale", "logit_scale", "logit_cap", "attention_scale", "attention_cap", "window", "unrotated_layers",
 )  # fmt: skip
 NOT_CARRIED = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 

@@ -32,6 +32,7 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = query_key_norms(config, rngs, G)
         self.window = None if config.window is None else config.window.size
         self.scale = None if config.attention_scale is None else config.attention_scale * K**0.5
+        self.cap = config.attention_cap
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
                 k, v = (joined(x, 1, "context") for x in (k, v))
             out = causal_attention(
                 q, k, v, context.segment_ids,
-                key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window,
+                key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window, cap=self.cap,
             )  # fmt: skip
             return self.o_proj(out), None
         assert context.cache_index is not None
@@ -68,14 +69,14 @@ class Attention(nnx.Module):
                 name: cache.at[at].set(new[name][:, 0], mode="drop", unique_indices=True)
                 for name, cache in state.items()
             }
-            out = decode_attention(q[:, 0], state["k"], state["v"], index, window)[:, None]
+            out = decode_attention(q[:, 0], state["k"], state["v"], index, window, self.cap)[:, None]
         else:
             state = {
                 name: jax.lax.dynamic_update_slice_in_dim(cache, jnp.moveaxis(new[name], 1, 2), index, 2)
                 for name, cache in state.items()
             }
             keys, values = (jnp.moveaxis(state[name], 2, 1) for name in ("k", "v"))
-            out = causal_attention(q, keys, values, None, first_query=index, window=window)
+            out = causal_attention(q, keys, values, None, first_query=index, window=window, cap=self.cap)
         return self.o_proj(out), state
 
 

@@ -126,7 +126,9 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what a mixer or an MLP adds
     logit_scale: float = 1.0
+    logit_cap: float | None = None  # logits z become cap * tanh(z / cap) (Gemma 2)
     attention_scale: float | None = None  # of queries with keys; None: 1 / sqrt(head_dim)
+    attention_cap: float | None = None  # the same of the scaled products of queries with keys, in softmax layers
     window: WindowConfig | None = None
     unrotated_layers: tuple[int, ...] = ()  # without rotary embedding (SmolLM3)
     layer_types: tuple[str, ...] = ()  # one mixer name per layer; empty means softmax everywhere

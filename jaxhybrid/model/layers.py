@@ -222,6 +222,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: bool = False) -
         return exact.astype(x.dtype) * scale.astype(x.dtype)
 
 
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """x, or cap * tanh(x / cap): numbers that stay below a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def exact_dtype(dtype: Any) -> Any:
     """Dtype of norms, rotations, softmax and logits: float32, or float64 where the model runs in float64."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel, decode_attention_refusal
 from jaxhybrid_kernels.numerics import decodes_by_kernels, on_nvidia, target_platform
 
-from jaxhybrid.model.layers import exact_dtype, segment_starts
+from jaxhybrid.model.layers import capped, exact_dtype, segment_starts
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
-QUERY_BLOCK = 1024  # queries of a block of the plain form
+QUERY_BLOCK = 1024  # queries of a block of the plain form, at most
+CAPPED_SCORES = 2**26  # of a block on GPUs, where the plain form is that of capped scores: 256 MiB of float32
 GPU_ROW = 2048  # keys up to which cuDNN gets one mask for all queries, and its gradient computes nothing again
 GPU_QUERY_BLOCK = 512
 GPU_QUERIES = 4096  # that one call of cuDNN should have at least, to fill the chip
@@ -59,6 +60,7 @@ def causal_attention(
     key_segment_ids: jax.Array | None = None,
     first_query: jax.Array | None = None,
     window: Window | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """softmax(q k' / sqrt(K)) v over the keys of a query's document up to its own: [B,Q,H,K] in q's dtype.
 
@@ -70,12 +72,14 @@ def causal_attention(
         key_segment_ids: [B,M], where keys are not those of the queries.
         first_query: traced int32: the place of the first query on the keys' axis, at most M - Q. None: 0, and M is Q.
         window: of those keys the last few only.
+        cap: scores s = q k' / sqrt(K) become cap * tanh(s / cap). cuDNN has no such thing: GPUs take the plain form.
     """
     if key_segment_ids is None:
         assert first_query is None or segment_ids is None, "queries that are a slice need the ids of all keys"
         key_segment_ids = segment_ids
-    platform, short = target_platform(), q.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and short and key_segment_ids is None and first_query is None and window is None:
+    platform = target_platform()
+    by_cudnn = platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and cap is None
+    if by_cudnn and key_segment_ids is None and first_query is None and window is None:
         return _cudnn_causal(q, k, v)
     B, Q = q.shape[:2]
     starts = segment_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
@@ -83,35 +87,55 @@ def causal_attention(
     query_starts = starts if first_query is None else jax.lax.dynamic_slice_in_dim(starts, first, Q, 1)
     q, k, v, starts, query_starts, first = _varying_alike(q, k, v, starts, query_starts, first)
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0:
-        return splash_attention(q, k, v, query_starts, starts, first, window)
+        return splash_attention(q, k, v, query_starts, starts, first, window, cap)
     if window is not None:
         query_starts = window.starts(query_starts, first)
-    if platform == "gpu" and short and k.shape[1] <= GPU_ROW:
+    if by_cudnn and k.shape[1] <= GPU_ROW:
         return _cudnn_short(q, k, v, query_starts, first, is_causal=first_query is None)
-    if platform == "gpu" and short:
+    if by_cudnn:
         size = min(GPU_QUERY_BLOCK, Q + -Q % 8)
         most = GPU_MANY_QUERIES if k.shape[1] <= GPU_MIDDLE_ROW else GPU_QUERIES
         blocks = size, max(1, min(most // (B * size), math.ceil(Q / size)))
         if first_query is None:
             return _cudnn_documents(q, k, v, query_starts, first, blocks)
         return _cudnn_windowed(q, k, v, query_starts, first, blocks)
-    if Q <= QUERY_BLOCK:
-        return _plain_masked(q, k, v, _visible(query_starts, first, k.shape[1]))
-    return windowed_attention(q, k, v, query_starts, first, attend=_plain_masked, size=QUERY_BLOCK, at_once=1)
+    size = QUERY_BLOCK
+    if platform == "gpu" and cap is not None:
+        size = _queries_of(CAPPED_SCORES // (B * q.shape[2] * k.shape[1]))
+    attend = partial(_plain_masked, cap=cap)
+    if Q <= size:
+        return attend(q, k, v, _visible(query_starts, first, k.shape[1]))
+    return windowed_attention(q, k, v, query_starts, first, attend=attend, size=size, at_once=1)
+
+
+def _queries_of(most: int) -> int:
+    """Queries of a block: a power of two up to `most`, but not so few that a matrix product is narrow."""
+    return min(QUERY_BLOCK, max(64, 1 << max(most, 1).bit_length() - 1))
 
 
 def decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, window: Window | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    last: jax.Array,
+    window: Window | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """One query a row, q [B,H,K], to the keys up to `last` [B] of the caches k, v [B,G,M,K]: [B,H,K]."""
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-    if window is None and decodes_by_kernels() and on_nvidia() and decode_attention_refusal(grouped, k) is None:
+    by_kernel = window is None and cap is None and decodes_by_kernels() and on_nvidia()
+    if by_kernel and decode_attention_refusal(grouped, k) is None:
         return decode_attention_kernel(grouped, k, v, last).reshape(q.shape).astype(q.dtype)
-    return plain_decode_attention(q, k, v, last, window)
+    return plain_decode_attention(q, k, v, last, window, cap)
 
 
 def plain_decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, window: Window | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    last: jax.Array,
+    window: Window | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """`decode_attention` by XLA.
 
@@ -124,7 +148,7 @@ def plain_decode_attention(
     seen = jnp.arange(M, dtype=jnp.int32) <= last[:, None]
     if window is not None:
         seen &= jnp.arange(M, dtype=jnp.int32) >= window.starts(jnp.zeros_like(last)[:, None], last[:, None])
-    scores = jnp.where(seen[:, None, None], scores * K**-0.5, MASKED)
+    scores = jnp.where(seen[:, None, None], capped(scores * K**-0.5, cap), MASKED)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     sums = jnp.einsum(
         "bgrnm,bgnmk->bgnrk", weights.astype(v.dtype).reshape(B, G, H // G, -1, block), v.reshape(B, G, -1, block, K),
@@ -155,14 +179,16 @@ def _varying_along(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
 # --- Plain JAX, and cuDNN ---------------------------------------------------------------------------------------------
 
 
-def _plain_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def _plain_masked(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, cap: float | None = None
+) -> jax.Array:
     """q [N,Q,H,K], k and v [N,M,G,K], visible [N or 1,Q,M]; scores and softmax in float32."""
     N, Q, H, K = q.shape
     G = k.shape[2]
     scores = jnp.einsum(
         "bqgrk,bmgk->bgrqm", q.reshape(N, Q, G, H // G, K), k, preferred_element_type=exact_dtype(q.dtype)
     )
-    scores = jnp.where(visible[:, None, None], scores * K**-0.5, MASKED)
+    scores = jnp.where(visible[:, None, None], capped(scores * K**-0.5, cap), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrqm,bmgk->bqgrk", weights, v).reshape(N, Q, H, K)
 
@@ -387,6 +413,7 @@ def splash_attention(
     key_starts: jax.Array,
     first: jax.Array,
     window: Window | None = None,
+    cap: float | None = None,
     *,
     block: int | None = None,
     interpret: bool = False,
@@ -419,7 +446,7 @@ def splash_attention(
             for x, n in ((q * q.shape[-1] ** -0.5, after_q), (k, after_k), (v, after_k))
         )
     )
-    launch = _Launch(block_q, block_k, interpret, None if window is None else window.size)
+    launch = _Launch(block_q, block_k, interpret, None if window is None else window.size, cap)
     out = _splash(*operands, segments, by_key, by_query, launch)
     return jnp.moveaxis(out, 2, 1)[:, :Q]
 
@@ -460,6 +487,7 @@ class _Launch(NamedTuple):
     block_k: int
     interpret: bool
     window: int | None = None
+    cap: float | None = None
 
     @property
     def mask(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -481,7 +509,7 @@ def _splash_forward(q: Any, k: Any, v: Any, segments: Any, by_key: Any, by_query
         q, k, v, segments, table = args
         out, (logsumexp,) = splash._splash_attention_forward(
             table, q, k, v, segments, None, splash.DEFAULT_MASK_VALUE, False, launch.sizes, None, True, launch.mask,
-            interpret=launch.interpret,
+            launch.cap, launch.interpret,
         )  # fmt: skip
         return out, logsumexp
 
@@ -500,7 +528,7 @@ def _splash_backward(launch: _Launch, saved: Any, d_out: jax.Array) -> Any:
             launch.sizes,
             None,
             launch.mask,
-            None,
+            launch.cap,
             launch.interpret,
             saved,
             d_out,
