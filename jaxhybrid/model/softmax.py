@@ -99,18 +99,19 @@ def causal_attention(
         if first_query is None:
             return _cudnn_documents(q, k, v, query_starts, first, blocks)
         return _cudnn_windowed(q, k, v, query_starts, first, blocks)
-    size = QUERY_BLOCK
+    attend, size = partial(_plain_masked, cap=cap), QUERY_BLOCK
     if platform == "gpu" and cap is not None:
-        size = _queries_of(CAPPED_SCORES // (B * q.shape[2] * k.shape[1]))
-    attend = partial(_plain_masked, cap=cap)
-    if Q <= size:
+        size = _capped_block(B * q.shape[2] * k.shape[1])
+    if size >= Q:
         return attend(q, k, v, _visible(query_starts, first, k.shape[1]))
     return windowed_attention(q, k, v, query_starts, first, attend=attend, size=size, at_once=1)
 
 
-def _queries_of(most: int) -> int:
-    """Queries of a block: a power of two up to `most`, but not so few that a matrix product is narrow."""
-    return min(QUERY_BLOCK, max(64, 1 << max(most, 1).bit_length() - 1))
+def _capped_block(scores: int) -> int:
+    """Queries of a block on GPUs, each of which has so many scores in all rows and heads: a power of two, but not so
+    few that a matrix product is narrow."""
+    most = max(CAPPED_SCORES // scores, 1)
+    return min(QUERY_BLOCK, max(64, 1 << most.bit_length() - 1))
 
 
 def decode_attention(
@@ -179,9 +180,7 @@ def _varying_along(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
 # --- Plain JAX, and cuDNN ---------------------------------------------------------------------------------------------
 
 
-def _plain_masked(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, cap: float | None = None
-) -> jax.Array:
+def _plain_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, cap: float | None = None) -> jax.Array:
     """q [N,Q,H,K], k and v [N,M,G,K], visible [N or 1,Q,M]; scores and softmax in float32."""
     N, Q, H, K = q.shape
     G = k.shape[2]

@@ -34,7 +34,7 @@ def inputs(length, heads, groups, width, dtype):
     return q, k, v, d_out
 
 
-def formula(q, k, v, ids, first=0, window=None):
+def formula(q, k, v, ids, first=0, window=None, cap=None):
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     key = np.arange(k.shape[1])
     query = first + np.arange(q.shape[1])
@@ -45,11 +45,13 @@ def formula(q, k, v, ids, first=0, window=None):
         ids = np.asarray(ids)
         visible = visible & (ids[:, query][:, :, None] == ids[:, None, :])
     scores = jnp.einsum("bqhk,bmhk->bhqm", q, k) / np.sqrt(q.shape[-1])
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -np.inf), axis=-1)
     return jnp.einsum("bhqm,bmhk->bqhk", weights, v)
 
 
-def check(run, q, k, v, d_out, ids, first=0, window=None):
+def check(run, q, k, v, d_out, ids, first=0, window=None, cap=None):
     """`run` on the queries from `first` on; what it gives at padding is nobody's business."""
     q, d_out = q[:, first:], d_out[:, first:]
     real = np.ones((1, 1, 1, 1)) if ids is None else np.asarray(ids != 0)[:, first:, None, None]
@@ -61,7 +63,7 @@ def check(run, q, k, v, d_out, ids, first=0, window=None):
     actual = jax.jit(partial(both, run))(q, k, v, d_out)
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, d_out))
-        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first, window)))(*exact)
+        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first, window, cap)))(*exact)
     for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
         assert a.dtype == q.dtype, name
         a, b = np.asarray(a, np.float64), np.asarray(b)
@@ -76,15 +78,17 @@ def on_gpu(monkeypatch, row=0, middle=0):
     monkeypatch.setattr(softmax, "target_platform", lambda: "gpu")
 
 
-def splash(q, k, v, ids, first=0, window=None):
+def splash(q, k, v, ids, first=0, window=None, cap=None):
     starts = jnp.zeros(k.shape[:2], jnp.int32) if ids is None else segment_starts(ids)
     first = jnp.int32(first)
     query_starts = jax.lax.dynamic_slice_in_dim(starts, first, q.shape[1], 1)
-    return softmax.splash_attention(q, k, v, query_starts, starts, first, window, block=128, interpret=True)
+    return softmax.splash_attention(q, k, v, query_starts, starts, first, window, cap, block=128, interpret=True)
 
 
-def sliced(q, k, v, ids, first, window=None):
-    return softmax.causal_attention(q, k, v, None, key_segment_ids=ids, first_query=jnp.int32(first), window=window)
+def sliced(q, k, v, ids, first, window=None, cap=None):
+    return softmax.causal_attention(
+        q, k, v, None, key_segment_ids=ids, first_query=jnp.int32(first), window=window, cap=cap
+    )
 
 
 @pytest.mark.parametrize(("heads", "groups", "kind"), [(2, 2, "none"), (3, 1, "packed"), (8, 2, "padded")])
@@ -157,6 +161,29 @@ def test_sliding_windows(monkeypatch, form, first):
         check(run, *arrays, ids, first, size if slides else None)
 
 
+@pytest.mark.parametrize("kind", ["none", "padded"])
+@pytest.mark.parametrize("form", ["plain", "blocks", "gpu", "splash"])
+def test_capped_scores(monkeypatch, form, kind):
+    """A cap of the size of scores, with windows too, in each form; on GPUs nothing of cuDNN's is used."""
+    length, dtype = (300, "float32") if form == "splash" else (161, "bfloat16" if form == "gpu" else "float32")
+    if form == "blocks":
+        monkeypatch.setattr(softmax, "QUERY_BLOCK", 16)
+    if form == "gpu":
+        monkeypatch.setattr(softmax, "CAPPED_SCORES", 1)
+        monkeypatch.setattr(softmax, "target_platform", lambda: "gpu")
+        monkeypatch.setattr(jax.nn, "dot_product_attention", None)
+    ids, arrays = documents(kind, length), inputs(length, 2, 1, 64, dtype)
+    attend = splash if form == "splash" else sliced
+    check(lambda q, k, v: attend(q, k, v, ids, 0, cap=1.5), *arrays, ids, cap=1.5)
+    window = softmax.Window(40, jnp.asarray(True))
+    check(lambda q, k, v: attend(q, k, v, ids, 37, window, 1.5), *arrays, ids, 37, 40, 1.5)
+
+
+def test_blocks_of_capped_scores_on_gpus():
+    """By how many scores fit: rows x heads x keys of a query."""
+    assert [softmax._capped_block(size) for size in (2**14, 8 * 8 * 4096, 8 * 32768, 2**22)] == [1024, 256, 256, 64]
+
+
 def test_a_window_without_documents(monkeypatch):
     on_gpu(monkeypatch, row=2048)
     window = softmax.Window(20, True)
@@ -166,13 +193,16 @@ def test_a_window_without_documents(monkeypatch):
     )  # fmt: skip
 
 
-def test_decoding_in_a_window():
+def test_decoding_in_a_window_and_capped():
     q, k, v, _ = inputs(101, 4, 2, 8, "float32")
     at = jnp.array([5, 60])
     rows = jnp.arange(2)
     caches = (jnp.moveaxis(x, 2, 1) for x in (k, v))
     out = softmax.decode_attention(q[rows, at], *caches, at, softmax.Window(20, True))
     np.testing.assert_allclose(out, formula(q, k, v, None, window=20)[rows, at], atol=2e-5)
+    caches = (jnp.moveaxis(x, 2, 1) for x in (k, v))
+    out = softmax.decode_attention(q[rows, at], *caches, at, cap=1.5)
+    np.testing.assert_allclose(out, formula(q, k, v, None, cap=1.5)[rows, at], atol=2e-5)
 
 
 def test_slices_together_are_the_whole(monkeypatch):
@@ -197,13 +227,15 @@ def test_slices_together_are_the_whole(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-def test_no_array_of_tokens_by_tokens(monkeypatch):
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_no_array_of_tokens_by_tokens(monkeypatch, cap):
     on_gpu(monkeypatch)
+    monkeypatch.setattr(softmax, "CAPPED_SCORES", 2**14)
     q, k, v, d_out = inputs(520, 2, 1, 8, "bfloat16")
     ids = documents("packed", 520)
 
     def both(q, k, v):
-        return jax.vjp(lambda *x: softmax.causal_attention(*x, None, key_segment_ids=ids), q, k, v)[1](d_out)
+        return jax.vjp(lambda *x: softmax.causal_attention(*x, None, key_segment_ids=ids, cap=cap), q, k, v)[1](d_out)
 
     monkeypatch.setattr(softmax, "_cudnn_causal", lambda q, k, v: q)  # whose stand-in makes one
     text = jax.jit(both).lower(q, k, v).as_text()

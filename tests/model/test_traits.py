@@ -28,7 +28,9 @@ TRAITS = {
     "embedding_scale": 3.0,
     "residual_scale": 0.5,
     "logit_scale": 0.25,
+    "logit_cap": 3.0,
     "attention_scale": 0.2,
+    "attention_cap": 1.0,
     "window": WindowConfig(5, (0, 1, 3), RopeConfig(theta=100.0, partial=0.5)),
     "unrotated_layers": (2,),
 }
@@ -52,7 +54,9 @@ def expected(student):
 @pytest.mark.slow
 def test_each_trait_matters(student, expected):
     batch, whole = expected
-    for name, value in {"window": None, "unrotated_layers": (), "attention_scale": None}.items():
+    for name, value in {
+        "window": None, "unrotated_layers": (), "attention_scale": None, "attention_cap": None, "logit_cap": None,
+    }.items():  # fmt: skip
         other = Model(student.params, replace(student.config, **{name: value}))
         assert np.abs(jax.jit(forward)(other, batch["tokens"], batch["segment_ids"]) - whole).max() > 1e-3, name
 

@@ -7,7 +7,8 @@ from transformers import PreTrainedConfig
 
 TRAITS = {
     "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
-    "residual_scale", "logit_scale", "attention_scale", "window", "unrotated_layers", "layer_types",
+    "residual_scale", "logit_scale", "logit_cap", "attention_scale", "attention_cap", "window", "unrotated_layers",
+    "layer_types",
 }  # fmt: skip
 
 
@@ -21,7 +22,8 @@ class JaxHybridConfig(PreTrainedConfig):
     `base_model_type` names the base model's architecture, and `traits` holds what that has otherwise than Llama:
     `qkv_bias`, `o_bias`, `qk_norm`; `wide_qk_norm` (over all heads together), `activation` (gelu_tanh), `norms`
     ("after" or "around" a mixer and an MLP), `norm_offset` (norms scale by 1 + weight), `embedding_scale`,
-    `residual_scale`, `logit_scale`, `attention_scale`, `window` (size, layers and rope of softmax layers that see the
+    `residual_scale`, `logit_scale`, `attention_scale`, `attention_cap` and `logit_cap` (of scores and of logits, which
+    come out of cap * tanh(x / cap)), `window` (size, layers and rope of softmax layers that see the
     last tokens only), `unrotated_layers`, and the base model's own `layer_types`.
     """
 

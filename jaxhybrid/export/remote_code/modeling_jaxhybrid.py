@@ -23,7 +23,7 @@ from .configuration_jaxhybrid import JaxHybridConfig
 from .decoder_layer_jaxhybrid import LINEAR_MIXERS, JaxHybridDecoderLayer
 from .linear_attention_jaxhybrid import JaxHybridGateProjection, JaxHybridLinearAttention, JaxHybridShortConvolution
 from .packing_jaxhybrid import Layout, is_padding_mask, lay_out, real_tokens, softmax_mask
-from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm, JaxHybridRotaryEmbedding
+from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm, JaxHybridRotaryEmbedding, capped
 
 # What transformers calls a cache: `past_key_values` until 5.23, then `cache`.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -54,6 +54,15 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a recurrent state cannot be rolled back, so no assisted generation
     _keep_in_fp32_modules_strict = [name for mixer in LINEAR_MIXERS.values() for name in mixer.float32]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": JaxHybridDecoderLayer, "attentions": JaxHybridAttention}  # noqa: RUF012
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        """Asked before sdpa is used. Where the user has chosen nothing, an error makes transformers take eager."""
+        if (cap := self.config.trait("attention_cap", None)) is not None:
+            raise ValueError(
+                f'sdpa has no cap of scores, and this model has one of {cap}: load it with attn_implementation="eager" '
+                'or "flex_attention".'
+            )
+        return super()._sdpa_can_dispatch(is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -267,6 +276,7 @@ class JaxHybridForCausalLM(JaxHybridPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         if (scale := self.config.trait("logit_scale", 1.0)) != 1:
             logits = logits * scale
+        logits = capped(logits, self.config.trait("logit_cap", None))
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(

@@ -97,6 +97,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
+def capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """x, or cap * tanh(x / cap)."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
 def eager_attention_forward(
     module: "JaxHybridAttention",
     query: torch.Tensor,
@@ -105,11 +110,12 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by matrix products; query [B,H,T,K], key and value [B,G,M,K]. Returns [B,T,H,K] and the weights."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.mT * scaling
+    scores = capped(query @ key.mT * scaling, softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -128,6 +134,7 @@ class JaxHybridAttention(nn.Module):
         self.head_dim = K
         self.num_key_value_groups = H // G
         self.scaling = config.trait("attention_scale", K**-0.5)
+        self.cap = config.trait("attention_cap", None)
         self.sliding_window = config.window_of(layer_idx)
         self.is_causal = True
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
@@ -159,5 +166,7 @@ class JaxHybridAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.sliding_window is not None:  # for flash attention; others have it in their mask
             flash_arguments["sliding_window"] = self.sliding_window
+        if self.cap is not None:
+            flash_arguments["softcap"] = self.cap
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **flash_arguments)
         return self.o_proj(out.flatten(2)), weights
