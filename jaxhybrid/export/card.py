@@ -22,7 +22,7 @@ A hybrid of {base} ({family} architecture) with {layers} layers, counted from 0.
 Softmax attention is kept in {softmax}; {linear} of the layers use linear attention{title},
 whose memory does not grow with the text.
 
-{mixer}Weights are {dtype}; the decays of linear layers are float32.
+{kept}{mixer}Weights are {dtype}; the decays of linear layers are float32.
 
 ## Use
 
@@ -73,7 +73,7 @@ def model_card(
         metadata.append(f"base_model: {base}")
     if terms:  # the hub's word for terms that are not one of its list
         metadata += ["license: other", f"license_link: {terms[0]}"]
-    softmax = config.softmax_layers
+    softmax, changed = config.softmax_layers, config.softmax.describe()
     mixer = None if config.mixer is None else LINEAR_MIXERS[config.mixer.kind]
     return CARD.format(
         metadata="\n".join(metadata),
@@ -84,6 +84,7 @@ def model_card(
         softmax=f"layers {', '.join(map(str, softmax))}" if softmax else "no layer",
         linear=config.num_layers - len(softmax),
         title="" if mixer is None else f" ({mixer.title})",
+        kept=f"A softmax layer has {' and '.join(changed)}. " if changed else "",
         mixer="" if mixer is None else f"A linear layer has: {', '.join(mixer.describe(config))}. ",
         dtype=dtype,
         needs=NATIVE if native else OWN_CODE,

@@ -33,6 +33,7 @@ class Attention(nnx.Module):
         self.window = None if config.window is None else config.window.size
         self.scale = None if config.attention_scale is None else config.attention_scale * K**0.5
         self.cap = config.attention_cap
+        self.rope, self.scales_by_length = config.softmax.rope, config.softmax.length_scale is not None
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
@@ -47,7 +48,10 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, context: TokenContext, state: Params | None = None
     ) -> tuple[jax.Array, Params | None]:
         """Attention output after o_proj [B,T,D], and the cache with this call's keys and values when one was given."""
-        q, k, v = project(self, x_BTD, context)
+        q, k, v = project(self, x_BTD, context, self.rope)
+        if self.scales_by_length:
+            assert context.query_scale is not None, "the context is of another model"
+            q = (q * context.query_scale[..., None, None]).astype(q.dtype)
         if self.scale is not None:  # what comes below divides by sqrt(K)
             q = q * self.scale
         window = None if self.window is None else Window(self.window, context.slides)
@@ -80,9 +84,7 @@ class Attention(nnx.Module):
         return self.o_proj(out), state
 
 
-def project(
-    mixer: Any, x_BTD: jax.Array, context: TokenContext, rope: bool = True
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project(mixer: Any, x_BTD: jax.Array, context: TokenContext, rope: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k, v [B,T,heads,K] by the mixer's projections, its query and key norms if it has them, and rotation."""
     q, k, v = mixer.q_proj(x_BTD), mixer.k_proj(x_BTD), mixer.v_proj(x_BTD)
     if hasattr(mixer, "q_norm"):

@@ -261,7 +261,7 @@ def test_splash_attention_compiles_for_tpus():
 
 
 def compile_for_tpus():
-    """Prints the kernels in the gradients of a context-parallel layer for v5p, and of odd lengths with capped scores for v6e."""
+    """Prints the kernels in the gradients of a context-parallel layer for v5p, and of odd lengths, capped, for v6e."""
     import re
 
     from jax.experimental import topologies

@@ -8,7 +8,7 @@ import pytest
 
 from jaxhybrid.decoding import engine
 from jaxhybrid.decoding.engine import Engine, Request
-from jaxhybrid.model.config import RopeConfig, WindowConfig
+from jaxhybrid.model.config import RopeConfig, SoftmaxConfig, WindowConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.module import module
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
@@ -33,6 +33,7 @@ TRAITS = {
     "attention_cap": 1.0,
     "window": WindowConfig(5, (0, 1, 3), RopeConfig(theta=100.0, partial=0.5)),
     "unrotated_layers": (2,),
+    "softmax": SoftmaxConfig(length_scale=4.0),
 }
 G, F = GatedDeltaNetConfig.kind, "full_attention"
 
@@ -56,6 +57,7 @@ def test_each_trait_matters(student, expected):
     batch, whole = expected
     for name, value in {
         "window": None, "unrotated_layers": (), "attention_scale": None, "attention_cap": None, "logit_cap": None,
+        "softmax": SoftmaxConfig(),
     }.items():  # fmt: skip
         other = Model(student.params, replace(student.config, **{name: value}))
         assert np.abs(jax.jit(forward)(other, batch["tokens"], batch["segment_ids"]) - whole).max() > 1e-3, name

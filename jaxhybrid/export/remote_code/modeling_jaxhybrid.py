@@ -3,6 +3,7 @@
 Axes: B batch, T tokens. No keyword is swallowed: what a forward does not name it refuses.
 """
 
+import math
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
@@ -148,6 +149,9 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         mask = partial(softmax_mask, self.config, x, attention_mask, {CACHE_NAME: cache}, columns, layout)
         linear: dict[str, Any] = {"real": layout.real, "first": layout.first}
         full, sliding = mask(), {} if self.window is None else mask(self.window["size"])
+        if (a := self.config.softmax.get("length_scale")) is not None:
+            scale = torch.log(layout.positions.float() + a)[..., None, None] / math.log(a)
+            full, sliding = full | {"query_scale": scale}, sliding | {"query_scale": scale}
         tables = self._tables(x, layout.positions)
         for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types)):
             softmax = full if self.config.window_of(number) is None else sliding
@@ -165,7 +169,9 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         if hasattr(self, "sliding_rotary_emb"):
             own = self.sliding_rotary_emb(x, positions)
         still = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
-        unrotated = self.config.trait("unrotated_layers", ())
+        unrotated = set(self.config.trait("unrotated_layers", ()))
+        if not self.config.softmax.get("rope", True):
+            unrotated |= {i for i, kind in enumerate(self.config.layer_types) if kind == "full_attention"}
         return [
             still if layer in unrotated else tables if self.config.window_of(layer) is None else own
             for layer in range(self.config.num_hidden_layers)

@@ -151,13 +151,19 @@ class JaxHybridAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         cache: Cache | None,
         attention_mask: torch.Tensor | None,
+        query_scale: torch.Tensor | None = None,
         **flash_arguments: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the output and, with eager attention, its weights [B,H,T,M]."""
+        """Returns the output and, with eager attention, its weights [B,H,T,M].
+
+        query_scale: [B,T,1,1], float32: what queries are multiplied by.
+        """
         x, K = hidden_states, self.head_dim
         q, k, v = (proj(x).unflatten(-1, (-1, K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if query_scale is not None:
+            q = (q * query_scale).to(q.dtype)
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, *position_embeddings), rotate(k, *position_embeddings), v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
