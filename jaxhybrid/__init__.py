@@ -21,6 +21,7 @@ _HOMES = {
     "RWKV6Config": "jaxhybrid.model.mixers.rwkv6",
     "RWKV7Config": "jaxhybrid.model.mixers.rwkv7",
     "ModelConfig": "jaxhybrid.model.config",
+    "SoftmaxConfig": "jaxhybrid.model.config",
     "Model": "jaxhybrid.model.transformer",
     "forward": "jaxhybrid.model.transformer",
     "generate": "jaxhybrid.decoding.generate",
