@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhybrid import losses
+from jaxhybrid.model.head import Head
 
 BYTES, PRODUCTS = 4.3e12, 790e12  # a second, on an H200
 
@@ -108,7 +109,7 @@ def main() -> None:
     heads = [0.02 * jax.random.normal(key, (D, S), jnp.bfloat16) for key in keys[3:]]
 
     def loss(hidden: jax.Array, head: jax.Array, beside: jax.Array, other: jax.Array) -> jax.Array:
-        return losses.linear_kl(hidden, head, beside, other, jnp.ones((1, N)), chunk_tokens=given.chunk)
+        return losses.linear_kl(hidden, Head(head), beside, Head(other), jnp.ones((1, N)), chunk_tokens=given.chunk)
 
     print(f"loss with head, products at least {1e3 * 8 * N * D * S / PRODUCTS:.0f} ms")
     for objective in (losses._kl, in_one_reduction):

@@ -22,6 +22,7 @@ _HOMES = {
     "RWKV7Config": "jaxhybrid.model.mixers.rwkv7",
     "SlidingWindowConfig": "jaxhybrid.model.mixers.sliding_window",
     "ModelConfig": "jaxhybrid.model.config",
+    "SoftmaxConfig": "jaxhybrid.model.config",
     "Model": "jaxhybrid.model.transformer",
     "forward": "jaxhybrid.model.transformer",
     "generate": "jaxhybrid.decoding.generate",

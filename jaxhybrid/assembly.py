@@ -154,9 +154,15 @@ class RunModels:
 
 
 def student_config(config: RunConfig, teacher: ModelConfig, softmax_layers: Sequence[int]) -> ModelConfig:
-    """Of the teacher's student in which these layers are softmax."""
+    """Of the teacher's student in which these layers are softmax.
+
+    Without any it is the student that stages before the hybrid work on: layers that they make softmax, to score or to
+    choose, are untrained and have the teacher's attention as it is.
+    """
     mixer = config.mixer.to_model().resolve(teacher)
-    return replace(teacher, layer_types=layer_types(teacher.num_layers, softmax_layers, mixer.kind), mixer=mixer)
+    types = layer_types(teacher.num_layers, softmax_layers, mixer.kind)
+    softmax = config.softmax.to_model() if softmax_layers else teacher.softmax
+    return replace(teacher, layer_types=types, mixer=mixer, softmax=softmax)
 
 
 @jax.jit

@@ -7,6 +7,7 @@ those alone.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.model.head import SHARERS, Columns, chosen, gathered, in_chunks, log_partition, own_columns, own_tokens
+from jaxhybrid.model.head import (
+    SHARERS,
+    Columns,
+    Head,
+    chosen,
+    gathered,
+    in_chunks,
+    log_partition,
+    own_columns,
+    own_tokens,
+)
 from jaxhybrid.model.partition import (
     BATCH_AXES,
     SHARDS,
@@ -50,9 +61,9 @@ def squared_error(target_BTD: jax.Array, output_BTD: jax.Array, mask_BT: jax.Arr
 
 def linear_kl(
     student_hidden_BTD: jax.Array,
-    student_head_DS: jax.Array,
+    student_head: Head,
     teacher_hidden_BTD: jax.Array,
-    teacher_head_DS: jax.Array,
+    teacher_head: Head,
     mask_BT: jax.Array,
     *,
     vocab_size: int | None = None,
@@ -63,25 +74,25 @@ def linear_kl(
     Heads may be padded to different widths: only their first `vocab_size` columns are words. The two hidden widths may
     differ. Differentiable in the student's arguments only.
     """
-    widths = student_head_DS.shape[1], teacher_head_DS.shape[1]
+    widths = student_head.shape[1], teacher_head.shape[1]
     words = min(widths) if vocab_size is None else vocab_size
     if words > min(widths):
         raise ConfigError(f"vocab_size {words} exceeds a head: student has {widths[0]} columns, teacher {widths[1]}.")
-    teacher_hidden_BTD, teacher_head_DS = jax.lax.stop_gradient((teacher_hidden_BTD, teacher_head_DS))
-    heads = tuple(_first_columns(head, words) for head in (student_head_DS, teacher_head_DS))
+    teacher_hidden_BTD, teacher_head = jax.lax.stop_gradient((teacher_hidden_BTD, teacher_head))
+    heads = tuple(_first_columns(head, words) for head in (student_head, teacher_head))
     return _summed_over_batch(_kl, chunk_tokens, student_hidden_BTD, heads[0], teacher_hidden_BTD, mask_BT, heads[1])
 
 
 def linear_cross_entropy(
     hidden_BTD: jax.Array,
-    head_DS: jax.Array,
+    head: Head,
     targets_BT: jax.Array,
     mask_BT: jax.Array,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
     """Sum over unmasked tokens of -log p(target), a float32 scalar."""
-    return _summed_over_batch(_cross_entropy, chunk_tokens, hidden_BTD, head_DS, targets_BT, mask_BT)
+    return _summed_over_batch(_cross_entropy, chunk_tokens, hidden_BTD, head, targets_BT, mask_BT)
 
 
 def next_token_targets(tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,10 +116,11 @@ def _successors(x_BT: jax.Array, is_split: bool) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(row, axis_index("context") * T, T, 1)
 
 
-def _first_columns(head_DS: jax.Array, count: int) -> jax.Array:
-    if head_DS.shape[1] == count:
-        return head_DS
-    return (head_DS if active_mesh() is None else jax.reshard(head_DS, P(SHARDS, None)))[:, :count]
+def _first_columns(head: Head, count: int) -> Head:
+    if head.shape[1] == count:
+        return head
+    kernel = head.kernel if active_mesh() is None else jax.reshard(head.kernel, P(SHARDS, None))
+    return replace(head, kernel=kernel[:, :count])
 
 
 # --- objectives on one chunk of logits, of which a device has its own columns
@@ -143,20 +155,21 @@ def _summed_over_batch(
     objective: Objective,
     chunk_tokens: int,
     hidden: jax.Array,
-    head: jax.Array,
+    head: Head,
     beside: jax.Array,
     mask: jax.Array,
-    teacher_head: jax.Array | None = None,
+    teacher_head: Head | None = None,
 ) -> jax.Array:
     vocab_size = head.shape[1]
 
-    def local(hidden: jax.Array, head: jax.Array, beside: jax.Array, mask: jax.Array, teacher_head: Any) -> jax.Array:
+    def local(hidden: jax.Array, head: Head, beside: jax.Array, mask: jax.Array, teacher_head: Any) -> jax.Array:
         columns, teacher = own_columns(head, vocab_size, hidden.dtype), None
         if teacher_head is not None:
             teacher = own_columns(teacher_head, vocab_size, beside.dtype)
         tokens = tuple(x.reshape(-1, *x.shape[2:]) for x in (beside, mask))
         flat = hidden.reshape(-1, hidden.shape[-1])
-        loss = _linear_loss(objective, vocab_size, chunk_tokens, flat, columns.weight, columns.numbers, tokens, teacher)
+        static = objective, vocab_size, columns.cap, chunk_tokens
+        loss = _linear_loss(*static, flat, columns.weight, columns.numbers, tokens, teacher)
         return total(loss, *BATCH_AXES)
 
     batch = batch_spec(hidden)
@@ -166,10 +179,11 @@ def _summed_over_batch(
         return on_shards(local, (hidden, head, beside, mask, teacher_head), specs, P())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _linear_loss(
     objective: Objective,
     vocab_size: int,
+    cap: float | None,
     chunk_tokens: int,
     hidden_ND: jax.Array,
     weight: jax.Array,
@@ -177,10 +191,10 @@ def _linear_loss(
     tokens: tuple[jax.Array, jax.Array],
     teacher: Columns | None,
 ) -> jax.Array:
-    """Summed over this device's tokens; `weight` and `numbers` are its columns of the head."""
+    """Summed over this device's tokens; `weight` and `numbers` are its columns of the head, which has this `cap`."""
 
     def chunk_loss(chunk: Chunk) -> jax.Array:
-        return _chunk(objective, vocab_size, Columns(weight, numbers), teacher, chunk)[0]
+        return _chunk(objective, vocab_size, Columns(weight, numbers, cap), teacher, chunk)[0]
 
     return jnp.sum(jax.lax.map(chunk_loss, in_chunks((hidden_ND, *tokens), chunk_tokens)))
 
@@ -192,13 +206,16 @@ def _chunk(
     hidden, beside, mask = map(gathered, chunk)
     if teacher is not None:
         beside = teacher.logits(beside, vocab_size)
-    losses, gradient = objective(columns.logits(hidden, vocab_size), columns.numbers, beside)
+    logits = columns.logits(hidden, vocab_size)
+    losses, gradient = objective(logits, columns.numbers, beside)
+    gradient = columns.before_cap(gradient, logits)
     return jnp.sum(own_tokens(losses) * chunk[2]), hidden, (gradient * mask[:, None]).astype(columns.weight.dtype)
 
 
 def _linear_loss_forward(
     objective: Objective,
     vocab_size: int,
+    cap: float | None,
     chunk_tokens: int,
     hidden_ND: jax.Array,
     weight: jax.Array,
@@ -207,7 +224,7 @@ def _linear_loss_forward(
     teacher: Columns | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     def step(weight_gradient: jax.Array, chunk: Chunk) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        loss, hidden, gradient = _chunk(objective, vocab_size, Columns(weight, numbers), teacher, chunk)
+        loss, hidden, gradient = _chunk(objective, vocab_size, Columns(weight, numbers, cap), teacher, chunk)
         with jax.named_scope("head"):
             hidden_gradient = jnp.dot(gradient, weight.T, preferred_element_type=jnp.float32)
             weight_gradient += jnp.dot(hidden.T, gradient, preferred_element_type=jnp.float32)
@@ -225,6 +242,7 @@ def _linear_loss_forward(
 def _linear_loss_backward(
     objective: Objective,
     vocab_size: int,
+    cap: float | None,
     chunk_tokens: int,
     gradients: tuple[jax.Array, jax.Array],
     cotangent: jax.Array,

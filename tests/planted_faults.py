@@ -84,6 +84,35 @@ FAULTS = [
         "wide = gradient",
         f"{AXES}::test_gradients_are_scattered_in_the_dtype_that_was_asked_for[float32]",
     ),
+    # Caps, and the softmax layers that stay.
+    Fault(
+        "cap: its slope left out of the loss's gradient",
+        "losses.py",
+        "gradient = columns.before_cap(gradient, logits)",
+        "gradient = gradient + 0 * logits",
+        "tests/test_losses.py::test_linear_kl_equals_dense_float64",
+    ),
+    Fault(
+        "cap: capped scores given to cuDNN, which has no cap",
+        "model/softmax.py",
+        "q.dtype in (jnp.bfloat16, jnp.float16) and cap is None",
+        "q.dtype in (jnp.bfloat16, jnp.float16)",
+        f"{SOFTMAX}::test_capped_scores[gpu-padded]",
+    ),
+    Fault(
+        "kept layers: changed while the teacher's attention is scored",
+        "assembly.py",
+        "config.softmax.to_model() if softmax_layers else teacher.softmax",
+        "config.softmax.to_model()",
+        "tests/test_settings.py::test_settings_of_kept_layers_are_of_the_hybrid",
+    ),
+    Fault(
+        "kept layers: queries scaled from the second token on",
+        "model/rope.py",
+        "jnp.log(positions_BT.astype(jnp.float32) + a)",
+        "jnp.log(jnp.maximum(positions_BT - 1, 0).astype(jnp.float32) + a)",
+        "tests/model/test_kept_softmax.py::test_the_formula",
+    ),
     # Softmax attention.
     Fault(
         "softmax: a query sees the document before its own",

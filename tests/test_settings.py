@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxhybrid.assembly import student_config
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.config import ModelConfig, SoftmaxConfig, WindowConfig
 from jaxhybrid.model.mixers import STUDENT_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
@@ -18,6 +19,10 @@ from jaxhybrid.settings.run import validate_against
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 MINIMAL = "name: a\nteacher: t\ndata:\n  train: pydoc\n"
+LLAMA = ModelConfig(
+    family="llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=4, num_heads=4, num_kv_heads=2,
+    head_dim=8, norm_eps=1e-5, max_position_embeddings=4096,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -379,6 +384,10 @@ def test_a_stage_depends_on_what_comes_before_it_alone(load):
     assert fingerprint(ours, UPSTREAM["score"]) == fingerprint(theirs, UPSTREAM["score"])
     assert differences(ours, theirs, UPSTREAM["distill"]) == ["distill.learning_rate: 7e-06 -> 0.0001"]
     assert len(differences(ours, theirs, UPSTREAM["finetune"])) == 2
+    theirs = load("softmax.rope=false", "softmax.length_scale=500")
+    assert differences(ours, theirs, UPSTREAM["select"]) == []
+    changed = ["softmax.rope: true -> false", "softmax.length_scale: null -> 500.0"]
+    assert differences(load(), theirs, UPSTREAM["distill"]) == changed
 
 
 def test_describe_lists_every_setting(load):
@@ -416,11 +425,21 @@ def test_describe_lists_every_setting(load):
     ],
 )
 def test_what_the_teacher_rules_out(load, overrides, message):
-    model = ModelConfig(
-        family="llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=4, num_heads=4, num_kv_heads=2,
-        head_dim=8, norm_eps=1e-5, max_position_embeddings=4096,
-    )  # fmt: skip
-    validate_against(load("select.budget=4"), model)
+    validate_against(load("select.budget=4"), LLAMA)
     with pytest.raises(ConfigError) as error:
-        validate_against(load(*overrides), model)
+        validate_against(load(*overrides), LLAMA)
     assert message in str(error.value)
+
+
+def test_settings_of_kept_layers_are_of_the_hybrid(load):
+    """What comes before it works on the teacher's attention."""
+    config, teacher = load("softmax.rope=false", "softmax.length_scale=500", "mixer.rope=true"), LLAMA
+    assert student_config(config, teacher, ()).softmax == SoftmaxConfig()
+    assert student_config(config, teacher, (1,)).softmax == SoftmaxConfig(rope=False, length_scale=500.0)
+    sliding = dataclasses.replace(teacher, window=WindowConfig(64, (0, 2)))
+    with pytest.raises(ConfigError, match=r"length_scale 500 is for layers .* see 64 at most"):
+        validate_against(config, sliding)
+    with pytest.raises(ConfigError, match=r"export.format native: no architecture .* softmax\.rope=false"):
+        load("softmax.rope=false", "export.format=native")
+    with pytest.raises(ConfigError, match=r"softmax\.length_scale"):
+        load("softmax.length_scale=1")

@@ -19,6 +19,7 @@ from jaxhybrid.errors import ConfigError, DataError
 from jaxhybrid.model import decode
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.decode import Chunk, LayerStates, Unstacked
+from jaxhybrid.model.head import Head
 from jaxhybrid.model.layers import layer_views
 from jaxhybrid.model.partition import head_spec, on_shards, row_devices, rows_sharding
 from jaxhybrid.model.transformer import Model
@@ -282,7 +283,7 @@ def _steps(
     """[B,steps] next tokens, NO_TOKEN after a row's end: one loop on the devices."""
     config = model.config
 
-    def local(ends: Any, head: jax.Array, layers: Any, states: LayerStates, rows: Rows) -> Any:
+    def local(ends: Any, head: Head, layers: Any, states: LayerStates, rows: Rows) -> Any:
         own = replace(model, ends=ends, layers=layers)
         columns = decode.columns_of(own, head)
 

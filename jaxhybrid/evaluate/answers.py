@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxhybrid.model.head import chosen, gathered, in_chunks, log_partition, most_likely, own_columns, own_tokens
+from jaxhybrid.model.head import Head, chosen, gathered, in_chunks, log_partition, most_likely, own_columns, own_tokens
 from jaxhybrid.model.partition import BATCH_AXES, active_mesh, head_spec, on_shards, row_devices
 from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.train.placement import place_rows
@@ -76,7 +76,7 @@ def _read(
     hidden, head = states(model, batch["tokens"], batch["segment_ids"], softmax, dtype), model.head
     vocab_size, rows = model.config.vocab_size, P(BATCH_AXES)
 
-    def read(hidden: jax.Array, at: jax.Array, answers: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def read(hidden: jax.Array, at: jax.Array, answers: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
         taken = jnp.take_along_axis(hidden, at.reshape(len(at), -1, 1), axis=1).reshape(-1, hidden.shape[-1])
         columns = own_columns(head, vocab_size, dtype)
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxhybrid.errors import DataError
 from jaxhybrid.evaluate.bootstrap import resampled
 from jaxhybrid.losses import next_token_targets
-from jaxhybrid.model.head import chosen, gathered, in_chunks, log_partition, most_likely, own_columns, own_tokens
+from jaxhybrid.model.head import Head, chosen, gathered, in_chunks, log_partition, most_likely, own_columns, own_tokens
 from jaxhybrid.model.partition import ROWS, active_mesh, batch_spec, head_spec, on_shards, splits_tokens, total
 from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.stages.batch import Batch, token_mask
@@ -35,7 +35,7 @@ FIGURES = {
     "agreement": ("agreement", "tokens"),
 }
 
-Hidden = tuple[jax.Array, jax.Array]  # what `outputs` gives: hidden states [B,T,D], head [D,S]
+Hidden = tuple[jax.Array, Head]  # what `outputs` gives: hidden states [B,T,D], head
 
 
 def compare_quality(

@@ -22,7 +22,7 @@ A hybrid of {base} ({family} architecture) with {layers} layers, counted from 0.
 Softmax attention is kept in {softmax}; {converted} of the layers use {mixing},
 whose memory does not grow with the text.
 
-{mixer}Weights are {dtype}{decays}.
+{kept}{mixer}Weights are {dtype}{decays}.
 
 ## Use
 
@@ -73,7 +73,7 @@ def model_card(
         metadata.append(f"base_model: {base}")
     if terms:  # the hub's word for terms that are not one of its list
         metadata += ["license: other", f"license_link: {terms[0]}"]
-    softmax = config.softmax_layers
+    softmax, changed = config.softmax_layers, config.softmax.describe()
     mixer = None if config.mixer is None else STUDENT_MIXERS[config.mixer.kind]
     is_linear = config.mixer is None or config.mixer.kind in LINEAR_MIXERS
     mixing = [*["linear attention"] * is_linear, *([] if mixer is None else [mixer.title])]
@@ -86,6 +86,7 @@ def model_card(
         softmax=f"layers {', '.join(map(str, softmax))}" if softmax else "no layer",
         converted=config.num_layers - len(softmax),
         mixing=mixing[0] + "".join(f" ({title})" for title in mixing[1:]),
+        kept=f"A softmax layer has {' and '.join(changed)}. " if changed else "",
         mixer="" if mixer is None else f"Such a layer has: {', '.join(mixer.describe(config))}. ",
         dtype=dtype,
         decays="; the decays of linear layers are float32" * is_linear,

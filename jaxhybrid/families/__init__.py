@@ -7,7 +7,7 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.families import native, student
 from jaxhybrid.families.base import Family
 from jaxhybrid.families.exaone4 import EXAONE4
-from jaxhybrid.families.gemma import GEMMA, GEMMA3
+from jaxhybrid.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxhybrid.families.granite import GRANITE
 from jaxhybrid.families.internlm3 import INTERNLM3
 from jaxhybrid.families.llama import LLAMA
@@ -24,7 +24,7 @@ from jaxhybrid.model.config import ModelConfig
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GEMMA, GEMMA3, OLMO2, OLMO3, PHI3, GRANITE, SMOLLM3, EXAONE4,
+        LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, PHI3, GRANITE, SMOLLM3, EXAONE4,
         INTERNLM3, SEED_OSS,
     )
 }  # fmt: skip

@@ -32,7 +32,7 @@ OWN_KEYS = (
 KNOWN_PARTS = (
     *("family", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
     *("head_dim", "norm_eps", "max_position_embeddings", "rope", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias"),
-    *("qk_norm", "layer_types", "mixer"),
+    *("qk_norm", "layer_types", "mixer", "softmax"),
 )
 KNOWN_SETTINGS = (
     *("expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm", "conv_size"),
@@ -66,6 +66,8 @@ def features(config: ModelConfig) -> list[Feature]:
         _flag("biases on q, k, v", config.qkv_bias, False),
         _flag("bias on o", config.o_bias, False),
         _flag("biases in the MLP", config.mlp_bias, False),
+        _flag("rotary embedding of softmax layers", config.softmax.rope, True, "softmax.rope=true"),
+        _flag("queries scaled by length", config.softmax.length_scale is not None, False, "softmax.length_scale=null"),
         Feature("rotary scaling", config.rope.kind, " or ".join(ROPE_KINDS), config.rope.kind in ROPE_KINDS),
         Feature("rotated share of a head", "all", "any", True),
         Feature("tied embeddings", _words(config.tie_embeddings), "any", True),

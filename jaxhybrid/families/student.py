@@ -9,16 +9,16 @@ from typing import Any
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.families.base import HARMLESS_KEYS, SLIDING_ATTENTION, Family
 from jaxhybrid.families.rope import rope_to_hf
-from jaxhybrid.model.config import FULL_ATTENTION, MixerConfig, ModelConfig
+from jaxhybrid.model.config import FULL_ATTENTION, MixerConfig, ModelConfig, SoftmaxConfig
 from jaxhybrid.model.mixers import STUDENT_MIXERS
 
 STUDENT_TYPE = "jaxhybrid"
 LINEAR_ATTENTION = "linear_attention"  # transformers' name of a layer with a state of fixed size
-STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", "traits", *STUDENT_MIXERS)
+STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", "softmax", "traits", *STUDENT_MIXERS)
 # What an export's code must know of the base model where it is not as Llama's.
 TRAITS = (
     "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
-    "residual_scale", "logit_scale", "attention_scale", "window", "unrotated_layers",
+    "residual_scale", "logit_scale", "logit_cap", "attention_scale", "attention_cap", "window", "unrotated_layers",
 )  # fmt: skip
 NOT_CARRIED = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
@@ -30,7 +30,7 @@ def write_student(family: Family, config: ModelConfig, teacher_hf_config: Mappin
     }
     if (carried.get("pad_token_id") or 0) >= config.vocab_size:  # transformers makes no embedding with such a one
         del carried["pad_token_id"]
-    hf = carried | family.write_config(config)
+    hf = carried | family.write_config(replace(config, softmax=SoftmaxConfig()))
     del hf["architectures"]
     hf |= {
         "model_type": STUDENT_TYPE,
@@ -39,6 +39,8 @@ def write_student(family: Family, config: ModelConfig, teacher_hf_config: Mappin
         "rope_parameters": rope_to_hf(config.rope),  # those of sliding layers are a trait
         "layer_types": [FULL_ATTENTION if kind == FULL_ATTENTION else LINEAR_ATTENTION for kind in config.layer_types],
     }
+    if config.softmax != SoftmaxConfig():
+        hf["softmax"] = asdict(config.softmax)
     if config.mixer is not None:
         hf |= {"linear_mixer": config.mixer.kind, config.mixer.kind: asdict(config.mixer)}
     return hf
@@ -84,7 +86,7 @@ def read_student(families: Mapping[str, Family], hf: dict[str, Any]) -> ModelCon
             f"The student's config lacks the settings of its linear layers ({', '.join(STUDENT_MIXERS)})."
         )
     types = tuple(mixer.kind if mixer and kind == LINEAR_ATTENTION else FULL_ATTENTION for kind in kinds)
-    return replace(config, layer_types=types, mixer=mixer)
+    return replace(config, layer_types=types, mixer=mixer, softmax=_read_softmax(hf))
 
 
 def _traits(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +99,14 @@ def _traits(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Any]:
     if hf.get("layer_types"):
         found["layer_types"] = hf["layer_types"]
     return dict(json.loads(json.dumps(found)))
+
+
+def _read_softmax(hf: Mapping[str, Any]) -> SoftmaxConfig:
+    """What the softmax layers have otherwise than the teacher's; exports without the key have nothing."""
+    given = hf.get("softmax") or {}
+    if unknown := set(given) - {item.name for item in fields(SoftmaxConfig)}:
+        raise ConfigError(f"softmax has {', '.join(sorted(unknown))}, which this version does not know.")
+    return SoftmaxConfig(**given)
 
 
 def _read_mixer(hf: Mapping[str, Any]) -> MixerConfig | None:

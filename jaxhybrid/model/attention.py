@@ -32,6 +32,8 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = query_key_norms(config, rngs, G)
         self.window = None if config.window is None else config.window.size
         self.scale = None if config.attention_scale is None else config.attention_scale * K**0.5
+        self.cap = config.attention_cap
+        self.rope, self.scales_by_length = config.softmax.rope, config.softmax.length_scale is not None
 
     @staticmethod
     def initial_state(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> Params:
@@ -54,18 +56,21 @@ class Attention(nnx.Module):
         index, new = context.cache_index, {"k": k, "v": v}
         if index.ndim:  # one token a row, each at a place of its own
             state = written(state, new, index)
-            out = decode_attention(q[:, 0], state["k"], state["v"], index, window)[:, None]
+            out = decode_attention(q[:, 0], state["k"], state["v"], index, window, self.cap)[:, None]
         else:
             state = {
                 name: jax.lax.dynamic_update_slice_in_dim(cache, jnp.moveaxis(new[name], 1, 2), index, 2)
                 for name, cache in state.items()
             }
             keys, values = (jnp.moveaxis(state[name], 2, 1) for name in ("k", "v"))
-            out = causal_attention(q, keys, values, None, first_query=index, window=window)
+            out = causal_attention(q, keys, values, None, first_query=index, window=window, cap=self.cap)
         return self.o_proj(out), state
 
     def projected(self, x_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = project(self, x_BTD, context)
+        q, k, v = project(self, x_BTD, context, self.rope)
+        if self.scales_by_length:
+            assert context.query_scale is not None, "the context is of another model"
+            q = (q * context.query_scale[..., None, None]).astype(q.dtype)
         if self.scale is not None:  # attention divides by sqrt(K)
             q = q * self.scale
         return q, k, v
@@ -78,7 +83,7 @@ class Attention(nnx.Module):
             k, v = (joined(x, 1, "context") for x in (k, v))
         return causal_attention(
             q, k, v, context.segment_ids,
-            key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window,
+            key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window, cap=self.cap,
         )  # fmt: skip
 
 
@@ -90,9 +95,7 @@ def written(caches: Params, new: Params, index_B: jax.Array) -> Params:
     return {name: cache.at[at].set(new[name][:, 0], mode="drop", unique_indices=True) for name, cache in caches.items()}
 
 
-def project(
-    mixer: Any, x_BTD: jax.Array, context: TokenContext, rope: bool = True
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project(mixer: Any, x_BTD: jax.Array, context: TokenContext, rope: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k, v [B,T,heads,K] by the mixer's projections, its query and key norms if it has them, and rotation."""
     q, k, v = mixer.q_proj(x_BTD), mixer.k_proj(x_BTD), mixer.v_proj(x_BTD)
     if hasattr(mixer, "q_norm"):

@@ -49,6 +49,29 @@ class WindowConfig:
     rope: RopeConfig | None = None  # of these layers; None: that of all
 
 
+@dataclass(frozen=True)
+class SoftmaxConfig:
+    """What the softmax layers of a student have otherwise than the teacher's (HyPE, arXiv 2601.22156).
+
+    Attributes:
+        rope: false leaves queries and keys unrotated.
+        length_scale: a; a query with t tokens of its document before it is multiplied by log(t + a) / log(a).
+    """
+
+    rope: bool = True
+    length_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.length_scale is not None and self.length_scale <= 1:
+            raise ConfigError(f"softmax.length_scale={self.length_scale}: must be above 1, or null for no scale.")
+
+    def describe(self) -> list[str]:
+        """In a few words each; none where nothing differs."""
+        a = self.length_scale
+        told = [] if self.rope else ["no rotary embedding"]
+        return told if a is None else [*told, f"queries scaled by log(t + {a:g}) / log({a:g}) after t tokens"]
+
+
 def option(default: Any, about: str) -> Any:
     """A field of a mixer's settings, with the words that `jaxhybrid settings` says of it."""
     return field(default=default, metadata={"about": about})
@@ -134,11 +157,14 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what a mixer or an MLP adds
     logit_scale: float = 1.0
+    logit_cap: float | None = None  # logits z become cap * tanh(z / cap) (Gemma 2)
     attention_scale: float | None = None  # of queries with keys; None: 1 / sqrt(head_dim)
+    attention_cap: float | None = None  # the same of the scaled products of queries with keys, in softmax layers
     window: WindowConfig | None = None
     unrotated_layers: tuple[int, ...] = ()  # without rotary embedding (SmolLM3)
     layer_types: tuple[str, ...] = ()  # one mixer name per layer; empty means softmax everywhere
     mixer: MixerConfig | None = None  # of the layers that are not softmax
+    softmax: SoftmaxConfig = SoftmaxConfig()  # of those that are, in a student
 
     def __post_init__(self) -> None:
         if not self.layer_types:

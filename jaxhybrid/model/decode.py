@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxhybrid.errors import TopologyError
 from jaxhybrid.model.blueprint import Exact, Params, is_variable, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
-from jaxhybrid.model.head import Columns, TiedColumns, gathered, own_columns, whole
+from jaxhybrid.model.head import Columns, Head, TiedColumns, gathered, own_columns, whole
 from jaxhybrid.model.joined import join, joined_layer, may_join
 from jaxhybrid.model.layers import Block, LayerView, TokenContext, layer_views
 from jaxhybrid.model.mixers import MIXERS
@@ -251,7 +251,7 @@ def decode_token(
 ) -> tuple[jax.Array, LayerStates]:
     """Logits [B,S] float32 of what follows these tokens, and the states with them; lengths_B is each row's before."""
 
-    def local(ends: Params, head: jax.Array, layers: Any, *given: Any) -> tuple[jax.Array, LayerStates]:
+    def local(ends: Params, head: Head, layers: Any, *given: Any) -> tuple[jax.Array, LayerStates]:
         own = Unstacked(ends, layers, model.config)
         return decode_own_token(own, columns_of(own, head), *given)
 
@@ -261,10 +261,10 @@ def decode_token(
     return on_shards(local, arguments, specs, (ROWS, states_at))
 
 
-def columns_of(model: Unstacked, head_DS: jax.Array) -> Columns:
+def columns_of(model: Unstacked, head: Head) -> Columns:
     """This device's columns of the head, inside `on_shards`."""
-    columns = own_columns(head_DS, model.config.vocab_size, model.dtype)
-    return TiedColumns(columns.weight.T, columns.numbers) if model.config.tie_embeddings else columns
+    columns = own_columns(head, model.config.vocab_size, model.dtype)
+    return TiedColumns(columns.weight.T, columns.numbers, columns.cap) if model.config.tie_embeddings else columns
 
 
 def decode_own_token(

@@ -5,12 +5,13 @@ chunk of tokens are one matrix, of which each device makes its own columns.
 """
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxhybrid.model.layers import exact_dtype
+from jaxhybrid.model.layers import capped, exact_dtype
 from jaxhybrid.model.partition import (
     SHARDS,
     axis_index,
@@ -28,23 +29,51 @@ NO_WORD = -1e30  # logit of a column that is padding; finite, so that difference
 SHARERS = (*SHARDS, "tensor")  # the devices that share a head
 
 
-class Columns(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of final hidden states."""
+
+    kernel: jax.Array  # [D,S]
+    cap: float | None = field(default=None, metadata={"static": True})  # z becomes cap * tanh(z / cap)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    def astype(self, dtype: Any) -> "Head":
+        return Head(self.kernel.astype(dtype), self.cap)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Columns:
     """This device's columns of a head."""
 
     weight: jax.Array  # [D,s]
     numbers: jax.Array  # [s] int32: which token each is; vocab_size and more where it is padding
+    cap: float | None = field(metadata={"static": True})  # of the head
 
     def logits(self, hidden_ND: jax.Array, vocab_size: int) -> jax.Array:
         """[N,s], in float32 or wider, of tokens that all sharers hold alike (`gathered`)."""
         with jax.named_scope("head"):
             logits = jnp.dot(hidden_ND, self.weight, preferred_element_type=exact_dtype(hidden_ND.dtype))
-        return self._marked(logits, vocab_size)
+        return self._finished(logits, vocab_size)
 
-    def _marked(self, logits: jax.Array, vocab_size: int) -> jax.Array:
+    def before_cap(self, gradient: jax.Array, logits: jax.Array) -> jax.Array:
+        """The gradient for the products of states and weights, from that for the logits which came of them."""
+        if self.cap is None:
+            return gradient
+        return jnp.where(logits > NO_WORD, gradient * (1 - (logits / self.cap) ** 2), 0)
+
+    def _finished(self, logits: jax.Array, vocab_size: int) -> jax.Array:
+        logits = capped(logits, self.cap)
         is_padded = self.numbers.shape[0] * shards() * axis_size("tensor") > vocab_size
         return jnp.where(self.numbers < vocab_size, logits, NO_WORD) if is_padded else logits
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TiedColumns(Columns):
     """Those of an embedding that is the head, as it lies: `weight` is [s,D].
 
@@ -55,14 +84,14 @@ class TiedColumns(Columns):
         with jax.named_scope("head"):
             exact = exact_dtype(hidden_ND.dtype)
             logits = jnp.einsum("nd,sd->ns", hidden_ND, self.weight, preferred_element_type=exact)
-        return self._marked(logits, vocab_size)
+        return self._finished(logits, vocab_size)
 
 
-def own_columns(head_DS: jax.Array, vocab_size: int, dtype: Any) -> Columns:
+def own_columns(head: Head, vocab_size: int, dtype: Any) -> Columns:
     """The columns of this device, from the part of the head that it stores: some rows, and some columns if the
     vocabulary is split over `tensor`. The devices that share it exchange rows for columns."""
     first, devices = jnp.int32(0), axis_size("tensor")
-    head_DS = differing(near(head_DS), "data")
+    head_DS = differing(near(head.kernel), "data")
     if devices > 1 and head_DS.shape[1] == vocab_size:  # each takes its share of columns that all have
         share = -(-vocab_size // devices)
         first, head_DS = axis_index("tensor") * share, _padded(head_DS, devices * share)
@@ -73,7 +102,8 @@ def own_columns(head_DS: jax.Array, vocab_size: int, dtype: Any) -> Columns:
     share = -(-stored // shards())
     places = axis_index(*SHARDS) * share + jnp.arange(share)
     numbers = jnp.where(places < stored, first + places, vocab_size)
-    return Columns(exchanged(_padded(head_DS.astype(dtype), share * shards()), split=1, join=0), numbers)
+    weight = exchanged(_padded(head_DS.astype(dtype), share * shards()), split=1, join=0)
+    return Columns(weight, numbers, head.cap)
 
 
 def _padded(x: jax.Array, columns: int) -> jax.Array:

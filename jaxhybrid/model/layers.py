@@ -59,6 +59,7 @@ class TokenContext(NamedTuple):
     first_token: jax.Array | None = None  # scalar: the place in the row of this device's first token, if rows are split
     sliding_tables: tuple[jax.Array, jax.Array] | None = None  # cos and sin of sliding layers, if theirs are others
     slides: Any = None  # bool: the layer has the model's sliding window, if the model has one
+    query_scale: jax.Array | None = None  # float32 [B,T]: of queries of softmax layers, by how much is before them
 
     def at_layer(self, view: LayerView | None) -> "TokenContext":
         """As the layer sees it that `view` is of."""
@@ -221,6 +222,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: bool = False) -
         if offset:
             return (exact * (1.0 + scale.astype(exact.dtype))).astype(x.dtype)
         return exact.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """x, or cap * tanh(x / cap): numbers that stay below a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def exact_dtype(dtype: Any) -> Any:

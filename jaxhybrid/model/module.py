@@ -15,7 +15,7 @@ from flax import nnx
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.model.blueprint import Params, bind, shapes_by_name, variables
 from jaxhybrid.model.config import layers_of_kind
-from jaxhybrid.model.layers import Block, exact_dtype, layer_views
+from jaxhybrid.model.layers import Block, capped, exact_dtype, layer_views
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.transformer import Ends, Model, scaled, token_context
 
@@ -74,9 +74,11 @@ class Unrolled(nnx.Module):
             x = layer(x, context.at_layer(view))
         x = scaled(self.ends.final_norm(x), self.config.logit_scale)
         if self.ends.head is not None:
-            return self.ends.head(x, dtype=exact_dtype(x.dtype)), None
-        table = self.ends.embed.embedding[...]
-        return jnp.einsum("btd,sd->bts", x, table, preferred_element_type=exact_dtype(x.dtype)), None
+            logits = self.ends.head(x, dtype=exact_dtype(x.dtype))
+        else:
+            table = self.ends.embed.embedding[...]
+            logits = jnp.einsum("btd,sd->bts", x, table, preferred_element_type=exact_dtype(x.dtype))
+        return capped(logits, self.config.logit_cap), None
 
 
 def module(model: Model) -> Unrolled:

@@ -246,7 +246,7 @@ def on_shards(fn: Callable[..., Any], arguments: tuple[Any, ...], specs: tuple[A
 
 
 def _broadcast(spec: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda _: spec, tree) if isinstance(spec, P) else spec
+    return jax.tree.map(lambda own, part: jax.tree.map(lambda _: own, part), spec, tree)
 
 
 def _moved(spec: P, x: Any) -> Any:

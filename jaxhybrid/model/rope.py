@@ -13,7 +13,8 @@ from jaxhybrid.model.partition import BATCH_AXES, largest
 
 
 def rotary_tables(config: ModelConfig, positions_BT: jax.Array, longest: jax.Array | None = None) -> dict[str, Any]:
-    """What a `TokenContext` has of positions: `cos` and `sin`, float32 [B,T,K/2], and those of sliding layers.
+    """What a `TokenContext` has of positions: `cos` and `sin`, float32 [B,T,K/2], those of sliding layers, and the
+    scale of queries.
 
     The `dynamic` and `longrope` rules take their length from the largest position present, as transformers does, or
     from `longest`, the tokens of the longest text, where these are a part of them.
@@ -22,6 +23,8 @@ def rotary_tables(config: ModelConfig, positions_BT: jax.Array, longest: jax.Arr
     tables: dict[str, Any] = {"cos": cos, "sin": sin}
     if config.window is not None and config.window.rope is not None:
         tables["sliding_tables"] = _tables(config, config.window.rope, positions_BT, longest)
+    if (a := config.softmax.length_scale) is not None:
+        tables["query_scale"] = jnp.log(positions_BT.astype(jnp.float32) + a) / math.log(a)
     return tables
 
 

@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel, decode_attention_refusal
 from jaxhybrid_kernels.numerics import decodes_by_kernels, on_nvidia, target_platform
 
-from jaxhybrid.model.layers import exact_dtype, segment_starts
+from jaxhybrid.model.layers import capped, exact_dtype, segment_starts
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
-QUERY_BLOCK = 1024  # queries of a block of the plain form
+QUERY_BLOCK = 1024  # queries of a block of the plain form, at most
+CAPPED_SCORES = 2**26  # of a block on GPUs, where the plain form is that of capped scores: 256 MiB of float32
 GPU_ROW = 2048  # keys up to which cuDNN gets one mask for all queries, and its gradient computes nothing again
 GPU_QUERY_BLOCK = 512
 GPU_QUERIES = 4096  # that one call of cuDNN should have at least, to fill the chip
@@ -64,6 +65,7 @@ def causal_attention(
     key_segment_ids: jax.Array | None = None,
     first_query: jax.Array | None = None,
     window: Window | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """softmax(q k' / sqrt(K)) v over the keys of a query's document up to its own: [B,Q,H,K] in q's dtype.
 
@@ -75,12 +77,14 @@ def causal_attention(
         key_segment_ids: [B,M], where keys are not those of the queries.
         first_query: traced int32: the place of the first query on the keys' axis, at most M - Q. None: 0, and M is Q.
         window: of those keys the last few only, and the first few if it has sinks.
+        cap: scores s = q k' / sqrt(K) become cap * tanh(s / cap). cuDNN has no such thing: GPUs take the plain form.
     """
     if key_segment_ids is None:
         assert first_query is None or segment_ids is None, "queries that are a slice need the ids of all keys"
         key_segment_ids = segment_ids
-    platform, short = target_platform(), q.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and short and key_segment_ids is None and first_query is None and window is None:
+    platform = target_platform()
+    by_cudnn = platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and cap is None
+    if by_cudnn and key_segment_ids is None and first_query is None and window is None:
         return _cudnn_causal(q, k, v)
     B, Q = q.shape[:2]
     starts = segment_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
@@ -89,34 +93,55 @@ def causal_attention(
     q, k, v, starts, documents, first = _varying_alike(q, k, v, starts, documents, first)
     sinks = 0 if window is None else window.sinks
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0 and not sinks:
-        return splash_attention(q, k, v, documents, starts, first, window)
+        return splash_attention(q, k, v, documents, starts, first, window, cap)
     seen = _Seen(documents if window is None else window.starts(documents, first), documents, sinks)
-    if platform == "gpu" and short and k.shape[1] <= GPU_ROW:
+    if by_cudnn and k.shape[1] <= GPU_ROW:
         return _cudnn_short(q, k, v, seen, first, is_causal=first_query is None)
-    if platform == "gpu" and short:
+    if by_cudnn:
         size = min(GPU_QUERY_BLOCK, Q + -Q % 8)
         most = GPU_MANY_QUERIES if k.shape[1] <= GPU_MIDDLE_ROW else GPU_QUERIES
         blocks = size, max(1, min(most // (B * size), math.ceil(Q / size)))
         if first_query is None:
             return _cudnn_documents(q, k, v, seen, first, blocks)
         return _cudnn_windowed(q, k, v, seen, first, blocks)
-    if Q <= QUERY_BLOCK:
-        return _plain_masked(q, k, v, seen.visible(first, k.shape[1]))
-    return windowed_attention(q, k, v, seen, first, attend=_plain_masked, size=QUERY_BLOCK, at_once=1)
+    attend, size = partial(_plain_masked, cap=cap), QUERY_BLOCK
+    if platform == "gpu" and cap is not None:
+        size = _capped_block(B * q.shape[2] * k.shape[1])
+    if size >= Q:
+        return attend(q, k, v, seen.visible(first, k.shape[1]))
+    return windowed_attention(q, k, v, seen, first, attend=attend, size=size, at_once=1)
+
+
+def _capped_block(scores: int) -> int:
+    """Queries of a block on GPUs, each of which has so many scores in all rows and heads: a power of two, but not so
+    few that a matrix product is narrow."""
+    most = max(CAPPED_SCORES // scores, 1)
+    return min(QUERY_BLOCK, max(64, 1 << most.bit_length() - 1))
 
 
 def decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, window: Window | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    last: jax.Array,
+    window: Window | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """One query a row, q [B,H,K], to the keys up to `last` [B] of the caches k, v [B,G,M,K]: [B,H,K]."""
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-    if window is None and decodes_by_kernels() and on_nvidia() and decode_attention_refusal(grouped, k) is None:
+    by_kernel = window is None and cap is None and decodes_by_kernels() and on_nvidia()
+    if by_kernel and decode_attention_refusal(grouped, k) is None:
         return decode_attention_kernel(grouped, k, v, last).reshape(q.shape).astype(q.dtype)
-    return plain_decode_attention(q, k, v, last, window)
+    return plain_decode_attention(q, k, v, last, window, cap)
 
 
 def plain_decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, window: Window | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    last: jax.Array,
+    window: Window | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """`decode_attention` by XLA.
 
@@ -129,7 +154,7 @@ def plain_decode_attention(
     seen = jnp.arange(M, dtype=jnp.int32) <= last[:, None]
     if window is not None:
         seen &= jnp.arange(M, dtype=jnp.int32) >= window.starts(jnp.zeros_like(last)[:, None], last[:, None])
-    scores = jnp.where(seen[:, None, None], scores * K**-0.5, MASKED)
+    scores = jnp.where(seen[:, None, None], capped(scores * K**-0.5, cap), MASKED)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     sums = jnp.einsum(
         "bgrnm,bgnmk->bgnrk", weights.astype(v.dtype).reshape(B, G, H // G, -1, block), v.reshape(B, G, -1, block, K),
@@ -178,14 +203,14 @@ def _varying_along(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
 # --- Plain JAX, and cuDNN ---------------------------------------------------------------------------------------------
 
 
-def _plain_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def _plain_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, cap: float | None = None) -> jax.Array:
     """q [N,Q,H,K], k and v [N,M,G,K], visible [N or 1,Q,M]; scores and softmax in float32."""
     N, Q, H, K = q.shape
     G = k.shape[2]
     scores = jnp.einsum(
         "bqgrk,bmgk->bgrqm", q.reshape(N, Q, G, H // G, K), k, preferred_element_type=exact_dtype(q.dtype)
     )
-    scores = jnp.where(visible[:, None, None], scores * K**-0.5, MASKED)
+    scores = jnp.where(visible[:, None, None], capped(scores * K**-0.5, cap), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrqm,bmgk->bqgrk", weights, v).reshape(N, Q, H, K)
 
@@ -447,6 +472,7 @@ def splash_attention(
     key_starts: jax.Array,
     first: jax.Array,
     window: Window | None = None,
+    cap: float | None = None,
     *,
     block: int | None = None,
     interpret: bool = False,
@@ -479,7 +505,7 @@ def splash_attention(
             for x, n in ((q * q.shape[-1] ** -0.5, after_q), (k, after_k), (v, after_k))
         )
     )
-    launch = _Launch(block_q, block_k, interpret, None if window is None else window.size)
+    launch = _Launch(block_q, block_k, interpret, None if window is None else window.size, cap)
     out = _splash(*operands, segments, by_key, by_query, launch)
     return jnp.moveaxis(out, 2, 1)[:, :Q]
 
@@ -520,6 +546,7 @@ class _Launch(NamedTuple):
     block_k: int
     interpret: bool
     window: int | None = None
+    cap: float | None = None
 
     @property
     def mask(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -541,7 +568,7 @@ def _splash_forward(q: Any, k: Any, v: Any, segments: Any, by_key: Any, by_query
         q, k, v, segments, table = args
         out, (logsumexp,) = splash._splash_attention_forward(
             table, q, k, v, segments, None, splash.DEFAULT_MASK_VALUE, False, launch.sizes, None, True, launch.mask,
-            interpret=launch.interpret,
+            launch.cap, launch.interpret,
         )  # fmt: skip
         return out, logsumexp
 
@@ -560,7 +587,7 @@ def _splash_backward(launch: _Launch, saved: Any, d_out: jax.Array) -> Any:
             launch.sizes,
             None,
             launch.mask,
-            None,
+            launch.cap,
             launch.interpret,
             saved,
             d_out,

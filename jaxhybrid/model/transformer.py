@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.model.blueprint import Exact, Params, cast, check_names, initialize, is_variable, variables
 from jaxhybrid.model.config import ModelConfig, Remat, layers_of_kind
-from jaxhybrid.model.head import gathered, own_columns, whole
+from jaxhybrid.model.head import Head, gathered, own_columns, whole
 from jaxhybrid.model.layers import (
     Block,
     Embedding,
@@ -61,11 +61,11 @@ class Model:
     folder: str = field(default="", metadata={"static": True})
 
     @property
-    def head(self) -> jax.Array:
-        """The matrix [D,S] that turns final hidden states into logits."""
-        if self.config.tie_embeddings:
-            return near(self.params["embed"]["embedding"]).T
-        return self.params["head"]["kernel"]
+    def head(self) -> Head:
+        """What turns final hidden states into logits."""
+        tied = self.config.tie_embeddings
+        kernel = near(self.params["embed"]["embedding"]).T if tied else self.params["head"]["kernel"]
+        return Head(kernel, self.config.logit_cap)
 
     @property
     def specs(self) -> Params | P:
@@ -142,7 +142,7 @@ def forward(
     """
     hidden = hidden_states(model, tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, remat=remat)
 
-    def local(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def local(hidden: jax.Array, head: Head) -> jax.Array:
         columns = own_columns(head, model.config.vocab_size, dtype)
         logits = columns.logits(gathered(hidden.reshape(-1, hidden.shape[-1])), model.config.vocab_size)
         return whole(logits, model.config.vocab_size).reshape(*hidden.shape[:2], -1)
@@ -199,8 +199,8 @@ def outputs(
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     sums: Any = jnp.float32,
-) -> tuple[jax.Array, jax.Array]:
-    """(hidden states [B,T,D], head [D,S] as it is stored): what a loss over the vocabulary needs of a model."""
+) -> tuple[jax.Array, Head]:
+    """(hidden states [B,T,D], head as it is stored): what a loss over the vocabulary needs of a model."""
     hidden = hidden_states(model, tokens_BT, segment_ids_BT, softmax=softmax, dtype=dtype, remat=remat, sums=sums)
     return hidden, model.head
 

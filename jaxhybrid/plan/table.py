@@ -63,6 +63,8 @@ def model_screen(planned: Planned) -> str:
     lines.append(f"New in it: {', '.join(found.new) or 'nothing'}.")
     if found.left:
         lines.append(f"Not taken: {', '.join(found.left)}.")
+    if changed := planned.hybrid.softmax.describe():
+        lines.append(f"Layers that stay softmax have, from distillation on, {' and '.join(changed)}.")
     if not planned.layers_are_known:
         softmax = ", ".join(map(str, planned.softmax_layers))
         lines.append(f"Until the layers are selected, plans count with {softmax} as softmax.")

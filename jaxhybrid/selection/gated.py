@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxhybrid.losses import CHUNK_TOKENS, linear_kl
 from jaxhybrid.model.blueprint import Params, bind, variables
 from jaxhybrid.model.config import FULL_ATTENTION, Remat
+from jaxhybrid.model.head import Head
 from jaxhybrid.model.layers import TokenContext
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.partition import gather
@@ -42,7 +43,7 @@ def gated_kl(
     gates: jax.Array,
     student: Model,
     batch: Batch,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     *,
     dtype: Any = jnp.bfloat16,
     chunk_tokens: int = CHUNK_TOKENS,

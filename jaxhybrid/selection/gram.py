@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxhybrid.evaluate.answers import softmax_states
-from jaxhybrid.model.head import SHARERS, gathered, in_chunks, log_partition, own_columns
+from jaxhybrid.model.head import SHARERS, Head, gathered, in_chunks, log_partition, own_columns
 from jaxhybrid.model.partition import BATCH_AXES, batch_spec, head_spec, on_shards, total
 from jaxhybrid.selection.masked import MaskedStudent, finite
 from jaxhybrid.stages.batch import Batch
@@ -75,14 +75,14 @@ def quadratic_kl(student: MaskedStudent, softmax_first: bool) -> QuadraticKl:
     return QuadraticKl(whole[1:, 1:], whole[0, 1:], 0.5 * float(whole[0, 0]))
 
 
-def _products(hidden: list[jax.Array], batch: Batch, head: jax.Array, *, vocab_size: int, chunk: int) -> jax.Array:
+def _products(hidden: list[jax.Array], batch: Batch, head: Head, *, vocab_size: int, chunk: int) -> jax.Array:
     """[L+1,L+1]: <a, b> summed over tokens, of what is missing (first) and of the changes.
 
     hidden: final states of the student that changes start from, and of each changed one.
     """
     spec, students = batch_spec(batch["tokens"]), len(hidden)
 
-    def local(hidden: list[jax.Array], teacher: jax.Array, counted: jax.Array, head: jax.Array) -> jax.Array:
+    def local(hidden: list[jax.Array], teacher: jax.Array, counted: jax.Array, head: Head) -> jax.Array:
         columns = own_columns(head, vocab_size, teacher.dtype)
         logits_of = partial(columns.logits, vocab_size=vocab_size)
 

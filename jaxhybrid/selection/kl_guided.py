@@ -16,6 +16,7 @@ from jaxhybrid import hosts
 from jaxhybrid.checksums import read_result
 from jaxhybrid.errors import ConfigError, DamageError, DivergenceError
 from jaxhybrid.files import remove
+from jaxhybrid.model.head import Head
 from jaxhybrid.model.partition import own_share
 from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.selection.kept_state import KeptState
@@ -172,7 +173,7 @@ def _train_candidate(
         run_and_record()
 
 
-def _kl_and_tokens(params: Any, layer: jax.Array, batch: Batch, teacher_head: jax.Array, **static: Any) -> Any:
+def _kl_and_tokens(params: Any, layer: jax.Array, batch: Batch, teacher_head: Head, **static: Any) -> Any:
     """Both over all processes' rows."""
     tokens = jnp.sum(token_mask(batch["segment_ids"]))
     return candidate_kl(params, layer, batch, teacher_head, **static), tokens

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxhybrid.errors import DivergenceError
 from jaxhybrid.evaluate.recall_prompts import RecallTask
 from jaxhybrid.losses import CHUNK_TOKENS, linear_cross_entropy, next_token_targets, squared_error
+from jaxhybrid.model.head import Head
 from jaxhybrid.model.transformer import Model, hidden_states, outputs
 from jaxhybrid.selection.cosine import block_cosines
 from jaxhybrid.selection.questions import Answered, Prompts, answer
@@ -158,7 +159,7 @@ def _prepare(teacher: Model, batch: Batch, *, dtype: Any) -> Batch:
     return {**batch, "counted": counted, "teacher_hidden": hidden, "count": jnp.sum(counted)}
 
 
-def _kl(student: Model, softmax: jax.Array, batch: Batch, head: jax.Array, **static: Any) -> jax.Array:
+def _kl(student: Model, softmax: jax.Array, batch: Batch, head: Head, **static: Any) -> jax.Array:
     return masked_kl(student, softmax, batch, batch["counted"], head, **static)
 
 

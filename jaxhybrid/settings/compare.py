@@ -9,7 +9,8 @@ from jaxhybrid.settings.fields import fields, section_of, shown
 from jaxhybrid.settings.run import RunConfig
 
 # The sections whose settings a stage's result depends on; selection may use the scores, so what follows does too.
-_SHARED, _IN_ORDER = ("seed", "teacher", "dtype", "mixer", "data"), ("align", "score", "select", "distill", "finetune")
+_SHARED = ("seed", "teacher", "dtype", "mixer", "data")
+_IN_ORDER = ("align", "score", "select", "softmax", "distill", "finetune")  # `softmax` is of the hybrid: no stage
 UPSTREAM = {stage: (*_SHARED, *_IN_ORDER[: place + 1]) for place, stage in enumerate(_IN_ORDER)}
 
 

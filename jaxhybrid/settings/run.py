@@ -12,6 +12,7 @@ from jaxhybrid.settings.budget import check_layers, layers_in_budget
 from jaxhybrid.settings.evaluate import EvaluateConfig
 from jaxhybrid.settings.mixer import MixerSettings
 from jaxhybrid.settings.select import Select, select_config
+from jaxhybrid.settings.softmax import SoftmaxSection
 from jaxhybrid.settings.stages import STAGES, AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig
 from jaxhybrid.settings.types import Count, Dtype, Names, Section, Sources, about, free
 
@@ -129,6 +130,7 @@ class RunConfig(Section):
     seed: int = about(0, "seed of initial values and of the order of the text")
     dtype: Dtype = about("bfloat16", "type of the matrix products; masters, gates and states are float32")
     mixer: MixerSettings = about(MixerSettings(), "the linear mixer")
+    softmax: SoftmaxSection = about(SoftmaxSection(), "the softmax layers that are kept")
     data: DataConfig = Field(description="text")
     mesh: MeshConfig = free(MeshConfig(), "devices")
     align: AlignConfig = about(AlignConfig(), "stage 1")
@@ -160,6 +162,11 @@ class RunConfig(Section):
         ):
             if trouble := bucket_trouble(path or ""):
                 raise ValueError(f"{key}: {trouble}")
+        if self.export.format == "native" and self.softmax != SoftmaxSection():
+            raise ValueError(
+                "export.format native: no architecture of transformers itself has what softmax.rope=false and "
+                "softmax.length_scale do; take remote-code, or leave both out"
+            )
         heldout = {f"{name}.heldout_tokens": getattr(self, name).heldout_tokens for name in ("score", "evaluate")}
         if "measure" not in self.select.idle and self.select.measure.source == "heldout":
             heldout["select.measure.tokens"] = self.select.measure.tokens
@@ -178,6 +185,11 @@ def validate_against(config: RunConfig, model: ModelConfig) -> None:
     layers_in_budget(config.select.budget, depth, "select.budget")
     for budget in config.score.budgets:
         layers_in_budget(budget, depth, "score.budgets")
+    if config.softmax.length_scale is not None and model.window is not None:
+        raise ConfigError(
+            f"softmax.length_scale {config.softmax.length_scale:g} is for layers that see all earlier tokens; some of "
+            f"this teacher's see {model.window.size} at most. Leave it out."
+        )
     if config.select.layers:
         check_layers(config.select.layers, depth)
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.

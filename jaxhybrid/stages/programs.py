@@ -1,6 +1,7 @@
 """The update of every stage as settings have it, and what it is given: a run calls it, a plan compiles it elsewhere."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -95,5 +96,6 @@ def stage_program(
     tokens = batch["tokens"]
     hidden = jax.ShapeDtypeStruct((*tokens.shape, teacher.hidden_size), dtype, sharding=tokens.sharding)
     stored = jax.eval_shape(lambda frozen: frozen.head, frozen)
-    head = jax.ShapeDtypeStruct(stored.shape, dtype, sharding=NamedSharding(mesh, stored.sharding.spec))
+    sharding = NamedSharding(mesh, stored.kernel.sharding.spec)
+    head = replace(stored, kernel=jax.ShapeDtypeStruct(stored.shape, dtype, sharding=sharding))
     return step, (state, jax.ShapeDtypeStruct((), jnp.int32), batch | {"teacher_hidden": hidden}, head)

@@ -14,6 +14,7 @@ import optax
 from jaxhybrid.losses import CHUNK_TOKENS, linear_kl
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, Remat
+from jaxhybrid.model.head import Head
 from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.stages.batch import Batch, Metrics, accumulate, count_tokens, token_mask
 from jaxhybrid.train.optimizer import TrainState, update
@@ -34,7 +35,7 @@ def score_step(
     state: TrainState,
     layer: jax.Array,
     batch: Batch,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     *,
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -70,7 +71,7 @@ def candidate_kl(
     params: Params,
     layer: jax.Array,
     batch: Batch,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     *,
     config: ModelConfig,
     dtype: Any = jnp.bfloat16,
@@ -91,7 +92,7 @@ def masked_kl(
     softmax: jax.Array,
     batch: Batch,
     mask: jax.Array,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     *,
     dtype: Any = jnp.bfloat16,
     remat: Remat = "none",

@@ -19,8 +19,8 @@ TOKENS = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (2, 40))
 G, F = GatedDeltaNetConfig.kind, "full_attention"
 
 
-def loaded(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+def loaded(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
 
 
 def test_every_family_is_tested():
@@ -28,7 +28,7 @@ def test_every_family_is_tested():
 
 
 @pytest.mark.filterwarnings("ignore:No tokenizer")
-@pytest.mark.parametrize(("family", "number"), cases("smollm3"))
+@pytest.mark.parametrize(("family", "number"), cases("gemma2", "smollm3"))
 def test_a_softmax_export_equals_the_teacher(tmp_path, family, number):
     reference = make_teacher(family, **TEACHERS[family][number])
     reference.save_pretrained(tmp_path / "teacher")
@@ -45,7 +45,25 @@ def test_a_softmax_export_equals_the_teacher(tmp_path, family, number):
     assert exported.generate(prompt, cache_implementation="static", **options).equal(expected)
 
 
-RICH = {"gemma3_text": 0, "olmo3": 0, "granite": 0, "smollm3": 1}  # of each trait one family that has it
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+@torch.compiler.set_stance("force_eager")  # flex attention would compile for a minute
+def test_capped_scores_in_each_implementation(tmp_path):
+    make_teacher("gemma2", **TEACHERS["gemma2"][0]).save_pretrained(tmp_path / "teacher")
+    folder = export(load_teacher(tmp_path / "teacher"), tmp_path / "out", "float32")
+    with pytest.raises(ValueError, match=r'sdpa has no cap of scores.* 2\.0.*"eager" or "flex_attention"'):
+        loaded(folder, attn_implementation="sdpa")
+    eager = loaded(folder)
+    assert eager.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="sdpa has no cap"):
+        eager.set_attn_implementation("sdpa")
+    expected = logits_of(eager, TOKENS)
+    flex = loaded(folder, attn_implementation="flex_attention")
+    np.testing.assert_allclose(logits_of(flex, TOKENS), expected, atol=2e-5, rtol=0)
+    del eager.config.traits["attention_cap"]
+    assert np.abs(logits_of(loaded(folder, config=eager.config), TOKENS) - expected).max() > 1e-2
+
+
+RICH = {"gemma2": 0, "gemma3_text": 0, "olmo3": 0, "granite": 0, "smollm3": 1}  # of each trait one family that has it
 
 
 @pytest.mark.slow

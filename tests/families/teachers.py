@@ -41,10 +41,16 @@ TEACHERS = {
     "qwen2": [SWITCHED],
     "qwen3": [{"head_dim": 32, "attention_bias": True, **SWITCHED}],
     "gemma": [{"head_dim": 24, "attention_bias": True}],
+    "gemma2": [
+        {"head_dim": 24, "query_pre_attn_scalar": 50, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+         **SLIDES},
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "attention_bias": True, "tie_word_embeddings": False,
+         "attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": [F, S, S, F, F], **SLIDES},
+    ],
     "gemma3_text": [
         {"head_dim": 24, "query_pre_attn_scalar": 50, "sliding_window_pattern": 3, **SLIDES},
         {"head_dim": 16, "query_pre_attn_scalar": 16, "attention_bias": True, "tie_word_embeddings": False,
-         "sliding_window": 512, "layer_types": [S, F, S, S, F]},
+         "final_logit_softcapping": 3.0, "sliding_window": 512, "layer_types": [S, F, S, S, F]},
     ],
     "olmo2": [{"attention_bias": True}],
     "olmo3": [

@@ -41,7 +41,7 @@ def test_every_family_is_tested():
     assert TEACHERS.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize(("family", "number"), cases("gemma3_text", "olmo3", "phi3"))
+@pytest.mark.parametrize(("family", "number"), cases("gemma2", "gemma3_text", "olmo3", "phi3"))
 def test_logits_equal_transformers(made, family, number):
     folder, expected = made(family, number)
     model = load_teacher(folder)
@@ -104,9 +104,9 @@ def test_an_unknown_activation_is_refused(key):
         hf_to_config({"model_type": family, **SHAPE, key: "relu"})
 
 
-def test_a_capped_model_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"final_logit_softcapping=30\.0"):
-        hf_to_config({"model_type": "gemma3_text", **SHAPE, "final_logit_softcapping": 30.0})
+def test_a_cap_that_transformers_does_not_heed_is_refused():
+    with pytest.raises(ConfigError, match=r"attn_logit_softcapping=50\.0"):
+        hf_to_config({"model_type": "gemma3_text", **SHAPE, "attn_logit_softcapping": 50.0})
 
 
 def test_what_a_family_cannot_say_is_named():

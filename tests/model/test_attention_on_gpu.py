@@ -23,7 +23,7 @@ def documents(kind, length):
     return jnp.asarray(np.stack([ids, ids[::-1]]), jnp.int32)
 
 
-def compare(run, q, k, v, d_out, real):
+def compare(run, q, k, v, d_out, real, by_cudnn=True):
     """Values and each gradient: both are bfloat16, so each is compared with float32 arithmetic on the same inputs."""
 
     def both(q, k, v):
@@ -31,7 +31,7 @@ def compare(run, q, k, v, d_out, real):
         return out * real, *pull((d_out * real).astype(out.dtype))  # what padding gives is nobody's business
 
     fused = jax.jit(both)
-    assert "cudnn" in fused.lower(q, k, v).as_text().lower()
+    assert ("cudnn" in fused.lower(q, k, v).as_text().lower()) == by_cudnn
     actual = fused(q, k, v)
     expected = jax.jit(both)(*(x.astype(jnp.float32) for x in (q, k, v)))  # 32 bits take the plain form
     for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
@@ -54,6 +54,14 @@ def test_fused_equals_plain(kind, sizes):
     ids = documents(kind, sizes[0])
     real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[..., None, None]
     compare(lambda q, k, v: causal_attention(q, k, v, ids), q, k, v, d_out, real)
+
+
+@pytest.mark.parametrize("kind", ["none", "padded"])
+def test_capped_scores(kind):
+    q, k, v, d_out = inputs(2600, 8, 4, 256)
+    ids = documents(kind, 2600)
+    real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[..., None, None]
+    compare(lambda q, k, v: causal_attention(q, k, v, ids, cap=2.0), q, k, v, d_out, real, by_cudnn=False)
 
 
 @pytest.mark.parametrize("kind", ["none", "short", "padded"])

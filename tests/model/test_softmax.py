@@ -34,7 +34,7 @@ def inputs(length, heads, groups, width, dtype):
     return q, k, v, d_out
 
 
-def formula(q, k, v, ids, first=0, window=None, sinks=0):
+def formula(q, k, v, ids, first=0, window=None, sinks=0, cap=None):
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     key = np.arange(k.shape[1])
     query = first + np.arange(q.shape[1])
@@ -47,11 +47,13 @@ def formula(q, k, v, ids, first=0, window=None, sinks=0):
         ids = np.asarray(ids)
         visible = visible & (ids[:, query][:, :, None] == ids[:, None, :])
     scores = jnp.einsum("bqhk,bmhk->bhqm", q, k) / np.sqrt(q.shape[-1])
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -np.inf), axis=-1)
     return jnp.einsum("bhqm,bmhk->bqhk", weights, v)
 
 
-def check(run, q, k, v, d_out, ids, first=0, window=None, sinks=0):
+def check(run, q, k, v, d_out, ids, first=0, window=None, sinks=0, cap=None):
     """`run` on the queries from `first` on; what it gives at padding is nobody's business."""
     q, d_out = q[:, first:], d_out[:, first:]
     real = np.ones((1, 1, 1, 1)) if ids is None else np.asarray(ids != 0)[:, first:, None, None]
@@ -63,7 +65,7 @@ def check(run, q, k, v, d_out, ids, first=0, window=None, sinks=0):
     actual = jax.jit(partial(both, run))(q, k, v, d_out)
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, d_out))
-        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first, window, sinks)))(*exact)
+        expected = jax.jit(partial(both, lambda q, k, v: formula(q, k, v, ids, first, window, sinks, cap)))(*exact)
     for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
         assert a.dtype == q.dtype, name
         a, b = np.asarray(a, np.float64), np.asarray(b)
@@ -78,15 +80,17 @@ def on_gpu(monkeypatch, row=0, middle=0):
     monkeypatch.setattr(softmax, "target_platform", lambda: "gpu")
 
 
-def splash(q, k, v, ids, first=0, window=None):
+def splash(q, k, v, ids, first=0, window=None, cap=None):
     starts = jnp.zeros(k.shape[:2], jnp.int32) if ids is None else segment_starts(ids)
     first = jnp.int32(first)
     query_starts = jax.lax.dynamic_slice_in_dim(starts, first, q.shape[1], 1)
-    return softmax.splash_attention(q, k, v, query_starts, starts, first, window, block=128, interpret=True)
+    return softmax.splash_attention(q, k, v, query_starts, starts, first, window, cap, block=128, interpret=True)
 
 
-def sliced(q, k, v, ids, first, window=None):
-    return softmax.causal_attention(q, k, v, None, key_segment_ids=ids, first_query=jnp.int32(first), window=window)
+def sliced(q, k, v, ids, first, window=None, cap=None):
+    return softmax.causal_attention(
+        q, k, v, None, key_segment_ids=ids, first_query=jnp.int32(first), window=window, cap=cap
+    )
 
 
 @pytest.mark.parametrize(("heads", "groups", "kind"), [(2, 2, "none"), (3, 1, "packed"), (8, 2, "padded")])
@@ -182,6 +186,28 @@ def test_sinks(monkeypatch, form, first):
     check(run, *arrays, ids, first, 6, 3)
 
 
+@pytest.mark.parametrize("kind", ["none", "padded"])
+@pytest.mark.parametrize("form", ["plain", "blocks", "gpu", "splash"])
+def test_capped_scores(monkeypatch, form, kind):
+    """A cap of the size of scores, with windows too, in each form; on GPUs not what stands for cuDNN."""
+    length, dtype = (300, "float32") if form == "splash" else (161, "bfloat16" if form == "gpu" else "float32")
+    if form == "blocks":
+        monkeypatch.setattr(softmax, "QUERY_BLOCK", 16)
+    if form == "gpu":
+        on_gpu(monkeypatch, row=2048)
+        monkeypatch.setattr(softmax, "CAPPED_SCORES", 1)
+    ids, arrays = documents(kind, length), inputs(length, 2, 1, 64, dtype)
+    attend = splash if form == "splash" else sliced
+    check(lambda q, k, v: attend(q, k, v, ids, 0, cap=1.5), *arrays, ids, cap=1.5)
+    window = softmax.Window(40, jnp.asarray(True))
+    check(lambda q, k, v: attend(q, k, v, ids, 37, window, 1.5), *arrays, ids, 37, 40, cap=1.5)
+
+
+def test_blocks_of_capped_scores_on_gpus():
+    """By how many scores fit: rows x heads x keys of a query."""
+    assert [softmax._capped_block(size) for size in (2**14, 8 * 8 * 4096, 8 * 32768, 2**22)] == [1024, 256, 256, 64]
+
+
 def test_a_window_without_documents(monkeypatch):
     on_gpu(monkeypatch, row=2048)
     window = softmax.Window(20, True)
@@ -191,13 +217,16 @@ def test_a_window_without_documents(monkeypatch):
     )  # fmt: skip
 
 
-def test_decoding_in_a_window():
+def test_decoding_in_a_window_and_capped():
     q, k, v, _ = inputs(101, 4, 2, 8, "float32")
     at = jnp.array([5, 60])
     rows = jnp.arange(2)
     caches = (jnp.moveaxis(x, 2, 1) for x in (k, v))
     out = softmax.decode_attention(q[rows, at], *caches, at, softmax.Window(20, True))
     np.testing.assert_allclose(out, formula(q, k, v, None, window=20)[rows, at], atol=2e-5)
+    caches = (jnp.moveaxis(x, 2, 1) for x in (k, v))
+    out = softmax.decode_attention(q[rows, at], *caches, at, cap=1.5)
+    np.testing.assert_allclose(out, formula(q, k, v, None, cap=1.5)[rows, at], atol=2e-5)
 
 
 def test_slices_together_are_the_whole(monkeypatch):
@@ -222,14 +251,15 @@ def test_slices_together_are_the_whole(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("window", [None, softmax.Window(20, True, sinks=4)])
-def test_no_array_of_tokens_by_tokens(monkeypatch, window):
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (softmax.Window(20, True, sinks=4), None), (None, 1.5)])
+def test_no_array_of_tokens_by_tokens(monkeypatch, window, cap):
     on_gpu(monkeypatch)
+    monkeypatch.setattr(softmax, "CAPPED_SCORES", 2**14)
     q, k, v, d_out = inputs(520, 2, 1, 8, "bfloat16")
     ids = documents("packed", 520)
 
     def attend(q, k, v):
-        return softmax.causal_attention(q, k, v, None, key_segment_ids=ids, window=window)
+        return softmax.causal_attention(q, k, v, None, key_segment_ids=ids, window=window, cap=cap)
 
     def both(q, k, v):
         return jax.vjp(attend, q, k, v)[1](d_out)
@@ -258,18 +288,18 @@ def test_splash_attention_compiles_for_tpus():
 
 
 def compile_for_tpus():
-    """Prints the kernels in the gradients of a context-parallel layer for v5p, and of odd lengths for v6e."""
+    """Prints the kernels in the gradients of a context-parallel layer for v5p, and of odd lengths, capped, for v6e."""
     import re
 
     from jax.experimental import topologies
 
-    def compiled(mesh, context, length, heads, groups, width):
+    def compiled(mesh, context, length, heads, groups, width, cap=None):
         queries = jax.P("data", "context") if context else jax.P(("data", "context"))
         rows = jax.P("data") if context else queries
 
         def local(q, k, v, ids):
             if not context:
-                return softmax.causal_attention(q, k, v, ids)
+                return softmax.causal_attention(q, k, v, ids, cap=cap)
             return sliced(q, k, v, ids, jax.lax.axis_index("context") * q.shape[1])
 
         def array(spec, *shape, dtype=jnp.bfloat16):
@@ -284,7 +314,7 @@ def compile_for_tpus():
         return set(re.findall(r"splash_mha_[a-z]+_segmented", text))
 
     found = {}
-    for topology, *sizes in (("v5p:2x2x1", True, 2048, 6, 2, 128), ("v6e:2x2", False, 1001, 4, 4, 64)):
+    for topology, *sizes in (("v5p:2x2x1", True, 2048, 6, 2, 128), ("v6e:2x2", False, 1001, 4, 4, 64, 30.0)):
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
         axis_types = (jax.sharding.AxisType.Explicit,) * 2
         mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=axis_types, devices=devices)

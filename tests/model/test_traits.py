@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxhybrid.decoding import engine
 from jaxhybrid.decoding.engine import Engine, Request
-from jaxhybrid.model.config import RopeConfig, WindowConfig
+from jaxhybrid.model.config import RopeConfig, SoftmaxConfig, WindowConfig
+from jaxhybrid.model.decode import decode_token, initial_states, unstack
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.module import module
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
@@ -28,9 +30,12 @@ TRAITS = {
     "embedding_scale": 3.0,
     "residual_scale": 0.5,
     "logit_scale": 0.25,
+    "logit_cap": 0.05,
     "attention_scale": 0.2,
+    "attention_cap": 1.0,
     "window": WindowConfig(5, (0, 1, 3), RopeConfig(theta=100.0, partial=0.5)),
     "unrotated_layers": (2,),
+    "softmax": SoftmaxConfig(length_scale=4.0),
 }
 G, F = GatedDeltaNetConfig.kind, "full_attention"
 
@@ -52,7 +57,10 @@ def expected(student):
 @pytest.mark.slow
 def test_each_trait_matters(student, expected):
     batch, whole = expected
-    for name, value in {"window": None, "unrotated_layers": (), "attention_scale": None}.items():
+    for name, value in {
+        "window": None, "unrotated_layers": (), "attention_scale": None, "attention_cap": None, "logit_cap": None,
+        "softmax": SoftmaxConfig(),
+    }.items():  # fmt: skip
         other = Model(student.params, replace(student.config, **{name: value}))
         assert np.abs(jax.jit(forward)(other, batch["tokens"], batch["segment_ids"]) - whole).max() > 1e-3, name
 
@@ -73,6 +81,16 @@ def test_as_one_module(student, expected):
     batch, whole = expected
     logits, _ = module(student)(batch["tokens"], segment_ids=batch["segment_ids"])
     np.testing.assert_allclose(logits, whole, atol=2e-4)
+
+
+def test_logits_of_a_decoded_token(student, expected):
+    """The first of each row: all that is before and after the layers, which greedy tokens do not show."""
+    batch, whole = expected
+    rows = batch["tokens"].shape[0]
+    states = initial_states(student.config, rows, 8, jnp.float32)
+    places = jnp.zeros(rows, jnp.int32)
+    logits, _ = jax.jit(decode_token)(unstack(student, jnp.float32), batch["tokens"][:, 0], states, places)
+    np.testing.assert_allclose(logits, whole[:, 0], atol=1e-5)
 
 
 def test_decoding(student, monkeypatch):

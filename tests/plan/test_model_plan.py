@@ -193,6 +193,9 @@ def test_the_model_alone_needs_no_compiler(monkeypatch, capsys, config_file):
     assert "1 of 4 layers softmax, the others gated_deltanet" in said.out
     assert re.search(r"\| 0 to 3 \| open: kl_guided keeps 1", said.out)
     assert "k_proj.kernel (each head 2 times)" in said.out
+    assert "softmax have" not in said.out
+    _, said = run_verb(monkeypatch, capsys, config_file, "--model-only", "softmax.rope=false")
+    assert "Layers that stay softmax have, from distillation on, no rotary embedding." in said.out
     code, said = run_verb(monkeypatch, capsys, config_file, "--model-only", "--json")
     assert json.loads(said.out)["model"]["layers"] == [OPEN] * 4
 

@@ -84,7 +84,7 @@ def test_ablation_is_the_walk_without_a_mixer(vocabulary, teacher):
                 row(stack, layer) for stack in (teacher.params["blocks"], teacher.params["mixers"]["full_attention"])
             )
             x = block_of(*own, x, float(layer != removed))
-        logits = np.asarray(final_norm(teacher, x) @ teacher.head, np.float64)
+        logits = np.asarray(final_norm(teacher, x) @ teacher.head.kernel, np.float64)
         log_p = logits - logsumexp(logits, axis=-1, keepdims=True)
         p = np.arange(len(task.places))[:, None]
         expected = log_p[p, task.places, task.answers[..., 0]].mean()

@@ -7,7 +7,8 @@ from transformers import PreTrainedConfig
 
 TRAITS = {
     "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
-    "residual_scale", "logit_scale", "attention_scale", "window", "unrotated_layers", "layer_types",
+    "residual_scale", "logit_scale", "logit_cap", "attention_scale", "attention_cap", "window", "unrotated_layers",
+    "layer_types",
 }  # fmt: skip
 
 
@@ -18,10 +19,13 @@ class JaxHybridConfig(PreTrainedConfig):
     `linear_mixer` is what the linear layers are (the file `NAME_jaxhybrid.py`), and the key of that name holds their
     settings: `expand_kv` (one state per query head; else one per key/value head), `output_gate`, `rope`, `qkv_bias`,
     `qk_norm`, and what the mixer has of its own, such as `conv_size` (taps of the convolution, 0 for none).
+    `softmax` has what the softmax layers have otherwise than the base model's: `rope` (false: queries and keys are not
+    rotated), `length_scale` (a; a query with t tokens of its document before it is multiplied by log(t + a) / log(a)).
     `base_model_type` names the base model's architecture, and `traits` holds what that has otherwise than Llama:
     `qkv_bias`, `o_bias`, `qk_norm`; `wide_qk_norm` (over all heads together), `activation` (gelu_tanh), `norms`
     ("after" or "around" a mixer and an MLP), `norm_offset` (norms scale by 1 + weight), `embedding_scale`,
-    `residual_scale`, `logit_scale`, `attention_scale`, `window` (size, layers and rope of softmax layers that see the
+    `residual_scale`, `logit_scale`, `attention_scale`, `attention_cap` and `logit_cap` (of scores and of logits, which
+    come out of cap * tanh(x / cap)), `window` (size, layers and rope of softmax layers that see the
     last tokens only), `unrotated_layers`, and the base model's own `layer_types`.
     """
 
@@ -49,6 +53,7 @@ class JaxHybridConfig(PreTrainedConfig):
     layer_types: list[str] = field(default_factory=list)
     traits: dict[str, Any] = field(default_factory=dict)
     linear_mixer: str = "gated_deltanet"
+    softmax: dict[str, Any] = field(default_factory=dict)
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -63,6 +68,9 @@ class JaxHybridConfig(PreTrainedConfig):
         unknown = set(self.traits) - TRAITS
         if unknown:
             raise ValueError(f"traits has {sorted(unknown)}, which this code does not know.")
+        unknown = set(self.softmax) - {"rope", "length_scale"}
+        if unknown:
+            raise ValueError(f"softmax has {sorted(unknown)}, which this code does not know.")
         if self.hidden_act not in ("silu", "gelu_pytorch_tanh"):
             raise ValueError(f"hidden_act {self.hidden_act!r}: this model's MLP has silu or gelu_pytorch_tanh.")
         unknown = set(self.layer_types) - {"full_attention", "linear_attention"}

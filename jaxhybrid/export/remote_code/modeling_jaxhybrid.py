@@ -3,6 +3,7 @@
 Axes: B batch, T tokens. No keyword is swallowed: what a forward does not name it refuses.
 """
 
+import math
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
@@ -28,6 +29,7 @@ from .softmax_attention_jaxhybrid import (
     JaxHybridRMSNorm,
     JaxHybridRotaryEmbedding,
     JaxHybridRotaryTables,
+    capped,
 )
 
 # What transformers calls a cache: `past_key_values` until 5.23, then `cache`.
@@ -62,6 +64,15 @@ class JaxHybridPreTrainedModel(PreTrainedModel):
         f"linear_attn.{name}" for mixer in LINEAR_MIXERS.values() for name in mixer.float32
     ]
     _can_record_outputs = {"hidden_states": JaxHybridDecoderLayer, "attentions": JaxHybridAttention}  # noqa: RUF012
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        """Asked before sdpa is used. Where the user has chosen nothing, an error makes transformers take eager."""
+        if (cap := self.config.trait("attention_cap", None)) is not None:
+            raise ValueError(
+                f'sdpa has no cap of scores, and this model has one of {cap}: load it with attn_implementation="eager" '
+                'or "flex_attention".'
+            )
+        return super()._sdpa_can_dispatch(is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -145,6 +156,9 @@ class JaxHybridModel(JaxHybridPreTrainedModel):
         mask = partial(softmax_mask, self.config, x, attention_mask, {CACHE_NAME: cache}, columns, layout)
         linear: dict[str, Any] = {"real": layout.real, "first": layout.first}
         full, sliding = mask(), {} if self.window is None else mask(self.window["size"])
+        if (a := self.config.softmax.get("length_scale")) is not None:
+            scale = torch.log(layout.positions.float() + a)[..., None, None] / math.log(a)
+            full, sliding = full | {"query_scale": scale}, sliding | {"query_scale": scale}
         tables = self.rotary_tables(x, layout.positions)
         for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types)):
             softmax = full if self.config.window_of(number) is None else sliding
@@ -261,6 +275,7 @@ class JaxHybridForCausalLM(JaxHybridPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         if (scale := self.config.trait("logit_scale", 1.0)) != 1:
             logits = logits * scale
+        logits = capped(logits, self.config.trait("logit_cap", None))
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(

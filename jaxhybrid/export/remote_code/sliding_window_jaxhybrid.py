@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_jaxhybrid import JaxHybridConfig
 from .linear_attention_jaxhybrid import JaxHybridStateful
-from .softmax_attention_jaxhybrid import JaxHybridProjections
+from .softmax_attention_jaxhybrid import JaxHybridProjections, capped
 
 QUERIES = 256  # at once: a mask has so many rows, and a column for each of them and for each place of the state
 
@@ -86,6 +86,10 @@ class JaxHybridSlidingWindow(JaxHybridProjections, JaxHybridStateful):
         )
         mask = torch.cat([before, own], dim=-1)[:, None]
         dropout = self.config.attention_dropout if self.training else 0.0
+        if self.cap is not None:  # sdpa has none
+            scores = capped(q @ keys.mT * self.scaling, self.cap).masked_fill(~mask, -torch.inf)
+            weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+            return F.dropout(weights, p=dropout, training=self.training) @ values
         return F.scaled_dot_product_attention(q, keys, values, mask, dropout_p=dropout, scale=self.scaling)
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

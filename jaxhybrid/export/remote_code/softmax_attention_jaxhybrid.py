@@ -106,7 +106,9 @@ class JaxHybridRotaryTables(nn.Module):
         if hasattr(self, "sliding_rotary_emb"):
             own = self.sliding_rotary_emb(x, positions)
         still = torch.ones_like(tables[0]), torch.zeros_like(tables[1])
-        unrotated = self.config.trait("unrotated_layers", ())
+        unrotated = set(self.config.trait("unrotated_layers", ()))
+        if not self.config.softmax.get("rope", True):
+            unrotated |= {i for i, kind in enumerate(self.config.layer_types) if kind == "full_attention"}
         return [
             still if layer in unrotated else tables if self.config.window_of(layer) is None else own
             for layer in range(self.config.num_hidden_layers)
@@ -121,6 +123,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
+def capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """x, or cap * tanh(x / cap)."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
 def eager_attention_forward(
     module: "JaxHybridAttention",
     query: torch.Tensor,
@@ -129,11 +136,12 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by matrix products; query [B,H,T,K], key and value [B,G,M,K]. Returns [B,T,H,K] and the weights."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.mT * scaling
+    scores = capped(query @ key.mT * scaling, softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -152,6 +160,7 @@ class JaxHybridProjections(nn.Module):
         self.head_dim = K
         self.num_key_value_groups = H // G
         self.scaling = config.trait("attention_scale", K**-0.5)
+        self.cap = config.trait("attention_cap", None)
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
@@ -184,10 +193,17 @@ class JaxHybridAttention(JaxHybridProjections):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         cache: Cache | None,
         attention_mask: torch.Tensor | None,
+        query_scale: torch.Tensor | None = None,
         **flash_arguments: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the output and, with eager attention, its weights [B,H,T,M]."""
-        q, k, v = (x.transpose(1, 2) for x in self.projected(hidden_states, position_embeddings))
+        """Returns the output and, with eager attention, its weights [B,H,T,M].
+
+        query_scale: [B,T,1,1], float32: what queries are multiplied by.
+        """
+        q, k, v = self.projected(hidden_states, position_embeddings)
+        if query_scale is not None:
+            q = (q * query_scale).to(q.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         backend = self.config._attn_implementation
@@ -195,5 +211,7 @@ class JaxHybridAttention(JaxHybridProjections):
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.sliding_window is not None:  # for flash attention; others have it in their mask
             flash_arguments["sliding_window"] = self.sliding_window
+        if self.cap is not None:
+            flash_arguments["softcap"] = self.cap
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **flash_arguments)
         return self.o_proj(out.flatten(2)), weights

@@ -62,6 +62,7 @@ class SlidingWindow(Attention):
 
     def __init__(self, config: ModelConfig, rngs: Any):
         super().__init__(config, rngs)
+        self.rope, self.scales_by_length = True, False  # `softmax.` settings are of the layers that are kept
         self.size, self.sinks = _sizes(config)
         self.places = self.size + self.sinks
 
@@ -117,7 +118,7 @@ class SlidingWindow(Attention):
         count = state["count"]
         caches = written({name: state[name] for name in new}, new, self.place(count))
         last = jnp.minimum(count, self.places - 1)
-        out = decode_attention(q[:, 0], caches["k"], caches["v"], last)[:, None]
+        out = decode_attention(q[:, 0], caches["k"], caches["v"], last, cap=self.cap)[:, None]
         return out, caches | {"count": count + 1}
 
     def chunk(self, q: jax.Array, new: Params, ids: jax.Array, state: Params) -> tuple[jax.Array, Params]:
@@ -138,7 +139,7 @@ class SlidingWindow(Attention):
         }
         out = causal_attention(
             q, keys["k"], keys["v"], None,
-            key_segment_ids=key_ids, first_query=jnp.int32(self.places), window=self.sees,
+            key_segment_ids=key_ids, first_query=jnp.int32(self.places), window=self.sees, cap=self.cap,
         )  # fmt: skip
 
         starts = segment_starts(ids)

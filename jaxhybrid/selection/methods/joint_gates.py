@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from pydantic import Field
 
+from jaxhybrid.model.head import Head
 from jaxhybrid.selection.choice import Choice, Given, Method, ranked
 from jaxhybrid.selection.gated import gated_kl
 from jaxhybrid.selection.masked import MaskedStudent, finite
@@ -66,13 +67,13 @@ def train_gates(student: MaskedStudent, settings: JointGatesConfig, price: float
     steps = max(settings.tokens * student.batches // student.tokens(), 1)
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, steps, alpha=0.1))
 
-    def loss(gates: jax.Array, batches: list[Any], model: Any, head: jax.Array) -> jax.Array:
+    def loss(gates: jax.Array, batches: list[Any], model: Any, head: Head) -> jax.Array:
         own = partial(gated_kl, dtype=student.dtype, chunk_tokens=student.chunk_tokens)
         kls = [share * own(gates, model, batch, head) for share, batch in zip(student.shares, batches)]
         return sum(kls) + price * jnp.mean(gates)
 
     @jax.jit
-    def step(gates: jax.Array, state: Any, batches: list[Any], model: Any, head: jax.Array) -> Any:
+    def step(gates: jax.Array, state: Any, batches: list[Any], model: Any, head: Head) -> Any:
         value, gradient = jax.value_and_grad(loss)(gates, batches, model, head)
         updates, state = optimizer.update(gradient, state)
         return jnp.clip(gates + updates, 0.0, 1.0), state, value
