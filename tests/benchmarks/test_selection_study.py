@@ -1,4 +1,4 @@
-"""A study of made-up measurements: its order, what it does not do again, the table of what training on the text gives."""
+"""A study of made-up measurements: its order, what it does not do again, and its table of training on the text."""
 
 import importlib
 import json
