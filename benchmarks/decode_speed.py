@@ -46,6 +46,7 @@ from shapes import SHAPES, shape_of
 
 from jaxhybrid.decoding import engine as programs
 from jaxhybrid.decoding.engine import Engine, Request
+from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.model import decode
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -446,6 +447,23 @@ def in_transformers(options: argparse.Namespace, output: Output) -> None:
 # --- plots
 
 
+def crossover(own: dict[int, float], other: dict[int, float]) -> str:
+    """From which context on `own` is more than `other`, of values by context: where their lines in the plot, straight
+    between what was measured on logarithmic axes, cross last."""
+    places = sorted(own.keys() & other.keys())
+    leads = [float(np.log(own[place] / other[place])) for place in places]
+    behind = [number for number, lead in enumerate(leads) if lead <= 0]
+    if not places:
+        return "is not known: no context was measured for both"
+    if not behind:
+        return f"at every context from {places[0]:,} tokens"
+    if (last := behind[-1]) + 1 == len(places):
+        return f"nowhere up to {places[-1]:,} tokens"
+    low, high = np.log(places[last : last + 2])
+    crossed = np.exp(low + (high - low) * leads[last] / (leads[last] - leads[last + 1]))
+    return f"from about {float(f'{crossed:.2g}'):,.0f} tokens"
+
+
 def plot(options: argparse.Namespace, output: Output) -> None:
     """Prefill and decoding speed and the state's memory by context, a line for each model."""
     from jaxhybrid.report.plots import COLOURS, plot_style
@@ -454,19 +472,23 @@ def plot(options: argparse.Namespace, output: Output) -> None:
     if not rows:
         raise SystemExit(f"{output.path} has no rows of the part `contexts` for {options.shape_name}; run it first.")
     panels = {
-        "decode-speed": ("tokens_per_second", "tokens a second", "Decoding"),
-        "prefill-speed": ("prefill_tokens_per_second", "tokens a second", "Reading a prompt"),
-        "decode-memory": ("state_gib", "GiB", "Caches and memories"),
+        "decode-speed": ("tokens_per_second", "tokens a second", "Decoding", "faster"),
+        "prefill-speed": ("prefill_tokens_per_second", "tokens a second", "Reading a prompt", "faster"),
+        "decode-memory": ("state_gib", "GiB", "Caches and memories", "less"),
     }
     names = list(dict.fromkeys(row["model"] for row in rows))
     with plot_style():
-        for file, (key, unit, title) in panels.items():
+        for file, (key, unit, title, better) in panels.items():
             figure = Figure(figsize=(9.0, 4.0), layout="constrained")
             axes = figure.subplots()
+            curves = {name: {row["context"]: row[key] for row in rows if row["model"] == name} for name in names}
             for name, colour in zip(names, COLOURS):
-                own = sorted((row["context"], row[key]) for row in rows if row["model"] == name)
                 label = TEACHER if name == TEACHER else f"{100 * float(name):g} % softmax"
-                axes.plot(*zip(*own), marker="o", color=colour, label=label)
+                if name != TEACHER and TEACHER in curves:
+                    pair = (curves[name], curves[TEACHER]) if better == "faster" else (curves[TEACHER], curves[name])
+                    label += f", {better} than the teacher {crossover(*pair)}"
+                    print(f"{title}: {label}")
+                axes.plot(*zip(*sorted(curves[name].items())), marker="o", color=colour, label=label)
             axes.set(
                 xscale="log", yscale="log", xlabel="context, tokens", ylabel=unit, title=f"{title}: {rows[0]['device']}"
             )
@@ -492,7 +514,10 @@ PARTS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--shape", dest="shape_name", default="qwen2.5-1.5b-instruct", choices=SHAPES)
+    parser.add_argument(
+        "--shape", dest="shape_name", default="qwen2.5-1.5b-instruct",
+        help=f"one of {', '.join(SHAPES)}, or a folder with a config.json",
+    )  # fmt: skip
     parser.add_argument("--models", nargs="+", help="teacher, or a share of softmax layers such as 0.25")
     parser.add_argument("--rows", type=int, help="texts at once; by part 1 or 64")
     parser.add_argument("--context", type=int, help="tokens of a text at its end; by part 1024 or 32768")
@@ -510,7 +535,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("decode_speed.json"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    options.shape = shape_of(options.shape_name)
+    try:
+        options.shape = shape_of(options.shape_name)
+    except JaxHybridError as error:
+        parser.error(f"--shape {options.shape_name}: {error} There are {', '.join(SHAPES)}.")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.shape_name}", flush=True)
     for name in options.without:
         KERNELS[name].on_nvidia = lambda: False  # type: ignore[attr-defined]

@@ -63,8 +63,8 @@ from jaxhybrid.train.placement import place_batch
 
 MAIN = ("greedy_kl", "kl_guided", "uniform", "random:seed=0", "single_kl")
 OTHERS = (
-    "removal", "replacement_kl", "average_rank", "greedy_kl:swaps=true", "greedy_kl:beam=4",
-    "greedy_kl:measure.recall=0.5",
+    "removal", "replacement_kl", "average_rank", "greedy_kl:swaps=true", "greedy_kl:beam=4", "greedy_kl:lazy=1",
+    "greedy_kl:lazy=1,first_tokens=8192", "greedy_kl:measure.recall=0.5", "greedy_kl:measure.recall=1",
     "single_kl:measure.recall=0.5", "perplexity", "perplexity:measure.recall=0.5", "answer_likelihood", "halo_ratio",
     "halo_ratio:form=paper", "smart", "gram", "gram:start=softmax", "gram:confirm=20", "joint_gates",
     "joint_gates:measure.recall=0.5", "supernet", "associative_recall", "multihop_recall", "variable_tracking",
@@ -402,7 +402,8 @@ def run(study: Study, options: argparse.Namespace, records: Records) -> None:
             forward, trained = found.cost
             cost = {"forward_tokens": forward, "trained_tokens": trained}
             flops = study.parameters * (2 * forward + 6 * trained)
-            ranking = {"ranking": True} if found.importance is not None else {}
+            whole = found.importance is not None and len(found.order) == depth  # smart scores, and ranks nothing
+            ranking = {"ranking": True} if whole else {}
             return {"layers": list(found.layers), "order": list(found.order), **ranking, **cost, "flops": flops}
 
         found = get(name | {"budget": budget}, make)

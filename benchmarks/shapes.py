@@ -1,4 +1,4 @@
-"""The sizes of published models, for programs that need no weights: configs/teachers, read as runs read a teacher's."""
+"""The sizes of models, for programs that need no weights: configs/teachers, read as runs read a teacher's."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ SHAPES = sorted(folder.name for folder in TEACHERS.iterdir())
 
 
 def shape_of(name: str) -> ModelConfig:
-    return hf_to_config(read_table(TEACHERS / name / "config.json"))
+    """Of one of SHAPES, or of a folder with a config.json."""
+    return hf_to_config(read_table((TEACHERS / name if name in SHAPES else Path(name)) / "config.json"))
 
 
 def quarter(depth: int) -> tuple[int, ...]:

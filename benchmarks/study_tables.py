@@ -81,12 +81,9 @@ def share(record: Record, asked: str) -> float:
 
 
 def table(found: Measured, budget: int) -> str:
-    asked = " | ".join(map(_title, found.asked))
-    lines = [
-        f"| chosen by | layers | KL, untrained | KL, distilled | on long rows | {asked} | "
-        "forward tokens | trained tokens | s |",
-        "|" + "---|" * (8 + len(found.asked)),
-    ]
+    head = ["chosen by", "layers", "KL, untrained", "KL, distilled", "on long rows", *map(_title, found.asked)]
+    head += ["forward tokens", "trained tokens", "s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for layers, choices in found.sets(budget).items():
         runs, first = found.distilled[layers], found.untrained.get(layers)
         names = ", ".join(f"`{choice['method']}`" for choice in choices)
@@ -149,8 +146,8 @@ def overlap(found: Measured, budget: int) -> str:
 
 def finetuned(found: Measured) -> str:
     """What training on the text itself gives, with and without linear layers."""
-    asked = " | ".join(map(_title, found.asked))
-    lines = [f"| model | KL to the teacher | perplexity | {asked} |", "|" + "---|" * (3 + len(found.asked))]
+    head = ["model", "KL to the teacher", "perplexity", *map(_title, found.asked)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
 
     def row(name: str, record: Record) -> None:
         shares = (_share(share(record, asked) if asked in record["recall"] else None) for asked in found.asked)
@@ -192,15 +189,19 @@ def mixers(path: Path, asked: list[str] | None) -> str:
 
 
 def plot(found: Measured, path: Path) -> None:
+    """KL before and after, and KL and recall, if the teacher answers any short prompts."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    short = [asked for asked in found.asked if "@" not in asked]
+    middle = short[len(short) // 2] if short else None
+    figure, (axes,) = plt.subplots(1, 2 if middle else 1, figsize=(11 if middle else 5.5, 4.5), squeeze=False)
     for budget, colour in zip(found.budgets(), ("tab:blue", "tab:orange", "tab:green")):
         sets = [layers for layers in found.sets(budget) if found.distilled[layers]]
         kl = [found.kl(layers) for layers in sets]
-        short = [asked for asked in found.asked if "@" not in asked]
-        middle, label = short[len(short) // 2], f"{budget} layers softmax"
+        label = f"{budget} layers softmax"
         axes[0].scatter([found.untrained[layers]["kl"] for layers in sets], kl, c=colour, label=label)
+        if middle is None:
+            continue
         axes[1].scatter(kl, [100 * found.right(layers, middle) for layers in sets], c=colour, label=label)
         for layers, choices in found.sets(budget).items():
             names = [c["method"] for c in choices if not c["method"].startswith("random")]
@@ -208,8 +209,10 @@ def plot(found: Measured, path: Path) -> None:
                 at = found.kl(layers), 100 * found.right(layers, middle)
                 axes[1].annotate(names[0], at, fontsize=6, xytext=(3, 2), textcoords="offset points")
     axes[0].set(xlabel="KL before distillation (nats)", ylabel="KL after (nats)", title="what the untrained set tells")
-    axes[1].set(xlabel="KL after distillation (nats)", ylabel=f"recall of {middle} pairs (%)", title="KL and recall")
     axes[0].legend()
+    if middle:
+        labels = {"xlabel": "KL after distillation (nats)", "ylabel": f"recall of {middle} pairs (%)"}
+        axes[1].set(title="KL and recall", **labels)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -754,6 +754,20 @@ FAULTS = [
         f"{MEASURED}::test_the_closest_are_scored_again_and_the_best_of_them_is_taken",
     ),
     Fault(
+        "greedy: a lazy round allows for no growth",
+        "selection/greedy.py",
+        "gain * growth if gain > 0 else gain / growth",
+        "gain",
+        f"{MEASURED}::test_a_lazy_search_allows_for_growth_as_far_as_it_is_told",
+    ),
+    Fault(
+        "greedy: a lazy round ends before the closest are found",
+        "selection/greedy.py",
+        "wanted = 1 if few == student.batches else self._settings.rescore",
+        "wanted = 1",
+        f"{MEASURED}::test_a_lazy_search_finds_the_same_in_fewer_tokens",
+    ),
+    Fault(
         "masked student: the mask upside down",
         "selection/masked.py",
         "return np.isin(np.arange(self.depth), list(kept))",

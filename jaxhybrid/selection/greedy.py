@@ -1,6 +1,10 @@
 """Greedy search over sets of softmax layers by true KL: the round that all of its forms consist of."""
 
+import math
 from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import Field
 
 from jaxhybrid import hosts
 from jaxhybrid.selection.choice import Given
@@ -19,6 +23,11 @@ class SearchConfig(MethodConfig):
         None, "tokens of select.measure that the first round compares sets on, growing to all in the last; null: all"
     )
     rescore: Count = about(3, "the closest sets of a round on fewer tokens, compared again on all")
+    lazy: Annotated[float, Field(ge=1)] | None = about(
+        None,
+        "leave out of a round the layers that cannot win it if what a layer brings has grown to at most so many times "
+        "what it brought when last measured: 1 if it never grows; null: measure all",
+    )
 
     def trouble(self, measure: MeasureConfig) -> str | None:
         if self.first_tokens is None or self.first_tokens <= measure.tokens:
@@ -56,13 +65,15 @@ class Search:
 
     def step(self, action: str, options: dict[int, Kept]) -> int:
         """Takes the option, by layer, whose set has the lowest KL; ties go to the lower layer."""
-        few = self._batches(len(self.rounds) - 1)
+        kept, few = self.kept, self._batches(len(self.rounds) - 1)
 
         def compute() -> Round:
             student = self._given.student()
-            scores, best, tokens = self._compare(student, options, few)
+            before = student.kl(kept, few)  # known from the round before
+            scores, best, tokens = self._compare(student, options, few, before)
             layer = _lowest(best)[0]
             found = _round(action, layer, options[layer], best[layer], student.tokens(few), scores, tokens)
+            found["before"] = before
             return found if few == student.batches else found | {"rescored": _by_name(best)}
 
         return self._take(compute)["layer"]
@@ -87,16 +98,34 @@ class Search:
         return self.rounds[-1]
 
     def _compare(
-        self, student: MaskedStudent, options: dict[int, Kept], few: int
+        self, student: MaskedStudent, options: dict[int, Kept], few: int, before: float | None = None
     ) -> tuple[dict[int, float], dict[int, float], int]:
-        """(KL of every option on `few` batches, of the closest ones on all, tokens that took)."""
-        kls = [student.kl(kept, few) for kept in options.values()]
-        # What is measured next must be the same on all processes.
-        scores = dict(zip(options, hosts.broadcast(kls, "scores of a round")))
-        closest = _lowest(scores)[: self._settings.rescore]
-        best = {layer: student.kl(options[layer]) for layer in closest}
+        """(KL of options on `few` batches, of the closest ones on all, tokens that took).
+
+        before: KL of the set that they begin from on `few` batches; with it, and `lazy`, only those that may be among
+        the closest are measured. The first that may not ends it: they come by the least KL that they may have.
+        """
+        wanted = 1 if few == student.batches else self._settings.rescore
+        least = dict.fromkeys(options, -math.inf)
+        if before is not None and self._settings.lazy:
+            least |= {layer: before - most for layer, most in self._may_bring(self._settings.lazy).items()}
+        scores: dict[int, float] = {}
+        for layer in sorted(options, key=lambda layer: (least[layer], layer)):
+            closest = _lowest(scores)[:wanted]
+            if len(closest) == wanted and least[layer] > scores[closest[-1]]:
+                break
+            # What is measured next must be the same on all processes.
+            scores[layer] = hosts.broadcast(student.kl(options[layer], few), "score of a round")
+        best = {layer: student.kl(options[layer]) for layer in _lowest(scores)[: self._settings.rescore]}
         more = student.tokens() - student.tokens(few)
-        return scores, best, len(options) * student.tokens(few) + len(best) * more
+        return scores, best, len(scores) * student.tokens(few) + len(best) * more
+
+    def _may_bring(self, growth: float) -> dict[int, float]:
+        """The most that a layer's change may lower the KL by, from what it brought in the last round that tried it."""
+        brought = {
+            int(layer): found["before"] - kl for found in self.rounds[1:] for layer, kl in found["scores"].items()
+        }
+        return {layer: gain * growth if gain > 0 else gain / growth for layer, gain in brought.items()}
 
     def _batches(self, number: int) -> int:
         """Of round `number`: from the first one's to all of them in the last, by equal factors."""

@@ -13,7 +13,8 @@ from jaxhybrid.train.interrupt import stop_between
 #                   form: a quadratic form over layers, no set; confirm: proposed sets compared
 #   layer, out      what it kept or dropped; for a swap what came in (null: nothing was better) for `out`
 #   kept, kl        the set after it, ascending, and its KL in nats per token on all tokens
-#   scores, tokens  each option's KL (rank: importance) on so many tokens
+#   scores, tokens  each option's KL (rank: importance) on so many tokens; of a lazy search those that were measured
+#   before          KL of the set that the options begin from, on those tokens
 #   rescored        the closest options' KL on all tokens, where `tokens` are fewer
 #   forward_tokens  tokens that went through a model for it; trained_tokens: through one in training
 #   beam, tried     of several sets what each keeps and its KL

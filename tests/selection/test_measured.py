@@ -62,10 +62,10 @@ def on(model, mesh):
     return Model(jax.device_put(model.params, own | {"mixers": mixers}), model.config)
 
 
-def select(student, tmp_path=None, log=None, **settings):
+def select(student, tmp_path=None, log=None, depth=DEPTH, **settings):
     settings = select_config(**{"measure": MEASURE} | settings)
     log = log or RoundLog(tmp_path and tmp_path / "rounds.json")
-    return choose(Given(DEPTH, settings, student=student if callable(student) else lambda: student, log=log))
+    return choose(Given(depth, settings, student=student if callable(student) else lambda: student, log=log))
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,51 @@ def test_the_closest_are_scored_again_and_the_best_of_them_is_taken():
 
     assert (choose(1)["layer"], choose(2)["layer"], choose(3)["layer"]) == (2, 0, 1)
     assert choose(3)["kl"] == 0.5
+
+
+@pytest.mark.parametrize("own", [{}, {"first_tokens": ROWS * LENGTH, "rescore": 2}])
+@pytest.mark.parametrize("method", ["greedy_kl", "removal"])
+def test_a_lazy_search_finds_the_same_in_fewer_tokens(method, own):
+    """Layers know facts, the KL is the weight of those that no kept one knows: what a layer brings only shrinks."""
+    rng = np.random.default_rng(4)
+    depth, fewer = 12, []
+    for _ in range(5):
+        knows, weights = rng.random((depth, 40)) < 0.15, rng.random((4, 40)) + 0.5
+
+        def kl(kept, batches=4, knows=knows, weights=weights):
+            missing = ~knows[sorted(kept)].any(0)
+            return float(np.mean(weights[:batches] @ missing))
+
+        made = Made(kl)
+        made.kl = kl
+        every = select(made, method=method, budget=5, depth=depth, **{method: own})
+        lazy = select(made, method=method, budget=5, depth=depth, **{method: own | {"lazy": 1.0}})
+        assert [(r["layer"], r["kl"]) for r in lazy.rounds] == [(r["layer"], r["kl"]) for r in every.rounds]
+        assert (lazy.layers, lazy.order, lazy.nested) == (every.layers, every.order, every.nested)
+        for found, known in zip(lazy.rounds, every.rounds):
+            assert found["scores"].items() <= known["scores"].items()
+            skipped = len(known["scores"]) - len(found["scores"])
+            assert known["forward_tokens"] - found["forward_tokens"] == skipped * found["tokens"]
+        fewer.append(lazy.forward_tokens / every.forward_tokens)
+    assert max(fewer) < 0.9
+
+
+def test_a_lazy_search_allows_for_growth_as_far_as_it_is_told():
+    """2 brings 0.5, and 1.2 beside 0; 1 brings 0.8."""
+    values = {(): 4.0, (0,): 3.0, (1,): 3.2, (2,): 3.5, (3,): 3.9, (0, 1): 2.2, (0, 2): 1.8, (0, 3): 2.9}
+    made = Made(lambda kept: values[tuple(sorted(kept))])
+    chosen = {
+        lazy: select(made, method="greedy_kl", budget=2, greedy_kl={"lazy": lazy}) for lazy in (None, 1.0, 1.5, 8.0)
+    }
+    assert {lazy: found.layers for lazy, found in chosen.items()} == {
+        None: (0, 2),
+        1.0: (0, 1),
+        1.5: (0, 1),
+        8.0: (0, 2),
+    }
+    assert {lazy: set(found.rounds[2]["scores"]) for lazy, found in chosen.items()} == {
+        None: {"1", "2", "3"}, 1.0: {"1"}, 1.5: {"1"}, 8.0: {"1", "2"},
+    }  # fmt: skip
 
 
 def test_swaps_leave_a_place_that_greedy_cannot():

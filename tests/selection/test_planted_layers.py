@@ -93,7 +93,9 @@ def select(student):
         ("smart", {}),
         ("average_rank", {}),
         ("greedy_kl", {"beam": 2}),
+        ("greedy_kl", {"lazy": 1.0}),
         ("removal", {}),
+        ("removal", {"lazy": 1.0}),
         ("gram", {"start": "linear"}),
         ("gram", {"start": "softmax", "confirm": 3}),
         pytest.param("joint_gates", {"tokens": 40 * ROWS * LENGTH, "learning_rate": 0.05}, marks=pytest.mark.slow),
@@ -284,7 +286,7 @@ def test_answers_count_in_the_loss_as_they_do_in_the_kl(models):
 @pytest.mark.parametrize(
     ("method", "own", "message"),
     [
-        ("greedy_kl", {"beam": 2, "swaps": True}, "beam 2 goes without first_tokens, swaps and stop_kl"),
+        ("greedy_kl", {"beam": 2, "swaps": True}, "beam 2 goes without first_tokens, lazy, swaps and stop_kl"),
         ("average_rank", {"of": ("single_kl", "none")}, r"average_rank.of names \['none'\]"),
         ("supernet", {"tokens": 10}, "supernet.tokens 10 are less than one step, 16,384"),
         ("joint_gates", {"tokens": 10}, "joint_gates.tokens 10 are less than one batch of measure, 192"),

@@ -24,8 +24,8 @@ class GreedyKlConfig(SearchConfig):
     beam: Count = about(1, "sets that a round keeps, each extended by every layer; more than 1 is a beam search")
 
     def trouble(self, measure: MeasureConfig) -> str | None:
-        if self.beam > 1 and (self.first_tokens or self.swaps or self.stop_kl):
-            return f"beam {self.beam} goes without first_tokens, swaps and stop_kl"
+        if self.beam > 1 and (self.first_tokens or self.lazy or self.swaps or self.stop_kl):
+            return f"beam {self.beam} goes without first_tokens, lazy, swaps and stop_kl"
         return super().trouble(measure)
 
 
