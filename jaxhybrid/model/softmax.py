@@ -96,7 +96,7 @@ def causal_attention(
             return _cudnn_documents(q, k, v, query_starts, first, blocks)
         return _cudnn_windowed(q, k, v, query_starts, first, blocks)
     if Q <= QUERY_BLOCK:
-        return _plain_masked(q, k, v, _visible(query_starts, first, k.shape[1]))
+        return _plain_masked(q, k, v, visible_keys(query_starts, first, k.shape[1]))
     return windowed_attention(q, k, v, query_starts, first, attend=_plain_masked, size=QUERY_BLOCK, at_once=1)
 
 
@@ -134,7 +134,7 @@ def plain_decode_attention(
     return out.reshape(B, H, K).astype(q.dtype)
 
 
-def _visible(query_starts: jax.Array, first: jax.Array, keys: int) -> jax.Array:
+def visible_keys(query_starts: jax.Array, first: jax.Array, keys: int) -> jax.Array:
     """[B,Q,keys]: the key is not before the query's document and not after the query."""
     key = jnp.arange(keys, dtype=jnp.int32)
     query = first + jnp.arange(query_starts.shape[1], dtype=jnp.int32)
@@ -176,7 +176,7 @@ def _cudnn_short(
 ) -> jax.Array:
     Q, M = q.shape[1], k.shape[1]
     q, (k, v) = _pad_tokens(q, 0, Q % 2), (_pad_tokens(x, 0, M % 2) for x in (k, v))  # cuDNN refuses odd lengths
-    visible = _visible(jnp.pad(query_starts, ((0, 0), (0, Q % 2))), first, M + M % 2)
+    visible = visible_keys(jnp.pad(query_starts, ((0, 0), (0, Q % 2))), first, M + M % 2)
     return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], is_causal=is_causal, implementation=CUDNN)[
         :, :Q
     ]

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.files import bucket_trouble
 from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.settings.budget import check_layers, layers_in_budget
 from jaxhybrid.settings.evaluate import EvaluateConfig
 from jaxhybrid.settings.mixer import MixerSettings
@@ -153,6 +154,12 @@ class RunConfig(Section):
                 self.data.check_least(getattr(self, stage).min_document_tokens)
             except ValueError as error:
                 raise ValueError(f"{stage}.{error}") from error
+        takes = LINEAR_MIXERS[self.mixer.kind].takes(self.mixer.to_model())
+        if refused := [part for part in self.calibrated_parts if part not in takes]:
+            raise ValueError(
+                f"align.calibrate.parts: {self.mixer.kind} with its settings takes {', '.join(takes)}; leave out "
+                f"{', '.join(refused)}"
+            )
         for key, path in (
             ("run_dir", self.run_dir),
             ("data.cache_dir", self.data.cache_dir),
@@ -172,6 +179,14 @@ class RunConfig(Section):
         return self
 
 
+    @property
+    def calibrated_parts(self) -> tuple[str, ...]:
+        """What of the mixer begins at measured values."""
+        if self.align.calibrate is None:
+            return ()
+        return self.align.calibrate.parts or LINEAR_MIXERS[self.mixer.kind].takes(self.mixer.to_model())
+
+
 def validate_against(config: RunConfig, model: ModelConfig) -> None:
     """What can be checked only when the teacher is known. Raises ConfigError naming the key and both numbers."""
     depth = model.num_layers
@@ -183,6 +198,8 @@ def validate_against(config: RunConfig, model: ModelConfig) -> None:
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.
     lengths = {name: getattr(config, name).sequence_length for name in ("align", "score", "distill", "evaluate")}
     lengths |= {f"select.{name}": text.sequence_length for name, text in config.select.texts.items()}
+    if config.align.calibrate:
+        lengths["align.calibrate"] = config.align.calibrate.sequence_length
     given = [(f"{section}.sequence_length", length) for section, length in lengths.items()]
     given += [("evaluate.lengths", length) for length in config.evaluate.lengths]
     if config.evaluate.ruler.tasks:
