@@ -108,9 +108,7 @@ class RunModels:
 
     def calibration(self, batch: Batch) -> Calibration:
         """What `align.calibrate` asks for, measured on a batch."""
-        measure = partial(
-            calibration, config=self.linear_config, parts=self.config.calibrated_parts, dtype=self.dtype
-        )
+        measure = partial(calibration, config=self.linear_config, parts=self.config.calibrated_parts, dtype=self.dtype)
         return jax.jit(measure)(self.initial_mixers(), self.frozen_teacher, batch)
 
     def aligned_mixers(self) -> Params:

@@ -32,7 +32,8 @@ def calibration(config: RunConfig, measured: dict[str, np.ndarray]) -> str:
         if (x := measured.get(key)) is not None
     ]
     found += ["open gates"] * ("gate" in config.calibrated_parts)
-    missing = [part for part in get_args(Part) if part not in LINEAR_MIXERS[config.mixer.kind].calibrates + ("scale",)]
+    takes = LINEAR_MIXERS[config.mixer.kind].takes(config.mixer.to_model())
+    missing = [part for part in get_args(Part) if part not in takes]
     told = f" ({config.mixer.kind} takes no {' and no '.join(missing)})" if missing else ""
     return f"align: begins at measured values: {'; '.join(found)}{told}"
 

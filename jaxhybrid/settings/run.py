@@ -178,7 +178,6 @@ class RunConfig(Section):
                 )
         return self
 
-
     @property
     def calibrated_parts(self) -> tuple[str, ...]:
         """What of the mixer begins at measured values."""

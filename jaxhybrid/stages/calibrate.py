@@ -76,7 +76,8 @@ def calibration(
     """
     ((kind, stack),) = mixers.items()
     assert set(config.layer_types) == {kind}, "calibration is of all-linear students"
-    spec, own_specs = batch_spec(batch["tokens"]), active_specs(variables(LINEAR_MIXERS[kind], config, config.num_layers))
+    spec = batch_spec(batch["tokens"])
+    own_specs = active_specs(variables(LINEAR_MIXERS[kind], config, config.num_layers))
     run = partial(_measured, teacher.config, config, parts, dtype, splits_tokens(spec))
     arguments = teacher.params, stack, batch["tokens"], batch["segment_ids"], count_tokens(batch)
     return on_shards(run, arguments, (teacher.specs, own_specs, spec, spec, P()), P())
