@@ -109,6 +109,9 @@ class CalibrateConfig(Section):
 
     sequence_length: Annotated[int, Field(ge=2)] = about(2048, "tokens of a row; no half-life can be found beyond it")
     batch_size: Count = about(8, "rows, over all devices")
+    half_lives: Literal["fitted", "distance"] = about(
+        "fitted", "of decay: those that come nearest to the teacher, of 1 to 4096 tokens; or mean attention distances"
+    )
     parts: Annotated[tuple[Part, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = about(
         None, "list of decay, strength, gate and scale; null: all that the mixer takes"
     )

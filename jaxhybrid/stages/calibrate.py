@@ -2,14 +2,15 @@
 
 After Taylor-Calibrate (arXiv 2606.16429), whose four parts these are, each found otherwise where noted:
 
-    decay      a state's half-life is its heads' mean attention distance (`model.reach`)
+    decay      a state's half-life: that whose context lies nearest the teacher's, or its heads' mean attention distance
     strength   the write strength whose context lies nearest the teacher's
     gate       the output gate is open: a head's context passes as it is
     scale      each head's rows of o_proj are multiplied by its least squares factor to the teacher's context
 
-A head's context is what goes into o_proj. There the strength was taken from the attention's entropy, the gate was a
-small copy of v_proj, and the scale multiplied v_proj, which a norm of the context undoes. Projections without a bias
-get a constant from the mean m of the layer's input x: m / |m|^2 times x is 1 on average.
+A head's context is what goes into o_proj; nearest is that which, scaled by its least squares factor, leaves least of
+the teacher's. There half-lives were attention distances, the strength was taken from the attention's entropy, the gate
+was a small copy of v_proj, and the scale multiplied v_proj, which a norm of the context undoes. Projections without a
+bias get a constant from the mean m of the layer's input x: m / |m|^2 times x is 1 on average.
 
 One walk over the teacher measures everything on one batch; what it gives is small, and `with_calibration` puts it into
 the parameters.
@@ -43,14 +44,15 @@ from jaxhybrid.model.partition import (
     splits_tokens,
     total,
 )
-from jaxhybrid.model.reach import attention_reach
+from jaxhybrid.model.reach import attention_distance
 from jaxhybrid.model.softmax import Window
 from jaxhybrid.model.transformer import Model, embed, token_context
 from jaxhybrid.model.walk import walk
 from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
 
 SHORTEST_LIFE = 0.5  # tokens: of a head that reads its own token
-STRENGTHS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95)  # that are tried
+STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # that are tried
+HALF_LIVES = (1, 4, 16, 64, 256, 1024, 4096)
 LEAST_SCALE, GREATEST_SCALE = 0.1, 10.0
 
 # Of every layer: "constant" [L,D], and of the parts asked for "half_lives" [L,N] in tokens, "strengths" [L,N],
@@ -65,6 +67,7 @@ def calibration(
     *,
     config: ModelConfig,
     parts: tuple[str, ...],
+    fits_decay: bool = True,
     dtype: Any = jnp.bfloat16,
 ) -> Calibration:
     """What `batch` says of an all-linear student's mixers. Padding says nothing.
@@ -73,12 +76,13 @@ def calibration(
         mixers: {kind: stack}, as `convert` makes them.
         config: the student's.
         parts: of `LinearMixer.takes`.
+        fits_decay: half-lives are the nearest of `HALF_LIVES`; False: the heads' attention distances.
     """
     ((kind, stack),) = mixers.items()
     assert set(config.layer_types) == {kind}, "calibration is of all-linear students"
     spec = batch_spec(batch["tokens"])
     own_specs = active_specs(variables(LINEAR_MIXERS[kind], config, config.num_layers))
-    run = partial(_measured, teacher.config, config, parts, dtype, splits_tokens(spec))
+    run = partial(_measured, teacher.config, config, parts, fits_decay, dtype, splits_tokens(spec))
     arguments = teacher.params, stack, batch["tokens"], batch["segment_ids"], count_tokens(batch)
     return on_shards(run, arguments, (teacher.specs, own_specs, spec, spec, P()), P())
 
@@ -126,6 +130,7 @@ def _measured(
     teacher_config: ModelConfig,
     config: ModelConfig,
     parts: tuple[str, ...],
+    fits_decay: bool,
     dtype: Any,
     is_split: bool,
     params: Params,
@@ -158,14 +163,22 @@ def _measured(
             crossed, own = (_of_all_heads(pair.astype(jnp.float32)) for pair in pairs)
             return crossed, own
 
-        def explained(strength: jax.Array) -> jax.Array:
-            """[N]: how much of the teacher's context the mixer's is, once scaled."""
-            crossed, own = products(values | {"strengths": jnp.broadcast_to(strength, config.num_states)})
-            return _of_states(crossed * crossed / jnp.maximum(own, 1e-30))
+        def nearest(name: str, tried: tuple[float, ...]) -> jax.Array:
+            """[N]: of the tried values of each state, the one with which most of the teacher's context is explained."""
+
+            def explained(value: jax.Array) -> jax.Array:
+                crossed, own = products(values | {name: jnp.broadcast_to(value, config.num_states)})
+                return _of_states(crossed * crossed / jnp.maximum(own, 1e-30))
+
+            every = jnp.array(tried, jnp.float32)
+            return every[jnp.argmax(jax.lax.map(explained, every), axis=0)]
 
         if "strength" in parts:
-            tried = jnp.array(STRENGTHS, jnp.float32)
-            values["strengths"] = tried[jnp.argmax(jax.lax.map(explained, tried), axis=0)]
+            values["strengths"] = nearest("strengths", STRENGTHS)
+        if "decay" in parts and fits_decay:
+            values["half_lives"] = nearest("half_lives", HALF_LIVES)
+            if "strength" in parts:  # those before were beside other half-lives
+                values["strengths"] = nearest("strengths", STRENGTHS)
         if "scale" in parts:
             crossed, length = products(values)
             values["scales"] = jnp.clip(crossed / jnp.maximum(length, 1e-30), LEAST_SCALE, GREATEST_SCALE)
@@ -204,8 +217,7 @@ def _distances(attention: Attention, normed: jax.Array, context: TokenContext) -
     if context.first_token is not None:
         k, v = (joined(x, 1, "context") for x in (k, v))
     window = None if attention.window is None else Window(attention.window, context.slides)
-    reach = attention_reach(
+    return attention_distance(
         q, k, v, context.segment_ids,
         key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window,
     )  # fmt: skip
-    return reach.distance
