@@ -108,7 +108,15 @@ class RunModels:
 
     def calibration(self, batch: Batch) -> Calibration:
         """What `align.calibrate` asks for, measured on a batch."""
-        measure = partial(calibration, config=self.linear_config, parts=self.config.calibrated_parts, dtype=self.dtype)
+        settings = self.config.align.calibrate
+        assert settings is not None
+        measure = partial(
+            calibration,
+            config=self.linear_config,
+            parts=self.config.calibrated_parts,
+            fits_decay=settings.half_lives == "fitted",
+            dtype=self.dtype,
+        )
         return jax.jit(measure)(self.initial_mixers(), self.frozen_teacher, batch)
 
     def aligned_mixers(self) -> Params:

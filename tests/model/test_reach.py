@@ -1,4 +1,4 @@
-"""How far attention looks back: the blocked form against plain arrays of tokens by tokens, and cases known beforehand."""
+"""How far attention looks back: the blocked form against plain arrays of tokens by tokens, and known cases."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,7 @@
 """Measured initial values: teachers for which they are known, plain sums, and each mixer that takes them."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -55,10 +56,10 @@ def documents():
     return {"tokens": places, "segment_ids": segments}
 
 
-def measured(teacher, mixer, batch, parts, change=lambda own: own):
+def measured(teacher, mixer, batch, parts, change=lambda own: own, fits_decay=False):
     student = convert(teacher, (mixer.kind,) * teacher.config.num_layers, mixer, jax.random.key(1))
     mixers = {mixer.kind: change(linear_mixers(student.params)[mixer.kind])}
-    run = partial(calibration, config=student.config, parts=parts, dtype=jnp.float32)
+    run = partial(calibration, config=student.config, parts=parts, fits_decay=fits_decay, dtype=jnp.float32)
     return student.config, mixers, jax.jit(run)(mixers, teacher, batch)
 
 
@@ -129,7 +130,13 @@ def test_strengths_and_scales_are_the_best_of_plain_sums(teacher, batch):
     np.testing.assert_allclose(np.einsum("ld,ld->l", values["constant"], mean), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, mixer in LINEAR_MIXERS.items() if "decay" in mixer.calibrates])
+def taking(part, first):
+    """Mixers that take it: one in every run of the tests, the others in the slow ones."""
+    kinds = [kind for kind, mixer in LINEAR_MIXERS.items() if part in mixer.takes(mixer.Config())]
+    return [pytest.param(kind, marks=[] if kind == first else pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", taking("decay", "gla"))
 def test_a_state_halves_in_its_half_life(kind):
     """A token whose key is zero writes nothing: what is left of the memory is its decay."""
     config, own, x, context = layer(kind)
@@ -142,7 +149,7 @@ def test_a_state_halves_in_its_half_life(kind):
     np.testing.assert_allclose(after["memory"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, mixer in LINEAR_MIXERS.items() if "strength" in mixer.calibrates])
+@pytest.mark.parametrize("kind", taking("strength", "kimi_delta"))
 def test_the_mean_token_is_written_with_the_strength(kind):
     config, own, x, _ = layer(kind)
     mean, strengths = x[0, 0], jnp.array([0.05, 0.5, 0.8, 0.95])
@@ -155,7 +162,7 @@ def test_the_mean_token_is_written_with_the_strength(kind):
     np.testing.assert_allclose(found, strengths, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", LINEAR_MIXERS)
+@pytest.mark.parametrize("kind", taking("gate", "rwkv7"))
 def test_an_open_gate_passes_the_mean_token_alike_in_all_channels(kind):
     config, own, x, _ = layer(kind)
     mixer, mean = LINEAR_MIXERS[kind], x[0, 0]
@@ -172,16 +179,10 @@ def test_an_open_gate_passes_the_mean_token_alike_in_all_channels(kind):
 def layer(kind):
     """(config, parameters of one layer of four heads, one token [1,1,32], its context)."""
     teacher, mixer = make_teacher().config, LINEAR_MIXERS[kind].Config()
-    config = convert_config(teacher, mixer)
+    config = replace(teacher, mixer=mixer.resolve(teacher), layer_types=(kind,) * teacher.num_layers)
     own = initialize(LINEAR_MIXERS[kind], config, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 1, config.hidden_size))
     return config, own, x, TokenContext(None, jnp.ones((1, 1, 4)), jnp.zeros((1, 1, 4)))
-
-
-def convert_config(teacher, mixer):
-    from dataclasses import replace
-
-    return replace(teacher, mixer=mixer.resolve(teacher), layer_types=(mixer.kind,) * teacher.num_layers)
 
 
 @pytest.mark.parametrize(
