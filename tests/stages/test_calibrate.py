@@ -1,6 +1,7 @@
 """Measured initial values: teachers for which they are known, plain sums, and each mixer that takes them."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxhybrid.checksums import read_result
+from jaxhybrid.errors import ConfigError, TopologyError
 from jaxhybrid.model.blueprint import bind, initialize
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.layers import TokenContext
@@ -18,11 +21,15 @@ from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, embed, model_variables, random_params, token_context
 from jaxhybrid.model.walk import walk
-from jaxhybrid.stages.align import linear_mixers
+from jaxhybrid.pipeline import Pipeline
+from jaxhybrid.settings.read import load_config
+from jaxhybrid.stages.align import align_loss, linear_mixers
 from jaxhybrid.stages.batch import token_mask
 from jaxhybrid.stages.calibrate import STRENGTHS, Unprojected, calibration, with_calibration
+from jaxhybrid.train.placement import place_batch
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_batch, make_teacher
+from tests.tiny import stage, write_config, write_teacher
 
 WIDTH, BACK = 16, (0, 1, 3, 5)  # tokens that the heads of `looking_back` look back
 SHARP = 40.0  # attention logit of the token that is looked at; all others have 0
@@ -210,3 +217,56 @@ def test_devices_together_measure_what_one_does(shape, expand):
         actual = jax.jit(both)(*placed)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_run_begins_with_what_it_measures_and_measures_the_same_again(tmp_path, capsys):
+    calibrate = {"sequence_length": 32, "batch_size": 4}
+    align = stage(tokens=8 * 64, log_every=1) | {"calibrate": calibrate}
+    write_config(tmp_path / "config.yaml", write_teacher(tmp_path / "teacher"), align=align)
+    config = load_config(tmp_path / "config.yaml", [])
+    with Pipeline(config, devices=jax.devices()[:1]) as pipeline:
+        pipeline.align()
+        values = pipeline._calibration()
+        initial = pipeline.models.initial_mixers(values)
+        begun = align_loss(
+            initial,
+            pipeline.models.frozen_teacher,
+            first_heldout(pipeline),
+            config=pipeline.models.linear_config,
+            dtype=jnp.float32,
+        )
+    summary = read_result(tmp_path / "run" / "align" / "done.json")
+    assert summary["calibration"].keys() == {"half_lives", "strengths", "scales"}
+    for name, kept in summary["calibration"].items():
+        np.testing.assert_allclose(values[name], kept, atol=1e-4)
+    np.testing.assert_allclose(begun, summary["heldout_layer_loss_before"], rtol=1e-5)
+    assert "align: begins at measured values: half-lives " in capsys.readouterr().out
+
+
+def first_heldout(pipeline):
+    tokens = min(pipeline.config.align.tokens_per_step, pipeline.text.heldout.num_tokens)
+    return place_batch(pipeline.text.heldout_batches(64, 8, tokens)[0], pipeline.mesh)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["mixer.kind=deltanet", "align.calibrate={parts: [decay]}"],
+         "align.calibrate.parts: deltanet with its settings takes strength, gate, scale; leave out decay"),
+        (["mixer.output_gate=false", "align.calibrate={parts: [gate, scale]}"], "leave out gate"),
+        (["align.calibrate={parts: [bias]}"], "align.calibrate.parts"),
+        (["align.calibrate={parts: []}"], "align.calibrate.parts"),
+    ],
+)  # fmt: skip
+def test_what_a_mixer_does_not_take_is_refused(tmp_path, settings, told):
+    path = write_config(tmp_path / "config.yaml", tmp_path / "teacher")
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_config(path, settings)
+
+
+def test_rows_that_devices_cannot_share_are_refused_by_name(tmp_path):
+    path = write_config(tmp_path / "config.yaml", write_teacher(tmp_path / "teacher"))
+    config = load_config(path, ["align.calibrate={batch_size: 3, sequence_length: 64}"])
+    with Pipeline(config, devices=jax.devices()[:2]) as pipeline, pytest.raises(TopologyError) as refused:
+        pipeline.align()
+    assert str(refused.value).startswith("align.calibrate: batch_size=3 does not divide over")
