@@ -156,7 +156,7 @@ def _measured(
 
         def products(values: Calibration) -> tuple[jax.Array, jax.Array]:
             """(<teacher's context, mixer's>, <mixer's, mixer's>) [H] over all tokens, with these values."""
-            mixer = bind(linear, config, _with_values(whole, values, config, parts, states))
+            mixer: Any = bind(linear, config, _with_values(whole, values, config, parts, states))
             mixer.o_proj = Unprojected()
             ours = mixer(normed, context)[0]
             pairs = (jnp.einsum("bthk,bthk,bt->bth", x, ours, mask) for x in (teacher_context, ours))

@@ -73,7 +73,7 @@ class DeltaRule(Convolved):
 
     silu = True
     norm_eps = L2_EPS
-    calibrates = ("decay", "strength", "gate")
+    calibrates: ClassVar[tuple[str, ...]] = ("decay", "strength", "gate")
     b_proj: Linear
 
     def write_strengths(self, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
