@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.run import RunConfig, validate_against
 from jaxhybrid.settings.stages import StageConfig
 from jaxhybrid.stages.align import linear_mixers
+from jaxhybrid.stages.batch import Batch
+from jaxhybrid.stages.calibrate import Calibration, calibration, with_calibration
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from jaxhybrid.weights.huggingface import ModelFiles, open_teacher
 
@@ -106,16 +108,32 @@ class RunModels:
         kept = self.folder.read("layers.json", "select")["softmax_layers"]
         return student_config(self.config, self.teacher_config, kept)
 
-    def initial_mixers(self) -> Params:
-        """The linear mixers of every layer before any training."""
+    def initial_mixers(self, measured: Calibration | None = None) -> Params:
+        """The linear mixers of every layer before any training, with what `calibration` measured, if it did."""
         types, mixer, source = self.linear_types, self.config.mixer.to_model(), self.teacher_config
         shardings = param_shardings(model_variables(self.linear_config), self.mesh)["mixers"]
 
-        def make(values: Params, key: jax.Array) -> Params:
-            return convert(Model(_masters(values), source), types, mixer, key).params["mixers"]
+        def make(values: Params, key: jax.Array, measured: Calibration | None) -> Params:
+            mixers = convert(Model(_masters(values), source), types, mixer, key).params["mixers"]
+            if measured is None:
+                return mixers
+            return with_calibration(mixers, measured, self.linear_config, self.config.calibrated_parts)
 
         key = jax.random.key(self.config.seed)
-        return jax.jit(make, out_shardings=shardings)(self._file_values(["mixers"]), key)
+        return jax.jit(make, out_shardings=shardings)(self._file_values(["mixers"]), key, measured)
+
+    def calibration(self, batch: Batch) -> Calibration:
+        """What `align.calibrate` asks for, measured on a batch."""
+        settings = self.config.align.calibrate
+        assert settings is not None
+        measure = partial(
+            calibration,
+            config=self.linear_config,
+            parts=self.config.calibrated_parts,
+            fits_decay=settings.half_lives == "fitted",
+            dtype=self.dtype,
+        )
+        return jax.jit(measure)(self.initial_mixers(), self.frozen_teacher, batch)
 
     def aligned_mixers(self) -> Params:
         """The linear mixers of every layer as alignment left them."""

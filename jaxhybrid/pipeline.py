@@ -18,7 +18,7 @@ from jaxhybrid.checksums import MANIFEST, file_checksum, read_result, write_resu
 from jaxhybrid.complete import end_ids
 from jaxhybrid.data import BatchIterator, HeldoutBatches, Text, mean_segment_tokens, open_text
 from jaxhybrid.disk import DiskPlan, require
-from jaxhybrid.errors import ConfigError
+from jaxhybrid.errors import ConfigError, TopologyError
 from jaxhybrid.evaluate.recall_prompts import answer_batches
 from jaxhybrid.evaluate.record import Asked, evaluation_record, prepare
 from jaxhybrid.export.folder import export, refuse_to_replace
@@ -45,6 +45,7 @@ from jaxhybrid.settings.select import SelectConfig, select_config
 from jaxhybrid.settings.stages import STAGES, StageConfig
 from jaxhybrid.stages.align import align_loss
 from jaxhybrid.stages.batch import Metrics
+from jaxhybrid.stages.calibrate import Calibration
 from jaxhybrid.stages.programs import abstract_state, stage_step, trained_params
 from jaxhybrid.train.checkpoint import steps_in
 from jaxhybrid.train.interrupt import stop_between
@@ -53,7 +54,8 @@ from jaxhybrid.train.metrics import read_metrics, training_figures
 from jaxhybrid.train.optimizer import TrainState, make_optimizer, start
 from jaxhybrid.train.placement import place_batch
 
-SELECTION_TEXTS = ("measure", "training")  # what a selection measures on, and what a method that trains trains on
+# What a selection measures on, what a method that trains trains on, and what initial values are measured on.
+OWN_TEXTS = ("measure", "training", "calibration")
 SAMPLED_TOKENS = 500_000  # of a stage's first batches, whose segments are measured
 
 
@@ -110,7 +112,7 @@ class Pipeline:
         return mean
 
     def _seed(self, name: str) -> int:
-        return self.config.seed * 1000 + 1 + (*STAGES, *SELECTION_TEXTS).index(name)
+        return self.config.seed * 1000 + 1 + (*STAGES, *OWN_TEXTS).index(name)
 
     @cached_property
     def asked(self) -> Asked:
@@ -158,10 +160,10 @@ class Pipeline:
         tokens = min(settings.tokens_per_step, self.text.heldout.num_tokens)
         batch = place_batch(self.text.heldout_batches(settings.sequence_length, rows, tokens)[0], self.mesh)
         measure = jax.jit(partial(align_loss, config=student, dtype=self.dtype))
-        initial = self.models.initial_mixers()
-        before = np.asarray(measure(initial, self.models.teacher_of(settings), batch))
-        del initial
-        mixers, figures = self._train("align", student, self.models.initial_mixers)
+        measured = self._calibration()
+        initial = partial(self.models.initial_mixers, measured)
+        before = np.asarray(measure(initial(), self.models.teacher_of(settings), batch))
+        mixers, figures = self._train("align", student, initial)
         after = np.asarray(measure(mixers, self.models.teacher_of(settings), batch))
         summary = figures | {
             "heldout_loss_before": float(before.mean()),
@@ -169,8 +171,29 @@ class Pipeline:
             "heldout_layer_loss_before": before.tolist(),
             "heldout_layer_loss_after": after.tolist(),
         }
+        if measured is not None:
+            values = {name: np.asarray(x) for name, x in measured.items() if name != "constant"}
+            summary["calibration"] = {name: np.round(x.astype(float), 4).tolist() for name, x in values.items()}
         self._finish("align", mixers, summary)
         hosts.say(notes.alignment(before.mean(), after.mean()))
+
+    def _calibration(self) -> Calibration | None:
+        """What `align.calibrate` asks for; measured again when a run goes on, on the same text.
+
+        Raises:
+            TopologyError: its rows do not divide over the devices.
+        """
+        settings = self.config.align.calibrate
+        if settings is None:
+            return None
+        with closing(self._own_text("calibration", settings.sequence_length, settings.batch_size)) as stream:
+            try:
+                batch = place_batch(next(stream), self.mesh)
+            except TopologyError as error:
+                raise TopologyError(f"align.calibrate: {error}") from error
+        measured = self.models.calibration(batch)
+        hosts.say(notes.calibration(self.config, {name: np.asarray(x) for name, x in measured.items()}))
+        return measured
 
     def score(self, candidates: Sequence[int] | None = None) -> None:
         """Importance of every layer, or of some of them; the last one to be scored completes `scores.json`."""
@@ -295,12 +318,12 @@ class Pipeline:
             student=student,
             teacher=lambda: self.models.frozen_teacher,
             vocabulary=lambda: self.text.vocabulary,
-            training=lambda text: closing(self._selection_text("training", text.sequence_length, text.batch_size)),
+            training=lambda text: closing(self._own_text("training", text.sequence_length, text.batch_size)),
             log=log,
         )
 
-    def _selection_text(self, use: str, sequence_length: int, batch_size: int) -> BatchIterator:
-        """Training batches in an order that no stage and no other of the `SELECTION_TEXTS` sees."""
+    def _own_text(self, use: str, sequence_length: int, batch_size: int) -> BatchIterator:
+        """Training batches in an order that no stage and no other of the `OWN_TEXTS` sees."""
         rows = self.config.align.model_copy(update={"sequence_length": sequence_length, "batch_size": batch_size})
         return self.text.training_batches(rows, self._seed(use))
 
@@ -331,7 +354,7 @@ class Pipeline:
         if measure.source == "heldout":
             batches = self.text.heldout_batches(measure.sequence_length, measure.batch_size, measure.tokens)
         else:
-            with closing(self._selection_text("measure", measure.sequence_length, measure.batch_size)) as stream:
+            with closing(self._own_text("measure", measure.sequence_length, measure.batch_size)) as stream:
                 batches = list(islice(stream, measure.batches))
         if not (share := measure.recall):
             return [(1.0, batches)]

@@ -94,7 +94,7 @@ def causal_attention(
     sinks = 0 if window is None else window.sinks
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0 and not sinks:
         return splash_attention(q, k, v, documents, starts, first, window, cap)
-    seen = _Seen(documents if window is None else window.starts(documents, first), documents, sinks)
+    seen = Seen(documents if window is None else window.starts(documents, first), documents, sinks)
     if by_cudnn and k.shape[1] <= GPU_ROW:
         return _cudnn_short(q, k, v, seen, first, is_causal=first_query is None)
     if by_cudnn:
@@ -166,7 +166,7 @@ def plain_decode_attention(
 
 @partial(jax.tree_util.register_dataclass, data_fields=("starts", "documents"), meta_fields=("sinks",))
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What each of some queries sees: the keys from `starts` to its own, and the first `sinks` of its document."""
 
     starts: jax.Array  # [B,Q]
@@ -185,8 +185,8 @@ class _Seen:
             seen |= (key >= self.documents) & (key < self.documents + self.sinks)
         return seen & (key <= query)
 
-    def by_query(self, change: Callable[[jax.Array], jax.Array]) -> "_Seen":
-        return _Seen(change(self.starts), change(self.documents), self.sinks)
+    def by_query(self, change: Callable[[jax.Array], jax.Array]) -> "Seen":
+        return Seen(change(self.starts), change(self.documents), self.sinks)
 
 
 def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
@@ -219,7 +219,7 @@ def _cudnn_masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) 
     return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=CUDNN)
 
 
-def _cudnn_short(q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, is_causal: bool) -> jax.Array:
+def _cudnn_short(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, first: jax.Array, is_causal: bool) -> jax.Array:
     Q, M = q.shape[1], k.shape[1]
     q, (k, v) = _pad_tokens(q, 0, Q % 2), (_pad_tokens(x, 0, M % 2) for x in (k, v))  # cuDNN refuses odd lengths
     visible = seen.by_query(lambda x: jnp.pad(x, ((0, 0), (0, Q % 2)))).visible(first, M + M % 2)
@@ -236,7 +236,7 @@ def _cudnn_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _cudnn_windowed(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, blocks: tuple[int, int]
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, first: jax.Array, blocks: tuple[int, int]
 ) -> jax.Array:
     size, at_once = blocks
     return windowed_attention(q, k, v, seen, first, attend=_cudnn_masked, size=size, at_once=at_once)
@@ -244,19 +244,19 @@ def _cudnn_windowed(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _cudnn_documents(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, blocks: tuple[int, int]
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, first: jax.Array, blocks: tuple[int, int]
 ) -> jax.Array:
     """Without a mask where every row is one document. The gradient computes the attention once more."""
     return jax.lax.cond(jnp.all(seen.starts == 0), *_cudnn_branches(seen, first, blocks), q, k, v)
 
 
 def _cudnn_branches(
-    seen: _Seen, first: jax.Array, blocks: tuple[int, int]
+    seen: Seen, first: jax.Array, blocks: tuple[int, int]
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
     return _cudnn_causal, lambda q, k, v: _cudnn_windowed(q, k, v, seen, first, blocks)
 
 
-def _cudnn_documents_forward(q: Any, k: Any, v: Any, seen: _Seen, first: Any, blocks: tuple[int, int]) -> Any:
+def _cudnn_documents_forward(q: Any, k: Any, v: Any, seen: Seen, first: Any, blocks: tuple[int, int]) -> Any:
     return _cudnn_documents(q, k, v, seen, first, blocks), (q, k, v, seen, first)
 
 
@@ -306,7 +306,7 @@ class _Plan(NamedTuple):
 
 
 def windowed_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, *, attend: Attend, size: int, at_once: int
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, first: jax.Array, *, attend: Attend, size: int, at_once: int
 ) -> jax.Array:
     """Of q [B,Q,H,K], at first, first+1, ... of the keys [B,M,G,K], each to those that it sees.
 
@@ -331,7 +331,7 @@ def windowed_attention(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _windowed(q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.Array, plan: _Plan) -> jax.Array:
+def _windowed(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, first: jax.Array, plan: _Plan) -> jax.Array:
     def step(args: Any) -> jax.Array:
         at, q, seen = args
 
@@ -344,7 +344,7 @@ def _windowed(q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, first: jax.
     return _joined(jax.lax.map(step, (_places(q, first, plan), _split(q, plan), _split_seen(seen, plan))))
 
 
-def _windowed_forward(q: Any, k: Any, v: Any, seen: _Seen, first: Any, plan: _Plan) -> Any:
+def _windowed_forward(q: Any, k: Any, v: Any, seen: Seen, first: Any, plan: _Plan) -> Any:
     return _windowed(q, k, v, seen, first, plan), (q, k, v, seen, first)
 
 
@@ -379,7 +379,7 @@ class _Keys(NamedTuple):
     sinks: jax.Array | None
 
 
-def _own_keys(x: jax.Array, seen: _Seen, at: jax.Array, plan: _Plan, window: _Window) -> _Keys:
+def _own_keys(x: jax.Array, seen: Seen, at: jax.Array, plan: _Plan, window: _Window) -> _Keys:
     span = jax.lax.dynamic_slice_in_dim(x, plan.before + window.first_key(at), window.span, 1)
     places = _sink_places(seen, plan, window)
     if places is None:
@@ -388,7 +388,7 @@ def _own_keys(x: jax.Array, seen: _Seen, at: jax.Array, plan: _Plan, window: _Wi
     return _Keys(span, x.at[rows, plan.before + places].get(mode="clip"))
 
 
-def _added(total: jax.Array, d: _Keys, seen: _Seen, at: jax.Array, plan: _Plan, window: _Window) -> jax.Array:
+def _added(total: jax.Array, d: _Keys, seen: Seen, at: jax.Array, plan: _Plan, window: _Window) -> jax.Array:
     """`total` with the gradients of a step's keys at their places."""
     place = plan.before + window.first_key(at)
     span = jax.lax.dynamic_slice_in_dim(total, place, window.span, 1) + d.span.astype(total.dtype)
@@ -400,14 +400,14 @@ def _added(total: jax.Array, d: _Keys, seen: _Seen, at: jax.Array, plan: _Plan, 
     return total.at[rows, plan.before + places].add(d.sinks.astype(total.dtype), mode="drop")
 
 
-def _sink_places(seen: _Seen, plan: _Plan, window: _Window) -> jax.Array | None:
+def _sink_places(seen: Seen, plan: _Plan, window: _Window) -> jax.Array | None:
     """[B,blocks,sinks]: the first tokens of the document that each block's first query is in."""
     if not plan.sinks or not window.moves:
         return None
     return seen.documents[:, :: window.queries, None] + jnp.arange(plan.sinks, dtype=jnp.int32)
 
 
-def _step(q: jax.Array, k: _Keys, v: _Keys, seen: _Seen, at: jax.Array, *, plan: _Plan, window: _Window) -> jax.Array:
+def _step(q: jax.Array, k: _Keys, v: _Keys, seen: Seen, at: jax.Array, *, plan: _Plan, window: _Window) -> jax.Array:
     """Of the queries at at, at+1, ... to their windows' keys and sinks: [B,step,H,K]."""
     B = q.shape[0]
     blocks, queries, keys, _ = window
@@ -452,7 +452,7 @@ def _split(x: jax.Array, plan: _Plan) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, plan.step, *x.shape[2:]), 1, 0)
 
 
-def _split_seen(seen: _Seen, plan: _Plan) -> _Seen:
+def _split_seen(seen: Seen, plan: _Plan) -> Seen:
     return seen.by_query(lambda x: _split(x, plan))
 
 

@@ -1,11 +1,14 @@
 """What a run says while it is at work."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
+
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.report.table import evaluation_rows
 from jaxhybrid.settings.run import RunConfig
-from jaxhybrid.settings.stages import StageConfig
+from jaxhybrid.settings.stages import Part, StageConfig
 
 COSTS = {"forward_tokens": "forward", "trained_tokens": "in training"}
 FEW_TOKENS = 10_000_000  # below this, distillation has only begun
@@ -18,6 +21,21 @@ def segments(name: str, stage: StageConfig, mean: float) -> str:
 
 def alignment(before: float, after: float) -> str:
     return f"align: held-out loss {before:.4f} before the first step, {after:.4f} after the last"
+
+
+def calibration(config: RunConfig, measured: dict[str, np.ndarray]) -> str:
+    """Which initial values were measured, and over what they range."""
+    units = {"half_lives": ("half-lives", " tokens"), "strengths": ("write strengths", ""), "scales": ("scales", "")}
+    found = [
+        f"{name} {x.min():.3g} to {x.max():.3g}{unit}, median {np.median(x):.3g}"
+        for key, (name, unit) in units.items()
+        if (x := measured.get(key)) is not None
+    ]
+    found += ["open gates"] * ("gate" in config.calibrated_parts)
+    takes = LINEAR_MIXERS[config.mixer.kind].takes(config.mixer.to_model())
+    missing = [part for part in get_args(Part) if part not in takes]
+    told = f" ({config.mixer.kind} takes no {' and no '.join(missing)})" if missing else ""
+    return f"align: begins at measured values: {'; '.join(found)}{told}"
 
 
 def choice(record: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.files import bucket_trouble
 from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.settings.budget import check_layers, layers_in_budget
 from jaxhybrid.settings.evaluate import EvaluateConfig
 from jaxhybrid.settings.mixer import MixerSettings
@@ -155,6 +156,7 @@ class RunConfig(Section):
                 self.data.check_least(getattr(self, stage).min_document_tokens)
             except ValueError as error:
                 raise ValueError(f"{stage}.{error}") from error
+        self._check_calibration()
         for key, path in (
             ("run_dir", self.run_dir),
             ("data.cache_dir", self.data.cache_dir),
@@ -178,6 +180,25 @@ class RunConfig(Section):
                 )
         return self
 
+    def _check_calibration(self) -> None:
+        if self.align.calibrate is None:
+            return
+        if self.mixer.kind not in LINEAR_MIXERS:
+            raise ValueError(f"align.calibrate: mixer.kind {self.mixer.kind} begins as the teacher; leave it out")
+        takes = LINEAR_MIXERS[self.mixer.kind].takes(self.mixer.to_model())
+        if refused := [part for part in self.calibrated_parts if part not in takes]:
+            raise ValueError(
+                f"align.calibrate.parts: {self.mixer.kind} with its settings takes {', '.join(takes)}; leave out "
+                f"{', '.join(refused)}"
+            )
+
+    @property
+    def calibrated_parts(self) -> tuple[str, ...]:
+        """What of the mixer begins at measured values."""
+        if self.align.calibrate is None:
+            return ()
+        return self.align.calibrate.parts or LINEAR_MIXERS[self.mixer.kind].takes(self.mixer.to_model())
+
 
 def validate_against(config: RunConfig, model: ModelConfig) -> None:
     """What can be checked only when the teacher is known. Raises ConfigError naming the key and both numbers."""
@@ -195,6 +216,8 @@ def validate_against(config: RunConfig, model: ModelConfig) -> None:
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.
     lengths = {name: getattr(config, name).sequence_length for name in ("align", "score", "distill", "evaluate")}
     lengths |= {f"select.{name}": text.sequence_length for name, text in config.select.texts.items()}
+    if config.align.calibrate:
+        lengths["align.calibrate"] = config.align.calibrate.sequence_length
     given = [(f"{section}.sequence_length", length) for section, length in lengths.items()]
     given += [("evaluate.lengths", length) for length in config.evaluate.lengths]
     if config.evaluate.ruler.tasks:

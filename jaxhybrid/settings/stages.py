@@ -2,7 +2,7 @@
 (arXiv 2505.03005)."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -22,6 +22,7 @@ from jaxhybrid.settings.types import (
     free,
 )
 
+Part = Literal["decay", "strength", "gate", "scale"]
 STAGES = ("align", "score", "distill", "finetune")  # in their order
 
 
@@ -106,8 +107,24 @@ class StageConfig(Section):
         return self
 
 
+class CalibrateConfig(Section):
+    """The linear mixers begin at values that are measured on the teacher, on one batch of training text in an order
+    that no stage sees; docs/initial_values.md says what it is worth."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = about(2048, "tokens of a row; no half-life can be found beyond it")
+    batch_size: Count = about(8, "rows, over all devices")
+    half_lives: Literal["fitted", "distance"] = about(
+        "fitted", "of decay: those that come nearest to the teacher, of 1 to 4096 tokens; or mean attention distances"
+    )
+    parts: Annotated[tuple[Part, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = about(
+        None, "list of decay, strength, gate and scale; null: all that the mixer takes"
+    )
+
+
 class AlignConfig(StageConfig):
     """Hidden-state alignment: the linear mixers alone learn to give the teacher's mixer outputs."""
+
+    calibrate: CalibrateConfig | None = about(None, "initial values measured on the teacher; null: drawn ones")
 
     schedule: Schedule = about("cosine", "course of the learning rate after warmup")
     final_learning_rate: Annotated[float, Field(ge=0)] = about(1e-5, "learning rate at the end of linear and cosine")

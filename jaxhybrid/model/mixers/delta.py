@@ -16,7 +16,7 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Params, weight, zeros
 from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, TokenContext
-from jaxhybrid.model.mixers.linear import LinearMixer, recurrence
+from jaxhybrid.model.mixers.linear import LinearMixer, logit, recurrence
 from jaxhybrid.model.partition import own_heads
 
 L2_EPS = 1e-6  # inside the square root, so that the gradient at a zero row is finite
@@ -73,6 +73,7 @@ class DeltaRule(Convolved):
 
     silu = True
     norm_eps = L2_EPS
+    calibrates: ClassVar[tuple[str, ...]] = ("decay", "strength", "gate")
     b_proj: Linear
 
     def write_strengths(self, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
@@ -82,6 +83,11 @@ class DeltaRule(Convolved):
     def taps(config: ModelConfig) -> int:
         assert isinstance(config.mixer, DeltaRuleConfig)
         return config.mixer.conv_size
+
+    @staticmethod
+    def with_strengths(own: Params, strengths_N: jax.Array, constant_D: jax.Array) -> Params:
+        kernel = constant_D[:, None] * logit(strengths_N)
+        return own | {"b_proj": {"kernel": kernel.astype(own["b_proj"]["kernel"].dtype)}}
 
     def log_decay(self, x_BTD: jax.Array) -> jax.Array | None:
         """[B,T,N] or [B,T,N,K] in float32; None has no decay."""

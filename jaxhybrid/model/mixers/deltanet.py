@@ -28,6 +28,7 @@ class DeltaNetConfig(DeltaRuleConfig):
 class DeltaNet(DeltaRule):
     Config = DeltaNetConfig
     title = "DeltaNet, arXiv 2406.06484"
+    calibrates = ("strength", "gate")
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import TokenContext
-from jaxhybrid.model.mixers.linear import LinearMixer, recurrence, slow_half_lives
+from jaxhybrid.model.mixers.linear import LinearMixer, recurrence, slow_half_lives, zero_kernel
 from jaxhybrid.model.partition import axis_index, axis_size, own_heads
 
 
@@ -50,6 +50,13 @@ class FixedDecay(LinearMixer):
         assert isinstance(config.mixer, FixedDecayConfig)
         slow = ", half-lives of 64 to 4096 tokens" if config.mixer.decay_init == "slow" else ""
         return [*super().describe(config), f"the form of {config.mixer.form}{slow}"]
+
+    @staticmethod
+    def with_open_gate(own: Params, constant_D: jax.Array, config: ModelConfig) -> Params:
+        assert isinstance(config.mixer, FixedDecayConfig)
+        if config.mixer.form == "lightning":
+            return own | zero_kernel(own, "g_proj")
+        return LinearMixer.with_open_gate(own, constant_D, config)
 
     def gate(self, x: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(x) if self.is_lightning else jax.nn.silu(x)

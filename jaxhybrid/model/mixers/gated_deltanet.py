@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxhybrid.model.blueprint import Exact, normal, weight, zeros
+from jaxhybrid.model.blueprint import Exact, Params, normal, weight, zeros
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.layers import Linear
 from jaxhybrid.model.mixers.delta import DeltaRule, DeltaRuleConfig
-from jaxhybrid.model.mixers.linear import half_life_steps, random_A_log, random_step_bias
+from jaxhybrid.model.mixers.linear import half_life_steps, random_A_log, random_step_bias, steps_of, zero_kernel
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class GatedDeltaNet(DeltaRule):
         self.A_log = weight(rngs, (N,), ("kv_heads",), zeros if slow else random_A_log, Exact)
         self.dt_bias = weight(rngs, (N,), ("kv_heads",), half_life_steps if slow else random_step_bias, Exact)
         self.add_convolutions(config, rngs)
+
+    @staticmethod
+    def with_half_lives(own: Params, lives_N: jax.Array) -> Params:
+        steps = {"A_log": jnp.zeros_like(own["A_log"]), "dt_bias": steps_of(lives_N)}
+        return own | zero_kernel(own, "a_proj") | steps
 
     def log_decay(self, x_BTD: jax.Array) -> jax.Array:
         steps = jax.nn.softplus(self.a_proj(x_BTD, dtype=jnp.float32) + self.dt_bias[...])

@@ -14,7 +14,7 @@ from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.blueprint import Exact, Params, normal, zeros
 from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, TokenContext
-from jaxhybrid.model.mixers.linear import LinearMixer, recurrence, slow_half_lives
+from jaxhybrid.model.mixers.linear import LinearMixer, logit, recurrence, slow_half_lives, zero_kernel
 
 NORMALIZER = 16  # log a_t = logsigmoid(...) / NORMALIZER
 
@@ -36,6 +36,7 @@ class GLA(LinearMixer):
     Config = GLAConfig
     title = "Gated Linear Attention, arXiv 2312.06635"
     joins = True
+    calibrates = ("decay", "gate")
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -46,8 +47,13 @@ class GLA(LinearMixer):
         self.a_down_proj = Linear(rngs, (D, R), ("embed", None))
         self.a_up_proj = Linear(
             rngs, (R, N, K), (None, "kv_heads", "head_dim"), bias=True,
-            init=zeros if slow else normal, bias_init=_half_life_bias if slow else zeros, bias_kind=Exact,
+            init=zeros if slow else normal, bias_init=_slow_bias if slow else zeros, bias_kind=Exact,
         )  # fmt: skip
+
+    @staticmethod
+    def with_half_lives(own: Params, lives_N: jax.Array) -> Params:
+        up = zero_kernel(own, "a_up_proj")["a_up_proj"]
+        return own | {"a_up_proj": up | {"bias": jnp.broadcast_to(_half_life_bias(lives_N)[:, None], up["bias"].shape)}}
 
     @classmethod
     def describe(cls, config: ModelConfig) -> list[str]:
@@ -68,7 +74,10 @@ class GLA(LinearMixer):
         return jax.nn.log_sigmoid(logits) / NORMALIZER, None
 
 
-def _half_life_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[N,K]: the half-lives of `slow_half_lives`, where a_up_proj gives zero."""
-    decay = jnp.exp(-NORMALIZER * math.log(2.0) / slow_half_lives(shape))  # sigmoid of the bias
-    return jnp.log(decay) - jnp.log1p(-decay)
+def _slow_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return _half_life_bias(slow_half_lives(shape))
+
+
+def _half_life_bias(lives: jax.Array) -> jax.Array:
+    """What a_up_proj gives where its kernel gives zero; the bias' sigmoid is the decay of 16 tokens."""
+    return logit(jnp.exp(-NORMALIZER * math.log(2.0) / lives))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.model.blueprint import Exact, normal, weight, zeros
+from jaxhybrid.model.blueprint import Exact, Params, normal, weight, zeros
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.layers import Linear, RMSNorm
 from jaxhybrid.model.mixers.delta import DeltaRule, DeltaRuleConfig
@@ -22,6 +22,8 @@ from jaxhybrid.model.mixers.linear import (
     low_rank_option,
     random_A_log,
     random_step_bias,
+    steps_of,
+    zero_kernel,
 )
 
 
@@ -71,6 +73,15 @@ class KimiDelta(DeltaRule):
         if hasattr(self, "g_up_proj"):
             out = out * jax.nn.sigmoid(self.g_up_proj(self.g_down_proj(x_BTD)))
         return self.o_proj(out)
+
+    @staticmethod
+    def with_half_lives(own: Params, lives_N: jax.Array) -> Params:
+        bias = jnp.broadcast_to(steps_of(lives_N)[:, None], own["dt_bias"].shape)
+        return own | zero_kernel(own, "a_up_proj") | {"A_log": jnp.zeros_like(own["A_log"]), "dt_bias": bias}
+
+    @staticmethod
+    def with_open_gate(own: Params, constant_D: jax.Array, config: ModelConfig) -> Params:
+        return own | zero_kernel(own, "g_up_proj")
 
     @classmethod
     def describe(cls, config: ModelConfig) -> list[str]:

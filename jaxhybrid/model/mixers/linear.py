@@ -35,6 +35,9 @@ class LinearMixer(nnx.Module):
     joins: ClassVar[bool] = False
     silu: ClassVar[bool] = False  # of q, k and v
     norm_eps: ClassVar[float | None] = None  # as in `recurrence`
+    # What a calibrated start (`stages.calibrate`) may set, beside the scale of each head: "decay" has
+    # `with_half_lives`, "strength" `with_strengths`, "gate" `with_open_gate`.
+    calibrates: ClassVar[tuple[str, ...]] = ("gate",)
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         mixer = config.mixer
@@ -104,6 +107,29 @@ class LinearMixer(nnx.Module):
         Parameters of the mixer itself, by name, stacked; they take the place of `__init__`'s.
         """
         return {}
+
+    @classmethod
+    def takes(cls, mixer: MixerConfig) -> tuple[str, ...]:
+        """The parts of a calibrated start that it takes with these settings."""
+        return (*(part for part in cls.calibrates if part != "gate" or mixer.output_gate), "scale")
+
+    # Values set by calibration: of one layer's parameters, whole or a device's own, and states n alike. `constant_D` is
+    # a column for a kernel on the layer's normed input that makes it give 1 on average: a bias where there is none.
+
+    @staticmethod
+    def with_half_lives(own: Params, lives_N: jax.Array) -> Params:
+        """Every state forgets half in so many tokens, whatever the token."""
+        raise NotImplementedError
+
+    @staticmethod
+    def with_strengths(own: Params, strengths_N: jax.Array, constant_D: jax.Array) -> Params:
+        """Every state writes tokens with this strength, in (0, 1), whatever the token."""
+        raise NotImplementedError
+
+    @staticmethod
+    def with_open_gate(own: Params, constant_D: jax.Array, config: ModelConfig) -> Params:
+        """The output gate is the same for all channels and tokens: 1, or one half for a sigmoid."""
+        return own | {"g_proj": {"kernel": constant_column(own["g_proj"]["kernel"], OPEN_SILU * constant_D)}}
 
     @classmethod
     def describe(cls, config: ModelConfig) -> list[str]:
@@ -178,6 +204,25 @@ def recurrence(
     return kernel(q, k, v, log_decay, beta, context.segment_ids, memory)
 
 
+# --- calibrated values
+
+OPEN_SILU = 1.27846454  # silu of it is 1
+
+
+def constant_column(kernel: jax.Array, column_D: jax.Array) -> jax.Array:
+    """A kernel [D,...] of which every column is this one."""
+    return jnp.broadcast_to(column_D.reshape(-1, *[1] * (kernel.ndim - 1)), kernel.shape).astype(kernel.dtype)
+
+
+def zero_kernel(own: Params, name: str) -> Params:
+    """The projection `name` with a kernel of zeros."""
+    return {name: own[name] | {"kernel": jnp.zeros_like(own[name]["kernel"])}}
+
+
+def logit(share: jax.Array) -> jax.Array:
+    return jnp.log(share) - jnp.log1p(-share)
+
+
 # --- low ranks
 
 
@@ -210,7 +255,12 @@ def random_step_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def half_life_steps(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Bias [N] or [N,K] whose softplus gives the half-lives of `slow_half_lives`, with A_log and projections zero."""
-    return inverse_softplus(math.log(2.0) / slow_half_lives(shape))
+    return steps_of(slow_half_lives(shape))
+
+
+def steps_of(lives: jax.Array) -> jax.Array:
+    """Bias whose softplus gives these half-lives, with A_log and projections zero."""
+    return inverse_softplus(math.log(2.0) / lives)
 
 
 def slow_half_lives(shape: tuple[int, ...]) -> jax.Array:

@@ -17,7 +17,14 @@ from jaxhybrid.model.blueprint import Exact, Params, normal, ones, weight, zeros
 from jaxhybrid.model.config import LinearConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, TokenContext, WideRMSNorm
 from jaxhybrid.model.mixers.delta import Convolved, check_taps
-from jaxhybrid.model.mixers.linear import half_life_steps, random_A_log, random_step_bias, recurrence
+from jaxhybrid.model.mixers.linear import (
+    half_life_steps,
+    random_A_log,
+    random_step_bias,
+    recurrence,
+    steps_of,
+    zero_kernel,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Mamba2Config(LinearConfig):
 class Mamba2(Convolved):
     Config = Mamba2Config
     title = "Mamba-2, arXiv 2405.21060"
+    calibrates = ("decay", "gate")
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -50,6 +58,11 @@ class Mamba2(Convolved):
     def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.add_gate(config, rngs)
         self.norm = WideRMSNorm(rngs, (config.num_heads, config.head_dim), "heads", config.norm_eps)
+
+    @staticmethod
+    def with_half_lives(own: Params, lives_N: jax.Array) -> Params:
+        steps = {"A_log": jnp.zeros_like(own["A_log"]), "dt_bias": steps_of(lives_N)}
+        return own | zero_kernel(own, "dt_proj") | steps
 
     @staticmethod
     def taps(config: ModelConfig) -> int:

@@ -27,6 +27,7 @@ from jaxhybrid.model.mixers.linear import (
     published_rank,
     recurrence,
     slow_half_lives,
+    zero_kernel,
 )
 from jaxhybrid.model.rope import rotate
 
@@ -50,6 +51,7 @@ class RWKV6(LinearMixer):
     Config = RWKV6Config
     title = "RWKV-6 as in RADLADS, arXiv 2404.05892, 2505.03005"
     state_heads: ClassVar[dict[str, int | None]] = LinearMixer.state_heads | {"last_x": None}
+    calibrates = ("decay", "gate")
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -61,7 +63,7 @@ class RWKV6(LinearMixer):
         self.a_down_proj = Linear(rngs, (D, decay_rank), ("embed", None), init=zeros)
         self.a_up_proj = Linear(rngs, (decay_rank, N, K), (None, "kv_heads", "head_dim"), init=_small)
         slow = mixer.decay_init == "slow"
-        decays = _half_life_bias if slow else _spread_bias
+        decays = _slow_bias if slow else _spread_bias
         self.decay_bias = weight(rngs, (N, K), ("kv_heads", "head_dim"), decays, Exact)
 
     def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -81,6 +83,15 @@ class RWKV6(LinearMixer):
             return {}
         shape = config.num_states, config.head_dim
         return {"decay_bias": jax.vmap(lambda depth: _spread(shape, depth))(depths)}
+
+    @staticmethod
+    def with_half_lives(own: Params, lives_N: jax.Array) -> Params:
+        bias = jnp.broadcast_to(_half_life_bias(lives_N)[:, None], own["decay_bias"].shape)
+        return own | zero_kernel(own, "a_down_proj") | {"decay_bias": bias}
+
+    @staticmethod
+    def with_open_gate(own: Params, constant_D: jax.Array, config: ModelConfig) -> Params:
+        return own | zero_kernel(own, "g_proj")
 
     @classmethod
     def describe(cls, config: ModelConfig) -> list[str]:
@@ -158,6 +169,10 @@ def _spread_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _spread(shape, 0.5)
 
 
-def _half_life_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The half-lives of `slow_half_lives`, where a_down_proj is zero."""
-    return jnp.log(math.log(2.0) / slow_half_lives(shape))
+def _slow_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return _half_life_bias(slow_half_lives(shape))
+
+
+def _half_life_bias(lives: jax.Array) -> jax.Array:
+    """Of these half-lives, where a_down_proj is zero."""
+    return jnp.log(math.log(2.0) / lives)

@@ -27,12 +27,15 @@ from jaxhybrid.model.layers import Linear, TokenContext
 from jaxhybrid.model.mixers.linear import (
     LinearMixer,
     check_low_rank,
+    logit,
     low_rank_option,
     published_rank,
     slow_half_lives,
+    zero_kernel,
 )
 
 FASTEST = math.exp(-0.5)  # of -log decay: a state never forgets more than 45 % of a channel in a token
+SHORTEST = 1.5  # half-life that calibration may set; FASTEST is 1.14
 LENGTH_EPS = 1e-12  # inside the root of a removal's length, so that the gradient at a zero key is finite
 
 
@@ -55,6 +58,7 @@ class RWKV7Config(LinearConfig):
 class RWKV7(LinearMixer):
     Config = RWKV7Config
     title = "RWKV-7 as in RADLADS, arXiv 2503.14456, 2505.03005"
+    calibrates = ("decay", "strength", "gate")
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -64,7 +68,7 @@ class RWKV7(LinearMixer):
         per_state = ("kv_heads", "head_dim")
         self.a_down_proj = Linear(rngs, (D, R), ("embed", None), init=zeros)
         self.a_up_proj = Linear(rngs, (R, N, K), (None, *per_state), init=_orthogonal)
-        decays = _half_life_bias if mixer.decay_init == "slow" else _spread_bias
+        decays = _slow_bias if mixer.decay_init == "slow" else _spread_bias
         self.decay_bias = weight(rngs, (N, K), per_state, decays, Exact)
         self.r_down_proj = Linear(rngs, (D, R), ("embed", None), init=zeros)
         self.r_up_proj = Linear(rngs, (R, N, K), (None, *per_state), init=_orthogonal)
@@ -87,6 +91,22 @@ class RWKV7(LinearMixer):
             return {}
         shape = config.num_states, config.head_dim
         return {"decay_bias": jax.vmap(lambda depth: _spread(shape, depth))(depths)}
+
+    @staticmethod
+    def with_half_lives(own: Params, lives_N: jax.Array) -> Params:
+        """At least `SHORTEST` tokens: the decays end there."""
+        bias = _half_life_bias(jnp.maximum(lives_N, SHORTEST))[:, None]
+        return own | zero_kernel(own, "a_down_proj") | {"decay_bias": jnp.broadcast_to(bias, own["decay_bias"].shape)}
+
+    @staticmethod
+    def with_strengths(own: Params, strengths_N: jax.Array, constant_D: jax.Array) -> Params:
+        bias = jnp.broadcast_to(logit(strengths_N)[:, None], own["rate_bias"].shape)
+        return own | zero_kernel(own, "r_down_proj") | {"rate_bias": bias}
+
+    @staticmethod
+    def with_open_gate(own: Params, constant_D: jax.Array, config: ModelConfig) -> Params:
+        up = own["g_up_proj"]["kernel"]  # of sigmoids that are one half
+        return own | zero_kernel(own, "g_down_proj") | {"g_up_proj": {"kernel": jnp.full_like(up, 2.0 / len(up))}}
 
     @classmethod
     def describe(cls, config: ModelConfig) -> list[str]:
@@ -148,7 +168,10 @@ def _spread_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _spread(shape, 0.5)
 
 
-def _half_life_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The half-lives of `slow_half_lives`, where a_down_proj is zero."""
-    share = math.log(2.0) / slow_half_lives(shape) / FASTEST  # sigmoid of the bias
-    return jnp.log(share) - jnp.log1p(-share)
+def _slow_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return _half_life_bias(slow_half_lives(shape))
+
+
+def _half_life_bias(lives: jax.Array) -> jax.Array:
+    """Of these half-lives, where a_down_proj is zero."""
+    return logit(math.log(2.0) / lives / FASTEST)
