@@ -12,7 +12,7 @@ from jaxhybrid_kernels import Places, context_linear_attention, linear_attention
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.attention import project
 from jaxhybrid.model.blueprint import Params, normal, zeros
-from jaxhybrid.model.config import LinearConfig, ModelConfig, option
+from jaxhybrid.model.config import LinearConfig, MixerConfig, ModelConfig, option
 from jaxhybrid.model.layers import Linear, RMSNorm, TokenContext, query_key_norms
 from jaxhybrid.model.partition import own_heads, repeated
 
@@ -111,6 +111,7 @@ class LinearMixer(nnx.Module):
     @classmethod
     def takes(cls, mixer: MixerConfig) -> tuple[str, ...]:
         """The parts of a calibrated start that it takes with these settings."""
+        assert isinstance(mixer, LinearConfig)
         return (*(part for part in cls.calibrates if part != "gate" or mixer.output_gate), "scale")
 
     # Values set by calibration: of one layer's parameters, whole or a device's own, and states n alike. `constant_D` is
