@@ -57,6 +57,7 @@ def test_the_formula(student):
     np.testing.assert_allclose(found * real, layer.o_proj(jnp.asarray(expected, jnp.float32)) * real, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_decoding(student, monkeypatch):
     monkeypatch.setattr(engine, "CAPACITY", 32)
     monkeypatch.setattr(engine, "CHUNK", (8, 8))

@@ -186,8 +186,10 @@ def test_sinks(monkeypatch, form, first):
     check(run, *arrays, ids, first, 6, 3)
 
 
-@pytest.mark.parametrize("kind", ["none", "padded"])
-@pytest.mark.parametrize("form", ["plain", "blocks", "gpu", "splash"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "padded"])
+@pytest.mark.parametrize(
+    "form", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("plain", "blocks")), "gpu", "splash"]
+)
 def test_capped_scores(monkeypatch, form, kind):
     """A cap of the size of scores, with windows too, in each form; on GPUs not what stands for cuDNN."""
     length, dtype = (300, "float32") if form == "splash" else (161, "bfloat16" if form == "gpu" else "float32")
