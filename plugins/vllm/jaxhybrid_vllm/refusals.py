@@ -40,6 +40,14 @@ def check(vllm_config: VllmConfig) -> None:
             f"All layers are {config.layer_types[0]}; a hybrid has both kinds"
             + (", and vLLM's hybrid cache wants a softmax layer." if config.layer_types[0] == LINEAR else ".")
         )
+    for name, value in (
+        ("linear_mixer", "sliding_window" if config.linear_mixer == "sliding_window" else None),
+        ("attention_cap", config.trait("attention_cap", None)),
+        ("logit_cap", config.trait("logit_cap", None)),
+        ("softmax.length_scale", config.softmax.get("length_scale")),
+    ):
+        if value is not None:
+            raise ValueError(f"{name} {value}: not written for vLLM; load this folder in transformers.")
     _check_rotation(config, vllm_config.model_config.max_model_len)
 
 
