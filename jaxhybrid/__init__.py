@@ -20,7 +20,7 @@ _HOMES = {
     "Mamba2Config": "jaxhybrid.model.mixers.mamba2",
     "RWKV6Config": "jaxhybrid.model.mixers.rwkv6",
     "RWKV7Config": "jaxhybrid.model.mixers.rwkv7",
-    "SlidingWindowConfig": "jaxhybrid.model.mixers.sliding_window",
+    "WindowAttentionConfig": "jaxhybrid.model.mixers.window_attention",
     "ModelConfig": "jaxhybrid.model.config",
     "SoftmaxConfig": "jaxhybrid.model.config",
     "Model": "jaxhybrid.model.transformer",

@@ -187,7 +187,7 @@ def rwkv7(config, p, x):
     return output(p, o, project(p, "g_up_proj", sigmoid(project(p, "g_down_proj", x))))
 
 
-def sliding_window(config, p, x):
+def window_attention(config, p, x):
     q, k, v = (project(p, f"{name}_proj", x) for name in "qkv")
     q, k = (rms(y, p[f"{name}_norm"]["scale"], config.norm_eps) for name, y in (("q", q), ("k", k)))
     cos, sin = rotation(config, x)
@@ -218,6 +218,6 @@ def rotated(x, cos, sin):
 LAYERS = {
     layer.__name__: layer
     for layer in (
-        gated_deltanet, gla, deltanet, kimi_delta, fixed_decay, mamba2, rwkv6, rwkv7, sliding_window,
+        gated_deltanet, gla, deltanet, kimi_delta, fixed_decay, mamba2, rwkv6, rwkv7, window_attention,
     )
 }  # fmt: skip

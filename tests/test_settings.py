@@ -168,9 +168,12 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
         (["mixer.kind=kimi_delta", "mixer.gate_init=value"], "mixer: gate_init='value': the gate of kimi_delta is of"),
         (["mixer.kind=rwkv7", "mixer.gate_init=value"], "mixer: gate_init='value': the gate of rwkv7 is of low rank"),
         (["mixer.kind=rwkv7", "mixer.expand_kv=false"], "mixer: expand_kv=False: rwkv7 has one query a state"),
-        (["mixer.kind=sliding_window", "mixer.rope=true"], "mixer: rope is not a setting of sliding_window; leave it"),
-        (["mixer.kind=sliding_window", "mixer.window=0"], "mixer: window=0: a token sees itself at least; use 1 or"),
-        (["mixer.kind=sliding_window", "mixer.sinks=-1"], "mixer: sinks=-1: use 0 for no sinks, or how many tokens"),
+        (
+            ["mixer.kind=window_attention", "mixer.rope=true"],
+            "mixer: rope is not a setting of window_attention; leave it",
+        ),
+        (["mixer.kind=window_attention", "mixer.window=0"], "mixer: window=0: a token sees itself at least; use 1 or"),
+        (["mixer.kind=window_attention", "mixer.sinks=-1"], "mixer: sinks=-1: use 0 for no sinks, or how many tokens"),
         (["mixer.kind=rwkv6", "mixer.low_rank=0"], "mixer: low_rank=0: must be at least 1, or null"),
         (
             ["mixer.kind=fixed_decay", "mixer.form=s4"],

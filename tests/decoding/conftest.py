@@ -8,7 +8,7 @@ import pytest
 from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
-from jaxhybrid.model.mixers.sliding_window import SlidingWindowConfig
+from jaxhybrid.model.mixers.window_attention import WindowAttentionConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
@@ -26,7 +26,7 @@ def make_model(name, **changes):
     if name == "gla":
         mixer = GLAConfig()
     if name == "window":
-        mixer = SlidingWindowConfig(window=5, sinks=2)
+        mixer = WindowAttentionConfig(window=5, sinks=2)
     pattern = tuple(mixer.kind if kind == G else kind for kind in PATTERNS.get(name, PATTERNS["hybrid"]))
     make = jax.jit(convert, static_argnums=(1, 2))
     student = make(make_teacher(num_layers=len(pattern), **changes), pattern, mixer, jax.random.key(2))

@@ -14,7 +14,7 @@ from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
 from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
-from jaxhybrid.model.mixers.sliding_window import SlidingWindowConfig
+from jaxhybrid.model.mixers.window_attention import WindowAttentionConfig
 from jaxhybrid.model.transformer import Model, model_variables
 
 SOFT, LIN = FULL_ATTENTION, GatedDeltaNetConfig.kind
@@ -85,7 +85,7 @@ OTHER_MIXERS = {
         Mamba2Config(expand_kv=False, **CARRIED),
         RWKV6Config(expand_kv=False, low_rank=64, **CARRIED),
         RWKV7Config(low_rank=64, **CARRIED),
-        SlidingWindowConfig(window=8, sinks=3),
+        WindowAttentionConfig(window=8, sinks=3),
     )
 }
 # Students that transformers' own qwen3_5_text can express.

@@ -49,7 +49,7 @@ def test_what_is_in_the_folder(tmp_path, teacher_folder):
         "packing_jaxhybrid.py",
         "rwkv6_jaxhybrid.py",
         "rwkv7_jaxhybrid.py",
-        "sliding_window_jaxhybrid.py",
+        "window_attention_jaxhybrid.py",
         "softmax_attention_jaxhybrid.py",
         "tokenizer.json",
         "tokenizer_config.json",

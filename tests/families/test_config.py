@@ -11,7 +11,7 @@ from jaxhybrid.model.config import FULL_ATTENTION, RopeConfig, WindowConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
-from jaxhybrid.model.mixers.sliding_window import SlidingWindowConfig
+from jaxhybrid.model.mixers.window_attention import WindowAttentionConfig
 
 SHAPE = {
     "vocab_size": 101,
@@ -312,7 +312,7 @@ MIXERS = [
         LINEAR_MIXERS[kind].Config(qkv_bias=False, qk_norm=False)
         for kind in ("deltanet", "kimi_delta", "fixed_decay", "mamba2", "rwkv6", "rwkv7")
     ),
-    SlidingWindowConfig(window=9, sinks=2),
+    WindowAttentionConfig(window=9, sinks=2),
 ]  # fmt: skip
 
 

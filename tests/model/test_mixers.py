@@ -27,7 +27,7 @@ from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
 from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
-from jaxhybrid.model.mixers.sliding_window import SlidingWindow, SlidingWindowConfig
+from jaxhybrid.model.mixers.window_attention import WindowAttention, WindowAttentionConfig
 from jaxhybrid.model.transformer import Model, model_variables, token_context
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.train.optimizer import make_optimizer, start
@@ -49,12 +49,12 @@ MIXERS = {
     "mamba2": Mamba2Config(ssm_conv_size=3, expand_kv=False, **CARRIED),
     "rwkv6": RWKV6Config(low_rank=4, expand_kv=False, **CARRIED),
     "rwkv7": RWKV7Config(low_rank=4, **CARRIED),
-    "sliding_window": SlidingWindowConfig(window=7),
-    "sinks": SlidingWindowConfig(window=5, sinks=3),
+    "window_attention": WindowAttentionConfig(window=7),
+    "sinks": WindowAttentionConfig(window=5, sinks=3),
 }
 
 
-SLOW = ("gated_deltanet", "gla", "deltanet", "retnet", "sliding_window")  # in most other tests, or of shared code
+SLOW = ("gated_deltanet", "gla", "deltanet", "retnet", "window_attention")  # in most other tests, or of shared code
 
 
 def test_every_mixer_is_here():
@@ -179,27 +179,27 @@ def test_a_state_goes_on_where_a_chunk_ended(go_on, run):
 
 def test_a_window_that_holds_all_is_the_teachers_attention():
     """With the teacher's weights, which conversion takes as they are."""
-    config = replace(make_teacher(num_layers=1, hidden_size=16).config, mixer=SlidingWindowConfig(window=30))
+    config = replace(make_teacher(num_layers=1, hidden_size=16).config, mixer=WindowAttentionConfig(window=30))
     params = jax.tree.map(jnp.asarray, initialize(Attention, config, jax.random.key(0)))
     ones = jnp.ones((1, 30), jnp.int32)
     context, x = token_context(config, ones, ones, None), jnp.asarray(inputs())
     teacher, _ = bind(Attention, config, params)(x, context)
-    own = SlidingWindow.from_attention(params, config)
-    np.testing.assert_array_equal(bind(SlidingWindow, config, own)(x, context)[0], teacher)
-    shorter = replace(config, mixer=SlidingWindowConfig(window=29, sinks=1))
-    np.testing.assert_allclose(bind(SlidingWindow, shorter, own)(x, context)[0], teacher, rtol=0, atol=1e-6)
-    cut = replace(config, mixer=SlidingWindowConfig(window=29))
-    y = bind(SlidingWindow, cut, own)(x, context)[0]
+    own = WindowAttention.from_attention(params, config)
+    np.testing.assert_array_equal(bind(WindowAttention, config, own)(x, context)[0], teacher)
+    shorter = replace(config, mixer=WindowAttentionConfig(window=29, sinks=1))
+    np.testing.assert_allclose(bind(WindowAttention, shorter, own)(x, context)[0], teacher, rtol=0, atol=1e-6)
+    cut = replace(config, mixer=WindowAttentionConfig(window=29))
+    y = bind(WindowAttention, cut, own)(x, context)[0]
     assert np.abs(y - teacher)[:, :29].max() < 1e-6 < np.abs(y - teacher)[:, 29].max()
 
 
 def test_windows_that_say_nothing_are_refused_or_warned_of():
     teacher = make_teacher().config
     with pytest.raises(ConfigError, match=r"mixer\.window=62 with mixer\.sinks=2 holds"):
-        SlidingWindowConfig(window=62, sinks=2).resolve(replace(teacher, max_position_embeddings=64))
+        WindowAttentionConfig(window=62, sinks=2).resolve(replace(teacher, max_position_embeddings=64))
     slides = replace(teacher, window=WindowConfig(8, (1,)))
     with pytest.warns(UserWarning, match=r"the teacher's layers \[1\] see 8 tokens"):
-        SlidingWindowConfig(window=9).resolve(slides)
+        WindowAttentionConfig(window=9).resolve(slides)
 
 
 def test_packed_documents_equal_separate_ones(run):
@@ -265,7 +265,7 @@ def test_the_exported_layer_runs_in_16_bits(layer, go_on, exported):
     mixer, x, segments = net.model.layers[0].linear_attn, inputs(), np.ones((1, 30), np.int32)
     whole = {name.split(".")[0] for name, p in mixer.named_parameters() if p.dtype == torch.float32}
     assert whole == set(mixer.float32)
-    rotation = net.model.rotary_emb(torch.from_numpy(x), torch.arange(30)[None])
+    rotation = net.model.rotary_tables.rotary_emb(torch.from_numpy(x), torch.arange(30)[None])
     with torch.no_grad():
         y = mixer(torch.from_numpy(x).bfloat16(), rotation, None, None, None)
     close(y.float(), go_on(x, segments)[0], 0.05)

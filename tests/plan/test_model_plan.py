@@ -94,7 +94,7 @@ def test_what_is_left_behind_is_named(plan_of, config_file):
         ("mixer.expand_kv=false",),
         ("mixer.conv_size=4",),
         *((f"mixer.kind={kind}",) for kind in LINEAR_MIXERS),
-        ("mixer.kind=sliding_window", "mixer.window=40", "mixer.sinks=4"),
+        ("mixer.kind=window_attention", "mixer.window=40", "mixer.sinks=4"),
     ],
 )
 def test_bytes_of_a_sequence_are_those_of_the_decode_state(plan_of, overrides):

@@ -17,7 +17,7 @@ from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
 from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
-from jaxhybrid.model.mixers.sliding_window import SlidingWindowConfig
+from jaxhybrid.model.mixers.window_attention import WindowAttentionConfig
 from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings, rows_sharding
 from jaxhybrid.model.transformer import Model, forward, model_variables, outputs
 from jaxhybrid.stages.align import align_step, linear_mixers
@@ -37,7 +37,7 @@ FEW_STATES = GatedDeltaNetConfig(expand_kv=False)
 OTHERS = [
     DeltaNetConfig(conv_size=3), KimiDeltaConfig(low_rank=4), FixedDecayConfig(), Mamba2Config(expand_kv=False),
     RWKV6Config(low_rank=4), RWKV7Config(low_rank=4),
-    SlidingWindowConfig(window=4, sinks=2),
+    WindowAttentionConfig(window=4, sinks=2),
 ]  # fmt: skip
 slow = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from jaxhybrid.model.mixers.kimi_delta import KimiDeltaConfig
 from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 from jaxhybrid.model.mixers.rwkv6 import RWKV6Config
 from jaxhybrid.model.mixers.rwkv7 import RWKV7Config
-from jaxhybrid.model.mixers.sliding_window import SlidingWindowConfig
+from jaxhybrid.model.mixers.window_attention import WindowAttentionConfig
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.train.optimizer import decays, make_optimizer, parameter_groups, start, update
 from tests.tiny import training
@@ -43,7 +43,7 @@ OTHERS = [
         Mamba2Config, RWKV6Config, RWKV7Config,
     )
     for carried in (True, False)
-] + [SlidingWindowConfig()]  # fmt: skip
+] + [WindowAttentionConfig()]  # fmt: skip
 
 
 def configs():
@@ -87,7 +87,7 @@ def test_every_mixer_is_among_them():
         "mamba2": {"ssm_conv_size"},
         "rwkv6": {"low_rank"},
         "rwkv7": {"low_rank"},
-        "sliding_window": {"window", "sinks"},
+        "window_attention": {"window", "sinks"},
     }
 
 

@@ -19,8 +19,8 @@ from .linear_attention_jaxhybrid import JaxHybridStateful
 from .mamba2_jaxhybrid import JaxHybridMamba2
 from .rwkv6_jaxhybrid import JaxHybridRWKV6
 from .rwkv7_jaxhybrid import JaxHybridRWKV7
-from .sliding_window_jaxhybrid import JaxHybridSlidingWindow
 from .softmax_attention_jaxhybrid import JaxHybridAttention, JaxHybridRMSNorm
+from .window_attention_jaxhybrid import JaxHybridWindowAttention
 
 LINEAR_MIXERS: dict[str, type[JaxHybridStateful]] = {
     mixer.name: mixer
@@ -33,7 +33,7 @@ LINEAR_MIXERS: dict[str, type[JaxHybridStateful]] = {
         JaxHybridMamba2,
         JaxHybridRWKV6,
         JaxHybridRWKV7,
-        JaxHybridSlidingWindow,
+        JaxHybridWindowAttention,
     )
 }
 

@@ -10,14 +10,14 @@ from jaxhybrid.model.mixers.linear import LinearMixer
 from jaxhybrid.model.mixers.mamba2 import Mamba2
 from jaxhybrid.model.mixers.rwkv6 import RWKV6
 from jaxhybrid.model.mixers.rwkv7 import RWKV7
-from jaxhybrid.model.mixers.sliding_window import SlidingWindow
+from jaxhybrid.model.mixers.window_attention import WindowAttention
 
 LINEAR_MIXERS: dict[str, type[LinearMixer]] = {
     mixer.Config.kind: mixer for mixer in (GatedDeltaNet, GLA, DeltaNet, KimiDelta, FixedDecay, Mamba2, RWKV6, RWKV7)
 }
 # What a converted layer can have: its state does not grow with the text.
-STUDENT_MIXERS: dict[str, type[LinearMixer] | type[SlidingWindow]] = {
+STUDENT_MIXERS: dict[str, type[LinearMixer] | type[WindowAttention]] = {
     **LINEAR_MIXERS,
-    SlidingWindow.Config.kind: SlidingWindow,
+    WindowAttention.Config.kind: WindowAttention,
 }
 MIXERS: dict[str, type[Attention] | type[LinearMixer]] = {Attention.kind: Attention, **STUDENT_MIXERS}

@@ -23,10 +23,10 @@ PLACES = 64  # a cache's places are a multiple of this, as kernels of decoding w
 
 
 @dataclass(frozen=True)
-class SlidingWindowConfig(MixerConfig):
+class WindowAttentionConfig(MixerConfig):
     """What a layer sees; all else is the teacher's."""
 
-    kind = "sliding_window"
+    kind = "window_attention"
 
     window: int = option(1024, "tokens that a layer with a sliding window sees, its own among them")
     sinks: int = option(0, "first tokens of a document that it sees besides, attention sinks")
@@ -53,10 +53,10 @@ class SlidingWindowConfig(MixerConfig):
         return self
 
 
-class SlidingWindow(Attention):
+class WindowAttention(Attention):
     """Keys and values of `sinks` tokens, then a ring of `window`; which place is whose follows from the count."""
 
-    Config: ClassVar[type[MixerConfig]] = SlidingWindowConfig
+    Config: ClassVar[type[MixerConfig]] = WindowAttentionConfig
     title: ClassVar[str] = "softmax attention in a sliding window, arXiv 2309.17453"
     state_heads: ClassVar[dict[str, int | None]] = {"k": 1, "v": 1, "count": None}
 
@@ -160,7 +160,7 @@ class SlidingWindow(Attention):
 
 def _sizes(config: ModelConfig) -> tuple[int, int]:
     """Tokens of the window, and sinks."""
-    assert isinstance(config.mixer, SlidingWindowConfig)
+    assert isinstance(config.mixer, WindowAttentionConfig)
     return config.mixer.window, config.mixer.sinks
 
 

@@ -24,10 +24,10 @@ class Tokens(NamedTuple):
     real: torch.Tensor  # False on padding
 
 
-class JaxHybridSlidingWindow(JaxHybridProjections, JaxHybridStateful):
+class JaxHybridWindowAttention(JaxHybridProjections, JaxHybridStateful):
     """Like the base model's attention, with a state of fixed size."""
 
-    name = "sliding_window"
+    name = "window_attention"
 
     def __init__(self, config: JaxHybridConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
