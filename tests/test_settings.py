@@ -401,7 +401,7 @@ def test_describe_lists_every_setting(load):
             yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
     lines = text.splitlines()
-    for key in keys(load("score.stop_when_stable={}").model_dump()):
+    for key in keys(load("score.stop_when_stable={}", "align.calibrate={}").model_dump()):
         (index,) = [i for i, line in enumerate(lines) if line.startswith(f"  {key}  [")]
         assert len(lines[index + 1].strip()) > 5, key  # its meaning
     assert "  data.train  [list of text = required]" in lines

@@ -49,10 +49,10 @@ def test_what_is_in_the_folder(tmp_path, teacher_folder):
         "packing_jaxhybrid.py",
         "rwkv6_jaxhybrid.py",
         "rwkv7_jaxhybrid.py",
-        "window_attention_jaxhybrid.py",
         "softmax_attention_jaxhybrid.py",
         "tokenizer.json",
         "tokenizer_config.json",
+        "window_attention_jaxhybrid.py",
     ]
     assert {p.name for p in REMOTE_CODE.glob("*.py")} == set(CODE_FILES)
     config = json.loads((target / "config.json").read_text())

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from jaxhybrid.export.remote_code.configuration_jaxhybrid import JaxHybridConfig
-from plugins.vllm.jaxhybrid_vllm.exported.decoder_layer_jaxhybrid import LINEAR_MIXERS
-from plugins.vllm.jaxhybrid_vllm.pages import Pages, grouped, make_mixer, state_shapes
+from plugins.vllm.jaxhybrid_vllm.pages import MIXERS, Pages, grouped, make_mixer, state_shapes
 
 D, K = 32, 8
 SETTINGS = {
@@ -23,7 +22,7 @@ def config_of(mixer, **changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LINEAR_MIXERS)
+@pytest.mark.parametrize("name", MIXERS)
 def test_steps_over_pages_equal_whole_texts(name):
     torch.manual_seed(0)
     config = config_of(name)

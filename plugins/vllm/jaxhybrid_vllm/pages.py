@@ -16,6 +16,8 @@ from .exported.decoder_layer_jaxhybrid import LINEAR_MIXERS
 from .exported.linear_attention_jaxhybrid import JaxHybridLinearAttention
 
 LINEAR = "linear_attention"
+# Windows of softmax attention count in whole numbers what they hold; pages are of float32.
+MIXERS = {name: mixer for name, mixer in LINEAR_MIXERS.items() if issubclass(mixer, JaxHybridLinearAttention)}
 
 
 @dataclass
@@ -97,9 +99,9 @@ def make_mixer(config: JaxHybridConfig, layer: int) -> JaxHybridLinearAttention:
     Raises:
         ValueError: the config names a mixer that this package does not have.
     """
-    if config.linear_mixer not in LINEAR_MIXERS:
-        raise ValueError(f"linear_mixer {config.linear_mixer!r} is not one of {', '.join(LINEAR_MIXERS)}.")
-    mixer = paged(LINEAR_MIXERS[config.linear_mixer])(config, layer)
+    if config.linear_mixer not in MIXERS:
+        raise ValueError(f"linear_mixer {config.linear_mixer!r} is not one of {', '.join(MIXERS)}.")
+    mixer = paged(MIXERS[config.linear_mixer])(config, layer)
     for name, parameter in mixer.named_parameters():
         if name.split(".")[0] in mixer.float32:
             parameter.data = parameter.data.float()

@@ -41,7 +41,6 @@ def check(vllm_config: VllmConfig) -> None:
             + (", and vLLM's hybrid cache wants a softmax layer." if config.layer_types[0] == LINEAR else ".")
         )
     for name, value in (
-        ("linear_mixer", "window_attention" if config.linear_mixer == "window_attention" else None),
         ("attention_cap", config.trait("attention_cap", None)),
         ("logit_cap", config.trait("logit_cap", None)),
         ("softmax.length_scale", config.softmax.get("length_scale")),
