@@ -91,10 +91,23 @@ def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig, wa
     if known.get("both_kinds") and len({*config.layer_types}) < 2:
         found["loads"] = False
         found["why"] += f"; it wants softmax layers beside linear ones, and all are {config.layer_types[0]} here"
+    if lacking := [words for trait, words in known.get("without", {}).items() if trait in _traits(config)]:
+        found["loads"] = False
+        found["why"] += f"; it has no {', '.join(lacking)}"
     wanted = known.get("head_dim")
     if wanted and config.head_dim != wanted["wants"]:
         found["change"].append(wanted["remedy"])
     return found
+
+
+def _traits(config: ModelConfig) -> set[str]:
+    """What not every server has, by the names that servers.yaml uses."""
+    has = {
+        "windows": "window_attention" in config.layer_types,
+        "caps": config.attention_cap is not None or config.logit_cap is not None,
+        "length_scale": config.softmax.length_scale is not None,
+    }
+    return {trait for trait, present in has.items() if present}
 
 
 def _found(name: str, loads: bool | None, why: str, start: str | None = None, **lists: list[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from jaxhybrid.cli import app
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.export.folder import export
-from jaxhybrid.model.config import FULL_ATTENTION
+from jaxhybrid.model.config import FULL_ATTENTION, SoftmaxConfig
 from jaxhybrid.plan.servers import block_tokens, check, server_facts
 from jaxhybrid.plan.serving import serving_of
 from tests.export.students import CASES, LIN, QWEN3_5, SOFT, make_student
@@ -76,6 +76,12 @@ def test_an_export_with_one_kind_of_layers(exported):
     found = check(exported("remote-code", layer_types=(LIN, LIN)))
     assert [server for server, loads in loaded(found).items() if loads] == ["transformers"]
     assert "all are gated_deltanet here" in found["servers"][1]["why"]
+
+
+def test_an_export_with_what_a_server_lacks(exported):
+    found = check(exported("remote-code", attention_cap=30.0, softmax=SoftmaxConfig(length_scale=64.0)))
+    assert [server for server, loads in loaded(found).items() if loads] == ["transformers"]
+    assert "it has no capped scores and logits, queries scaled by length" in found["servers"][1]["why"]
 
 
 def test_the_setting_it_names_gives_an_interval():
