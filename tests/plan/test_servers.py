@@ -12,7 +12,7 @@ from jaxhybrid.export.folder import export
 from jaxhybrid.model.config import FULL_ATTENTION, SoftmaxConfig
 from jaxhybrid.plan.servers import block_tokens, check, server_facts
 from jaxhybrid.plan.serving import serving_of
-from tests.export.students import CASES, LIN, QWEN3_5, SOFT, make_student
+from tests.export.students import CASES, LIN, OTHER_MIXERS, QWEN3_5, SOFT, make_student
 
 PERIOD_2 = QWEN3_5 | {"num_layers": 4, "layer_types": (LIN, SOFT, LIN, SOFT)}
 
@@ -79,9 +79,11 @@ def test_an_export_with_one_kind_of_layers(exported):
 
 
 def test_an_export_with_what_a_server_lacks(exported):
-    found = check(exported("remote-code", attention_cap=30.0, softmax=SoftmaxConfig(length_scale=64.0)))
+    found = check(
+        exported("remote-code", **OTHER_MIXERS["window_attention"] | {"softmax": SoftmaxConfig(length_scale=64.0)})
+    )
     assert [server for server, loads in loaded(found).items() if loads] == ["transformers"]
-    assert "it has no capped scores and logits, queries scaled by length" in found["servers"][1]["why"]
+    assert "it has no mixer of sliding windows, queries scaled by length" in found["servers"][1]["why"]
 
 
 def test_the_setting_it_names_gives_an_interval():
