@@ -20,7 +20,6 @@ from jaxhybrid.model.partition import (
     exchanged,
     joined,
     largest,
-    near,
     shards,
     total,
 )
@@ -91,7 +90,7 @@ def own_columns(head: Head, vocab_size: int, dtype: Any) -> Columns:
     """The columns of this device, from the part of the head that it stores: some rows, and some columns if the
     vocabulary is split over `tensor`. The devices that share it exchange rows for columns."""
     first, devices = jnp.int32(0), axis_size("tensor")
-    head_DS = differing(near(head.kernel), "data")
+    head_DS = differing(head.kernel, "data")
     if devices > 1 and head_DS.shape[1] == vocab_size:  # each takes its share of columns that all have
         share = -(-vocab_size // devices)
         first, head_DS = axis_index("tensor") * share, _padded(head_DS, devices * share)

@@ -253,10 +253,17 @@ def _moved(spec: P, x: Any) -> Any:
     return x if getattr(jax.typeof(x).sharding, "spec", None) == spec else jax.reshard(x, spec)
 
 
+def may_offload(x: Any) -> bool:
+    """Whether weights are worth it: stacks of matrices. TPUs cannot take a row out of a matrix in the host's memory."""
+    return len(x.shape) > 2
+
+
 def in_memory(kind: str, tree: Any) -> Any:
-    """Arrays, or ShapeDtypeStructs, moved to a kind of memory of their devices: `device` or `HOST_MEMORY`."""
+    """Weights, or their ShapeDtypeStructs, moved to a kind of memory of their devices: `device` or `HOST_MEMORY`."""
 
     def own(x: Any) -> Any:
+        if not may_offload(x):
+            return x
         sharding = x.sharding.with_memory_kind(kind)
         return x.update(sharding=sharding) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, sharding)
 

@@ -41,7 +41,6 @@ from jaxhybrid.model.partition import (
     gather,
     head_spec,
     joined,
-    near,
     on_shards,
     param_shardings,
     splits_tokens,
@@ -64,7 +63,7 @@ class Model:
     def head(self) -> Head:
         """What turns final hidden states into logits."""
         tied = self.config.tie_embeddings
-        kernel = near(self.params["embed"]["embedding"]).T if tied else self.params["head"]["kernel"]
+        kernel = self.params["embed"]["embedding"].T if tied else self.params["head"]["kernel"]
         return Head(kernel, self.config.logit_cap)
 
     @property

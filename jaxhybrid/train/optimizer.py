@@ -1,7 +1,7 @@
 """AdamW or Adafactor with two parameter groups, the field's schedules, and the state a stage trains."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxhybrid.model.blueprint import Params
-from jaxhybrid.model.partition import lying_as, near
+from jaxhybrid.model.partition import lying_as, may_offload, near
 from jaxhybrid.settings.stages import StageConfig
 
 
@@ -57,7 +57,7 @@ def _offloaded(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     """The same with its state in the host's memory; it comes to the devices while an update is made. For jit."""
 
     def init(params: Params) -> Any:
-        return _offload(optimizer.init(params))
+        return _to_host(optimizer.init(params), lambda x: x.ndim > 0)  # counts stay
 
     def update(gradients: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         updates, after = optimizer.update(gradients, near(state), params)
@@ -66,9 +66,8 @@ def _offloaded(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformation(init, update)
 
 
-def _offload(tree: Any) -> Any:
-    """To the host's memory; counts stay on the device."""
-    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, tree)
+def _to_host(tree: Any, goes: Callable[[jax.Array], bool]) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if goes(x) else x, tree)
 
 
 def parameter_groups(params: Params) -> Params:
@@ -126,10 +125,11 @@ def schedule(stage: StageConfig, peak: float, final: float) -> optax.Schedule:
 def start(params: Params, optimizer: optax.GradientTransformation, *, offload: Sequence[str] = ()) -> TrainState:
     """A fresh state for `params`. Jit it with donated or sharded params: moments take the params' sharding.
 
-    offload: a stage's; with `masters` in it the parameters lie in the host's memory.
+    offload: a stage's; with `masters` in it the layers' matrices lie in the host's memory.
     """
     moments = optimizer.init(params)
-    return TrainState(jnp.zeros((), jnp.int32), _offload(params) if "masters" in offload else params, moments)
+    params = _to_host(params, may_offload) if "masters" in offload else params
+    return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
 
 def update(

@@ -16,6 +16,7 @@ from jaxhybrid.model.partition import (
     batch_sharding,
     in_memory,
     make_mesh,
+    may_offload,
     param_shardings,
 )
 from jaxhybrid.model.transformer import Model, model_variables
@@ -67,6 +68,11 @@ def trained(stage, offload, remat, parts):
     return state, losses
 
 
+def kinds(tree, which):
+    """Of the memory in which arrays lie."""
+    return {x.sharding.memory_kind for x in jax.tree.leaves(tree) if which(x)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "remat", "parts"),
@@ -82,8 +88,9 @@ def test_offloading_changes_nothing(stage, remat, parts):
     assert losses[1] != losses[0]
     for kept, offloaded in zip(*map(jax.tree.leaves, (expected, state)), strict=True):
         np.testing.assert_array_equal(kept, offloaded)
-        assert offloaded.sharding.memory_kind == (HOST_MEMORY if offloaded.ndim else "device")
         assert kept.sharding.memory_kind == "device"
+    assert kinds(state.optimizer, lambda x: x.ndim > 0) == kinds(state.params, may_offload) == {HOST_MEMORY}
+    assert kinds(state.params, lambda x: not may_offload(x)) <= {"device"}
 
 
 def test_candidates_are_the_teachers_own_arrays():

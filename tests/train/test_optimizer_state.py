@@ -21,13 +21,13 @@ def train(**settings):
     mesh = make_mesh(fsdp=8)
     keys = jax.random.split(jax.random.key(0), 3)
     target, x = (np.asarray(jax.random.normal(key, (WIDTH, WIDTH))) for key in keys[:2])
-    sharding = jax.NamedSharding(mesh, jax.P("fsdp"))
-    params = {"blocks": {"proj": {"kernel": jax.device_put(jnp.zeros((WIDTH, WIDTH)), sharding)}}}
+    sharding = jax.NamedSharding(mesh, jax.P(None, "fsdp"))
+    params = {"blocks": {"proj": {"kernel": jax.device_put(jnp.zeros((1, WIDTH, WIDTH)), sharding)}}}
     optimizer = make_optimizer(training(STEPS, learning_rate=0.05, clip_norm=None, **settings), params)
 
     def step(state):
         def loss(params):
-            weight = near(params["blocks"]["proj"]["kernel"])
+            weight = near(params["blocks"]["proj"]["kernel"])[0]
             y = jnp.einsum("bi,oi->bo", x, weight, out_sharding=jax.P(None, "fsdp"))
             return jnp.mean((y - x @ target.T) ** 2) / WIDTH
 
