@@ -1,5 +1,6 @@
 """Causal softmax attention: the mixer of the teacher and of the layers a hybrid keeps."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -49,11 +50,10 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Params | None]:
         """Attention output after o_proj [B,T,D], and the cache with this call's keys and values when one was given."""
         q, k, v = self.projected(x_BTD, context)
-        window = None if self.window is None else Window(self.window, context.slides)
         if state is None:
-            return self.o_proj(self.over_row(q, k, v, context, window)), None
+            return self.o_proj(self.over_row(q, k, v, context)), None
         assert context.cache_index is not None
-        index, new = context.cache_index, {"k": k, "v": v}
+        index, new, window = context.cache_index, {"k": k, "v": v}, self.sees(context)
         if index.ndim:  # one token a row, each at a place of its own
             state = written(state, new, index)
             out = decode_attention(q[:, 0], state["k"], state["v"], index, window, self.cap)[:, None]
@@ -75,15 +75,24 @@ class Attention(nnx.Module):
             q = q * self.scale
         return q, k, v
 
+    def sees(self, context: TokenContext) -> Window | None:
+        """The keys that a query sees, if not all before it."""
+        return None if self.window is None else Window(self.window, context.slides)
+
     def over_row(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, context: TokenContext, window: Window | None
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        context: TokenContext,
+        attend: Callable[..., jax.Array] = causal_attention,
     ) -> jax.Array:
-        """Attention without a state: [B,T,H,K]."""
+        """Attention without a state [B,T,H,K], or what else `attend` makes of its arguments."""
         if context.first_token is not None:  # the keys of the whole row, for the queries of a part of it
             k, v = (joined(x, 1, "context") for x in (k, v))
-        return causal_attention(
-            q, k, v, context.segment_ids,
-            key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window, cap=self.cap,
+        return attend(
+            q, k, v, context.segment_ids, key_segment_ids=context.key_segment_ids, first_query=context.first_token,
+            window=self.sees(context), cap=self.cap,
         )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxhybrid.model.layers import exact_dtype, segment_starts
-from jaxhybrid.model.softmax import MASKED, Seen, Window, capped
+from jaxhybrid.model.layers import capped, exact_dtype
+from jaxhybrid.model.softmax import MASKED, Seen, Window, document_starts
 
 QUERY_BLOCK = 128  # queries whose weights for all keys are held at once
 
@@ -33,9 +33,7 @@ def attention_distance(
     B, Q, H, K = q.shape
     M, G = k.shape[1:3]
     ids = segment_ids if key_segment_ids is None else key_segment_ids
-    starts = jnp.zeros((B, M), jnp.int32) if ids is None else segment_starts(ids)
-    first = jnp.int32(0) if first_query is None else first_query
-    starts = starts if first_query is None else jax.lax.dynamic_slice_in_dim(starts, first, Q, 1)
+    _, starts, first = document_starts(ids, k, Q, first_query)
     starts = starts if window is None else window.starts(starts, first)
     exact = exact_dtype(q.dtype)
     lengths = jnp.linalg.norm(v.astype(exact), axis=-1)[:, None].transpose(0, 3, 1, 2)[:, :, None]  # [B,G,1,1,M]

@@ -87,9 +87,7 @@ def causal_attention(
     if by_cudnn and key_segment_ids is None and first_query is None and window is None:
         return _cudnn_causal(q, k, v)
     B, Q = q.shape[:2]
-    starts = segment_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
-    first = jnp.int32(0) if first_query is None else first_query
-    documents = starts if first_query is None else jax.lax.dynamic_slice_in_dim(starts, first, Q, 1)
+    starts, documents, first = document_starts(key_segment_ids, k, Q, first_query)
     q, k, v, starts, documents, first = _varying_alike(q, k, v, starts, documents, first)
     sinks = 0 if window is None else window.sinks
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0 and not sinks:
@@ -110,6 +108,17 @@ def causal_attention(
     if size >= Q:
         return attend(q, k, v, seen.visible(first, k.shape[1]))
     return windowed_attention(q, k, v, seen, first, attend=attend, size=size, at_once=1)
+
+
+def document_starts(
+    key_segment_ids: jax.Array | None, k: jax.Array, queries: int, first_query: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the documents of keys [B,M] and of so many queries [B,Q] start, and the first query's place among the keys;
+    arguments as `causal_attention` has them."""
+    starts = segment_starts(key_segment_ids) if key_segment_ids is not None else jnp.zeros(k.shape[:2], jnp.int32)
+    if first_query is None:
+        return starts, starts, jnp.int32(0)
+    return starts, jax.lax.dynamic_slice_in_dim(starts, first_query, queries, 1), first_query
 
 
 def _capped_block(scores: int) -> int:

@@ -37,7 +37,6 @@ from jaxhybrid.model.partition import (
     axis_size,
     batch_spec,
     gather,
-    joined,
     on_shards,
     own_heads,
     shards,
@@ -45,7 +44,6 @@ from jaxhybrid.model.partition import (
     total,
 )
 from jaxhybrid.model.reach import attention_distance
-from jaxhybrid.model.softmax import Window
 from jaxhybrid.model.transformer import Model, embed, token_context
 from jaxhybrid.model.walk import walk
 from jaxhybrid.stages.batch import Batch, count_tokens, token_mask
@@ -211,12 +209,4 @@ class Unprojected(nnx.Module):
 
 def _distances(attention: Attention, normed: jax.Array, context: TokenContext) -> jax.Array:
     """[B,T,H] of the attention that `Attention.__call__` computes."""
-    q, k, v = attention.projected(normed, context)
-    if context.first_token is not None:
-        k, v = (joined(x, 1, "context") for x in (k, v))
-    window = None if attention.window is None else Window(attention.window, context.slides)
-    return attention_distance(
-        q, k, v, context.segment_ids,
-        key_segment_ids=context.key_segment_ids, first_query=context.first_token, window=window,
-        cap=attention.cap,
-    )  # fmt: skip
+    return attention.over_row(*attention.projected(normed, context), context, attend=attention_distance)

@@ -81,10 +81,8 @@ def stage_program(
     settings: StageConfig = getattr(config, stage)
     dtype, params = jnp.dtype(config.dtype), trained_params(stage, student, teacher, mesh)
     optimizer = make_optimizer(settings, params)
-    step, state = (
-        stage_step(stage, config, student, optimizer),
-        abstract_state(optimizer, params, mesh, settings.offload),
-    )
+    step = stage_step(stage, config, student, optimizer)
+    state = abstract_state(optimizer, params, mesh, settings.offload)
     batch = abstract_batch(settings, mesh)
     if stage == "finetune":
         return step, (state, batch)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxhybrid.decoding import engine
 from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
@@ -60,3 +61,15 @@ def recomputed(model, prompts, steps, dtype=jnp.float32):
         for number, text in enumerate(texts):
             text.append(int(np.argmax(logits[number, len(text) - 1])))
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
+
+
+def in_small_chunks(monkeypatch, model, prompts, steps):
+    """Greedy decoding by the engine, of prompts in chunks of 8 and then four tokens at a time."""
+    monkeypatch.setattr(engine, "CAPACITY", 32)
+    monkeypatch.setattr(engine, "CHUNK", (8, 8))
+    slots, found = engine.Engine(model, len(prompts)), [[] for _ in prompts]
+    slots.prefill({row: engine.Request(prompt, steps) for row, prompt in enumerate(prompts)})
+    while slots.busy:
+        for slot, tokens in slots.step(4).items():
+            found[slot] += tokens
+    return found

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM
 from jaxhybrid.export.folder import export
 from jaxhybrid.families import FAMILIES
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.mixers.window_attention import WindowAttentionConfig
 from jaxhybrid.model.transformer import forward
 from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.huggingface import load_student, load_teacher
 from tests.families.teachers import SHAPE, TEACHERS, cases, logits_of, make_teacher
 
 TOKENS = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (2, 40))
-G, F = GatedDeltaNetConfig.kind, "full_attention"
+F = "full_attention"
 
 
 def loaded(folder, **options):
@@ -69,13 +70,20 @@ RICH = {"gemma2": 0, "gemma3_text": 0, "olmo3": 0, "granite": 0, "smollm3": 1}  
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:No tokenizer")
-@pytest.mark.parametrize("family", RICH)
-def test_a_hybrid_goes_out_and_comes_back(tmp_path, family):
+@pytest.mark.filterwarnings("ignore:mixer.window=")  # sees more than the teacher did
+@pytest.mark.parametrize(
+    ("family", "mixer"),
+    [
+        *((family, GatedDeltaNetConfig(rope=True)) for family in RICH),
+        ("gemma2", WindowAttentionConfig(window=6, sinks=2)),
+    ],
+)
+def test_a_hybrid_goes_out_and_comes_back(tmp_path, family, mixer):
     """A kept layer keeps its window, a linear one takes what the mixer can; trained form, export and decoding agree."""
     make_teacher(family, **TEACHERS[family][RICH[family]]).save_pretrained(tmp_path / "teacher")
     teacher = load_teacher(tmp_path / "teacher")
     make = jax.jit(convert, static_argnums=(1, 2))
-    student = make(teacher, (F, F, G, F, G), GatedDeltaNetConfig(rope=True), jax.random.key(0))
+    student = make(teacher, (F, F, mixer.kind, F, mixer.kind), mixer, jax.random.key(0))
     expected = forward(student, jnp.asarray(TOKENS))
     exported = loaded(export(student, tmp_path / "out", "float32"))
     np.testing.assert_allclose(logits_of(exported, TOKENS), expected, atol=1e-4, rtol=0)

@@ -9,8 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jaxhybrid.decoding import engine
-from jaxhybrid.decoding.engine import Engine, Request
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.export.folder import export
 from jaxhybrid.families import config_to_hf
@@ -22,7 +20,7 @@ from jaxhybrid.model.transformer import Model, forward, token_context
 from jaxhybrid.weights.convert import convert
 from jaxhybrid.weights.huggingface import load_student
 from tests.conftest import make_batch, make_teacher
-from tests.decoding.conftest import recomputed
+from tests.decoding.conftest import in_small_chunks, recomputed
 
 G, F = GatedDeltaNetConfig.kind, "full_attention"
 HYPE = SoftmaxConfig(rope=False, length_scale=5.0)
@@ -59,15 +57,8 @@ def test_the_formula(student):
 
 @pytest.mark.slow
 def test_decoding(student, monkeypatch):
-    monkeypatch.setattr(engine, "CAPACITY", 32)
-    monkeypatch.setattr(engine, "CHUNK", (8, 8))
     prompts = [[3, 9, 4], [(7 * i + i * i) % 61 for i in range(19)]]
-    slots, found = Engine(student, 2), {0: [], 1: []}
-    slots.prefill({row: Request(prompt, 8) for row, prompt in enumerate(prompts)})
-    while slots.busy:
-        for slot, tokens in slots.step(4).items():
-            found[slot] += tokens
-    assert [found[0], found[1]] == recomputed(student, prompts, 8)
+    assert in_small_chunks(monkeypatch, student, prompts, 8) == recomputed(student, prompts, 8)
 
 
 @pytest.mark.filterwarnings("ignore:No tokenizer")

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.decoding import engine
-from jaxhybrid.decoding.engine import Engine, Request
 from jaxhybrid.model.config import RopeConfig, SoftmaxConfig, WindowConfig
 from jaxhybrid.model.decode import decode_token, initial_states, unstack
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -17,7 +15,7 @@ from jaxhybrid.model.partition import batch_sharding, make_mesh, param_shardings
 from jaxhybrid.model.transformer import Model, forward
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_batch, make_teacher
-from tests.decoding.conftest import recomputed
+from tests.decoding.conftest import in_small_chunks, recomputed
 
 TRAITS = {
     "num_layers": 4,
@@ -95,12 +93,5 @@ def test_logits_of_a_decoded_token(student, expected):
 
 def test_decoding(student, monkeypatch):
     """Prompts longer and shorter than a window, in chunks; then token by token beyond it."""
-    monkeypatch.setattr(engine, "CAPACITY", 32)
-    monkeypatch.setattr(engine, "CHUNK", (8, 8))
     prompts = [[3, 9, 4], [(7 * i + i * i) % 61 for i in range(19)]]
-    slots, found = Engine(student, 2), {0: [], 1: []}
-    slots.prefill({row: Request(prompt, 8) for row, prompt in enumerate(prompts)})
-    while slots.busy:
-        for slot, tokens in slots.step(4).items():
-            found[slot] += tokens
-    assert [found[0], found[1]] == recomputed(student, prompts, 8)
+    assert in_small_chunks(monkeypatch, student, prompts, 8) == recomputed(student, prompts, 8)

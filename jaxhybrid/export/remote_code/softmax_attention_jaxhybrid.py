@@ -129,7 +129,7 @@ def capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 def eager_attention_forward(
-    module: "JaxHybridAttention",
+    module: "JaxHybridProjections",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

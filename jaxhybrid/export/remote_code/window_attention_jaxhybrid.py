@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_jaxhybrid import JaxHybridConfig
 from .linear_attention_jaxhybrid import JaxHybridStateful
-from .softmax_attention_jaxhybrid import JaxHybridProjections, capped
+from .softmax_attention_jaxhybrid import JaxHybridProjections, eager_attention_forward
 
 QUERIES = 256  # at once: a mask has so many rows, and a column for each of them and for each place of the state
 
@@ -80,16 +80,14 @@ class JaxHybridWindowAttention(JaxHybridProjections, JaxHybridStateful):
         causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         own = self.sees(number, number) & same & causal
         own = own | torch.eye(T, dtype=torch.bool, device=q.device)  # padding sees itself, so that it stays finite
-        keys, values = (
-            x.repeat_interleave(self.num_key_value_groups, dim=1)
-            for x in torch.cat([held.to(new.dtype), new], dim=2).chunk(2, dim=-1)
-        )
+        keys, values = torch.cat([held.to(new.dtype), new], dim=2).chunk(2, dim=-1)
         mask = torch.cat([before, own], dim=-1)[:, None]
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.cap is not None:  # sdpa has none
-            scores = capped(q @ keys.mT * self.scaling, self.cap).masked_fill(~mask, -torch.inf)
-            weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-            return F.dropout(weights, p=dropout, training=self.training) @ values
+            hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+            out, _ = eager_attention_forward(self, q, keys, values, hidden, self.scaling, dropout, self.cap)
+            return out.transpose(1, 2)
+        keys, values = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (keys, values))
         return F.scaled_dot_product_attention(q, keys, values, mask, dropout_p=dropout, scale=self.scaling)
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -98,15 +98,14 @@ class WindowAttention(Attention):
         """As `Attention`. A state knows by itself how far its document is, and `context` need not say it."""
         q, k, v = self.projected(x_BTD, context)
         if state is None:
-            return self.o_proj(self.over_row(q, k, v, context, self.sees)), None
+            return self.o_proj(self.over_row(q, k, v, context)), None
         if context.segment_ids is None:
             out, state = self.one_token(q, {"k": k, "v": v}, state)
         else:
-            out, state = self.chunk(q, {"k": k, "v": v}, context.segment_ids, state)
+            out, state = self.chunk(q, {"k": k, "v": v}, context, state)
         return self.o_proj(out), state
 
-    @property
-    def sees(self) -> Window:
+    def sees(self, context: TokenContext) -> Window:
         return Window(self.size, True, self.sinks)
 
     def place(self, number: jax.Array) -> jax.Array:
@@ -121,13 +120,15 @@ class WindowAttention(Attention):
         out = decode_attention(q[:, 0], caches["k"], caches["v"], last, cap=self.cap)[:, None]
         return out, caches | {"count": count + 1}
 
-    def chunk(self, q: jax.Array, new: Params, ids: jax.Array, state: Params) -> tuple[jax.Array, Params]:
-        """Of [B,T,heads,K], with documents by their ids [B,T]: the state's goes on in the row's first run.
+    def chunk(self, q: jax.Array, new: Params, context: TokenContext, state: Params) -> tuple[jax.Array, Params]:
+        """Of [B,T,heads,K], with documents by their ids: the state's goes on in the row's first run.
 
         The keys at hand are those of the state in their order, then the chunk's: a row in which the sinks are the
         document's first tokens, and what the state has dropped in between is beyond every window.
         """
-        T, count = ids.shape[1], state["count"]
+        ids, count = context.segment_ids, state["count"]
+        assert ids is not None
+        T = ids.shape[1]
         held = jnp.arange(self.places, dtype=jnp.int32)
         order = held - jnp.maximum(self.places - count, 0)[:, None]  # below 0: nothing is held yet
         number = jnp.where(order < self.sinks, order, count[:, None] - self.places + held)
@@ -139,7 +140,7 @@ class WindowAttention(Attention):
         }
         out = causal_attention(
             q, keys["k"], keys["v"], None,
-            key_segment_ids=key_ids, first_query=jnp.int32(self.places), window=self.sees, cap=self.cap,
+            key_segment_ids=key_ids, first_query=jnp.int32(self.places), window=self.sees(context), cap=self.cap,
         )  # fmt: skip
 
         starts = segment_starts(ids)
