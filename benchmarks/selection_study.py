@@ -67,8 +67,9 @@ OTHERS = (
     "greedy_kl:lazy=1,first_tokens=8192", "greedy_kl:measure.recall=0.5", "greedy_kl:measure.recall=1",
     "single_kl:measure.recall=0.5", "perplexity", "perplexity:measure.recall=0.5", "answer_likelihood", "halo_ratio",
     "halo_ratio:form=paper", "smart", "gram", "gram:start=softmax", "gram:confirm=20", "joint_gates",
-    "joint_gates:measure.recall=0.5", "supernet", "associative_recall", "multihop_recall", "variable_tracking",
-    "common_words", "frequent_words", "activation_mse", "alignment_loss", "cosine", "first", "middle", "last",
+    "joint_gates:measure.recall=0.5", "supernet", "trained_greedy", "associative_recall", "multihop_recall",
+    "variable_tracking", "common_words", "frequent_words", "activation_mse", "alignment_loss", "cosine", "first",
+    "middle", "last",
 )  # fmt: skip
 BEGAN = time.perf_counter()
 Layers = tuple[int, ...]

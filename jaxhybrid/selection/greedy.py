@@ -45,7 +45,7 @@ class Search:
         def compute() -> Round:
             student = given.student()
             kl, tokens = student.kl(kept), student.tokens()
-            return _round("start", None, kept, kl, tokens, {}, 2 * tokens)  # the teacher's pass and the set's
+            return round_of("start", None, kept, kl, tokens, {}, 2 * tokens)  # the teacher's pass and the set's
 
         self._take(compute)
 
@@ -71,8 +71,8 @@ class Search:
             student = self._given.student()
             before = student.kl(kept, few)  # known from the round before
             scores, best, tokens = self._compare(student, options, few, before)
-            layer = _lowest(best)[0]
-            found = _round(action, layer, options[layer], best[layer], student.tokens(few), scores, tokens)
+            layer = lowest(best)[0]
+            found = round_of(action, layer, options[layer], best[layer], student.tokens(few), scores, tokens)
             found["before"] = before
             return found if few == student.batches else found | {"rescored": _by_name(best)}
 
@@ -85,11 +85,11 @@ class Search:
         def compute() -> Round:
             student = self._given.student()
             scores, best, tokens = self._compare(student, options, few)
-            layer = _lowest(best)[0]
+            layer = lowest(best)[0]
             measured = student.tokens(few), scores, tokens
             if best[layer] < kl:
-                return _round("swap", layer, options[layer], best[layer], *measured) | {"out": out}
-            return _round("swap", None, kept, kl, *measured) | {"out": out}
+                return round_of("swap", layer, options[layer], best[layer], *measured) | {"out": out}
+            return round_of("swap", None, kept, kl, *measured) | {"out": out}
 
         return self._take(compute)["layer"]
 
@@ -111,12 +111,12 @@ class Search:
             least |= {layer: before - most for layer, most in self._may_bring(self._settings.lazy).items()}
         scores: dict[int, float] = {}
         for layer in sorted(options, key=lambda layer: (least[layer], layer)):
-            closest = _lowest(scores)[:wanted]
+            closest = lowest(scores)[:wanted]
             if len(closest) == wanted and least[layer] > scores[closest[-1]]:
                 break
             # What is measured next must be the same on all processes.
             scores[layer] = hosts.broadcast(student.kl(options[layer], few), "score of a round")
-        best = {layer: student.kl(options[layer]) for layer in _lowest(scores)[: self._settings.rescore]}
+        best = {layer: student.kl(options[layer]) for layer in lowest(scores)[: self._settings.rescore]}
         more = student.tokens() - student.tokens(few)
         return scores, best, len(scores) * student.tokens(few) + len(best) * more
 
@@ -136,7 +136,7 @@ class Search:
         return round(least * (measure.batches / least) ** (number / (self._expected - 1)))
 
 
-def _round(
+def round_of(
     action: str, layer: int | None, kept: Kept, kl: float, tokens: int, scores: dict[int, float], forward_tokens: int
 ) -> Round:
     return {
@@ -154,5 +154,5 @@ def _by_name(scores: dict[int, float]) -> dict[str, float]:
     return {str(layer): value for layer, value in scores.items()}
 
 
-def _lowest(scores: dict[int, float]) -> list[int]:
+def lowest(scores: dict[int, float]) -> list[int]:
     return sorted(scores, key=lambda layer: (scores[layer], layer))

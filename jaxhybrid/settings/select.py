@@ -22,7 +22,8 @@ from pydantic import (
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.settings.budget import Budget
-from jaxhybrid.settings.types import Count, Ints, RankBy, Section, UniformBy, about, free
+from jaxhybrid.settings.stages import AlignConfig
+from jaxhybrid.settings.types import Count, Ints, Positive, RankBy, Section, UniformBy, about, free
 
 
 class MeasureConfig(Section):
@@ -76,6 +77,23 @@ class TrainingConfig(MethodConfig):
     def trouble(self, measure: MeasureConfig) -> str | None:
         step = self.sequence_length * self.batch_size
         return None if self.steps else f"tokens {self.tokens:,} are less than one step, {step:,}"
+
+
+class MixerTrainingConfig(TrainingConfig):
+    """Of a method that trains the linear mixers."""
+
+    learning_rate: Positive = about(1e-4, "peak learning rate of the mixers; it ends at a tenth, by half a cosine")
+
+    @property
+    def training(self) -> AlignConfig:
+        return AlignConfig(
+            tokens=self.tokens,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            final_learning_rate=self.learning_rate / 10,
+            warmup_steps=min(20, self.steps // 10),
+        )
 
 
 class SelectConfig(Section):

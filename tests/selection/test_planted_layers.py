@@ -21,10 +21,10 @@ from jaxhybrid.selection.ablated import ablated_states
 from jaxhybrid.selection.choice import Given
 from jaxhybrid.selection.gated import gated_kl, gated_states
 from jaxhybrid.selection.gram import quadratic_kl
-from jaxhybrid.selection.methods import METHODS, choose, supernet
+from jaxhybrid.selection.methods import METHODS, choose, supernet, trained_greedy
 from jaxhybrid.selection.methods.joint_gates import train_gates
 from jaxhybrid.selection.rounds import RoundLog
-from jaxhybrid.selection.supernet import train_supernet
+from jaxhybrid.selection.trained_mixers import train_supernet
 from jaxhybrid.settings.select import select_config
 from jaxhybrid.settings.stages import AlignConfig
 from jaxhybrid.train.placement import place_batch
@@ -100,13 +100,14 @@ def select(student):
         ("gram", {"start": "softmax", "confirm": 3}),
         pytest.param("joint_gates", {"tokens": 40 * ROWS * LENGTH, "learning_rate": 0.05}, marks=pytest.mark.slow),
         pytest.param("supernet", TRAINING | {"beam": 2}, marks=pytest.mark.slow),
+        pytest.param("trained_greedy", TRAINING, marks=pytest.mark.slow),
     ],
 )
 def test_the_planted_layers_are_kept(select, method, own):
     found = select(method, **own)
     assert found.layers == PLANTED
     assert found.cost[0] > 0
-    assert (found.cost[1] > 0) == (method in ("joint_gates", "supernet"))
+    assert (found.cost[1] > 0) == (method in ("joint_gates", "supernet", "trained_greedy"))
 
 
 def log_softmax(x):
@@ -244,6 +245,42 @@ def test_a_supernet_search_that_was_stopped_begins_again(select, tmp_path, monke
     assert select("supernet", log=RoundLog(tmp_path / "rounds.json"), **TRAINING).rounds == found.rounds  # untrained
 
 
+@pytest.mark.slow
+def test_training_between_the_rounds_of_a_search_brings_it_nearer(select, student):
+    """Its first layer is that of the untrained search; what comes after is measured on mixers trained beside it."""
+    plain = select("greedy_kl")
+    found = select("trained_greedy", **TRAINING | {"tokens": 30 * ROWS * LENGTH, "learning_rate": 3e-3})
+    assert (found.layers, found.order[0]) == (PLANTED, plain.order[0])
+    assert found.rounds[1]["kl"] == pytest.approx(plain.rounds[1]["kl"])
+    assert found.rounds[2]["scores"]["0"] < 0.8 * plain.rounds[2]["scores"]["0"]  # with a layer that changes nothing
+    assert found.cost == (30 * ROWS * LENGTH + MEASURE["tokens"] * (2 + 4 + 3), 30 * ROWS * LENGTH)
+
+
+def test_training_between_rounds_is_under_the_layers_kept_so_far(select, tmp_path, monkeypatch):
+    """In equal shares; the KL falls by what was trained, and the second layer is another than without training."""
+    trained = []
+
+    class Trains:
+        def __init__(self, student, settings, remedy):
+            assert settings.steps == 4
+
+        def train(self, sets, batches):
+            trained.append([sorted(kept) for kept, _ in zip(sets, batches)])
+            steps = sum(map(len, trained))
+            return Made(lambda kept: 9.0 - steps - (0 in kept) - 0.5 * (steps // 2 in kept))
+
+    monkeypatch.setattr(trained_greedy, "MixerTraining", Trains)
+    made = Made(lambda kept: 9.0 - (0 in kept) - 0.5 * (1 in kept))
+    log = tmp_path / "rounds.json"
+    found = select("trained_greedy", budget=3, made=made, log=RoundLog(log), **TRAINING)
+    assert trained == [[[0], [0]], [[0, 1], [0, 1]]]
+    assert (found.order, found.layers) == ((0, 1, 2), (0, 1, 2))
+    assert [one["kl"] for one in found.rounds] == [9.0, 8.0, 5.5, 3.5]
+    assert [one["trained_tokens"] for one in found.rounds] == [0, 0, 2 * ROWS * LENGTH, 2 * ROWS * LENGTH]
+    assert select("trained_greedy", budget=3, made=made, log=RoundLog(log), **TRAINING).rounds == found.rounds
+    assert len(trained) == 2  # not again
+
+
 def test_a_beam_finds_a_pair_that_greedy_cannot(select):
     """0 is best alone, but 1 and 2 together are better than 0 with any other."""
     values = {frozenset({0}): 2.0, frozenset({1, 2}): 0.5}
@@ -289,6 +326,7 @@ def test_answers_count_in_the_loss_as_they_do_in_the_kl(models):
         ("greedy_kl", {"beam": 2, "swaps": True}, "beam 2 goes without first_tokens, lazy, swaps and stop_kl"),
         ("average_rank", {"of": ("single_kl", "none")}, r"average_rank.of names \['none'\]"),
         ("supernet", {"tokens": 10}, "supernet.tokens 10 are less than one step, 16,384"),
+        ("trained_greedy", {"tokens": 10}, "trained_greedy.tokens 10 are less than one step, 16,384"),
         ("joint_gates", {"tokens": 10}, "joint_gates.tokens 10 are less than one batch of measure, 192"),
     ],
 )

@@ -11,29 +11,16 @@ from functools import cache
 from jaxhybrid.selection.beam import beam_search
 from jaxhybrid.selection.choice import Choice, Given, Method
 from jaxhybrid.selection.masked import MaskedStudent
-from jaxhybrid.selection.supernet import train_supernet
-from jaxhybrid.settings.select import TrainingConfig
-from jaxhybrid.settings.stages import AlignConfig
-from jaxhybrid.settings.types import Count, Positive, about
+from jaxhybrid.selection.trained_mixers import train_supernet
+from jaxhybrid.settings.select import MixerTrainingConfig
+from jaxhybrid.settings.types import Count, about
 
 
-class SupernetConfig(TrainingConfig):
+class SupernetConfig(MixerTrainingConfig):
     """Linear mixers trained under random sets of softmax layers, then beam search."""
 
-    learning_rate: Positive = about(1e-4, "peak learning rate of the mixers; it ends at a tenth, by half a cosine")
     beam: Count = about(4, "sets that a round of the search keeps")
     draws_seed: int = about(0, "seed of the sets that are trained")
-
-    @property
-    def training(self) -> AlignConfig:
-        return AlignConfig(
-            tokens=self.tokens,
-            sequence_length=self.sequence_length,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            final_learning_rate=self.learning_rate / 10,
-            warmup_steps=min(20, self.steps // 10),
-        )
 
 
 def choose(given: Given, count: int) -> Choice:
