@@ -41,7 +41,7 @@ test-faults: ## would the tests notice? Plants faults in a copy, one after the o
 
 test-gpu: ## what only a Hopper GPU can run: its kernels and its attention
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra cuda13 --extra torch"
-	JAX_PLATFORMS=cuda,cpu $(RUN) pytest -m gpu kernels/tests tests/model $(ARGS)
+	JAX_PLATFORMS=cuda,cpu $(RUN) pytest -m gpu kernels/tests tests/model tests/decoding $(ARGS)
 
 test-vllm: ## the plugin for vLLM, in an environment of its own: small exports served on the CPU, against JAX
 	@$(MAKE) --no-print-directory setup .venv/vllm/requirements.txt EXTRAS="--extra torch"
