@@ -79,9 +79,10 @@ def target_platform() -> str:
 
 
 def decodes_by_kernels() -> bool:
-    """Whether decoding takes its own kernels where they serve: with JAXHYBRID_DECODE_KERNELS=1. Their values have been
-    compared with the formula interpreted and not yet on a card."""
-    return os.environ.get("JAXHYBRID_DECODE_KERNELS") == "1"
+    """Whether decoding takes its own kernels where they serve: on GPUs of NVIDIA's, unless JAXHYBRID_DECODE_KERNELS says
+    0 (never) or 1 (wherever there is a form of them)."""
+    wanted = os.environ.get("JAXHYBRID_DECODE_KERNELS")
+    return wanted == "1" or (wanted != "0" and on_nvidia())
 
 
 def on_nvidia() -> bool:
