@@ -59,7 +59,9 @@ def choose(model: Model, dtype: str, asked: str) -> Form:
     if rounded and asked == "auto":
         return Form(None, f"{rounded}\nexported with its own code; format=native takes it as it is")
     since = NATIVE[native].since
-    told = f"exported as {native}, which transformers has itself" + (f", as it is here from {since} on" if since else "")
+    told = f"exported as {native}, which transformers has itself" + (
+        f", as it is here from {since} on" if since else ""
+    )
     return Form(native, f"{rounded}\n{told}".strip(), native_tensors(model.config, native), found.factors)
 
 

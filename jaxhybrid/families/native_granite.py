@@ -41,7 +41,7 @@ OWN_KEYS = (
 
 def features(config: ModelConfig) -> list[Feature]:
     """What `granitemoehybrid` must be able to express, in the order of a layer."""
-    mixer, width, rope = config.mixer, config.hidden_size // config.num_heads, config.rope
+    mixer, rope, by_heads = config.mixer, config.rope, config.hidden_size / config.num_heads
     whole = rope.partial == 1 or not config.softmax.rope
     found = [
         softmax_layers(config),
@@ -49,10 +49,7 @@ def features(config: ModelConfig) -> list[Feature]:
         Feature("biases on q, k, v", words(config.qkv_bias), "any, with zeros on o", True),
         Feature("bias on o alone", words(lone := config.o_bias and not config.qkv_bias), "no", not lone),
         flag("biases in the MLP", config.mlp_bias, False),
-        Feature(
-            "width of a head", str(config.head_dim), f"hidden_size / num_heads = {config.hidden_size / config.num_heads:g}",
-            config.head_dim * config.num_heads == config.hidden_size and config.head_dim == width,
-        ),
+        Feature("width of a head", str(config.head_dim), f"{by_heads:g}, hidden_size / num_heads", config.head_dim == by_heads),
         Feature("rotary embedding of softmax layers", words(config.softmax.rope), "any", True),
         length_scale(config),
         rope_kind(config),

@@ -78,7 +78,9 @@ def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig) ->
     forms = facts.get("loads") or {}
     if form not in forms:
         loads = None if facts.get("known") is False and form in NATIVE else False
-        return _found(name, loads, facts["otherwise"], change=_ways([one for one in NATIVE if one in forms], config))
+        natives = [one for one in NATIVE if one in forms and forms[one].get("known") is not False]
+        lacking = [one for one in natives if _lacking(forms[one], config)]
+        return _found(name, loads, facts["otherwise"], change=_ways(natives, lacking, config))
     known = forms[form]
     loads = None if known.get("known") is False else True
     found = _found(name, loads, known["note"], start=known.get("from"), sources=known.get("sources", []))
@@ -90,7 +92,7 @@ def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig) ->
     if known.get("both_kinds") and len({*config.layer_types}) < 2:
         found["loads"] = False
         found["why"] += f"; it wants softmax layers beside linear ones, and all are {config.layer_types[0]} here"
-    if lacking := [words for trait, words in known.get("without", {}).items() if trait in _traits(config)]:
+    if lacking := _lacking(known, config):
         found["loads"] = False
         found["why"] += f"; it has no {', '.join(lacking)}"
     wanted = known.get("head_dim")
@@ -99,13 +101,18 @@ def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig) ->
     return found
 
 
-def _ways(natives: list[str], config: ModelConfig) -> list[str]:
-    """What to do so that a server loads it that has these of transformers' own architectures."""
+def _ways(natives: list[str], lacking: list[str], config: ModelConfig) -> list[str]:
+    """What to do so that a server loads it that has `natives` of transformers' own architectures, and of some of them
+    not all that the model has."""
     possible = native_of(config)
-    if possible in natives:
-        return ["export it with --format native"]
-    wanted = " or ".join(natives)
-    return [f"a student that {wanted} can express: see below"] if natives and possible is None else []
+    if possible is None:
+        return [f"a student that {' or '.join(natives)} can express: see below"] if natives else []
+    return ["export it with --format native"] if possible in natives and possible not in lacking else []
+
+
+def _lacking(known: dict[str, Any], config: ModelConfig) -> list[str]:
+    """What of a model a server has not in an architecture, in words."""
+    return [words for trait, words in known.get("without", {}).items() if trait in _traits(config)]
 
 
 def _traits(config: ModelConfig) -> set[str]:

@@ -23,12 +23,12 @@ from jaxhybrid.model.blueprint import Exact, Params, is_variable
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import param_shardings
 from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.weights.change import PartOfTensor
 from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder, gguf_file
 from jaxhybrid.weights.gguf.config import hugging_face_config
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.model import open_gguf
 from jaxhybrid.weights.gguf.source import is_gguf
-from jaxhybrid.weights.change import PartOfTensor
 from jaxhybrid.weights.names import FileTensor, file_tensors, fused_tensors
 from jaxhybrid.weights.native import native_tensors, own_tensors
 from jaxhybrid.weights.safetensors import DTYPES, StoredTensor, read_table, stored_tensors

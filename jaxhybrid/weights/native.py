@@ -22,9 +22,7 @@ def native_tensors(config: ModelConfig, model_type: str) -> list[NativeTensor]:
     return TENSORS[model_type](config)
 
 
-def own_tensors(
-    stored: Mapping[str, StoredTensor], config: ModelConfig, model_type: str
-) -> dict[str, PartOfTensor]:
+def own_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, model_type: str) -> dict[str, PartOfTensor]:
     """Our tensors inside those of a file that has all of `native_tensors`.
 
     Raises:

@@ -47,9 +47,7 @@ def tensors_of(config: ModelConfig) -> list[NativeTensor]:
     return tensors
 
 
-def _constants(
-    layer: str, own: str, by_name: Mapping[str, FileTensor], config: ModelConfig
-) -> Iterator[NativeTensor]:
+def _constants(layer: str, own: str, by_name: Mapping[str, FileTensor], config: ModelConfig) -> Iterator[NativeTensor]:
     """What the architecture has beside one of our tensors, and we have not."""
     inner = config.num_heads * config.head_dim
     if own == "self_attn.o_proj.weight" and config.qkv_bias and not config.o_bias:

@@ -55,7 +55,14 @@ MIXERS = {
 }
 
 
-SLOW = ("gated_deltanet", "gla", "deltanet", "retnet", "mamba2_by_head", "window_attention")  # in most other tests, or of shared code
+SLOW = (
+    "gated_deltanet",
+    "gla",
+    "deltanet",
+    "retnet",
+    "mamba2_by_head",
+    "window_attention",
+)  # in most other tests, or of shared code
 
 
 def test_every_mixer_is_here():
