@@ -4,7 +4,6 @@ It computes what ours do, by tensors that are joined: see `weights/native_granit
 that its Mamba-2 layers normalised all heads together, whatever the number of groups.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,24 +40,26 @@ OWN_KEYS = (
 
 def features(config: ModelConfig) -> list[Feature]:
     """What `granitemoehybrid` must be able to express, in the order of a layer."""
-    mixer, rope, by_heads = config.mixer, config.rope, config.hidden_size / config.num_heads
+    mixer, rope, width = config.mixer, config.rope, config.hidden_size / config.num_heads
     whole = rope.partial == 1 or not config.softmax.rope
     found = [
         softmax_layers(config),
         flag("query and key norms", config.qk_norm, False),
         Feature("biases on q, k, v", words(config.qkv_bias), "any, with zeros on o", True),
-        Feature("bias on o alone", words(lone := config.o_bias and not config.qkv_bias), "no", not lone),
+        flag("bias on o alone", config.o_bias and not config.qkv_bias, False),
         flag("biases in the MLP", config.mlp_bias, False),
-        Feature("width of a head", str(config.head_dim), f"{by_heads:g}, hidden_size / num_heads", config.head_dim == by_heads),
+        Feature(
+            "width of a head", str(config.head_dim), f"{width:g}, hidden_size / num_heads", config.head_dim == width
+        ),
         Feature("rotary embedding of softmax layers", words(config.softmax.rope), "any", True),
         length_scale(config),
         rope_kind(config),
         Feature("rotated share of a head", "all" if whole else f"{rope.partial:g}", "all", whole),
         Feature("tied embeddings", words(config.tie_embeddings), "any", True),
-        Feature("scales of embeddings, residuals, scores, logits", words(_is_scaled(config)), "any", True),
+        Feature("scales of embeddings, residuals, scores, logits", "any", "any", True),
         *others(config, (*KNOWN_PARTS, *SCALES)),
         linear_kind(config, Mamba2Config.kind),
-    ]  # fmt: skip
+    ]
     if not isinstance(mixer, Mamba2Config):
         return found
     # Zeros before a text are zeros to our convolution; there they would be biases where a batch is padded.
@@ -99,9 +100,3 @@ def keys(config: ModelConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
         "mamba_conv_bias": True,
         "mamba_proj_bias": config.o_bias,
     }
-
-
-def _is_scaled(config: ModelConfig) -> bool:
-    scale = config.attention_scale
-    own = scale is not None and not math.isclose(scale, config.head_dim**-0.5)
-    return own or (config.embedding_scale, config.residual_scale, config.logit_scale) != (1, 1, 1)

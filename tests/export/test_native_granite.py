@@ -115,7 +115,9 @@ def test_families_that_it_expresses(tmp_path, family):
     """Their own keys and its are in one file, and neither takes the other's place."""
     biases = {"qkv_bias": True} if family == "qwen2" else {}
     mixer = replace(MIXER, qkv_bias=bool(biases), ssm_conv_size=0)
-    student = make_student("", **GRANITE | {"family": family, "mixer": mixer} | biases)
+    # Longer than the window that Mistral has where a config is silent.
+    changes = {"family": family, "mixer": mixer, "max_position_embeddings": 8192}
+    student = make_student("", **GRANITE | changes | biases)
     folder = export(student, tmp_path / "native", format="native")
     assert load_student(folder).config == student.config
     config = GraniteMoeHybridForCausalLM.config_class.from_pretrained(folder)
@@ -166,7 +168,7 @@ def test_logits_of_its_own_class(tmp_path):
     save_weights(softmax.params, softmax.config, tmp_path / "teacher", jnp.bfloat16)
     teacher = rms(tmp_path / "teacher", logits(load_teacher(tmp_path / "teacher")))
     assert 0.001 < native < 1.1 * own_code
-    assert native < 1.5 * teacher
+    assert max(native, own_code) < 1.5 * teacher
 
 
 # --- the way back
@@ -177,6 +179,8 @@ def test_it_is_read_back_exactly(tmp_path, case):
     student = make_student("", **GRANITE_CASES[case])
     again = load_student(export(student, tmp_path / "native", dtype="float32", max_shard_bytes=50_000))
     assert len(list((tmp_path / "native").glob("model-*.safetensors"))) > 1
+    rotated = json.loads((tmp_path / "native" / "config.json").read_text())["position_embedding_type"] == "rope"
+    assert rotated == student.config.softmax.rope
     assert again.config == student.config
     jax.tree.map(np.testing.assert_array_equal, again.params, student.params)
 
