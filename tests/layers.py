@@ -149,7 +149,8 @@ def mamba2(config, p, x):
     decay = library(x).exp(-library(x).exp(p["A_log"]) * steps)[..., None]
     y = recurrence(q, k, v, additive(steps[..., None] * k, v, decay), 1.0)
     y = y + p["D"][:, None] * repeat(v, config.num_heads // config.num_states, 1)
-    y = rms(y * silu(project(p, "g_proj", x)), p["norm"]["scale"], config.norm_eps, axes=(-2, -1))
+    axes = (-1,) if config.mixer.head_norm else (-2, -1)
+    y = rms(y * silu(project(p, "g_proj", x)), p["norm"]["scale"], config.norm_eps, axes=axes)
     return output(p, y, 1.0)
 
 

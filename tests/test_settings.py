@@ -442,7 +442,7 @@ def test_settings_of_kept_layers_are_of_the_hybrid(load):
     sliding = dataclasses.replace(teacher, window=WindowConfig(64, (0, 2)))
     with pytest.raises(ConfigError, match=r"length_scale 500 is for layers .* see 64 at most"):
         validate_against(config, sliding)
-    with pytest.raises(ConfigError, match=r"export.format native: no architecture .* softmax\.rope=false"):
-        load("softmax.rope=false", "export.format=native")
+    with pytest.raises(ConfigError, match=r"export.format native: no architecture .* softmax\.length_scale"):
+        load("softmax.length_scale=500", "export.format=native")
     with pytest.raises(ConfigError, match=r"softmax\.length_scale"):
         load("softmax.length_scale=1")

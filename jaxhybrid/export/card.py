@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxhybrid.families import is_student_config
-from jaxhybrid.families.native import QWEN3_5
+from jaxhybrid.families.native import NATIVE
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS, STUDENT_MIXERS
 
-TRANSFORMERS = ">=5.16,<5.25"  # what exports are tested with
+OLDEST, BEFORE = "5.16", "5.25"
+TRANSFORMERS = f">={OLDEST},<{BEFORE}"  # what exports are tested with
 
 CARD = """\
 ---
@@ -44,8 +45,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 OWN_CODE = f"""\
 Needs `torch` and `transformers{TRANSFORMERS}`. The Python files in this folder are the model; `trust_remote_code` lets
 transformers run them."""
-NATIVE = f"""\
-Needs `torch` and `transformers{TRANSFORMERS}`, which has this architecture itself: `{QWEN3_5}`."""
+OWN_ARCHITECTURE = """\
+Needs `torch` and `transformers>={since},<{before}`, which has this architecture itself: `{native}`."""
 
 
 def base_model_name(source: Path | None, teacher_config: dict[str, Any]) -> str | None:
@@ -62,10 +63,11 @@ def base_model_name(source: Path | None, teacher_config: dict[str, Any]) -> str 
 
 
 def model_card(
-    config: ModelConfig, name: str, base: str | None, dtype: str, *, native: bool, made: str, terms: Sequence[str]
+    config: ModelConfig, name: str, base: str | None, dtype: str, *, native: str | None, made: str, terms: Sequence[str]
 ) -> str:
     """Markdown with the hub's metadata block: what the model is, which layers are softmax, how to load it.
 
+    native: the architecture of transformers' own that it is in, if it is.
     made: how it was trained, and its figures, in Markdown. terms: files of the base model's terms in the folder.
     """
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [jaxhybrid, linear-attention]"]
@@ -90,13 +92,17 @@ def model_card(
         mixer="" if mixer is None else f"Such a layer has: {', '.join(mixer.describe(config))}. ",
         dtype=dtype,
         decays="; the decays of linear layers are float32" * is_linear,
-        needs=NATIVE if native else OWN_CODE,
+        needs=OWN_CODE if native is None else _needs(native),
         made=f"{made}\n\n" if made else "",
         terms=f"The terms of the base model apply: {', '.join(terms)}."
         if terms
         else "The terms of the base model apply.",
         trust="" if native else ", trust_remote_code=True",
     )
+
+
+def _needs(native: str) -> str:
+    return OWN_ARCHITECTURE.format(since=NATIVE[native].since or OLDEST, before=BEFORE, native=native)
 
 
 def _is_repository(name: str) -> bool:

@@ -95,7 +95,7 @@ def export(
     if form.told:
         told(form.told)
     if form.native:
-        config = native_student_config_to_hf(model.config, source_config)
+        config = native_student_config_to_hf(model.config, source_config, form.native)
     else:
         config |= {"architectures": ["JaxHybridForCausalLM"], "auto_map": AUTO_MAP}
     config |= {"dtype": dtype, "base_model": base}

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.families.native import QWEN3_5, Feature, features
+from jaxhybrid.families.feature import Feature
+from jaxhybrid.families.native import NATIVE, QWEN3_5, objections
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.transformer import Model
 from jaxhybrid.weights.fold import Fold, fold, norms
@@ -16,11 +17,6 @@ from jaxhybrid.weights.save import Written, read_scales
 
 FORMATS = ("auto", "native", "remote-code")
 NOT_BUILT = ("fla", "gguf")
-# What else transformers has with softmax and linear layers, and why nothing is written for it.
-OTHERS = {
-    "olmo_hybrid": "norms stand after attention in its softmax layers, and before it in its linear ones",
-    "granitemoehybrid": "its linear layers are Mamba-2, and it is not written yet",
-}
 
 
 @dataclass(frozen=True)
@@ -28,48 +24,61 @@ class Form:
     """How a student is written.
 
     Attributes:
-        native: as `qwen3_5_text`; else with the code of this package.
+        native: the architecture of transformers' own, by its model_type; None: with the code of this package.
         tensors, factors: see `save_weights`.
         told: what was chosen and why, for people.
     """
 
-    native: bool
+    native: str | None
     told: str
     tensors: Sequence[Written] | None = None
     factors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def choose(model: Model, dtype: str, asked: str) -> Form:
-    """The form that was asked for; `auto` takes the native one if it is exact. All processes must call it.
+    """The form that was asked for; `auto` takes a native one if it is exact. All processes must call it.
 
     Raises:
-        ConfigError: no such form, or the native one cannot express the model.
+        ConfigError: no such form, or no native one can express the model.
     """
     if asked not in FORMATS:
         known = f"choose {', '.join(FORMATS)}"
         raise ConfigError(f"export format {asked!r}{' is not built' * (asked in NOT_BUILT)}: {known}.")
     if asked == "remote-code":
-        return Form(False, "")
-    against = why_not_native(model.config)
-    if against and asked == "native":
-        raise ConfigError(f"export format 'native' is not possible.\n{against}\nChoose remote-code.")
-    if against:
-        return Form(False, f"{against}\nexported with its own code")
-    found = fold(read_scales(model.params, model.config, jnp.dtype(dtype), norms(model.config)), model.config)
+        return Form(None, "")
+    native = native_of(model.config)
+    if native is None:
+        against = why_not_native(model.config)
+        if asked == "native":
+            raise ConfigError(f"export format 'native' is not possible.\n{against}\nChoose remote-code.")
+        return Form(None, f"{against}\nexported with its own code")
+    found = Fold({}, {}, 0.0)
+    if native == QWEN3_5:
+        found = fold(read_scales(model.params, model.config, jnp.dtype(dtype), norms(model.config)), model.config)
     rounded = _rounding(found, dtype)
     if rounded and asked == "auto":
-        return Form(False, f"{rounded}\nexported with its own code; format=native takes it as it is")
-    told = f"exported as {QWEN3_5}, which transformers has itself"
-    return Form(True, f"{rounded}\n{told}".strip(), native_tensors(model.config), found.factors)
+        return Form(None, f"{rounded}\nexported with its own code; format=native takes it as it is")
+    since = NATIVE[native].since
+    told = f"exported as {native}, which transformers has itself" + (
+        f", as it is here from {since} on" if since else ""
+    )
+    return Form(native, f"{rounded}\n{told}".strip(), native_tensors(model.config, native), found.factors)
+
+
+def native_of(config: ModelConfig) -> str | None:
+    """The architecture of transformers' own that expresses a student, if one does."""
+    against = objections(config)
+    return next((name for name in NATIVE if not against[name]), None)
 
 
 def why_not_native(config: ModelConfig) -> str:
-    """A table of what the nearest architecture cannot say, and a line on each other one; empty if there is nothing."""
-    against = [feature for feature in features(config) if not feature.fits]
-    if not against:
+    """A table for each architecture of what it cannot say, the nearest first; empty if one can say all."""
+    if native_of(config) is not None:
         return ""
-    lines = [f"{name}: {reason}" for name, reason in OTHERS.items()]
-    return "\n".join([f"transformers' own {QWEN3_5} cannot express:", *_table(against), *lines])
+    found = sorted(objections(config).items(), key=lambda item: len(item[1]))
+    return "\n".join(
+        line for name, against in found for line in (f"transformers' own {name} cannot express:", *_table(against))
+    )
 
 
 def _table(against: Sequence[Feature]) -> list[str]:

@@ -58,14 +58,16 @@ def student_config_to_hf(config: ModelConfig, teacher_hf_config: Mapping[str, An
     return student.write_student(family(config.family), config, teacher_hf_config)
 
 
-def native_student_config_to_hf(config: ModelConfig, teacher_hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a student in transformers' own architecture, which has to express it: see `native.features`."""
-    return native.write_native(family(config.family), config, teacher_hf_config)
+def native_student_config_to_hf(
+    config: ModelConfig, teacher_hf_config: Mapping[str, Any], model_type: str
+) -> dict[str, Any]:
+    """The same in transformers' own architecture `model_type`, which has to express it: see `native.objections`."""
+    return native.write_native(family(config.family), config, teacher_hf_config, model_type)
 
 
 def hf_to_student_config(hf: dict[str, Any]) -> ModelConfig:
     """An exported student's config.json as a ModelConfig, in whichever form it was exported."""
-    if hf.get("model_type") == native.QWEN3_5:
+    if hf.get("model_type") in native.NATIVE:
         return native.read_native(FAMILIES, hf)
     return student.read_student(FAMILIES, hf)
 

@@ -1,106 +1,78 @@
-"""Students in an architecture that transformers has itself: what it can express, feature by feature, and the config.
+"""Students in an architecture that transformers has itself: which there are, what each can express, and the configs."""
 
-One is written and read: `qwen3_5_text`, softmax attention with query and key norms beside Gated DeltaNet. It differs
-from ours in what a weight means, not in what is computed: see `weights/native.py`.
-"""
-
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from jaxhybrid.errors import ConfigError
+from jaxhybrid.families import native_granite, native_olmo, native_qwen3_5
 from jaxhybrid.families.base import Family
+from jaxhybrid.families.feature import Feature
+from jaxhybrid.families.native_granite import GRANITE_HYBRID
+from jaxhybrid.families.native_olmo import OLMO_HYBRID
+from jaxhybrid.families.native_qwen3_5 import QWEN3_5
 from jaxhybrid.families.student import STUDENT_TYPE, read_student, write_student
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 
-QWEN3_5 = "qwen3_5_text"
-ARCHITECTURE = "Qwen3_5ForCausalLM"
-NO_CONVOLUTION_TAPS = 4  # where a student has no convolution: taps that pass the current token through
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")  # of "dynamic" transformers remembers the longest text it has seen
-ROPE_KEYS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-OWN_KEYS = (
-    "attn_output_gate",
-    "full_attention_interval",
-    "linear_conv_kernel_dim",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-)
-# Parts of our configs that the features below speak of, or that decide how a layer starts; all others must be unused.
-KNOWN_PARTS = (
-    *("family", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
-    *("head_dim", "norm_eps", "max_position_embeddings", "rope", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias"),
-    *("qk_norm", "layer_types", "mixer", "softmax"),
-)
-KNOWN_SETTINGS = (
-    *("expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm", "conv_size"),
-    *("gate_init", "decay_init"),
-)
+ROPE_KEYS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")  # inside rope_parameters
+WINDOW_KEYS = ("use_sliding_window", "sliding_window")  # of families that have them: no native student slides
+# No limit of Mamba-2's steps: as JSON has it, and as transformers writes it.
+NO_STEP_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
+LEFT_OUT = ("full_attention_interval", "partial_rotary_factor")  # by transformers, when it saves
 
 
-@dataclass(frozen=True)
-class Feature:
-    """One thing a model has, and whether an architecture can say it.
+class Architecture(NamedTuple):
+    """One of transformers' own, for students.
 
     Attributes:
-        here: the student's.
-        there: the architecture's.
-        remedy: the setting that would make them agree, for a new run.
+        name: its class.
+        features: what it must be able to express.
+        keys: of its config, those that our own code has not or reads otherwise, from a config and `rope_parameters`.
+        own_keys: their names, and those of others that it has.
+        layer_names: what it calls kinds of layers otherwise.
+        since: the first transformers that computes it so, where that is newer than the oldest that exports are for.
     """
 
     name: str
-    here: str
-    there: str
-    fits: bool
-    remedy: str = ""
+    features: Callable[[ModelConfig], list[Feature]]
+    keys: Callable[[ModelConfig, Mapping[str, Any]], dict[str, Any]]
+    own_keys: tuple[str, ...]
+    layer_names: Mapping[str, str] = {}
+    since: str | None = None
 
 
-def features(config: ModelConfig) -> list[Feature]:
-    """What `qwen3_5_text` must be able to express, in the order of a layer."""
-    mixer, softmax = config.mixer, len(config.softmax_layers)
-    found = [
-        Feature("softmax layers", str(softmax), "at least 1, for generate", softmax > 0, "select.budget"),
-        _flag("query and key norms", config.qk_norm, True),
-        _flag("biases on q, k, v", config.qkv_bias, False),
-        _flag("bias on o", config.o_bias, False),
-        _flag("biases in the MLP", config.mlp_bias, False),
-        _flag("rotary embedding of softmax layers", config.softmax.rope, True, "softmax.rope=true"),
-        _flag("queries scaled by length", config.softmax.length_scale is not None, False, "softmax.length_scale=null"),
-        Feature("rotary scaling", config.rope.kind, " or ".join(ROPE_KINDS), config.rope.kind in ROPE_KINDS),
-        Feature("rotated share of a head", "all", "any", True),
-        Feature("tied embeddings", _words(config.tie_embeddings), "any", True),
-        *_others(config, KNOWN_PARTS, ""),
-    ]
-    kind = "none" if mixer is None or softmax == config.num_layers else mixer.kind
-    delta = GatedDeltaNetConfig.kind
-    found.append(Feature("linear layers", kind, delta, kind == delta, f"mixer.kind={delta}"))
-    if not isinstance(mixer, GatedDeltaNetConfig):
-        return found
-    states = "one per query head"
-    here = states if config.num_states == config.num_heads else "one per K/V head"
-    return [
-        *found,
-        _flag("query and key norms of linear layers", bool(mixer.qk_norm), False, "mixer.qk_norm=false"),
-        _flag("biases on q, k, v of linear layers", bool(mixer.qkv_bias), False, "mixer.qkv_bias=false"),
-        _flag("rotary embedding of linear layers", mixer.rope, False, "mixer.rope=false"),
-        _flag("output gate of linear layers", mixer.output_gate, True, "mixer.output_gate=true"),
-        Feature("states of linear layers", here, states, here == states, "mixer.expand_kv=true"),
-        Feature("taps of the convolution", str(mixer.conv_size), "any; 0 as identity taps", True),
-        *_others(mixer, KNOWN_SETTINGS, "mixer."),
-    ]  # fmt: skip
+NATIVE: Mapping[str, Architecture] = {
+    QWEN3_5: Architecture(
+        native_qwen3_5.ARCHITECTURE, native_qwen3_5.features, native_qwen3_5.keys, native_qwen3_5.OWN_KEYS
+    ),
+    GRANITE_HYBRID: Architecture(
+        native_granite.ARCHITECTURE, native_granite.features, native_granite.keys, native_granite.OWN_KEYS,
+        native_granite.LAYER_NAMES, since="5.23",
+    ),
+}  # fmt: skip
+# What can be said of each architecture that was looked at, by its name; students can be in those of NATIVE alone.
+FEATURES: Mapping[str, Callable[[ModelConfig], list[Feature]]] = {
+    **{name: architecture.features for name, architecture in NATIVE.items()},
+    OLMO_HYBRID: native_olmo.features,
+}
 
 
-def write_native(family: Family, config: ModelConfig, teacher_hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a student that `features` has no objection to. Our own keys stay in it, to be read back."""
+def objections(config: ModelConfig) -> dict[str, list[Feature]]:
+    """Of each architecture what it cannot say of a student, which may be nothing."""
+    return {name: [one for one in features(config) if not one.fits] for name, features in FEATURES.items()}
+
+
+def write_native(
+    family: Family, config: ModelConfig, teacher_hf_config: Mapping[str, Any], model_type: str
+) -> dict[str, Any]:
+    """The config.json of a student that `objections` has none to. Our own keys stay in it, to be read back."""
     hf = write_student(family, config, teacher_hf_config)
     del hf["traits"]  # for our own code
-    for key in ("use_sliding_window", "sliding_window"):
+    for key in WINDOW_KEYS:
         hf.pop(key, None)
-    # For scaled rotary embeddings transformers 5.16 reads this key where later versions read the one inside.
-    hf |= {"model_type": QWEN3_5, "architectures": [ARCHITECTURE], "partial_rotary_factor": 1.0}
-    return hf | _native_keys(config, hf["rope_parameters"])
+    architecture = NATIVE[model_type]
+    hf |= {"model_type": model_type, "architectures": [architecture.name]}
+    hf["layer_types"] = [architecture.layer_names.get(kind, kind) for kind in hf["layer_types"]]
+    return hf | architecture.keys(config, hf["rope_parameters"])
 
 
 def read_native(families: Mapping[str, Family], hf: Mapping[str, Any]) -> ModelConfig:
@@ -109,64 +81,28 @@ def read_native(families: Mapping[str, Family], hf: Mapping[str, Any]) -> ModelC
     Raises:
         ConfigError: not a config that `write_native` wrote, or one that was changed since.
     """
-    if hf.get("model_type") != QWEN3_5 or "base_model_type" not in hf:
+    model_type, base = str(hf.get("model_type")), families.get(str(hf.get("base_model_type")))
+    if "base_model_type" not in hf:
         raise ConfigError(
-            f"model_type={hf.get('model_type')!r} without base_model_type: a model of {QWEN3_5} is read if jaxhybrid "
-            "exported it; its softmax layers may have gates of their own else."
+            f"model_type={model_type!r} without base_model_type: a model of {model_type} is read if jaxhybrid "
+            "exported it; its layers may have parts that are not known here else."
         )
+    architecture, known = NATIVE[model_type], () if base is None else base.own_keys
+    plain = {
+        name: value
+        for name, value in hf.items()
+        if (name not in architecture.own_keys or name in known) and value not in NO_STEP_LIMIT
+    }
     rope = {name: value for name, value in (hf.get("rope_parameters") or {}).items() if name not in ROPE_KEYS}
-    plain = {name: value for name, value in hf.items() if name not in (*OWN_KEYS, *ROPE_KEYS)}
-    config = read_student(families, plain | {"model_type": STUDENT_TYPE, "rope_parameters": rope})
-    for name, value in _native_keys(config, rope).items():
-        given = hf.get(name)
-        if given != value and name != "full_attention_interval":  # transformers leaves this one out when it saves
+    kinds = {name: kind for kind, name in architecture.layer_names.items()}
+    plain["layer_types"] = [kinds.get(name, name) for name in hf.get("layer_types") or ()]
+    plain |= {"model_type": STUDENT_TYPE, "rope_parameters": rope, **dict.fromkeys({*WINDOW_KEYS} & {*known})}
+    config = read_student(families, plain)
+    for name, value in architecture.keys(config, rope).items():
+        given = hf.get(name, value if name in LEFT_OUT else None)
+        if given != value:
             raise ConfigError(f"config.json has {name}={given!r}; the other keys say {value!r}. Export it again.")
     return config
 
 
-def _native_keys(config: ModelConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that only this architecture has, or reads otherwise."""
-    mixer, pairs = config.mixer, config.head_dim // 2
-    assert isinstance(mixer, GatedDeltaNetConfig)
-    hf = {
-        "attn_output_gate": True,
-        "linear_conv_kernel_dim": mixer.conv_size or NO_CONVOLUTION_TAPS,
-        "linear_key_head_dim": config.head_dim,
-        "linear_value_head_dim": config.head_dim,
-        "linear_num_key_heads": config.num_states,
-        "linear_num_value_heads": config.num_states,
-        # Sections are for images; a text has the same position in all three.
-        "rope_parameters": {
-            **rope,
-            "partial_rotary_factor": 1.0,
-            "mrope_section": [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3],
-            "mrope_interleaved": True,
-        },
-    }
-    interval = attention_interval(config)
-    return hf if interval is None else hf | {"full_attention_interval": interval}
-
-
-def attention_interval(config: ModelConfig) -> int | None:
-    """n where exactly every n-th layer is softmax, the first one layer n - 1: what some servers read alone."""
-    softmax, depth = config.softmax_layers, config.num_layers
-    interval = softmax[0] + 1 if softmax else depth + 1
-    return interval if softmax == tuple(range(interval - 1, depth, interval)) else None
-
-
-def _flag(name: str, here: bool, there: bool, remedy: str = "") -> Feature:
-    return Feature(name, _words(here), _words(there), here == there, remedy)
-
-
-def _words(flag: bool) -> str:
-    return "yes" if flag else "no"
-
-
-def _others(config: Any, known: tuple[str, ...], prefix: str) -> list[Feature]:
-    """What a config has beside the known parts: expressed by nothing here unless it is as if absent."""
-    found = []
-    for item in fields(config):
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        if item.name not in known and getattr(config, item.name) != default:
-            found.append(Feature(f"{prefix}{item.name}", str(getattr(config, item.name)), str(default), False))
-    return found
+__all__ = ["FEATURES", "GRANITE_HYBRID", "NATIVE", "OLMO_HYBRID", "QWEN3_5", "Feature", "objections"]

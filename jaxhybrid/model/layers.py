@@ -115,16 +115,19 @@ class RMSNorm(nnx.Module):
 
 
 class WideRMSNorm(nnx.Module):
-    """The norm of all heads [..,H,K] together."""
+    """The norm of all heads [..,H,K] together, or of each by itself, with a scale for each channel of each."""
 
-    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int], heads_axis: str, eps: float):
+    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int], heads_axis: str, eps: float, by_head: bool = False):
         self.scale = weight(rngs, shape, (heads_axis, "head_dim"), ones)
-        self.eps = eps
+        self.eps, self.by_head = eps, by_head
 
     def __call__(self, x: jax.Array) -> jax.Array:
         exact = x.astype(exact_dtype(x.dtype))
-        # Each device has as many heads; where they are fewer than devices, all are copied as often.
-        mean = total(jnp.mean(exact * exact, axis=(-2, -1), keepdims=True), "tensor") / axis_size("tensor")
+        mean = jnp.mean(exact * exact, axis=-1 if self.by_head else (-2, -1), keepdims=True)
+        if (
+            not self.by_head
+        ):  # each device has as many heads; where they are fewer than devices, all are copied as often
+            mean = total(mean, "tensor") / axis_size("tensor")
         return (exact * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 

@@ -13,8 +13,9 @@ import yaml
 from jaxhybrid import checksums
 from jaxhybrid.disk import size_text
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.export.form import why_not_native
-from jaxhybrid.families.native import QWEN3_5, attention_interval
+from jaxhybrid.export.form import native_of, why_not_native
+from jaxhybrid.families.native import NATIVE
+from jaxhybrid.families.native_qwen3_5 import attention_interval
 from jaxhybrid.families.student import is_student
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.plan.serving import Serving, as_json, serving_of
@@ -51,19 +52,17 @@ def check(folder: Path, verify: bool = False) -> dict[str, Any]:
     has_checksums = checksums.verify(folder) if verify else None
     hf, files = read_table(folder / "config.json"), open_student(folder)
     config, dtype = files.config, str(hf.get("dtype", "float32"))
-    found, native = serving_of(config, dtype), hf["model_type"] == QWEN3_5
-    against = "" if native else why_not_native(config)
-    way = f"a student that {QWEN3_5} can express: see below" if against else "export it with --format native"
+    found, form = serving_of(config, dtype), hf["model_type"]
     return {
         "folder": str(folder),
         "verified": has_checksums,
-        "form": hf["model_type"],
-        "why_not_native": against,
+        "form": form,
+        "why_not_native": "" if form in NATIVE else why_not_native(config),
         "layers": config.num_layers,
         "softmax_layers": list(config.softmax_layers),
         "interval": attention_interval(config),
         "dtype": dtype,
-        "servers": [_server(name, facts, hf["model_type"], config, way) for name, facts in server_facts().items()],
+        "servers": [_server(name, facts, form, config) for name, facts in server_facts().items()],
         "sequence": as_json(found) | {"kv_block_tokens_of_a_state": block_tokens(found)},
     }
 
@@ -74,15 +73,17 @@ def block_tokens(found: Serving) -> int:
     return math.ceil(found.state / found.token / BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig, way: str) -> dict[str, Any]:
-    """`loads` is True, False, or None where it is not known. `way`: how an export gets the native form."""
+def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig) -> dict[str, Any]:
+    """`loads` is True, False, or None where it is not known."""
     forms = facts.get("loads") or {}
     if form not in forms:
-        loads = None if facts.get("known") is False and form == QWEN3_5 else False
-        change = [way] if QWEN3_5 in forms else []
-        return _found(name, loads, facts["otherwise"], change=change)
+        loads = None if facts.get("known") is False and form in NATIVE else False
+        natives = [one for one in NATIVE if one in forms and forms[one].get("known") is not False]
+        lacking = [one for one in natives if _lacking(forms[one], config)]
+        return _found(name, loads, facts["otherwise"], change=_ways(natives, lacking, config))
     known = forms[form]
-    found = _found(name, True, known["note"], start=known["from"], sources=known.get("sources", []))
+    loads = None if known.get("known") is False else True
+    found = _found(name, loads, known["note"], start=known.get("from"), sources=known.get("sources", []))
     if known.get("uniform") and attention_interval(config) is None:
         layers = ", ".join(map(str, config.softmax_layers))
         found["loads"] = False
@@ -91,7 +92,7 @@ def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig, wa
     if known.get("both_kinds") and len({*config.layer_types}) < 2:
         found["loads"] = False
         found["why"] += f"; it wants softmax layers beside linear ones, and all are {config.layer_types[0]} here"
-    if lacking := [words for trait, words in known.get("without", {}).items() if trait in _traits(config)]:
+    if lacking := _lacking(known, config):
         found["loads"] = False
         found["why"] += f"; it has no {', '.join(lacking)}"
     wanted = known.get("head_dim")
@@ -100,12 +101,28 @@ def _server(name: str, facts: dict[str, Any], form: str, config: ModelConfig, wa
     return found
 
 
+def _ways(natives: list[str], lacking: list[str], config: ModelConfig) -> list[str]:
+    """What to do so that a server loads it that has `natives` of transformers' own architectures, and of some of them
+    not all that the model has."""
+    possible = native_of(config)
+    if possible is None:
+        return [f"a student that {' or '.join(natives)} can express: see below"] if natives else []
+    return ["export it with --format native"] if possible in natives and possible not in lacking else []
+
+
+def _lacking(known: dict[str, Any], config: ModelConfig) -> list[str]:
+    """What of a model a server has not in an architecture, in words."""
+    return [words for trait, words in known.get("without", {}).items() if trait in _traits(config)]
+
+
 def _traits(config: ModelConfig) -> set[str]:
     """What not every server has, by the names that servers.yaml uses."""
     has = {
         "windows": "window_attention" in config.layer_types,
         "caps": config.attention_cap is not None or config.logit_cap is not None,
         "length_scale": config.softmax.length_scale is not None,
+        "rotation": config.softmax.rope,
+        "biases": config.qkv_bias or config.o_bias,
     }
     return {trait for trait, present in has.items() if present}
 

@@ -164,10 +164,10 @@ class RunConfig(Section):
         ):
             if trouble := bucket_trouble(path or ""):
                 raise ValueError(f"{key}: {trouble}")
-        if self.export.format == "native" and self.softmax != SoftmaxSection():
+        if self.export.format == "native" and self.softmax.length_scale is not None:
             raise ValueError(
-                "export.format native: no architecture of transformers itself has what softmax.rope=false and "
-                "softmax.length_scale do; take remote-code, or leave both out"
+                "export.format native: no architecture of transformers itself has what softmax.length_scale does; take "
+                "remote-code, or leave it out"
             )
         heldout = {f"{name}.heldout_tokens": getattr(self, name).heldout_tokens for name in ("score", "evaluate")}
         if "measure" not in self.select.idle and self.select.measure.source == "heldout":

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.weights.names import file_tensors
-from jaxhybrid.weights.native import CENTRED, centred, layer_and_own
+from jaxhybrid.weights.names import file_tensors, layer_and_own
+from jaxhybrid.weights.native_qwen3_5 import CENTRED, centred
 
 LARGEST_POWER = 30  # kernels stay far from the smallest numbers of their type
 READERS = {

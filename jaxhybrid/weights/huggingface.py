@@ -18,18 +18,19 @@ from jax.sharding import Mesh
 from jaxhybrid import hosts
 from jaxhybrid.errors import ConfigError, WeightsError
 from jaxhybrid.families import hf_to_config, hf_to_student_config
-from jaxhybrid.families.native import QWEN3_5
+from jaxhybrid.families.native import NATIVE
 from jaxhybrid.model.blueprint import Exact, Params, is_variable
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import param_shardings
 from jaxhybrid.model.transformer import Model, model_variables
+from jaxhybrid.weights.change import PartOfTensor
 from jaxhybrid.weights.demo import DEMO_PREFIX, demo_teacher_folder, gguf_file
 from jaxhybrid.weights.gguf.config import hugging_face_config
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.model import open_gguf
 from jaxhybrid.weights.gguf.source import is_gguf
 from jaxhybrid.weights.names import FileTensor, file_tensors, fused_tensors
-from jaxhybrid.weights.native import PartOfTensor, native_tensors, own_tensors
+from jaxhybrid.weights.native import native_tensors, own_tensors
 from jaxhybrid.weights.safetensors import DTYPES, StoredTensor, read_table, stored_tensors
 from jaxhybrid.weights.save import Written
 
@@ -95,7 +96,8 @@ def open_student(folder: str | os.PathLike[str]) -> "ModelFiles":
     """What `load_student` reads from, in either form of an export, checked without reading the weights."""
     path = _resolve(folder)
     hf = read_table(path / "config.json")
-    return _open(path, hf_to_student_config(hf), hf.get("model_type") == QWEN3_5)
+    model_type = str(hf.get("model_type"))
+    return _open(path, hf_to_student_config(hf), model_type if model_type in NATIVE else None)
 
 
 def teacher_keys(path_or_id: str | os.PathLike[str]) -> dict[str, Any]:
@@ -152,11 +154,14 @@ class ModelFiles:
         return jax.tree_util.tree_map_with_path(read, declared, *rest, is_leaf=is_variable)
 
 
-def _open(folder: Path, config: ModelConfig, native: bool = False) -> ModelFiles:
-    """Raises WeightsError: a tensor is quantised, missing, unexpected, or of another shape than the config says."""
+def _open(folder: Path, config: ModelConfig, native: str | None = None) -> ModelFiles:
+    """native: the architecture of transformers' own that the files are in, if they are.
+
+    Raises WeightsError: a tensor is quantised, missing, unexpected, or of another shape than the config says.
+    """
     _check_tokenizer(folder, config)
     stored, entries = stored_tensors(folder), file_tensors(config)
-    tensors: Sequence[Written] = native_tensors(config) if native else entries
+    tensors: Sequence[Written] = native_tensors(config, native) if native else entries
     _refuse_quantised(folder, stored)
     stored = _parted(stored, entries, config)
     _check_names(folder, stored, tensors, config)
@@ -167,7 +172,7 @@ def _open(folder: Path, config: ModelConfig, native: bool = False) -> ModelFiles
                 f"{entry.name} in {stored[entry.name].file} has shape {list(found)}, expected {list(expected)} "
                 "from config.json; weights and config do not belong together."
             )
-    return ModelFiles(folder, config, own_tensors(stored, config) if native else stored, entries)
+    return ModelFiles(folder, config, own_tensors(stored, config, native) if native else stored, entries)
 
 
 def _parted(stored: dict[str, StoredTensor], entries: list[FileTensor], config: ModelConfig) -> dict[str, StoredTensor]:

@@ -6,6 +6,7 @@ separate tensors there and rows of one stacked leaf here.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.transformer import Ends
 
 Shape = tuple[int, ...]
+LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,12 @@ def teacher_tensors(config: ModelConfig) -> list[FileTensor | FusedTensor]:
     first = {names[0]: FusedTensor(name, tuple(parts[part] for part in names)) for name, names in fused.items()}
     others = {part for names in fused.values() for part in names[1:]}
     return [first.get(name, entry) for name, entry in parts.items() if name not in others]
+
+
+def layer_and_own(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers.3.`, `mlp.up_proj.weight`); outside layers ("", name)."""
+    found = LAYER.match(name)
+    return ("", name) if found is None else (found[0], name[found.end() :])
 
 
 def _leaf(name: str, variable: nnx.Variable) -> tuple[str, Layout]:

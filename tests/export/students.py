@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.model.blueprint import is_variable
-from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, RopeConfig
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, RopeConfig, SoftmaxConfig
 from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
 from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -96,11 +96,41 @@ QWEN3_5 = {
     "layer_types": (LIN, SOFT, LIN),
     "mixer": GatedDeltaNetConfig(qkv_bias=False, qk_norm=False, conv_size=4),
 }
-NATIVE_CASES = {
+# Students that granitemoehybrid can express.
+GRANITE = {
+    "num_layers": 3,
+    "layer_types": ("mamba2", SOFT, "mamba2"),
+    "mixer": Mamba2Config(head_norm=True, qkv_bias=False, qk_norm=False),
+}
+GRANITE_CASES = {
+    "granite": GRANITE | {"rope": LLAMA3, "num_layers": 4, "layer_types": ("mamba2", SOFT, SOFT, "mamba2")},
+    "granite_qwen2": GRANITE
+    | {
+        "family": "qwen2",
+        "qkv_bias": True,
+        "rope": YARN,
+        "tie_embeddings": True,
+        "mixer": Mamba2Config(head_norm=True, qkv_bias=True, qk_norm=False, ssm_conv_size=0),
+    },
+    "granite_everything": GRANITE
+    | {
+        "family": "granite",
+        "qkv_bias": True,
+        "o_bias": True,
+        "num_kv_heads": 4,
+        "embedding_scale": 3.0,
+        "residual_scale": 0.5,
+        "attention_scale": 0.4,
+        "logit_scale": 0.5,
+        "softmax": SoftmaxConfig(rope=False),
+    },
+}
+QWEN3_5_CASES = {
     "native": QWEN3_5 | {"rope": LLAMA3, "head_dim": 32, "num_layers": 4, "layer_types": (LIN, SOFT, LIN, SOFT)},
     "native_without_convolution": QWEN3_5
     | {"rope": YARN, "tie_embeddings": True, "mixer": PLAIN, "num_kv_heads": 4, "layer_types": (SOFT, LIN, LIN)},
 }
+NATIVE_CASES = QWEN3_5_CASES | GRANITE_CASES
 
 
 def make_student(folder, *, least_scale=None, **changes):

@@ -47,6 +47,7 @@ MIXERS = {
     "lightning": FixedDecayConfig(**CARRIED),
     "retnet": FixedDecayConfig(form="retnet", expand_kv=False, **CARRIED),
     "mamba2": Mamba2Config(ssm_conv_size=3, expand_kv=False, **CARRIED),
+    "mamba2_by_head": Mamba2Config(ssm_conv_size=3, head_norm=True, **CARRIED),
     "rwkv6": RWKV6Config(low_rank=4, expand_kv=False, **CARRIED),
     "rwkv7": RWKV7Config(low_rank=4, **CARRIED),
     "window_attention": WindowAttentionConfig(window=7),
@@ -54,7 +55,14 @@ MIXERS = {
 }
 
 
-SLOW = ("gated_deltanet", "gla", "deltanet", "retnet", "window_attention")  # in most other tests, or of shared code
+SLOW = (
+    "gated_deltanet",
+    "gla",
+    "deltanet",
+    "retnet",
+    "mamba2_by_head",
+    "window_attention",
+)  # in most other tests, or of shared code
 
 
 def test_every_mixer_is_here():

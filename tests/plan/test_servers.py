@@ -12,7 +12,7 @@ from jaxhybrid.export.folder import export
 from jaxhybrid.model.config import FULL_ATTENTION, SoftmaxConfig
 from jaxhybrid.plan.servers import block_tokens, check, server_facts
 from jaxhybrid.plan.serving import serving_of
-from tests.export.students import CASES, LIN, OTHER_MIXERS, QWEN3_5, SOFT, make_student
+from tests.export.students import CASES, GRANITE, GRANITE_CASES, LIN, OTHER_MIXERS, QWEN3_5, SOFT, make_student
 
 PERIOD_2 = QWEN3_5 | {"num_layers": 4, "layer_types": (LIN, SOFT, LIN, SOFT)}
 
@@ -61,7 +61,37 @@ def test_a_list_of_layers_that_a_server_does_not_read(exported):
 
 
 @pytest.mark.parametrize(
-    ("changes", "remedy"), [(CASES["qwen3"], "mixer.qk_norm=false"), (PERIOD_2, "--format native")]
+    ("changes", "llama_cpp", "why"),
+    [
+        ({}, False, "it has no rotary embedding in a hybrid"),
+        ({"softmax": SoftmaxConfig(rope=False)}, True, "convert_hf_to_gguf.py"),
+        (GRANITE_CASES["granite_everything"], False, "it has no biases in Mamba-2 layers"),
+    ],
+)
+def test_a_native_export_with_mamba2(exported, changes, llama_cpp, why):
+    found = check(exported(**GRANITE | changes))
+    assert (found["form"], found["why_not_native"]) == ("granitemoehybrid", "")
+    assert loaded(found) == {
+        "transformers": True,
+        "vLLM": True,
+        "SGLang": None,
+        "llama.cpp": llama_cpp,
+        "TGI": None,
+        "tpu-inference": None,
+    }
+    starts = {one["server"]: one["from"] for one in found["servers"]}
+    assert (starts["transformers"], starts["vLLM"]) == ("5.23", "0.33")
+    (cpp,) = (one for one in found["servers"] if one["server"] == "llama.cpp")
+    assert why in cpp["why"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        (CASES["qwen3"], "mixer.qk_norm=false"),
+        (PERIOD_2, "--format native"),
+        (GRANITE | {"mixer": replace(GRANITE["mixer"], head_norm=False)}, "mixer.head_norm=true"),
+    ],
 )
 def test_an_export_with_its_own_code(exported, changes, remedy):
     found = check(exported("remote-code", **changes))
@@ -88,7 +118,7 @@ def test_an_export_with_what_a_server_lacks(exported):
 
 def test_the_setting_it_names_gives_an_interval():
     """`select.method=uniform` with `select.uniform=last`, for every number of equal groups."""
-    from jaxhybrid.families.native import attention_interval
+    from jaxhybrid.families.native_qwen3_5 import attention_interval
     from jaxhybrid.selection.choice import Given
     from jaxhybrid.selection.methods.uniform import choose
     from jaxhybrid.settings.select import SelectConfig

@@ -84,7 +84,7 @@ def test_every_mixer_is_among_them():
         "deltanet": {"conv_size"},
         "kimi_delta": {"conv_size", "low_rank"},
         "fixed_decay": {"form"},
-        "mamba2": {"ssm_conv_size"},
+        "mamba2": {"ssm_conv_size", "head_norm"},
         "rwkv6": {"low_rank"},
         "rwkv7": {"low_rank"},
         "window_attention": {"window", "sinks"},

@@ -19,6 +19,19 @@ from .linear_attention_jaxhybrid import (
 from .softmax_attention_jaxhybrid import JaxHybridRMSNorm
 
 
+class JaxHybridGroupNorm(JaxHybridRMSNorm):
+    """The norm of the last axis in so many groups of channels, each by itself."""
+
+    def __init__(self, width: int, eps: float, groups: int) -> None:
+        super().__init__(width, eps)
+        self.groups = groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float().unflatten(-1, (self.groups, -1))
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.flatten(-2).to(x.dtype)
+
+
 class JaxHybridMamba2(JaxHybridConvolved):
     name = "mamba2"
     settings = (*JaxHybridLinearAttention.settings, "ssm_conv_size")
@@ -36,7 +49,8 @@ class JaxHybridMamba2(JaxHybridConvolved):
     def add_output(self, config: JaxHybridConfig, settings: dict[str, Any]) -> None:
         H, K = config.num_attention_heads, self.head_dim
         self.g_proj = nn.Linear(config.hidden_size, H * K, bias=False) if settings["output_gate"] else None
-        self.norm = JaxHybridRMSNorm(H * K, config.rms_norm_eps)  # over all heads together
+        # An export from before it was written has no head_norm.
+        self.norm = JaxHybridGroupNorm(H * K, config.rms_norm_eps, H if settings.get("head_norm") else 1)
 
     def init_own_weights(self) -> None:
         init.zeros_(self.A_log)  # A = 1, and steps of softplus(-4.6) = 0.01: a half-life of 69 tokens

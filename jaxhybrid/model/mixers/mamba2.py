@@ -4,7 +4,7 @@ C, B, x = silu(conv(q, k, v)),   d_t = softplus(dt_proj u + dt_bias),   a_t = ex
 S_t = a_t S_{t-1} + d_t B_t x_t',   y_t = S_t' C_t + D x_t,   out = o_proj(norm(y silu(z))),   z = g_proj u
 
 From a teacher (arXiv 2408.15237): C is the query, B the key, x the value. Every state has a key of its own, which
-Mamba-2 calls a group. The norm is over all heads together.
+Mamba-2 calls a group. The norm is over all heads together, or over each (`head_norm`): servers have the latter.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ class Mamba2Config(LinearConfig):
     kind = "mamba2"
 
     ssm_conv_size: int = option(4, "taps of Mamba-2's convolution on q, k, v, which has a bias; 0 has none")
+    head_norm: bool = option(False, "normalise each head by itself, as servers' Mamba-2; false: all heads together")
 
     def __post_init__(self) -> None:
         check_taps("ssm_conv_size", self.ssm_conv_size)
@@ -56,8 +57,10 @@ class Mamba2(Convolved):
         self.add_convolutions(config, rngs, bias=True)
 
     def add_output(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        assert isinstance(config.mixer, Mamba2Config)
         self.add_gate(config, rngs)
-        self.norm = WideRMSNorm(rngs, (config.num_heads, config.head_dim), "heads", config.norm_eps)
+        shape, by_head = (config.num_heads, config.head_dim), config.mixer.head_norm
+        self.norm = WideRMSNorm(rngs, shape, "heads", config.norm_eps, by_head)
 
     @staticmethod
     def with_half_lives(own: Params, lives_N: jax.Array) -> Params:

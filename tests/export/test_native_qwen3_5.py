@@ -1,4 +1,4 @@
-"""Exports in transformers' own architecture: what they can express, that nothing is rounded, and the way back.
+"""Exports in transformers' own qwen3_5_text: what they can express, that nothing is rounded, and the way back.
 
 That transformers computes what we do, in its oldest and newest version, is in test_reading.py.
 """
@@ -19,14 +19,14 @@ from jaxhybrid.errors import ConfigError, WeightsError
 from jaxhybrid.export.folder import export
 from jaxhybrid.export.form import choose
 from jaxhybrid.families import config_to_hf
-from jaxhybrid.families.native import attention_interval, features
+from jaxhybrid.families.native_qwen3_5 import attention_interval, features
 from jaxhybrid.model.config import ModelConfig, RopeConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.transformer import Model, forward
 from jaxhybrid.weights.fold import _factor, _is_exact, _pair_factor
 from jaxhybrid.weights.huggingface import load_student, load_teacher
 from jaxhybrid.weights.save import save_weights
-from tests.export.students import LIN, NATIVE_CASES, QWEN3_5, SOFT, make_student
+from tests.export.students import LIN, QWEN3_5, QWEN3_5_CASES, SOFT, make_student
 
 torch.set_num_threads(1)
 TOKENS = np.random.default_rng(0).integers(1, 61, (2, 40)).astype(np.int32)
@@ -79,7 +79,7 @@ def test_what_stands_against_it_is_named(changes, feature, remedy):
     model = replace(model, config=replace(model.config, **changes))
     assert (feature, remedy) in [(found.name, found.remedy) for found in features(model.config) if not found.fits]
     form = choose(model, "float32", "auto")
-    assert not form.native
+    assert form.native is None
     assert feature in form.told
     assert remedy in form.told
     with pytest.raises(ConfigError, match=f"(?s)'native' is not possible.*{feature}"):
@@ -213,9 +213,9 @@ def test_error_in_16_bits(tmp_path, teacher_folder):
 # --- the way back
 
 
-@pytest.mark.parametrize("case", NATIVE_CASES)
+@pytest.mark.parametrize("case", QWEN3_5_CASES)
 def test_it_is_read_back_exactly(tmp_path, teacher_folder, case):
-    student = make_student(teacher_folder, least_scale=0.5, **NATIVE_CASES[case])
+    student = make_student(teacher_folder, least_scale=0.5, **QWEN3_5_CASES[case])
     again = load_student(export(student, tmp_path / "native", dtype="float32", max_shard_bytes=50_000))
     assert len(list((tmp_path / "native").glob("model-*.safetensors"))) > 1
     assert again.config == student.config
