@@ -96,4 +96,4 @@ def test_forced_tokens_leave_the_states_of_a_whole_pass(monkeypatch, kind, rows,
         told[name] = [float(f"{error:.2g}") for error in errors]
     print(kind, rows, places, told)
     for name, (theirs, ours) in told.items():
-        assert np.isfinite(ours) and ours < max(1.25 * theirs, 4e-3), (name, told)
+        assert ours < max(1.25 * theirs, 4e-3), (name, told)  # not so where it is no number
