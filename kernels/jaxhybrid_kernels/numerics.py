@@ -79,8 +79,8 @@ def target_platform() -> str:
 
 
 def decodes_by_kernels() -> bool:
-    """Whether decoding takes its own kernels where they serve: on GPUs of NVIDIA's, unless JAXHYBRID_DECODE_KERNELS is 0
-    (nowhere) or 1 (wherever they have a form)."""
+    """Whether decoding takes its own kernels where they serve: on GPUs of NVIDIA's, unless
+    JAXHYBRID_DECODE_KERNELS is 0 (nowhere) or 1 (wherever they have a form)."""
     wanted = os.environ.get("JAXHYBRID_DECODE_KERNELS")
     return wanted == "1" or (wanted != "0" and on_nvidia())
 
