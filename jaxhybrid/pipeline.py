@@ -201,7 +201,7 @@ class Pipeline:
             hosts.by_first(lambda: self.folder.reopen("score"), "score again")
         if not self._begins("score", candidates):
             return
-        settings, folder, layers = self.config.score, self.folder.stage("score"), range(self.models.depth)
+        folder, layers = self.folder.stage("score"), range(self.models.depth)
         segment_tokens = self.segment_tokens("score")
         begun_before = hosts.by_first(
             lambda: any((folder / name).exists() for name in ("scores", "candidates")), "scoring was begun"
@@ -212,7 +212,7 @@ class Pipeline:
             self.models.candidates(),
             self.config,
             lambda: self.stream("score"),
-            self.text.heldout_batches(settings.sequence_length, settings.batch_size, settings.heldout_tokens),
+            self._scored_texts(),
             folder,
             self.mesh,
             layers if candidates is None else candidates,
@@ -358,11 +358,25 @@ class Pipeline:
                 batches = list(islice(stream, measure.batches))
         if not (share := measure.recall):
             return [(1.0, batches)]
-        prompts = len(batches) * measure.batch_size
-        context, key = self.models.teacher_config.max_position_embeddings, "select.measure.recall_pairs"
-        task = recall_prompts(self.text.vocabulary, measure.recall_pairs, prompts, context, key)
-        asked = answer_batches(task, measure.batch_size, *own_share(self.mesh, *ROWS))
+        longest = self.models.teacher_config.max_position_embeddings
+        asked = self._asked("select.measure", measure.recall_pairs, len(batches), measure.batch_size, longest)
         return [(1.0 - share, batches), (share, asked)]
+
+    def _scored_texts(self) -> Texts:
+        """This process's rows of held-out text, and of recall prompts, as long, if they are to count."""
+        settings = self.config.score
+        length, rows = settings.sequence_length, settings.batch_size
+        batches = self.text.heldout_batches(length, rows, settings.heldout_tokens)
+        if not (share := settings.recall):
+            return [(1.0, batches)]
+        asked = self._asked("score", settings.recall_pairs, len(batches), rows, length)
+        wide = [{name: np.pad(x, ((0, 0), (0, length - x.shape[1]))) for name, x in batch.items()} for batch in asked]
+        return [(1.0 - share, batches), (share, wide)]
+
+    def _asked(self, section: str, pairs: int, batches: int, rows: int, longest: int) -> list[HostBatch]:
+        """This process's rows of so many batches of recall prompts, others than the evaluation's."""
+        task = recall_prompts(self.text.vocabulary, pairs, batches * rows, longest, f"{section}.recall_pairs")
+        return answer_batches(task, rows, *own_share(self.mesh, *ROWS))
 
     def distill(self) -> None:
         """Stage 2: KL to the teacher, all parameters."""

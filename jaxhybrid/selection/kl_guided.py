@@ -20,12 +20,13 @@ from jaxhybrid.model.head import Head
 from jaxhybrid.model.partition import own_share
 from jaxhybrid.model.transformer import Model, hidden_states
 from jaxhybrid.selection.kept_state import KeptState
+from jaxhybrid.selection.masked import Texts
 from jaxhybrid.selection.ranking import SCORE_AGAIN, CandidateScore, Curve, read_scores, write_score
 from jaxhybrid.selection.teacher_cache import TeacherCache, cache_path, remove_caches
 from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.settings.stages import ScoreConfig
-from jaxhybrid.stages.batch import Batch, token_mask
+from jaxhybrid.stages.batch import Batch
 from jaxhybrid.stages.programs import stage_step, trained_params
 from jaxhybrid.stages.score import candidate_kl, candidate_params
 from jaxhybrid.train.loop import Batches, HostBatch, train
@@ -39,7 +40,7 @@ def score_candidates(
     student: Model,
     config: RunConfig,
     batches: Callable[[], Batches],
-    heldout: Sequence[HostBatch],
+    heldout: Texts,
     folder: Path,
     mesh: Mesh,
     candidates: Sequence[int],
@@ -51,6 +52,7 @@ def score_candidates(
         student: the aligned all-linear student, placed on `mesh`.
         config: its `score`, `dtype`, and of `select` what ends scoring early: `budget` and `rank_by`.
         batches: opens the training stream from its start; every candidate sees the same one.
+        heldout: what importance is measured on, all in rows of one shape: text, and recall prompts if they count.
 
     Returns:
         How many programs were compiled for each function: 1 each, whatever the number of candidates.
@@ -110,7 +112,7 @@ def _train_candidate(
     layer: int,
     rounds: Sequence[int],
     batches: Callable[[], Batches],
-    heldout: Sequence[HostBatch],
+    heldout: Texts,
     label: str,
 ) -> None:
     """Takes the candidate to the end of the last of `rounds`, from where it was left, and writes its score."""
@@ -174,9 +176,9 @@ def _train_candidate(
 
 
 def _kl_and_tokens(params: Any, layer: jax.Array, batch: Batch, teacher_head: Head, **static: Any) -> Any:
-    """Both over all processes' rows."""
-    tokens = jnp.sum(token_mask(batch["segment_ids"]))
-    return candidate_kl(params, layer, batch, teacher_head, **static), tokens
+    """Both over all processes' rows, of the tokens that are `counted`."""
+    kl = candidate_kl(params, layer, batch, teacher_head, counted=batch["counted"], **static)
+    return kl, jnp.sum(batch["counted"])
 
 
 class _Numbered:
@@ -262,10 +264,11 @@ class _Programs:
         """The batch with `teacher_hidden` added, computed the first time this batch is seen by any candidate."""
 
         def compute() -> np.ndarray:
-            states = (self._teacher(self.teacher, place_batch(part, self.mesh)) for part in self.parts(batch))
+            text = {name: batch[name] for name in ("tokens", "segment_ids")}
+            states = (self._teacher(self.teacher, place_batch(part, self.mesh)) for part in self.parts(text))
             return np.concatenate([local_part(part) for part in states])
 
-        kept = name == "heldout" or self.settings.keep_teacher_states
+        kept = name != "train" or self.settings.keep_teacher_states
         if not kept:
             return {**batch, "teacher_hidden": compute()}
 
@@ -275,21 +278,25 @@ class _Programs:
         hidden = self.cache(name, batches, len(batch["tokens"])).get(index, compute, everywhere)
         return {**batch, "teacher_hidden": np.asarray(hidden)}
 
-    def heldout_kl(self, params: Any, layer: jax.Array, heldout: Sequence[HostBatch]) -> float:
-        """Mean KL in nats per token over the held-out batches."""
-        total, tokens = 0.0, 0.0
-        for index, own in enumerate(heldout):
-            batch = self.with_teacher("heldout", index, own, len(heldout))
-            for part in self.parts(batch):
-                kl, count = self._heldout(params, layer, place_batch(part, self.mesh), self.teacher_head)
-                total += float(kl)
-                tokens += float(count)
-        if not math.isfinite(total):
+    def heldout_kl(self, params: Any, layer: jax.Array, heldout: Texts) -> float:
+        """Mean KL in nats per token that counts, over the held-out batches; of several texts, each by its share."""
+        mean = 0.0
+        for name, (share, batches) in zip(("heldout", "answers"), heldout):
+            total, tokens = 0.0, 0.0
+            for index, own in enumerate(batches):
+                counted = own.get("counted", (own["segment_ids"] != 0).astype(np.float32))
+                batch = self.with_teacher(name, index, {**own, "counted": counted}, len(batches))
+                for part in self.parts(batch):
+                    kl, count = self._heldout(params, layer, place_batch(part, self.mesh), self.teacher_head)
+                    total += float(kl)
+                    tokens += float(count)
+            mean += share * total / tokens
+        if not math.isfinite(mean):
             raise DivergenceError(
-                f"The held-out KL of the candidate of layer {int(layer)} is {total}. Lower score.learning_rate and "
+                f"The held-out KL of the candidate of layer {int(layer)} is {mean}. Lower score.learning_rate and "
                 "score.mixer_learning_rate; if the first measurement says so, align again at a lower rate."
             )
-        return total / tokens
+        return mean
 
     def compiled(self) -> dict[str, int]:
         """How many executables each function has been compiled to."""

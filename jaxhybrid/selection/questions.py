@@ -66,18 +66,15 @@ def answers_after(asked: Sequence[Sequence[int]], whole: Sequence[Sequence[int]]
     return Prompts(tokens, np.array(starts)[:, None] - 1, answers)
 
 
-def recall_prompts(vocabulary: Vocabulary, pairs: int, prompts: int, context: int, key: str) -> RecallTask:
+def recall_prompts(vocabulary: Vocabulary, pairs: int, prompts: int, longest: int, key: str) -> RecallTask:
     """Prompts as those of the evaluation's recall probe, others than its own.
 
     Raises:
-        ConfigError: one is longer than `context`; calls the setting that gives `pairs` `key`.
+        ConfigError: one has more than `longest` tokens; calls the setting that gives `pairs` `key`.
     """
     task = recall_task(vocabulary, pairs, prompts=prompts, seed=CHOOSING_SEED)
-    if (longest := task.tokens.shape[1]) > context:
-        raise ConfigError(
-            f"{key} {pairs}: prompts take {longest} tokens, the teacher has a context of {context}. "
-            "Ask for fewer pairs."
-        )
+    if (length := task.tokens.shape[1]) > longest:
+        raise ConfigError(f"{key} {pairs}: prompts take {length} tokens of {longest} at most. Ask for fewer pairs.")
     return task
 
 

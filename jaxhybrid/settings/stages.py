@@ -201,6 +201,10 @@ class ScoreConfig(KlStageConfig):
     tokens: Count = about(200_000_000, "training tokens of each candidate")
     heldout_tokens: Count = about(1_000_000, "held-out tokens of each evaluation")
     keep_checkpoints: Count = free(1, "newest checkpoints of a candidate that stay")
+    recall: Annotated[float, Field(ge=0, le=1)] = about(
+        0.0, "share of the held-out KL at answers of the recall probe's prompts; the rest is the text's"
+    )
+    recall_pairs: Annotated[int, Field(ge=2)] = about(16, "pairs listed in such a prompt")
     evaluate_every: Count = about(100, "steps between evaluations, the points of the importance curve")
     keep_teacher_states: bool = free(
         True,

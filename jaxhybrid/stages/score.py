@@ -78,9 +78,12 @@ def candidate_kl(
     remat: Remat = "none",
     sums: Any = jnp.float32,
     chunk_tokens: int = CHUNK_TOKENS,
+    counted: jax.Array | None = None,
 ) -> jax.Array:
-    """KL(teacher || candidate) summed over the tokens of a batch that holds `teacher_hidden`."""
-    softmax, mask = jnp.arange(config.num_layers) == layer, token_mask(batch["segment_ids"])
+    """KL(teacher || candidate) summed over the tokens, or those `counted` [B,T], of a batch with `teacher_hidden`."""
+    softmax, mask = jnp.arange(config.num_layers) == layer, counted
+    if mask is None:
+        mask = token_mask(batch["segment_ids"])
     return masked_kl(
         Model(params, config), softmax, batch, mask, teacher_head,
         dtype=dtype, remat=remat, sums=sums, chunk_tokens=chunk_tokens,

@@ -55,18 +55,21 @@ def batch_of(number):
     return {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
 
 
+HELDOUT = [(1.0, [batch_of(99)])]
+
+
 @pytest.fixture(scope="module")
 def score(teacher, compiled_once):
     student = convert(teacher, (GatedDeltaNetConfig.kind,) * 4, GatedDeltaNetConfig(), jax.random.key(1))
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
 
-    def run(folder, candidates=range(4), batches=Stream, select=select_config(), **changes):  # noqa: B008  # frozen
+    def run(folder, candidates=range(4), batches=Stream, select=select_config(), heldout=HELDOUT, **changes):  # noqa: B008  # frozen
         settings = SETTINGS.model_copy(update=changes)
         config = CONFIG.model_copy(update={"score": settings, "select": select})
         with jax.set_mesh(mesh):
             own = Model(jax.device_put(student.params, jax.NamedSharding(mesh, jax.P())), student.config)
             other = Model(jax.device_put(teacher.params, jax.NamedSharding(mesh, jax.P())), teacher.config)
-            compiled = score_candidates(other, own, config, batches, [batch_of(99)], folder, mesh, candidates)
+            compiled = score_candidates(other, own, config, batches, heldout, folder, mesh, candidates)
         return read_scores(folder / "scores", 4), compiled
 
     return run
@@ -79,6 +82,21 @@ def in_one_go(score, tmp_path_factory):
     assert set(compiled.values()) == {1}
     assert [tokens for tokens, _ in scores.candidates[0].heldout] == [i * ROWS * LENGTH for i in range(STEPS + 1)]
     return scores
+
+
+def test_answers_count_by_their_share(score, in_one_go, tmp_path):
+    """Of the same rows: all tokens, a few of them, and a mixture, by one program."""
+    asked = [batch_of(99) | {"counted": np.float32(np.arange(LENGTH) % 5 == 0) * np.ones((ROWS, 1), np.float32)}]
+    whole = [candidate.heldout for candidate in in_one_go.candidates[:2]]
+    (few, compiled), (mixed, _) = (
+        score(tmp_path / name, heldout=heldout, tokens=SETTINGS.tokens_per_step)
+        for name, heldout in (("few", [(1.0, asked)]), ("mixed", [(0.75, HELDOUT[0][1]), (0.25, asked)]))
+    )
+    assert compiled["heldout_kl"] == 1
+    for all_tokens, some, both in zip(whole, few.candidates, mixed.candidates):
+        a, b = np.array(all_tokens)[:1, 1], np.array(some.heldout)[:1, 1]
+        assert abs(a - b) > 1e-3 * a
+        np.testing.assert_allclose(np.array(both.heldout)[:1, 1], 0.75 * a + 0.25 * b, rtol=1e-5)
 
 
 def test_with_accumulation_no_program_runs_more_rows_than_an_update(score, in_one_go, tmp_path, monkeypatch):
