@@ -24,9 +24,8 @@ app = typer.Typer(
     help="Turn a pretrained softmax transformer into a hybrid linear-attention model.\n\n"
     "A run is one YAML config and one folder. `jaxhybrid run configs/demo.yaml` does all stages; the verbs below do "
     "one each, in this order: align, score (for select.method=kl_guided), select, distill, finetune, evaluate, export, "
-    "report. Every verb goes on "
-    "where it was stopped. Settings are changed on the command line as key=value, for example: "
-    "jaxhybrid run configs/demo.yaml select.budget=0.5 seed=3\n\n"
+    "report. Every verb goes on where it was stopped. Settings are changed on the command line as key=value, for "
+    "example: jaxhybrid run configs/demo.yaml select.budget=0.5 seed=3\n\n"
     "Before a run, `plan` says what becomes of each layer, and what the stages take on TPUs or GPUs that are not here.",
 )
 
