@@ -23,9 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Turn a pretrained softmax transformer into a hybrid linear-attention model.\n\n"
     "A run is one YAML config and one folder. `jaxhybrid run configs/demo.yaml` does all stages; the verbs below do "
-    "one each, in this order: align, score, select, distill, finetune, evaluate, export, report. Every verb goes on "
-    "where it was stopped. Settings are changed on the command line as key=value, for example: "
-    "jaxhybrid run configs/demo.yaml select.budget=0.5 seed=3\n\n"
+    "one each, in this order: align, score (for select.method=kl_guided), select, distill, finetune, evaluate, export, "
+    "report. Every verb goes on where it was stopped. Settings are changed on the command line as key=value, for "
+    "example: jaxhybrid run configs/demo.yaml select.budget=0.5 seed=3\n\n"
     "Before a run, `plan` says what becomes of each layer, and what the stages take on TPUs or GPUs that are not here.",
 )
 
@@ -130,7 +130,7 @@ def score(
         list[Path] | None, typer.Option(help="Take finished scores over from other run folders first.")
     ] = None,
 ) -> None:
-    """Importance of each layer: KL to the teacher when that layer alone is softmax."""
+    """Importance of each layer, for select.method=kl_guided: KL to the teacher when that layer alone is softmax."""
     for other in merge or []:
         p.merge_scores(other)
     p.score(parse_candidates(candidates, p.models.depth))

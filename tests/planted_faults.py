@@ -749,8 +749,8 @@ FAULTS = [
     Fault(
         "greedy: the best on few tokens is taken",
         "selection/greedy.py",
-        "layer = _lowest(best)[0]\n            found",
-        "layer = _lowest(scores)[0]\n            found",
+        "layer = lowest(best)[0]\n            found",
+        "layer = lowest(scores)[0]\n            found",
         f"{MEASURED}::test_the_closest_are_scored_again_and_the_best_of_them_is_taken",
     ),
     Fault(

@@ -103,9 +103,11 @@ def test_a_mean_of_ranks_that_asks_for_scores_needs_them(screen, tmp_path):
 
 
 def test_a_run_that_has_just_begun(screen, tmp_path):
-    write(tmp_path / "config.yaml", "name: new\n")
+    write(tmp_path / "config.yaml", "name: new\nselect: {method: kl_guided}\n")
     text = screen(tmp_path)
     assert all("not begun" in row(text, stage) for stage in ("align", "score", "distill", "finetune"))
+    write(tmp_path / "config.yaml", "name: new\n")
+    assert "not needed" in row(screen(tmp_path), "score")  # by the default method
     with pytest.raises(RunError, match=r"none is not a run folder: it has no config\.yaml"):
         screen(tmp_path / "none")
 

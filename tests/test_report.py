@@ -141,7 +141,8 @@ def write_scores(run, scores, kept, budget=0.25):
 
 def make_run(run):
     """A run that has done everything."""
-    write(run / "config.yaml", "name: a <b>bold</b> & run\nteacher: demo\nmixer: {kind: gated_deltanet}\n")
+    write(run / "config.yaml", "name: a <b>bold</b> & run\nteacher: demo\nmixer: {kind: gated_deltanet}\n"
+          "select: {method: kl_guided}\n")  # fmt: skip
     write(run / "versions.json", {"python": "3.12.1", "jax": "0.12.0.1", "devices": "1 x <cpu>"})
     before, after = [0.5 + 0.05 * i for i in range(DEPTH)], [0.2 + 0.02 * i for i in range(DEPTH)]
     write_stage(
@@ -252,7 +253,7 @@ def test_text_from_files_is_escaped(page):
 
 
 def test_a_new_run_names_what_is_missing(tmp_path):
-    write(tmp_path / "config.yaml", "name: new\n")
+    write(tmp_path / "config.yaml", "name: new\nselect: {method: kl_guided}\n")
     page = write_report(tmp_path)
     assert figures(tmp_path) == set()
     assert "evaluate: not run" in section(page, "evaluation")
@@ -261,6 +262,9 @@ def test_a_new_run_names_what_is_missing(tmp_path):
     assert all(f"{stage}: not run" in section(page, "training") for stage in ("align", "distill", "finetune"))
     assert section(page, "stages").count("not run") == 4
     assert "not recorded" in section(page, "versions")
+    assert "needs no scores" not in section(page, "scores")
+    write(tmp_path / "config.yaml", "name: new\n")
+    assert "The choice by greedy_kl needs no scores" in section(write_report(tmp_path), "scores")
 
 
 def test_uniform_choice_needs_no_scores(tmp_path):
@@ -275,7 +279,7 @@ def test_uniform_choice_needs_no_scores(tmp_path):
 
 
 def test_a_half_done_stage_shows_what_it_has(tmp_path):
-    write(tmp_path / "config.yaml", "name: half\n")
+    write(tmp_path / "config.yaml", "name: half\nselect: {method: kl_guided}\n")
     write_stage(tmp_path / "distill", steps=5)
     write(tmp_path / "score" / "scores" / "000.json", make_scores().candidates[0].to_json())
     (tmp_path / "align").mkdir()

@@ -56,6 +56,11 @@ def test_defaults_are_the_papers(load):
     assert config.data.train == ("pydoc",)
 
 
+def test_the_layers_are_chosen_by_greedy_addition_which_scores_none(load):
+    config = load()
+    assert (config.select.method, config.select.needs) == ("greedy_kl", {"student"})
+
+
 def test_the_mixer_section_is_the_models_own():
     declared = {f.name for mixer in STUDENT_MIXERS.values() for f in dataclasses.fields(mixer.Config)}
     assert set(MixerSettings.model_fields) - {"kind"} == declared
@@ -223,10 +228,10 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
             "select: measure.recall is 0.5, but method 'cosine' counts no answers.",
         ),
         (
-            ["select.method=greedy_kl", "select.measure.tokens=3_000_000"],
+            ["select.measure.tokens=3_000_000"],
             "select.measure.tokens 3,000,000 are more than the 2,000,000 that data.heldout_tokens takes out of train",
         ),
-        (["select.layers=[1]"], "select: layers is (1,) with method 'kl_guided'"),
+        (["select.layers=[1]"], "select: layers is (1,) with method 'greedy_kl'"),
         (["select.method=explicit", "select.layers=[1, 1]"], "select: layers [1, 1] must be different ones"),
         (
             ["select.method=explicit", "select.layers=[1, 2]", "select.budget=3"],
@@ -333,7 +338,7 @@ def test_what_does_not_affect_results_is_no_difference(load, override):
                 "score.stop_when_stable.every: null -> 1",
             ],
         ),
-        ("select.method=uniform", ["select.method: kl_guided -> uniform"]),
+        ("select.method=uniform", ["select.method: greedy_kl -> uniform"]),
     ],
 )
 def test_differences_are_named(load, override, expected):
@@ -354,16 +359,19 @@ def test_settings_of_an_earlier_version_mean_what_they_meant(load):
     assert config.data.separate_documents
     assert config.data.min_document_tokens is config.finetune.min_document_tokens is None
     assert config.evaluate.recall.filler == (0,)
-    assert differences(config, load("score.stop_when_stable={window: 3}")) == []
+    scored = load("select.method=kl_guided", "score.stop_when_stable={window: 3}")
+    assert differences(config, scored) == []  # it names its method, which is not today's default
 
 
 def test_settings_of_another_method_of_selection_do_not_count(load):
-    others = load("select.greedy_kl.swaps=true", "select.measure.tokens=1024", "select.removal.rescore=5")
-    assert fingerprint(others) == fingerprint(load())
-    assert differences(load(), others) == []
+    scored = load("select.method=kl_guided")
+    own = ("select.greedy_kl.swaps=true", "select.measure.tokens=1024", "select.removal.rescore=5")
+    others = load("select.method=kl_guided", *own)
+    assert fingerprint(others) == fingerprint(scored)
+    assert differences(scored, others) == []
     greedy = [load("select.method=greedy_kl", *more) for more in ((), ("select.removal.rescore=5",))]
-    assert fingerprint(greedy[0]) == fingerprint(greedy[1]) != fingerprint(load())
-    assert differences(load(), greedy[0]) == ["select.method: kl_guided -> greedy_kl"]
+    assert fingerprint(greedy[0]) == fingerprint(greedy[1]) != fingerprint(scored)
+    assert differences(scored, greedy[0]) == ["select.method: kl_guided -> greedy_kl"]
     less = load("select.method=greedy_kl", "select.measure.tokens=1024", "select.measure.kl_chunk=64")
     assert differences(greedy[0], less) == ["select.measure.tokens: 32_768 -> 1_024"]
     mean = ("select.method=average_rank", "select.average_rank.of=[removal, kl_guided]")
@@ -377,7 +385,7 @@ def test_settings_of_another_method_of_selection_do_not_count(load):
     assert load(text=to_yaml(asked[1])) == asked[1]
     keys = {f"select.{name}" for name in ("method", "budget", "layers", "seed", "uniform", "rank_by")}
     assert (
-        _binding(load(), {"select"}).keys() == keys
+        _binding(scored, {"select"}).keys() == keys
     )  # as before methods had sections: fingerprints are what they were
 
 

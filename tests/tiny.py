@@ -90,7 +90,7 @@ def write_config(path: Path, teacher: Path, **changes) -> Path:
         "data": {"train": "pydoc", "heldout_tokens": 2048, "cache_dir": str(path.parent / "tokens")},
         "align": stage(checkpoint_every=2),
         "score": stage(budgets=[1, 2], tokens=8 * 64 * 4, heldout_tokens=512, evaluate_every=2, checkpoint_every=1),
-        "select": {"budget": 1},
+        "select": {"method": "kl_guided", "budget": 1},
         "distill": stage(checkpoint_every=2),
         "finetune": stage(tokens=8 * 64 * 2, checkpoint_every=1),
         "evaluate": {

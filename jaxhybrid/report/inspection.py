@@ -13,6 +13,7 @@ from jaxhybrid.errors import RunError
 from jaxhybrid.report.table import evaluation_rows
 from jaxhybrid.selection.methods import METHODS
 from jaxhybrid.selection.ranking import CandidateScore
+from jaxhybrid.settings.select import SelectConfig
 from jaxhybrid.settings.stages import STAGES
 from jaxhybrid.train.metrics import Record, read_metrics, training_figures
 
@@ -34,7 +35,7 @@ def inspect_run(path: Path, check: bool = False) -> Found:
     config = reader.read(path / "config.yaml", _config) or {}
     layers = reader.read(path / "layers.json", _layers) or {}
     stages = {name: _stage(reader, path / name, config.get(name) or {}) for name in STAGES}
-    method = layers.get("method") or (config.get("select") or {}).get("method", "kl_guided")
+    method = layers.get("method") or (config.get("select") or {}).get("method", SelectConfig().method)
     export = Path((config.get("export") or {}).get("folder") or path / "export").expanduser()
     report = path / "report" / "index.html"
     found = {

@@ -21,6 +21,7 @@ from jaxhybrid.report.table import (
     round_row,
     task_rows,
 )
+from jaxhybrid.settings.select import SelectConfig
 from jaxhybrid.settings.stages import STAGES
 
 LOSS = {
@@ -130,7 +131,8 @@ def _render(results: Results, pictures: dict[str, Picture]) -> str:
         lstrip_blocks=True,
     )
     header, rows = evaluation_rows(results.evaluation) if results.evaluation else ([], [])
-    method = (results.layers or {}).get("method") or (results.config.get("select") or {}).get("method", "kl_guided")
+    select = results.config.get("select") or {}
+    method = (results.layers or {}).get("method") or select.get("method", SelectConfig().method)
     return environment.get_template("page.html.j2").render(
         name=results.config.get("name", results.path.name),
         teacher=results.config.get("teacher", "not named"),

@@ -135,7 +135,7 @@ class RunConfig(Section):
     data: DataConfig = Field(description="text")
     mesh: MeshConfig = free(MeshConfig(), "devices")
     align: AlignConfig = about(AlignConfig(), "stage 1")
-    score: ScoreConfig = about(ScoreConfig(), "layer importance")
+    score: ScoreConfig = about(ScoreConfig(), "layer importance, for select.method=kl_guided")
     select: Select = Field(default_factory=select_config, description="choice of the softmax layers")
     distill: DistillConfig = about(DistillConfig(), "stage 2")
     finetune: FinetuneConfig = about(FinetuneConfig(), "stage 3")

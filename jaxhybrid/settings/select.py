@@ -99,7 +99,7 @@ class MixerTrainingConfig(TrainingConfig):
 class SelectConfig(Section):
     """Which layers keep softmax attention."""
 
-    method: str = about("kl_guided", "how the softmax layers are chosen: docs/selection.md")
+    method: str = about("greedy_kl", "how the softmax layers are chosen: docs/selection.md")
     budget: Budget = about(0.25, "softmax layers: how many (4), or a share of the depth, rounded half up (0.25)")
     layers: Ints | None = about(None, "the softmax layers of method explicit, from 0")
     seed: int = about(0, "seed of method random")

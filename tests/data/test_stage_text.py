@@ -29,6 +29,7 @@ def opened(tmp_path, tokenizer_folder):
         "data": {"train": str(tmp_path / "text.jsonl"), "heldout_tokens": 200, "cache_dir": str(tmp_path / "tokens")},
         **dict.fromkeys(("align", "score", "distill", "finetune"), stage),
         "score": {**stage, "heldout_tokens": 200},
+        "select": {"measure": {"tokens": 200}},
         "evaluate": {"heldout_tokens": 200},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))

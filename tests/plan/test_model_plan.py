@@ -45,7 +45,7 @@ KEYS = {
 def config_file(tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(KEYS))
-    return write_config(tmp_path / "config.yaml", tmp_path / "teacher", select={"budget": 1})
+    return write_config(tmp_path / "config.yaml", tmp_path / "teacher", select={"method": "kl_guided", "budget": 1})
 
 
 @pytest.fixture

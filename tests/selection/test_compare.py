@@ -82,7 +82,7 @@ def compare(tmp_path, monkeypatch):
     """`jaxhybrid select --compare` on a run of 28 layers, all scored; its teacher is a depth alone."""
     run = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(
-        f"name: c\nteacher: none\nrun_dir: {run}\ndata: {{train: pydoc}}\nselect: {{budget: 2}}\n"
+        f"name: c\nteacher: none\nrun_dir: {run}\ndata: {{train: pydoc}}\nselect: {{method: kl_guided, budget: 2}}\n"
     )
     (run / "score" / "scores").mkdir(parents=True)
     for layer in range(28):

@@ -20,7 +20,8 @@ HELDOUT, TRAIN = (0.4, 0.1, 0.3, 0.2), (0.1, 0.2, 0.4, 0.3)
 @pytest.fixture
 def opened(tmp_path):
     """A run whose layers are all scored; its teacher is a depth alone."""
-    (tmp_path / "config.yaml").write_text("name: choice\nteacher: none\ndata: {train: pydoc}\nscore: {budgets: [2]}\n")
+    settings = "score: {budgets: [2]}\nselect: {method: kl_guided}\n"
+    (tmp_path / "config.yaml").write_text(f"name: choice\nteacher: none\ndata: {{train: pydoc}}\n{settings}")
     scores = tmp_path / "run" / "score" / "scores"
     scores.mkdir(parents=True)
     for layer, (heldout, train) in enumerate(zip(HELDOUT, TRAIN)):
