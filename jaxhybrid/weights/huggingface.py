@@ -210,8 +210,8 @@ def _read_leaf(
         ranges = [range(*one.indices(size)) for one, size in zip(index, shape)]
         out = np.empty([len(one) for one in ranges], dtype)
         for row in rows:
-            if all(number in one for number, one in zip(row.index, ranges)):
-                place = tuple(one.index(number) for number, one in zip(row.index, ranges))
+            if all(number in one for number, one in zip(row.rows, ranges)):
+                place = tuple(one.index(number) for number, one in zip(row.rows, ranges))
                 view = row.layout.from_file(stored[row.name].view(), row.shape)
                 out[place] = view[index[len(place) :]]
         return out

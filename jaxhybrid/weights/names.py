@@ -65,7 +65,7 @@ class FileTensor(NamedTuple):
 
     name: str  # in the file
     path: tuple[str, ...]  # of the leaf
-    index: tuple[int, ...]  # its place on the leaf's first axes: none, that of layers, or those of layers and experts
+    rows: tuple[int, ...]  # its place on the leaf's first axes: none, that of layers, or those of layers and experts
     shape: Shape  # ours, without those axes
     layout: Layout
     float32: bool  # stored in float32 whatever the rest is
@@ -108,7 +108,7 @@ def file_tensors(config: ModelConfig) -> list[FileTensor]:
     names = family(config.family).names
 
     def entries(
-        part: type[nnx.Module], place: tuple[str, ...], prefix: str, index: tuple[int, ...] = ()
+        part: type[nnx.Module], place: tuple[str, ...], prefix: str, rows: tuple[int, ...] = ()
     ) -> Iterator[FileTensor]:
         declared = jax.tree_util.tree_flatten_with_path(variables(part, config), is_leaf=is_variable)[0]
         for keys, variable in declared:
@@ -118,11 +118,11 @@ def file_tensors(config: ModelConfig) -> list[FileTensor]:
             file_leaf, layout = _leaf(leaf, variable)
             own = partial(FileTensor, path=(*place, *path), layout=layout, float32=isinstance(variable, Exact))
             if "experts" not in variable.out_sharding:
-                yield own(prefix + ".".join([*modules, file_leaf]), index=index, shape=variable.shape)
+                yield own(prefix + ".".join([*modules, file_leaf]), rows=rows, shape=variable.shape)
                 continue
             for expert in range(variable.shape[0]):
                 name = prefix + ".".join([*modules[:-1], str(expert), modules[-1], file_leaf])
-                yield own(name, index=(*index, expert), shape=variable.shape[1:])
+                yield own(name, rows=(*rows, expert), shape=variable.shape[1:])
 
     ends = list(entries(Ends, (), ""))
     tensors = [tensor for tensor in ends if tensor.path[0] == "embed"]
@@ -151,13 +151,15 @@ def fused_tensors(config: ModelConfig) -> dict[str, list[str]]:
 def stacked_tensors(config: ModelConfig) -> dict[str, list[str]]:
     """The same of experts in one tensor [E,..,..], as transformers 5 has them in memory and may save them."""
     wholes = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    if config.experts is None:
+        return {}
     return {
         f"model.layers.{layer}.mlp.experts.{whole}": [
             f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
             for expert in range(config.experts.count)
             for part in parts
         ]
-        for layer in range(config.num_layers if config.experts else 0)
+        for layer in range(config.num_layers)
         for whole, parts in wholes.items()
     }
 

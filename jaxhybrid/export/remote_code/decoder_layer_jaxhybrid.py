@@ -54,7 +54,7 @@ class JaxHybridMLP(nn.Module):
 
 
 class JaxHybridMixture(nn.Module):
-    """A mixture of experts: each token goes through the `active` MLPs with the largest softmax(gate x), by these weights.
+    """A mixture of experts: a token goes through the `active` MLPs with the largest softmax(gate x), by these weights.
 
     An expert takes all tokens that chose it; one that no token chose is not computed.
     """
