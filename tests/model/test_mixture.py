@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.errors import ConfigError, TopologyError
 from jaxhybrid.model.blueprint import bind, count_active, count_parameters, variables
 from jaxhybrid.model.config import ExpertsConfig, ModelConfig
@@ -19,6 +20,7 @@ from jaxhybrid.plan.operations import Branches, operations
 from jaxhybrid.plan.work import PRODUCTS, work
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_batch, make_teacher
+from tests.decoding.conftest import recomputed
 
 E, D, F, N = 6, 32, 24, 21
 EXPERTS = ExpertsConfig(E, 2, F, normalise=True)
@@ -126,6 +128,18 @@ def test_on_a_mesh_and_recomputed_it_is_the_same(remat, sizes):
     np.testing.assert_allclose(split[0], loss, rtol=1e-5)
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(split[1]), jax.tree.leaves(gradients)):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), err_msg=str(path))
+
+
+@pytest.mark.slow
+def test_text_is_that_of_recomputation_on_a_mesh_too():
+    model, _ = student_and_batch()
+    prompts = [[3, 9, 4, 17, 2], [8]]
+    expected = recomputed(model, prompts, 6)
+    assert generate(model, prompts, 6) == expected
+    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(model.params, param_shardings(model.declared, mesh))
+        assert generate(replace(model, params=placed), prompts, 6) == expected
 
 
 def test_experts_that_do_not_divide_are_refused():
