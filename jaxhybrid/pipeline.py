@@ -23,7 +23,7 @@ from jaxhybrid.evaluate.recall_prompts import answer_batches
 from jaxhybrid.evaluate.record import Asked, evaluation_record, prepare
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
-from jaxhybrid.model.blueprint import Params, count_parameters
+from jaxhybrid.model.blueprint import Params, count_active
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import ROWS, make_mesh, own_share
 from jaxhybrid.model.transformer import model_variables
@@ -329,7 +329,8 @@ class Pipeline:
 
     @cached_property
     def teacher_parameters(self) -> int:
-        return count_parameters(model_variables(self.models.teacher_config))
+        """That a token meets: what its floating-point operations are counted by."""
+        return count_active(model_variables(self.models.teacher_config), self.models.teacher_config)
 
     def _rounds(self, select: SelectConfig, name: str) -> RoundLog:
         """Of a selection, from where it was left."""

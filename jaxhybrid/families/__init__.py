@@ -12,6 +12,7 @@ from jaxhybrid.families.granite import GRANITE
 from jaxhybrid.families.internlm3 import INTERNLM3
 from jaxhybrid.families.llama import LLAMA
 from jaxhybrid.families.mistral import MINISTRAL, MISTRAL
+from jaxhybrid.families.mixtures import MIXTRAL, QWEN3_MOE
 from jaxhybrid.families.olmo import OLMO2, OLMO3
 from jaxhybrid.families.phi import PHI3
 from jaxhybrid.families.qwen2 import QWEN2
@@ -25,7 +26,7 @@ FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, PHI3, GRANITE, SMOLLM3, EXAONE4,
-        INTERNLM3, SEED_OSS,
+        INTERNLM3, SEED_OSS, MIXTRAL, QWEN3_MOE,
     )
 }  # fmt: skip
 

@@ -75,7 +75,8 @@ class Family:
         own_keys: config keys read beside the common ones.
         defaults: values transformers takes where a config is silent.
         own_names: parts of the model that this family's weights files call otherwise than Llama's do.
-        fused: tensors of a layer in the files that are several of ours, one below the other.
+        fused: tensors of a layer in the files that are several of ours, one below the other, or one of another name;
+            `{expert}` stands for the number of each expert.
         kinds: the kind of each layer, full_attention or sliding_attention, from a config.
         sliding_theta: families with it have rotary settings by kind of layer; this is the base of sliding layers where
             a config is silent.

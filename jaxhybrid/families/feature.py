@@ -11,7 +11,7 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")  # of "dynamic" transformer
 KNOWN_PARTS = (
     *("family", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
     *("head_dim", "norm_eps", "max_position_embeddings", "rope", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias"),
-    *("qk_norm", "layer_types", "mixer", "softmax"),
+    *("qk_norm", "layer_types", "mixer", "softmax", "experts"),
 )
 KNOWN_SETTINGS = ("expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm", "gate_init", "decay_init")
 

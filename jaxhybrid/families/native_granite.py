@@ -48,6 +48,7 @@ def features(config: ModelConfig) -> list[Feature]:
         Feature("biases on q, k, v", words(config.qkv_bias), "any, with zeros on o", True),
         flag("bias on o alone", config.o_bias and not config.qkv_bias, False),
         flag("biases in the MLP", config.mlp_bias, False),
+        flag("mixture of experts", config.experts is not None, False),
         Feature(
             "width of a head", str(config.head_dim), f"{width:g}, hidden_size / num_heads", config.head_dim == width
         ),

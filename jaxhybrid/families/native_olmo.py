@@ -35,6 +35,7 @@ def features(config: ModelConfig) -> list[Feature]:
         flag("biases on q, k, v", config.qkv_bias, False),
         flag("bias on o", config.o_bias, False),
         flag("biases in the MLP", config.mlp_bias, False),
+        flag("mixture of experts", config.experts is not None, False),
         length_scale(config),
         rope_kind(config),
         Feature("tied embeddings", words(config.tie_embeddings), "any", True),

@@ -17,8 +17,9 @@ LINEAR_ATTENTION = "linear_attention"  # transformers' name of a layer with a st
 STUDENT_KEYS = ("base_model_type", "base_model", "auto_map", "linear_mixer", "softmax", "traits", *STUDENT_MIXERS)
 # What an export's code must know of the base model where it is not as Llama's.
 TRAITS = (
-    "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
-    "residual_scale", "logit_scale", "logit_cap", "attention_scale", "attention_cap", "window", "unrotated_layers",
+    "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "experts", "norms", "norm_offset",
+    "embedding_scale", "residual_scale", "logit_scale", "logit_cap", "attention_scale", "attention_cap", "window",
+    "unrotated_layers",
 )  # fmt: skip
 NOT_CARRIED = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
@@ -93,6 +94,8 @@ def _traits(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Any]:
     """TRAITS that are not Llama's, as JSON has them, and the base model's own `layer_types`."""
     defaults = {item.name: item.default for item in fields(ModelConfig)}
     found = {name: getattr(config, name) for name in TRAITS if getattr(config, name) != defaults[name]}
+    if config.experts is not None:
+        found["experts"] = asdict(config.experts)
     if config.window is not None:
         rope = config.window.rope
         found["window"] = asdict(config.window) | {"rope": None if rope is None else rope_to_hf(rope)}

@@ -10,6 +10,7 @@ a stacked module would carry that axis in its metadata when it is sliced, and it
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -111,3 +112,10 @@ def shapes_by_name(tree: Params) -> dict[str, tuple[int, ...]]:
 
 def count_parameters(declared: Params) -> int:
     return sum(math.prod(variable.shape) for variable in jax.tree.leaves(declared, is_leaf=is_variable))
+
+
+def count_active(declared: Params, config: ModelConfig) -> int:
+    """Parameters that one token meets: of a mixture the chosen experts alone."""
+    share = Fraction(1) if config.experts is None else Fraction(config.experts.active, config.experts.count)
+    leaves = jax.tree.leaves(declared, is_leaf=is_variable)
+    return int(sum(math.prod(x.shape) * (share if "experts" in x.out_sharding else 1) for x in leaves))

@@ -50,6 +50,27 @@ class WindowConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """MLPs of which each token goes through a few, chosen by a router: a mixture of experts in every layer.
+
+    Attributes:
+        count: experts of a layer.
+        active: of them, how many a token goes through.
+        width: F of one expert.
+        normalise: the router's weights of the chosen experts are divided by their sum.
+    """
+
+    count: int
+    active: int
+    width: int
+    normalise: bool
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.active <= self.count:
+            raise ConfigError(f"A token cannot go through {self.active} of {self.count} experts (num_experts_per_tok).")
+
+
+@dataclass(frozen=True)
 class SoftmaxConfig:
     """What the softmax layers of a student have otherwise than the teacher's (HyPE, arXiv 2601.22156).
 
@@ -152,6 +173,7 @@ class ModelConfig:
     qk_norm: bool = False
     wide_qk_norm: bool = False  # query and key norms over all heads together, not over each (OLMo 2)
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
+    experts: ExpertsConfig | None = None  # in the place of each MLP (Mixtral, Qwen3-MoE)
     norms: Literal["before", "after", "around"] = "before"  # where a mixer and an MLP have norms (OLMo 2, Gemma 2)
     norm_offset: bool = False  # norms scale by 1 + their weight (Gemma)
     embedding_scale: float = 1.0
@@ -177,6 +199,8 @@ class ModelConfig:
                 raise ConfigError(f"layer_types has {kind!r}; with the model's mixer it can be {' or '.join(known)}.")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
+        if self.experts is not None and self.mlp_bias:
+            raise ConfigError("mlp_bias=True, but experts have no biases here.")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs.")
         if self.rope.width(self.head_dim) % 2:

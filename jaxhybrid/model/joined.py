@@ -22,7 +22,9 @@ from jaxhybrid.model.mixers import MIXERS
 def may_join(config: ModelConfig, kind: str) -> bool:
     """Whether decoding has kernels that want it, and `joined_layer` says what such a layer does: blocks as Llama's."""
     own = config.norms, config.norm_offset, config.residual_scale, config.activation
-    return decodes_by_kernels() and MIXERS[kind].joins and own == ("before", False, 1.0, "silu")
+    return (
+        decodes_by_kernels() and MIXERS[kind].joins and config.experts is None and own == ("before", False, 1.0, "silu")
+    )
 
 
 def input_projections(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:

@@ -184,6 +184,69 @@ class MLP(nnx.Module):
         return self.down_proj(ACTIVATIONS[self.activation](named(self.gate_proj(x))) * named(self.up_proj(x)))
 
 
+class Mixture(nnx.Module):
+    """A mixture of experts (arXiv 1701.06538): sum over a token's experts e of w_e down_e(f(gate_e x) * up_e x).
+
+    The weights are the k largest of softmax(router x), divided by their sum with `normalise`. Tokens are sorted by
+    expert and go through grouped products: an expert takes all that chose it, and none is dropped.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.experts is not None
+        self.gate = Linear(rngs, (config.hidden_size, config.experts.count), ("embed", None))  # the router, as in files
+        self.experts = Experts(config, rngs)
+        self.active, self.normalise = config.experts.active, config.experts.normalise
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        tokens_ND = x.reshape(-1, x.shape[-1])
+        scores_NE = jax.nn.softmax(self.gate(tokens_ND, dtype=exact_dtype(x.dtype)), axis=-1)
+        # What is kept for the backward pass lies in this order: a choice made anew might differ where scores are close.
+        chosen = checkpoint_name(jax.lax.top_k(scores_NE, self.active)[1], MLP_PRODUCT)
+        weights = jnp.take_along_axis(scores_NE, chosen, axis=-1)
+        if self.normalise:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1))
+        sizes = jnp.bincount(chosen.reshape(-1), length=scores_NE.shape[-1])
+        # A row for each choice, so that the gradient adds them up in float32 and not row by row.
+        sorted_rows = _reordered(jnp.repeat(tokens_ND, self.active, axis=0), order)
+        rows = _reordered(self.experts(sorted_rows, sizes), jnp.argsort(order))
+        rows_NkD = rows.reshape(*chosen.shape, -1)
+        mixed = jnp.sum(rows_NkD * weights[..., None].astype(x.dtype), axis=1)
+        return total(mixed, "tensor").reshape(x.shape)
+
+
+def _reordered(rows: jax.Array, order: jax.Array) -> jax.Array:
+    return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+
+class Experts(nnx.Module):
+    """The MLPs of a mixture, stacked [E,...]; rows come sorted by expert, `sizes` [E] of them for each."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.experts is not None
+        E, D, F = config.experts.count, config.hidden_size, config.experts.width
+        self.gate_proj = GroupedLinear(rngs, (E, D, F), ("experts", "embed", "mlp"))
+        self.up_proj = GroupedLinear(rngs, (E, D, F), ("experts", "embed", "mlp"))
+        self.down_proj = GroupedLinear(rngs, (E, F, D), ("experts", "mlp", "embed"))
+        self.activation = config.activation
+
+    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Of this device's part of F: the sum over `tensor` is left to the caller, who has fewer rows to sum."""
+        named = partial(checkpoint_name, name=MLP_PRODUCT)
+        gate, up = named(self.gate_proj(rows, sizes)), named(self.up_proj(rows, sizes))
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, sizes)
+
+
+class GroupedLinear(nnx.Module):
+    """A projection per expert, without bias."""
+
+    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int, int], axes: tuple[str, str, str]):
+        self.kernel = weight(rngs, shape, axes, inputs=1)
+
+    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, self.kernel[...], sizes)
+
+
 class Block(nnx.Module):
     """One layer without its mixer: x + mixer(norm x), then + mlp(norm x), or with norms elsewhere."""
 
@@ -193,7 +256,7 @@ class Block(nnx.Module):
         self.norms_before, self.norms_after = config.norms != "after", config.norms != "before"
         if self.norms_before:
             self.input_norm, self.post_norm = norm(), norm()
-        self.mlp = MLP(config, rngs)
+        self.mlp = MLP(config, rngs) if config.experts is None else Mixture(config, rngs)
         if self.norms_after:
             self.mixed_norm, self.mlp_norm = norm(), norm()
 

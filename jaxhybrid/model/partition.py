@@ -45,6 +45,7 @@ class ShardingRules:
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ()  # each device has its share of every expert
     head_dim: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from jaxhybrid.plan.work import local_bytes
+from jaxhybrid.plan.work import GROUPED, local_bytes
 
 # What runs inside its caller.
 INLINE = {
@@ -25,7 +25,7 @@ INLINE = {
 }
 KEPT = {
     "dot_general", "pallas_call", "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "concatenate",
-    "dynamic_update_slice", "ppermute", "cumsum", "argmax", "conv_general_dilated",
+    "dynamic_update_slice", "ppermute", "cumsum", "argmax", "conv_general_dilated", GROUPED,
 }  # fmt: skip
 WANTS_ARRAYS = {"pallas_call", "scan", "while", "cond"}  # their operands are not fused into them
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from jaxhybrid.disk import DiskPlan, total
-from jaxhybrid.model.blueprint import count_parameters
+from jaxhybrid.model.blueprint import count_active
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.selection.kl_guided import rounds_of
@@ -56,4 +56,4 @@ def recipe(planned: Planned) -> dict[str, StageCost]:
 def teacher_pass_flops(planned: Planned) -> float:
     """Of one token through the teacher's layers, its attention itself left out."""
     declared = model_variables(planned.teacher)
-    return 2.0 * (count_parameters(declared["blocks"]) + count_parameters(declared["mixers"]))
+    return 2.0 * sum(count_active(declared[part], planned.teacher) for part in ("blocks", "mixers"))

@@ -120,6 +120,7 @@ def _traits(config: ModelConfig) -> set[str]:
     has = {
         "windows": "window_attention" in config.layer_types,
         "caps": config.attention_cap is not None or config.logit_cap is not None,
+        "experts": config.experts is not None,
         "length_scale": config.softmax.length_scale is not None,
         "rotation": config.softmax.rope,
         "biases": config.qkv_bias or config.o_bias,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhybrid.model.blueprint import Params, count_parameters, is_variable, shapes_by_name, variables
+from jaxhybrid.model.blueprint import Params, count_active, count_parameters, is_variable, shapes_by_name, variables
 from jaxhybrid.model.config import FULL_ATTENTION
 from jaxhybrid.model.mixers import MIXERS, STUDENT_MIXERS
 from jaxhybrid.model.transformer import model_variables
@@ -45,6 +45,7 @@ def surgery(planned: Planned) -> Surgery:
     started = shapes_by_name(jax.eval_shape(lambda a: mixer.from_attention(a, linear), _abstract(attention)))
     count = {
         "teacher": count_parameters(model_variables(teacher)),
+        "teacher, for a token": count_active(model_variables(teacher), teacher),
         "student": count_parameters(model_variables(planned.hybrid)),
         "linear mixer": count_parameters(own),
         "attention": count_parameters(attention),

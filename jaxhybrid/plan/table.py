@@ -38,10 +38,11 @@ def model_screen(planned: Planned) -> str:
     found, teacher, config = surgery(planned), planned.teacher, planned.config
     count, mixer = found.parameters, planned.config.mixer.kind
     kept = len(planned.softmax_layers)
+    active = f", of which a token meets {count['teacher, for a token']:,}" if teacher.experts else ""
     lines = [
         f"teacher  {config.teacher}: {teacher.family}, {teacher.num_layers} layers of width {teacher.hidden_size:,}, "
         f"{teacher.num_heads} query heads and {teacher.num_kv_heads} K/V heads of {teacher.head_dim}, "
-        f"{count['teacher']:,} parameters",
+        f"{count['teacher']:,} parameters{active}",
         f"student  {kept} of {teacher.num_layers} layers softmax, the others {mixer}: {count['student']:,} parameters, "
         f"of which align trains {count['trained in align']:,} beside the teacher",
         "",

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 from jaxhybrid.plan.operations import Operation
 
+GROUPED = "ragged_dot_general"  # a product of sorted rows, each with the matrix of its group: experts
 PRODUCTS, ATTENTION, LINEAR = "products", "attention", "linear attention"
 
 
@@ -20,7 +21,7 @@ class Work:
     Attributes:
         flops: of matrix products by where they are: `products` outside of kernels, those in the kernels of softmax
             `attention` and in those of `linear attention`. Other arithmetic is not counted.
-        moved: bytes that products and kernels read and write, as if all else were fused into them.
+        moved: bytes that products and kernels read and write, as if all else were fused into them; of experts all.
     """
 
     flops: dict[str, float]
@@ -38,9 +39,9 @@ def work(operations: Iterable[Operation]) -> Work:
     for operation in operations:
         equation = operation.equation
         name = equation.primitive.name
-        if name == "dot_general":
+        if name in ("dot_general", GROUPED):
             flops[_place(operation.kernel)] += operation.times * _product_flops(equation)
-        if (name == "dot_general" and not operation.kernel) or name == "pallas_call":
+        if (name in ("dot_general", GROUPED) and not operation.kernel) or name == "pallas_call":
             moved += operation.times * sum(local_bytes(x.aval) for x in (*equation.invars, *equation.outvars))
     return Work(flops, moved)
 
@@ -52,9 +53,13 @@ def _place(kernel: str) -> str:
 
 
 def _product_flops(equation: Any) -> float:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left, (result,) = equation.invars[0].aval, equation.outvars
-    return 2.0 * _size(result.aval) * math.prod(_shape(left)[axis] for axis in contracted)
+    """Twice all pairs of numbers that are multiplied. Of groups a row meets its own alone, however many there are."""
+    grouped = equation.params.get("ragged_dot_dimension_numbers")
+    numbers = equation.params["dimension_numbers"] if grouped is None else grouped.dot_dimension_numbers
+    (_, contracted), (_, batch) = numbers
+    shared = (*contracted, *batch, *(() if grouped is None else grouped.rhs_group_dimensions))
+    left, right = (x.aval for x in equation.invars[:2])
+    return 2.0 * _size(left) * math.prod(size for axis, size in enumerate(_shape(right)) if axis not in shared)
 
 
 def _shape(aval: Any) -> tuple[int, ...]:

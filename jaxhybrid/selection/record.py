@@ -36,7 +36,7 @@ def scores_record(scores: Scores, config: RunConfig) -> dict[str, Any]:
 def choice_record(choice: Choice, given: Given, config: RunConfig, parameters: int) -> dict[str, Any]:
     """`layers.json`: the layers that stay softmax, what the choice rests on and took, and that of other budgets.
 
-    parameters: of the teacher, for the cost.
+    parameters: of the teacher, those that a token meets, for the cost.
     """
     settings, by = config.select, config.select.rank_by
     record: dict[str, Any] = {

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from jaxhybrid.weights.gguf.config import hugging_face_config
 from jaxhybrid.weights.gguf.folder import gguf_folder
 from jaxhybrid.weights.gguf.model import open_gguf
 from jaxhybrid.weights.gguf.source import is_gguf
-from jaxhybrid.weights.names import FileTensor, file_tensors, fused_tensors
+from jaxhybrid.weights.names import FileTensor, file_tensors, fused_tensors, stacked_tensors
 from jaxhybrid.weights.native import native_tensors, own_tensors
 from jaxhybrid.weights.safetensors import DTYPES, StoredTensor, read_table, stored_tensors
 from jaxhybrid.weights.save import Written
@@ -146,7 +146,7 @@ class ModelFiles:
         declared = {part: declared[part] for part in parts or declared}
 
         def read(path: Any, variable: nnx.Variable, sharding: Any = None) -> jax.Array:
-            rows = sorted(by_path[tuple(key.key for key in path)], key=lambda entry: entry.row or 0)
+            rows = by_path[tuple(key.key for key in path)]
             kept = jnp.float32 if isinstance(variable, Exact) else dtype
             return _read_leaf(rows, self.stored, variable.shape, kept, sharding)
 
@@ -178,11 +178,14 @@ def _open(folder: Path, config: ModelConfig, native: str | None = None) -> Model
 def _parted(stored: dict[str, StoredTensor], entries: list[FileTensor], config: ModelConfig) -> dict[str, StoredTensor]:
     """Tensors that the family's files keep fused, each part as if it were by itself: it is a range of their bytes."""
     shapes, parted = {entry.name: entry.file_shape for entry in entries}, dict(stored)
-    for whole, names in fused_tensors(config).items():
+    stacked = stacked_tensors(config)
+    for whole, names in (fused_tensors(config) | stacked).items():
         if whole not in stored:
             continue
         tensor, rows = stored[whole], [shapes[name][0] for name in names]
-        expected = (sum(rows), *shapes[names[0]][1:])
+        expected: tuple[int, ...] = (sum(rows), *shapes[names[0]][1:])
+        if whole in stacked and config.experts is not None:
+            expected = (config.experts.count, sum(rows) // config.experts.count, *expected[1:])
         if tensor.shape != expected:
             raise WeightsError(
                 f"{whole} in {tensor.file} has shape {list(tensor.shape)}, expected {list(expected)} from config.json; "
@@ -190,7 +193,7 @@ def _parted(stored: dict[str, StoredTensor], entries: list[FileTensor], config: 
             )
         del parted[whole]
         for name, first in zip(names, itertools.accumulate([0, *rows])):
-            parted[name] = tensor.rows(first, shapes[name][0])
+            parted[name] = replace(tensor, shape=(sum(rows), *shapes[name][1:])).rows(first, shapes[name][0])
     return parted
 
 
@@ -204,11 +207,13 @@ def _read_leaf(
     """One leaf, placed part by part: the host holds one part of it, and the pages of one tensor, at a time."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        stacked = rows[0].row is not None
-        out = np.empty([len(range(*one.indices(size))) for one, size in zip(index, shape)], dtype)
-        for place, row in zip(out if stacked else [out], rows[index[0]] if stacked else rows):
-            view = row.layout.from_file(stored[row.name].view(), row.shape)
-            place[...] = view[index[1:] if stacked else index]
+        ranges = [range(*one.indices(size)) for one, size in zip(index, shape)]
+        out = np.empty([len(one) for one in ranges], dtype)
+        for row in rows:
+            if all(number in one for number, one in zip(row.rows, ranges)):
+                place = tuple(one.index(number) for number, one in zip(row.rows, ranges))
+                view = row.layout.from_file(stored[row.name].view(), row.shape)
+                out[place] = view[index[len(place) :]]
         return out
 
     if sharding is None:

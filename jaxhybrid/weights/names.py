@@ -1,14 +1,15 @@
 """Hugging Face tensor names and layouts against the leaves of our parameter tree: one rule, read in both directions.
 
 A leaf's path is its name in the file, but for the few that a family renames (`Family.names`). A Hugging Face `Linear`
-holds [out, in] with heads folded into one axis; we hold [in..., out...] with heads as an axis of their own. Layers are
-separate tensors there and rows of one stacked leaf here.
+holds [out, in] with heads folded into one axis; we hold [in..., out...] with heads as an axis of their own. Layers, and
+the experts of a layer, are separate tensors there and rows of one stacked leaf here.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -64,8 +65,8 @@ class FileTensor(NamedTuple):
 
     name: str  # in the file
     path: tuple[str, ...]  # of the leaf
-    row: int | None  # of the stacked leaf; None: the leaf itself
-    shape: Shape  # ours, of the one layer
+    rows: tuple[int, ...]  # its place on the leaf's first axes: none, that of layers, or those of layers and experts
+    shape: Shape  # ours, without those axes
     layout: Layout
     float32: bool  # stored in float32 whatever the rest is
 
@@ -106,32 +107,60 @@ def file_tensors(config: ModelConfig) -> list[FileTensor]:
     """Every tensor of a model of this config, in the order of a file: embedding, layer by layer, final norm, head."""
     names = family(config.family).names
 
-    def entries(part: type[nnx.Module], place: tuple[str, ...], prefix: str, row: int | None) -> Iterator[FileTensor]:
+    def entries(
+        part: type[nnx.Module], place: tuple[str, ...], prefix: str, rows: tuple[int, ...] = ()
+    ) -> Iterator[FileTensor]:
         declared = jax.tree_util.tree_flatten_with_path(variables(part, config), is_leaf=is_variable)[0]
         for keys, variable in declared:
             path = tuple(key.key for key in keys)
             *modules, leaf = path
             modules[:1] = [names.get(module, module) for module in modules[:1]]
             file_leaf, layout = _leaf(leaf, variable)
-            name = prefix + ".".join([*modules, file_leaf])
-            yield FileTensor(name, (*place, *path), row, variable.shape, layout, isinstance(variable, Exact))
+            own = partial(FileTensor, path=(*place, *path), layout=layout, float32=isinstance(variable, Exact))
+            if "experts" not in variable.out_sharding:
+                yield own(prefix + ".".join([*modules, file_leaf]), rows=rows, shape=variable.shape)
+                continue
+            for expert in range(variable.shape[0]):
+                name = prefix + ".".join([*modules[:-1], str(expert), modules[-1], file_leaf])
+                yield own(name, rows=(*rows, expert), shape=variable.shape[1:])
 
-    ends = list(entries(Ends, (), "", None))
+    ends = list(entries(Ends, (), ""))
     tensors = [tensor for tensor in ends if tensor.path[0] == "embed"]
     for layer, kind in enumerate(config.layer_types):
         prefix, row = f"model.layers.{layer}.", layers_of_kind(config.layer_types, kind).index(layer)
         room = "self_attn" if kind == FULL_ATTENTION else "linear_attn"
-        tensors += entries(MIXERS[kind], ("mixers", kind), f"{prefix}{room}.", row)
-        tensors += entries(Block, ("blocks",), prefix, layer)
+        tensors += entries(MIXERS[kind], ("mixers", kind), f"{prefix}{room}.", (row,))
+        tensors += entries(Block, ("blocks",), prefix, (layer,))
     return tensors + [tensor for tensor in ends if tensor.path[0] != "embed"]
 
 
 def fused_tensors(config: ModelConfig) -> dict[str, list[str]]:
     """Of tensors that the family's own files keep fused: the names of `file_tensors` whose rows they are, in order."""
+
+    def named(layer: int, own: str, expert: int) -> str:
+        return f"model.layers.{layer}.{own.format(expert=expert)}.weight"
+
     return {
-        f"model.layers.{layer}.{whole}.weight": [f"model.layers.{layer}.{part}.weight" for part in parts]
+        named(layer, whole, expert): [named(layer, part, expert) for part in parts]
         for layer in range(config.num_layers)
         for whole, parts in family(config.family).fused.items()
+        for expert in range(config.experts.count if config.experts and "{expert}" in whole else 1)
+    }
+
+
+def stacked_tensors(config: ModelConfig) -> dict[str, list[str]]:
+    """The same of experts in one tensor [E,..,..], as transformers 5 has them in memory and may save them."""
+    wholes = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    if config.experts is None:
+        return {}
+    return {
+        f"model.layers.{layer}.mlp.experts.{whole}": [
+            f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+            for expert in range(config.experts.count)
+            for part in parts
+        ]
+        for layer in range(config.num_layers)
+        for whole, parts in wholes.items()
     }
 
 

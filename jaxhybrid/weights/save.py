@@ -149,23 +149,25 @@ def _whole(params: Params, entry: FileTensor, dtype: np.dtype) -> Any:
     leaf: Any = params
     for key in entry.path:
         leaf = leaf[key]
-    shape = leaf.shape if entry.row is None else leaf.shape[1:]
+    shape = leaf.shape[len(entry.rows) :]
     if tuple(shape) != entry.shape:
         raise WeightsError(
             f"{'.'.join(entry.path)} holds {list(shape)} per layer, its config says {list(entry.shape)}."
         )
     if not isinstance(leaf, jax.Array):
-        return (leaf if entry.row is None else leaf[entry.row]).astype(dtype)
-    value = _copy(leaf, entry.row, dtype)
+        return leaf[entry.rows].astype(dtype)
+    value = _copy(leaf, entry.rows, dtype)
     if value.is_fully_addressable:
         return value
     return _replicate(value.sharding.mesh)(value).addressable_data(0)
 
 
 @partial(jax.jit, static_argnums=2)
-def _copy(leaf: jax.Array, row: int | None, dtype: np.dtype) -> jax.Array:
-    """A leaf, or one layer of a stacked one. The row is traced, so one small program serves every layer."""
-    value = leaf if row is None else jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False)
+def _copy(leaf: jax.Array, rows: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    """A leaf, or one layer (and expert) of a stacked one. The rows are traced: one small program serves them all."""
+    rest = leaf.shape[len(rows) :]
+    value = jax.lax.dynamic_slice(leaf, (*rows, *(0 for _ in rest)), (*(1 for _ in rows), *rest))
+    value = jax.lax.squeeze(value, range(len(rows)))
     return jnp.copy(value) if value.dtype == dtype else value.astype(dtype)
 
 

@@ -20,7 +20,7 @@ from jaxhybrid.export.folder import export
 from jaxhybrid.export.form import choose
 from jaxhybrid.families import config_to_hf
 from jaxhybrid.families.native_qwen3_5 import attention_interval, features
-from jaxhybrid.model.config import ModelConfig, RopeConfig
+from jaxhybrid.model.config import ExpertsConfig, ModelConfig, RopeConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
 from jaxhybrid.model.transformer import Model, forward
 from jaxhybrid.weights.fold import _factor, _is_exact, _pair_factor
@@ -60,6 +60,7 @@ def native(tmp_path, teacher_folder):
         ({"qk_norm": False, "family": "llama"}, "query and key norms", ""),
         ({"qkv_bias": True, "o_bias": True}, "bias on o", ""),
         ({"mlp_bias": True, "family": "llama"}, "biases in the MLP", ""),
+        ({"experts": ExpertsConfig(4, 2, 24, True), "family": "qwen3_moe"}, "mixture of experts", ""),
         ({"layer_types": (LIN,) * 3}, "softmax layers", "select.budget"),
         ({"layer_types": (SOFT,) * 3}, "linear layers", "mixer.kind=gated_deltanet"),
         ({"rope": RopeConfig("dynamic", factor=2.0)}, "rotary scaling", ""),

@@ -65,6 +65,12 @@ TEACHERS = {
     "smollm3": [{"tie_word_embeddings": False}, {"use_sliding_window": True, "no_rope_layer_interval": 2, **SLIDES}],
     "exaone4": [SLIDES, {"sliding_window": None, "layer_types": [F] * 5}],
     "internlm3": [{"head_dim": 24, **BIASES}],
+    "mixtral": [{"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 24, **SLIDES}],
+    "qwen3_moe": [
+        {"head_dim": 32, "attention_bias": True, "num_experts": 6, "num_experts_per_tok": 3,
+         "moe_intermediate_size": 24, "norm_topk_prob": True},
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "use_sliding_window": True, **SLIDES},
+    ],
     "seed_oss": [{"head_dim": 24, "attention_out_bias": True, "mlp_bias": True}],
 }  # fmt: skip
 

@@ -196,7 +196,7 @@ def test_sizes_must_be_positive_integers(key, value):
         ("llama", {"rope_interleaved": True}, ("rope_interleaved=True",)),
         ("llama", {"attention_bias": "yes"}, ("attention_bias='yes'",)),
         ("llama", {"rms_norm_eps": 0}, ("rms_norm_eps=0",)),
-        ("mixtral", {}, ("'mixtral'", ", ".join(FAMILIES))),
+        ("phimoe", {}, ("'phimoe'", ", ".join(FAMILIES))),
         ("mistral", {"attention_bias": True}, ("attention_bias=True", "mistral")),
         ("mistral", {"sliding_window": True}, ("sliding_window=True",)),
         ("mistral", {"sliding_window": 0}, ("sliding_window=0",)),

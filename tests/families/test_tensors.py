@@ -63,11 +63,11 @@ def test_every_number_has_one_place(kinds, everything):
         qk_norm=flag, layer_types=kinds, mixer=mixer,
     )  # fmt: skip
     tensors = file_tensors(config)
-    assert len({tensor.name for tensor in tensors}) == len({(t.path, t.row) for t in tensors}) == len(tensors)
+    assert len({tensor.name for tensor in tensors}) == len({(t.path, t.rows) for t in tensors}) == len(tensors)
     assert sum(int(np.prod(tensor.file_shape)) for tensor in tensors) == count_parameters(model_variables(config))
     for layer, kind in enumerate(kinds):
         prefix = "self_attn." if kind == FULL_ATTENTION else "linear_attn."
         found = [t for t in tensors if t.name.startswith(f"model.layers.{layer}.{prefix}")]
         assert {t.path[1] for t in found} == {kind}
-        assert {t.row for t in found} == {kinds[:layer].count(kind)}
+        assert {t.rows for t in found} == {(kinds[:layer].count(kind),)}
     assert ("lm_head.weight" in {t.name for t in tensors}) is not flag

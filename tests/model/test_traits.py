@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.model.config import RopeConfig, SoftmaxConfig, WindowConfig
+from jaxhybrid.model.config import ExpertsConfig, RopeConfig, SoftmaxConfig, WindowConfig
 from jaxhybrid.model.decode import decode_token, initial_states, unstack
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.module import module
@@ -23,6 +23,7 @@ TRAITS = {
     "qk_norm": True,
     "wide_qk_norm": True,
     "activation": "gelu_tanh",
+    "experts": ExpertsConfig(6, 2, 24, normalise=True),
     "norms": "around",
     "norm_offset": True,
     "embedding_scale": 3.0,

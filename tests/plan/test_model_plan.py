@@ -21,11 +21,11 @@ from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.plan import serving, steps, surgery
 from jaxhybrid.plan.planned import Planned
 from jaxhybrid.plan.program import Request
-from jaxhybrid.plan.recipe import recipe
+from jaxhybrid.plan.recipe import recipe, teacher_pass_flops
 from jaxhybrid.plan.roofline import HOP, links_seconds, roofline
 from jaxhybrid.plan.suggest import meshes, ranked
 from jaxhybrid.plan.surgery import OPEN
-from jaxhybrid.plan.table import markdown
+from jaxhybrid.plan.table import markdown, model_screen
 from jaxhybrid.plan.topology import CHIPS, Topology
 from jaxhybrid.plan.worker import figures
 from jaxhybrid.settings.read import load_config, parse_config
@@ -77,6 +77,22 @@ def test_what_a_linear_layer_takes_is_what_conversion_gives_it(plan_of):
     assert {"k_proj.kernel": 2, "v_proj.kernel": 2, "q_proj.kernel": 1}.items() <= found.taken.items()
     assert set(found.new) == {"A_log", "dt_bias", "a_proj.kernel", "b_proj.kernel", "g_proj.kernel", "o_norm.scale"}
     assert found.parameters["student"] == sum(x.size for x in jax.tree.leaves(student.params))
+
+
+def test_of_experts_a_plan_names_the_parameters_that_a_token_meets(plan_of, config_file):
+    keys = KEYS | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    dense = {**KEYS, "intermediate_size": 32}  # two experts of 16, without the router
+    sizes = {}
+    for name, own in (("mixture", keys), ("dense", dense)):
+        (config_file.parent / "teacher" / "config.json").write_text(json.dumps(own))
+        sizes[name] = surgery.surgery(plan_of()).parameters, teacher_pass_flops(plan_of()), model_screen(plan_of())
+    (count, flops, screen), (dense_count, dense_flops, dense_screen) = sizes["mixture"], sizes["dense"]
+    router_and_norms = 4 * (8 * 32 + 2 * 8)
+    assert count["teacher, for a token"] == dense_count["teacher"] + router_and_norms
+    assert count["teacher"] - count["teacher, for a token"] == 4 * 6 * 3 * 16 * 32
+    assert flops == dense_flops + 2 * router_and_norms
+    assert f"{count['teacher']:,} parameters, of which a token meets {count['teacher, for a token']:,}" in screen
+    assert "meets" not in dense_screen
 
 
 def test_what_is_left_behind_is_named(plan_of, config_file):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from jaxhybrid.cli import app
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.export.folder import export
-from jaxhybrid.model.config import FULL_ATTENTION, SoftmaxConfig
+from jaxhybrid.model.config import FULL_ATTENTION, ExpertsConfig, SoftmaxConfig
 from jaxhybrid.plan.servers import block_tokens, check, server_facts
 from jaxhybrid.plan.serving import serving_of
 from tests.export.students import CASES, GRANITE, GRANITE_CASES, LIN, OTHER_MIXERS, QWEN3_5, SOFT, make_student
@@ -114,6 +114,13 @@ def test_an_export_with_what_a_server_lacks(exported):
     )
     assert [server for server, loads in loaded(found).items() if loads] == ["transformers"]
     assert "it has no mixer of sliding windows, queries scaled by length" in found["servers"][1]["why"]
+
+
+def test_an_export_with_experts(exported):
+    found = check(exported(family="mixtral", experts=ExpertsConfig(4, 2, 128, normalise=True)))
+    assert [server for server, loads in loaded(found).items() if loads] == ["transformers"]
+    assert "it has no mixtures of experts" in found["servers"][1]["why"]
+    assert "mixture of experts" in found["why_not_native"]
 
 
 def test_the_setting_it_names_gives_an_interval():

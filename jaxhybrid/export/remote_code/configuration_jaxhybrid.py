@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 TRAITS = {
-    "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "norms", "norm_offset", "embedding_scale",
-    "residual_scale", "logit_scale", "logit_cap", "attention_scale", "attention_cap", "window", "unrotated_layers",
-    "layer_types",
+    "qkv_bias", "o_bias", "qk_norm", "wide_qk_norm", "activation", "experts", "norms", "norm_offset",
+    "embedding_scale", "residual_scale", "logit_scale", "logit_cap", "attention_scale", "attention_cap", "window",
+    "unrotated_layers", "layer_types",
 }  # fmt: skip
 
 
@@ -22,11 +22,12 @@ class JaxHybridConfig(PreTrainedConfig):
     `softmax` has what the softmax layers have otherwise than the base model's: `rope` (false: queries and keys are not
     rotated), `length_scale` (a; a query with t tokens of its document before it is multiplied by log(t + a) / log(a)).
     `base_model_type` names the base model's architecture, and `traits` holds what that has otherwise than Llama:
-    `qkv_bias`, `o_bias`, `qk_norm`; `wide_qk_norm` (over all heads together), `activation` (gelu_tanh), `norms`
-    ("after" or "around" a mixer and an MLP), `norm_offset` (norms scale by 1 + weight), `embedding_scale`,
-    `residual_scale`, `logit_scale`, `attention_scale`, `attention_cap` and `logit_cap` (of scores and of logits, which
-    come out of cap * tanh(x / cap)), `window` (size, layers and rope of softmax layers that see the
-    last tokens only), `unrotated_layers`, and the base model's own `layer_types`.
+    `qkv_bias`, `o_bias`, `qk_norm`; `wide_qk_norm` (over all heads together), `activation` (gelu_tanh), `experts`
+    (every MLP is a mixture: `count` of `width`, `active` of them for a token, the router's weights divided by their
+    sum with `normalise`), `norms` ("after" or "around" a mixer and an MLP), `norm_offset` (norms scale by 1 + weight),
+    `embedding_scale`, `residual_scale`, `logit_scale`, `attention_scale`, `attention_cap` and `logit_cap` (of scores
+    and of logits, which come out of cap * tanh(x / cap)), `window` (size, layers and rope of softmax layers that see
+    the last tokens only), `unrotated_layers`, and the base model's own `layer_types`.
     """
 
     model_type = "jaxhybrid"

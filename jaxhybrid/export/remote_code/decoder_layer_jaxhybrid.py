@@ -41,16 +41,41 @@ LINEAR_MIXERS: dict[str, type[JaxHybridStateful]] = {
 class JaxHybridMLP(nn.Module):
     """down(f(gate x) * up x): SwiGLU where f is silu, GeGLU where it is gelu."""
 
-    def __init__(self, config: JaxHybridConfig) -> None:
+    def __init__(self, config: JaxHybridConfig, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
         self.gelu = config.trait("activation", "silu") == "gelu_tanh"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj(x)
         return self.down_proj((F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * self.up_proj(x))
+
+
+class JaxHybridMixture(nn.Module):
+    """A mixture of experts: a token goes through the `active` MLPs with the largest softmax(gate x), by these weights.
+
+    An expert takes all tokens that chose it; one that no token chose is not computed.
+    """
+
+    def __init__(self, config: JaxHybridConfig, experts: dict[str, Any]) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, experts["count"], bias=False)
+        self.experts = nn.ModuleList(JaxHybridMLP(config, experts["width"]) for _ in range(experts["count"]))
+        self.active, self.normalise = experts["active"], experts["normalise"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, -2)
+        scores = self.gate(tokens).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        weights, chosen = scores.topk(self.active)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        mixed = torch.zeros_like(tokens)
+        for number in chosen.unique().tolist():
+            token, place = torch.where(chosen == number)
+            mixed.index_add_(0, token, self.experts[number](tokens[token]) * weights[token, place, None].to(x.dtype))
+        return mixed.view_as(x)
 
 
 class JaxHybridDecoderLayer(GradientCheckpointingLayer):
@@ -65,7 +90,8 @@ class JaxHybridDecoderLayer(GradientCheckpointingLayer):
             self.linear_attn = LINEAR_MIXERS[config.linear_mixer](config, layer_idx)
         else:
             self.self_attn = JaxHybridAttention(config, layer_idx)
-        self.mlp = JaxHybridMLP(config)
+        experts = config.trait("experts", None)
+        self.mlp = JaxHybridMixture(config, experts) if experts else JaxHybridMLP(config, config.intermediate_size)
         offset = config.trait("norm_offset", False)
         norm = partial(JaxHybridRMSNorm, config.hidden_size, config.rms_norm_eps, offset)
         self.norms = config.trait("norms", "before")

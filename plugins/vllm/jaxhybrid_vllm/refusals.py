@@ -41,6 +41,7 @@ def check(vllm_config: VllmConfig) -> None:
             + (", and vLLM's hybrid cache wants a softmax layer." if config.layer_types[0] == LINEAR else ".")
         )
     for name, value in (
+        ("experts", config.trait("experts", None)),
         ("attention_cap", config.trait("attention_cap", None)),
         ("logit_cap", config.trait("logit_cap", None)),
         ("softmax.length_scale", config.softmax.get("length_scale")),
