@@ -25,7 +25,7 @@ from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.blueprint import Params, count_active
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.partition import ROWS, make_mesh, own_share
+from jaxhybrid.model.partition import ROWS, check_batch, make_mesh, own_share
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
@@ -134,6 +134,12 @@ class Pipeline:
             disk.require_run(self.folder.path, undone)
 
         hosts.by_first(refuse, "disk of the run")
+        for section, rows, parts, length in self.config.batches(self.mesh.size):
+            if section not in STAGES or section in undone:
+                try:
+                    check_batch(rows, length, self.mesh.shape, parts)
+                except TopologyError as error:
+                    raise TopologyError(f"{section}: {error}") from error
         _ = self.asked
         self.align()
         if "scores" in self.config.select.needs:

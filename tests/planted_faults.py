@@ -406,8 +406,8 @@ FAULTS = [
     Fault(
         "held-out KL counts padding",
         "selection/kl_guided.py",
-        'tokens = jnp.sum(token_mask(batch["segment_ids"]))',
-        'tokens = jnp.float32(batch["segment_ids"].size)',
+        'counted = own.get("counted", (own["segment_ids"] != 0).astype(np.float32))',
+        'counted = own.get("counted", np.ones(own["segment_ids"].shape, np.float32))',
         WIRING,
     ),
     Fault(

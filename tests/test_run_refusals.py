@@ -66,6 +66,11 @@ def refused(monkeypatch, capsys):
         (["distill.tokns=3"], ["'distill.tokns'", "Did you mean 'distill.tokens'?"]),
         (["align.tokns=3", "seed=x"], ["'align.tokns'", "seed is 'x'"]),
         (["mesh.tensor=3"], ["devices do not divide", "tensor=3"]),
+        (["distill.batch_size=12"], ["distill: batch_size=12 does not divide", "8 devices"]),
+        (
+            ["select.method=greedy_kl", "select.measure={{tokens: 96, sequence_length: 16, batch_size: 6}}"],
+            ["select.measure: batch_size=6 does not divide", "8 devices"],
+        ),
         (["select.budget=4"], ["select.budget 4", "the model has 3", "at most 3"]),
         (["score.budgets=[0.1]"], ["score.budgets 0.1", "at least 1"]),
         (["select.method=explicit", "select.layers=[1, 3]", "select.budget=2"], ["select.layers names [3]", "0 to 2"]),

@@ -2,7 +2,6 @@
 
 import re
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from jaxhybrid.errors import EXIT_TRY_AGAIN, ConfigError, TopologyError
 from jaxhybrid.launch.slices import Generation, Slice
 from jaxhybrid.model.partition import check_batch, mesh_sizes
 from jaxhybrid.settings.run import RunConfig
-from jaxhybrid.settings.stages import STAGES, StageConfig
 
 MOUNT = "/mnt/runs"  # where the storage is on every host of a cloud
 LONGEST_NAME = 36  # names of node pools, which have a number besides, have at most 40 characters
@@ -166,20 +164,8 @@ def _check_mesh(job: Job) -> None:
     devices, at = job.slices * job.slice.devices, "mesh"
     try:
         sizes = mesh_sizes(job.config.mesh.sizes, devices, job.slices)
-        for section, rows, parts, length in _batches(job.config, devices):
+        for section, rows, parts, length in job.config.batches(devices):
             at = section
             check_batch(rows, length, sizes, parts)
     except TopologyError as error:
         raise TopologyError(f"{where} has {devices} devices. {at}: {error}") from error
-
-
-def _batches(config: RunConfig, devices: int) -> Iterator[tuple[str, int, int, int]]:
-    """Section, rows, parts that a step is run in and tokens of a row, of everything that a run runs on its mesh."""
-    for name in STAGES:
-        stage: StageConfig = getattr(config, name)
-        yield name, stage.batch_size, stage.gradient_accumulation, stage.sequence_length
-    yield "evaluate", config.evaluate.batch_size, 1, config.evaluate.sequence_length
-    for length in config.evaluate.lengths:
-        yield "evaluate.lengths", devices, 1, length  # the number of rows is made to fit
-    for name, text in config.select.texts.items():
-        yield f"select.{name}", text.batch_size, 1, text.sequence_length

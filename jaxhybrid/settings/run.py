@@ -1,6 +1,7 @@
 """The typed tree of a run: every setting with its type, default and meaning. `read.py` reads it from YAML."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,7 +15,7 @@ from jaxhybrid.settings.evaluate import EvaluateConfig
 from jaxhybrid.settings.mixer import MixerSettings
 from jaxhybrid.settings.select import Select, select_config
 from jaxhybrid.settings.softmax import SoftmaxSection
-from jaxhybrid.settings.stages import STAGES, AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig
+from jaxhybrid.settings.stages import STAGES, AlignConfig, DistillConfig, FinetuneConfig, ScoreConfig, StageConfig
 from jaxhybrid.settings.types import Count, Dtype, Names, Section, Sources, about, free
 
 
@@ -141,6 +142,18 @@ class RunConfig(Section):
     finetune: FinetuneConfig = about(FinetuneConfig(), "stage 3")
     evaluate: EvaluateConfig = free(EvaluateConfig(), "figures")
     export: ExportConfig = free(ExportConfig(), "Hugging Face folder")
+
+    def batches(self, devices: int) -> Iterator[tuple[str, int, int, int]]:
+        """Section, rows, parts that a step is run in and tokens of a row, of everything that a run runs on its mesh."""
+        for name in STAGES:
+            stage: StageConfig = getattr(self, name)
+            if name != "score" or "scores" in self.select.needs:
+                yield name, stage.batch_size, stage.gradient_accumulation, stage.sequence_length
+        yield "evaluate", self.evaluate.batch_size, 1, self.evaluate.sequence_length
+        for length in self.evaluate.lengths:
+            yield "evaluate.lengths", devices, 1, length  # the number of rows is made to fit
+        for name, text in self.select.texts.items():
+            yield f"select.{name}", text.batch_size, 1, text.sequence_length
 
     @model_validator(mode="before")
     @classmethod
