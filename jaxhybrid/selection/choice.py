@@ -49,7 +49,8 @@ class Given:
     def own[S: MethodConfig](self, kind: type[S]) -> S:
         """The settings of the method, which are of this kind."""
         found = self.settings.own
-        assert isinstance(found, kind)
+        if not isinstance(found, kind):
+            raise ConfigError(f"The method {self.settings.method} declares other settings than {kind.__name__}.")
         return found
 
 

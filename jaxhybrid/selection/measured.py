@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.selection.choice import Choice, Given, ranked
-from jaxhybrid.selection.masked import MaskedStudent
+from jaxhybrid.selection.masked import MaskedStudent, finite
 from jaxhybrid.selection.rounds import Round, by_layer, from_layers
 
 Measure = Callable[[MaskedStudent], Sequence[float]]
@@ -19,9 +20,24 @@ def rank(given: Given, count: int, measure: Measure, passes: int) -> Choice:
 
 
 def measure_layers(given: Given, measure: Measure, passes: int) -> Round:
+    """A round with the value of every layer that `measure` gives, in their order.
+
+    passes: how often it takes the text through a model.
+
+    Raises:
+        ConfigError: there are not as many values as layers.
+        DivergenceError: one is no number.
+    """
+
     def compute() -> Round:
-        student = given.student()
-        scores, tokens = by_layer(measure(student)), student.tokens()
+        student, name = given.student(), given.settings.method
+        values = list(measure(student))
+        if len(values) != given.depth:
+            raise ConfigError(
+                f"The method {name} measured {len(values)} values of {given.depth} layers; one each is due."
+            )
+        scores = by_layer(finite(value, f"measure of layer {layer} by {name}") for layer, value in enumerate(values))
+        tokens = student.tokens()
         return {"action": "rank", "scores": scores, "tokens": tokens, "forward_tokens": passes * tokens}
 
     return given.log.round(compute)

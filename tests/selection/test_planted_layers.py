@@ -4,28 +4,31 @@ others hardly anything. Each method must keep those two; and what it measures is
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import combinations, repeat
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.errors import ConfigError
+from jaxhybrid.errors import ConfigError, DivergenceError
 from jaxhybrid.model.blueprint import bind
 from jaxhybrid.model.layers import Block
 from jaxhybrid.model.mixers import MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh
 from jaxhybrid.model.transformer import Model, embed, final_norm, forward, token_context
+from jaxhybrid.selection import methods
 from jaxhybrid.selection.ablated import ablated_states
-from jaxhybrid.selection.choice import Given
+from jaxhybrid.selection.choice import Choice, Given, Method, exactly
 from jaxhybrid.selection.gated import gated_kl, gated_states
 from jaxhybrid.selection.gram import quadratic_kl
+from jaxhybrid.selection.measured import rank
 from jaxhybrid.selection.methods import METHODS, choose, supernet, trained_greedy
 from jaxhybrid.selection.methods.joint_gates import train_gates
 from jaxhybrid.selection.rounds import RoundLog
 from jaxhybrid.selection.trained_mixers import train_supernet
-from jaxhybrid.settings.select import select_config
+from jaxhybrid.settings.select import MethodConfig, select_config
 from jaxhybrid.settings.stages import AlignConfig
 from jaxhybrid.train.placement import place_batch
 from jaxhybrid.weights.convert import convert
@@ -335,9 +338,44 @@ def test_settings_that_do_not_go_together_are_refused(select, method, own, messa
         select(method, **own)
 
 
-def test_every_method_is_declared_once_and_says_what_it_needs():
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        ({"cosine": Method(lambda *_: exactly([0]))}, r"b\.py declares the method 'cosine', .* another method"),
+        ({"measure": Method(lambda *_: exactly([0]), settings=MethodConfig)}, "'measure', .* a setting of select"),
+        ({"own": Method(lambda *_: exactly([0]), "studnt")}, "'own' needs 'studnt'; choose of nothing, scores"),
+    ],
+)
+def test_a_method_that_cannot_be_told_apart_is_refused(declared, told):
+    files = [SimpleNamespace(__file__=f"{name}.py", METHODS=own) for name, own in (("a", METHODS), ("b", declared))]
+    with pytest.raises(ConfigError, match=told):
+        methods._declared(files)
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        (exactly([0, 9]), r"The method mine names layers \[9\]; the model's are 0 to 3"),
+        (Choice((0,), order=(0, -1)), r"names layers \[-1\]"),
+        (Choice((2, 1)), r"gives the layers \(2, 1\), which are not ascending"),
+    ],
+)
+def test_layers_that_there_are_not_are_refused(monkeypatch, choice, told):
+    monkeypatch.setitem(METHODS, "mine", Method(lambda *_: choice))
+    with pytest.raises(ConfigError, match=told):
+        choose(Given(DEPTH, select_config(method="uniform", budget=2).model_copy(update={"method": "mine"})))
+
+
+def test_a_measure_gives_a_number_for_every_layer(student):
+    given = Given(DEPTH, select_config(method="single_kl", budget=2), student=lambda: student)
+    with pytest.raises(ConfigError, match="The method single_kl measured 2 values of 4 layers"):
+        rank(given, 2, lambda _: [0.1, 0.2], 1)
+    with pytest.raises(DivergenceError, match="measure of layer 1 by single_kl is nan"):
+        rank(given, 2, lambda _: [0.1, float("nan"), 0.3, 0.4], 1)
+
+
+def test_every_method_is_declared_with_settings_of_its_own():
     for name, method in METHODS.items():
-        assert method.needs in ("nothing", "scores", "alignment", "teacher", "student")
         if method.settings is not None:
             assert select_config(method=name).own == method.settings()
             assert method.settings.__doc__

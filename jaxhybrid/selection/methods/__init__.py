@@ -3,23 +3,39 @@
 Each file here is a method, or some that are alike, and declares them in its `METHODS`; there is no other list.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
+from types import ModuleType
+from typing import get_args
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.config import FULL_ATTENTION
-from jaxhybrid.selection.choice import Choice, Given, Method
+from jaxhybrid.selection.choice import Choice, Given, Method, Needs
 from jaxhybrid.selection.ranking import Scores
 from jaxhybrid.settings.budget import layers_in_budget
 from jaxhybrid.settings.select import SelectConfig
 from jaxhybrid.settings.types import RankBy, UniformBy
 
-METHODS: dict[str, Method] = {
-    name: method
-    for file in sorted(module.name for module in iter_modules(__path__))
-    for name, method in import_module(f"{__name__}.{file}").METHODS.items()
-}
+
+def _declared(modules: Iterable[ModuleType]) -> dict[str, Method]:
+    """Raises ConfigError for a name that is taken, and for needs that there are not."""
+    found: dict[str, Method] = {}
+    for module in modules:
+        for name, method in module.METHODS.items():
+            if name in found or (method.settings and name in SelectConfig.model_fields):
+                taken = "another method" if name in found else "a setting of select"
+                raise ConfigError(f"{module.__file__} declares the method {name!r}, which is the name of {taken}.")
+            if method.needs not in get_args(Needs):
+                kinds = ", ".join(get_args(Needs))
+                raise ConfigError(f"{module.__file__}: the method {name!r} needs {method.needs!r}; choose of {kinds}.")
+            found[name] = method
+    return found
+
+
+METHODS = _declared(
+    import_module(f"{__name__}.{file}") for file in sorted(file.name for file in iter_modules(__path__))
+)
 
 
 def choose(given: Given) -> Choice:
@@ -31,9 +47,15 @@ def choose(given: Given) -> Choice:
     name = given.settings.method
     if name not in METHODS:
         raise ConfigError(f"select.method={name!r} is unknown; choose one of {', '.join(METHODS)}.")
-    if name == "explicit":  # the layers are the budget
-        return METHODS[name].choose(given, 0)
-    return METHODS[name].choose(given, layers_in_budget(given.settings.budget, given.depth))
+    # Explicit layers are the budget.
+    count = 0 if name == "explicit" else layers_in_budget(given.settings.budget, given.depth)
+    found = METHODS[name].choose(given, count)
+    named = {*found.layers, *found.order, *(found.importance or ())}
+    if outside := sorted(named - set(range(given.depth))):
+        raise ConfigError(f"The method {name} names layers {outside}; the model's are 0 to {given.depth - 1}.")
+    if found.layers != tuple(sorted(set(found.layers))):
+        raise ConfigError(f"The method {name} gives the layers {found.layers}, which are not ascending.")
+    return found
 
 
 def select_layers(
