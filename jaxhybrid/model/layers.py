@@ -124,9 +124,7 @@ class WideRMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         exact = x.astype(exact_dtype(x.dtype))
         mean = jnp.mean(exact * exact, axis=-1 if self.by_head else (-2, -1), keepdims=True)
-        if (
-            not self.by_head
-        ):  # each device has as many heads; where they are fewer than devices, all are copied as often
+        if not self.by_head:  # each device has as many; where they are fewer than devices, all are copied as often
             mean = total(mean, "tensor") / axis_size("tensor")
         return (exact * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype) * self.scale[...].astype(x.dtype)
 
