@@ -76,7 +76,9 @@ def test_what_the_hub_refuses_is_one_error(hub, exported):
 
 
 def test_the_card_says_how_it_was_made_and_on_which_terms(tmp_path, teacher_folder):
-    config = RunConfig.model_validate({"name": "a", "teacher": "t", "data": {"train": "/home/me/text.jsonl"}})
+    config = RunConfig.model_validate(
+        {"name": "a", "teacher": "t", "data": {"train": "/home/me/text.jsonl"}, "select": {"method": "kl_guided"}}
+    )
     figures = {"models": {"teacher": {"perplexity": 9.5, "kl": None}, "finetune": {"perplexity": 10.25, "kl": 0.125}}}
     target = export(make_student(teacher_folder), tmp_path / "student", made=model_card(config, figures))
     card = (target / "README.md").read_text()
