@@ -18,14 +18,14 @@ from jaxhybrid.checksums import MANIFEST, file_checksum, read_result, write_resu
 from jaxhybrid.complete import end_ids
 from jaxhybrid.data import BatchIterator, HeldoutBatches, Text, mean_segment_tokens, open_text
 from jaxhybrid.disk import DiskPlan, require
-from jaxhybrid.errors import ConfigError, TopologyError
+from jaxhybrid.errors import ConfigError
 from jaxhybrid.evaluate.recall_prompts import answer_batches
 from jaxhybrid.evaluate.record import Asked, evaluation_record, prepare
 from jaxhybrid.export.folder import export, refuse_to_replace
 from jaxhybrid.measure import peak_memory_bytes
 from jaxhybrid.model.blueprint import Params, count_active
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.partition import ROWS, check_batch, make_mesh, own_share
+from jaxhybrid.model.partition import ROWS, check_batches, make_mesh, own_share
 from jaxhybrid.model.transformer import model_variables
 from jaxhybrid.report import evaluation_table, notes, write_report
 from jaxhybrid.run_folder import RunFolder, package_versions, source_digest
@@ -128,18 +128,16 @@ class Pipeline:
         """Everything that is missing, in order, then the table and the paths."""
         # Refused now, not after hours of training.
         disk, undone = self.disk, [stage for stage in STAGES if not self.folder.is_done(stage)]
+        chosen = self._is_chosen()
 
         def refuse() -> None:
             refuse_to_replace(self.export_folder, None, overwrite=False)
             disk.require_run(self.folder.path, undone)
 
         hosts.by_first(refuse, "disk of the run")
-        for section, rows, parts, length in self.config.batches(self.mesh.size):
-            if section not in STAGES or section in undone:
-                try:
-                    check_batch(rows, length, self.mesh.shape, parts)
-                except TopologyError as error:
-                    raise TopologyError(f"{section}: {error}") from error
+        due = {*undone, "evaluate", *(() if chosen else ("select",))}
+        batches = (one for one in self.config.batches(self.mesh.size) if one[0].partition(".")[0] in due)
+        check_batches(batches, self.mesh.shape)
         _ = self.asked
         self.align()
         if "scores" in self.config.select.needs:
@@ -192,11 +190,10 @@ class Pipeline:
         settings = self.config.align.calibrate
         if settings is None:
             return None
-        with closing(self._own_text("calibration", settings.sequence_length, settings.batch_size)) as stream:
-            try:
-                batch = place_batch(next(stream), self.mesh)
-            except TopologyError as error:
-                raise TopologyError(f"align.calibrate: {error}") from error
+        rows, length = settings.batch_size, settings.sequence_length
+        check_batches([("align.calibrate", rows, 1, length)], self.mesh.shape)
+        with closing(self._own_text("calibration", length, rows)) as stream:
+            batch = place_batch(next(stream), self.mesh)
         measured = self.models.calibration(batch)
         hosts.say(notes.calibration(self.config, {name: np.asarray(x) for name, x in measured.items()}))
         return measured
@@ -283,6 +280,9 @@ class Pipeline:
         record = hosts.by_first(decide, "select")
         hosts.say(notes.choice(record))
         return tuple(record["softmax_layers"])
+
+    def _is_chosen(self) -> bool:
+        return hosts.by_first((self.folder.path / "layers.json").exists, "layers are chosen")
 
     def compare(self, others: Sequence[str] = ()) -> dict[str, Any]:
         """The rankings at hand, those of the methods that measure nothing and of `others`, and published ones.
@@ -408,7 +408,7 @@ class Pipeline:
         """Teacher and students on held-out text and in tasks; written to `evaluation.json`."""
         stop_between("evaluating")
         settings = self.config.evaluate
-        chosen = hosts.by_first((self.folder.path / "layers.json").exists, "layers are chosen")
+        chosen = self._is_chosen()
         result = evaluation_record(
             {"teacher": self.models.frozen_teacher}
             | {stage: self.models.trained(stage, self.dtype) for stage in TRAINED if self.folder.is_done(stage)},

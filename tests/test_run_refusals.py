@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxhybrid.cli import main, read_settings
-from jaxhybrid.errors import RunError
+from jaxhybrid.errors import ConfigError, RunError
 from jaxhybrid.export.folder import export
 from jaxhybrid.files import storage_errors, write_json
 from jaxhybrid.pipeline import Pipeline
@@ -91,6 +91,20 @@ def test_settings(workshop, refused, tmp_path, overrides, parts):
     if not overrides[0].startswith("run_dir="):  # the corrected command is not refused for the folder it left
         config = load_config(workshop.config, [f"run_dir={tmp_path / 'run'}"])
         assert RunFolder.open(config).path == tmp_path / "run"
+
+
+def test_what_is_done_need_not_divide_over_other_devices(workshop, refused, tmp_path, monkeypatch):
+    """A run whose layers are chosen goes on where their measure's batches would not divide."""
+
+    def reached(self):
+        raise ConfigError("align is reached")
+
+    monkeypatch.setattr(Pipeline, "align", reached)
+    measure = "select.measure={tokens: 96, sequence_length: 16, batch_size: 6}"
+    arguments = "run", workshop.config, f"run_dir={tmp_path / 'run'}", "select.method=greedy_kl", measure
+    refused(*arguments, parts=["select.measure: batch_size=6 does not divide"])
+    (tmp_path / "run" / "layers.json").write_text("{}")
+    refused(*arguments, parts=["align is reached"])
 
 
 def test_too_little_disk_is_said_before_anything_is_trained(workshop, refused, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxhybrid.errors import EXIT_TRY_AGAIN, ConfigError, TopologyError
 from jaxhybrid.launch.slices import Generation, Slice
-from jaxhybrid.model.partition import check_batch, mesh_sizes
+from jaxhybrid.model.partition import check_batches, mesh_sizes
 from jaxhybrid.settings.run import RunConfig
 
 MOUNT = "/mnt/runs"  # where the storage is on every host of a cloud
@@ -161,11 +161,9 @@ def _check_paths(config: RunConfig) -> None:
 def _check_mesh(job: Job) -> None:
     """Refuses a mesh that is not as large as the slices, or over which the batches do not divide."""
     where = job.slice.name if job.slices == 1 else f"{job.slices} x {job.slice.name}"
-    devices, at = job.slices * job.slice.devices, "mesh"
+    devices, at = job.slices * job.slice.devices, "mesh: "
     try:
-        sizes = mesh_sizes(job.config.mesh.sizes, devices, job.slices)
-        for section, rows, parts, length in job.config.batches(devices):
-            at = section
-            check_batch(rows, length, sizes, parts)
+        sizes, at = mesh_sizes(job.config.mesh.sizes, devices, job.slices), ""
+        check_batches(job.config.batches(devices), sizes)
     except TopologyError as error:
-        raise TopologyError(f"{where} has {devices} devices. {at}: {error}") from error
+        raise TopologyError(f"{where} has {devices} devices. {at}{error}") from error

@@ -12,7 +12,7 @@ Outside, and without a mesh, the functions here that stand for collectives do no
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -125,6 +125,15 @@ def check_batch(rows: int, length: int, sizes: Mapping[str, int], microbatches: 
         )
     if length % context:
         raise TopologyError(f"Rows of {length} tokens do not divide over mesh.context={context}.")
+
+
+def check_batches(batches: Iterable[tuple[str, int, int, int]], sizes: Mapping[str, int]) -> None:
+    """`check_batch` of section, rows, microbatches and tokens of a row each; the error begins with the section."""
+    for section, rows, microbatches, length in batches:
+        try:
+            check_batch(rows, length, sizes, microbatches)
+        except TopologyError as error:
+            raise TopologyError(f"{section}: {error}") from error
 
 
 def _placed(sizes: dict[str, int], devices: Any, slices: int) -> np.ndarray:
