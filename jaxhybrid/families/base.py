@@ -252,12 +252,16 @@ def read_positive(hf: dict[str, Any], key: str, default: float | None = None) ->
     return float(value)
 
 
+def window_key(config: ModelConfig) -> dict[str, Any]:
+    """The key of families in which all layers slide, or none."""
+    return {"sliding_window": None if config.window is None else config.window.size}
+
+
 def kind_keys(config: ModelConfig) -> dict[str, Any]:
     """The keys of families that say of each layer whether it slides."""
-    window = config.window
-    sliding = () if window is None else window.layers
+    sliding = () if config.window is None else config.window.layers
     kinds = [SLIDING_ATTENTION if layer in sliding else FULL_ATTENTION for layer in range(config.num_layers)]
-    return {"sliding_window": None if window is None else window.size, "layer_types": kinds}
+    return window_key(config) | {"layer_types": kinds}
 
 
 def given_kinds(hf: dict[str, Any], otherwise: Callable[[int], bool]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.config import LinearConfig, ModelConfig
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")  # of "dynamic" transformers remembers the longest text it has seen
 # Parts of our configs that the features of every architecture speak of, or that decide how a layer starts.
@@ -13,6 +13,7 @@ KNOWN_PARTS = (
     *("head_dim", "norm_eps", "max_position_embeddings", "rope", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias"),
     *("qk_norm", "layer_types", "mixer", "softmax", "experts"),
 )
+NO_CONVOLUTION_TAPS = 4  # where a student has no convolution: taps that pass the current token through
 KNOWN_SETTINGS = ("expand_kv", "output_gate", "rope", "qkv_bias", "qk_norm", "gate_init", "decay_init")
 
 
@@ -63,10 +64,21 @@ def linear_kind(config: ModelConfig, there: str) -> Feature:
     return Feature("linear layers", kind, there, kind == there, f"mixer.kind={there}")
 
 
-def states(config: ModelConfig) -> Feature:
+def linear_layers(config: ModelConfig, mixer: LinearConfig, biases: Feature) -> list[Feature]:
+    """What all architectures want alike of a linear layer, but for its `biases`."""
     there = "one per query head"
     here = there if config.num_states == config.num_heads else "one per K/V head"
-    return Feature("states of linear layers", here, there, here == there, "mixer.expand_kv=true")
+    return [
+        flag("query and key norms of linear layers", bool(mixer.qk_norm), False, "mixer.qk_norm=false"),
+        biases,
+        flag("rotary embedding of linear layers", mixer.rope, False, "mixer.rope=false"),
+        flag("output gate of linear layers", mixer.output_gate, True, "mixer.output_gate=true"),
+        Feature("states of linear layers", here, there, here == there, "mixer.expand_kv=true"),
+    ]
+
+
+def no_linear_biases(mixer: LinearConfig) -> Feature:
+    return flag("biases on q, k, v of linear layers", bool(mixer.qkv_bias), False, "mixer.qkv_bias=false")
 
 
 def others(config: Any, known: tuple[str, ...], prefix: str = "") -> Iterator[Feature]:

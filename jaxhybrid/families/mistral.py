@@ -5,15 +5,10 @@ Ministral 8B as transformers has it since 5.0 (`ministral`) says of each layer w
 
 from typing import Any
 
-from jaxhybrid.families.base import Family, given_kinds, kind_keys, one_kind
-from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.families.base import Family, given_kinds, kind_keys, one_kind, window_key
 
 # What transformers takes where a config is silent.
 DEFAULTS = {"max_position_embeddings": 131_072, "sliding_window": 4096}
-
-
-def _window_key(config: ModelConfig) -> dict[str, Any]:
-    return {"sliding_window": None if config.window is None else config.window.size}
 
 
 def _ministral_kinds(hf: dict[str, Any]) -> list[str]:
@@ -24,7 +19,7 @@ MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     flags=lambda hf: {},
-    flag_keys=_window_key,
+    flag_keys=window_key,
     own_keys=("sliding_window",),
     defaults=DEFAULTS,
     kinds=one_kind,

@@ -3,15 +3,11 @@
 from typing import Any
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.families.base import Family, one_kind, read_flag, read_integer
-from jaxhybrid.model.config import FULL_ATTENTION, ExpertsConfig, ModelConfig
+from jaxhybrid.families.base import Family, all_full, one_kind, read_flag, read_integer, window_key
+from jaxhybrid.model.config import ExpertsConfig, ModelConfig
 
 # Read by nobody: what adds to the loss or the noise of transformers' own training of these models.
 TRAINING_KEYS = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
-
-
-def _window_key(config: ModelConfig) -> dict[str, Any]:
-    return {"sliding_window": None if config.window is None else config.window.size}
 
 
 def _mixtral_flags(hf: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +18,7 @@ def _mixtral_flags(hf: dict[str, Any]) -> dict[str, Any]:
 def _mixtral_keys(config: ModelConfig) -> dict[str, Any]:
     experts = config.experts
     own = {} if experts is None else {"num_local_experts": experts.count, "num_experts_per_tok": experts.active}
-    return own | _window_key(config)
+    return own | window_key(config)
 
 
 def _qwen3_flags(hf: dict[str, Any]) -> dict[str, Any]:
@@ -61,13 +57,13 @@ def _qwen3_keys(config: ModelConfig) -> dict[str, Any]:
             "moe_intermediate_size": experts.width,
             "norm_topk_prob": experts.normalise,
         }
-    slides = {"use_sliding_window": config.window is not None, **_window_key(config)}
+    slides = {"use_sliding_window": config.window is not None, **window_key(config)}
     return {"attention_bias": config.qkv_bias, **own, **slides}
 
 
 def _qwen3_kinds(hf: dict[str, Any]) -> list[str]:
     """All layers slide, or none: transformers reads no `max_window_layers` here."""
-    return one_kind(hf) if read_flag(hf, "use_sliding_window") else [FULL_ATTENTION] * hf["num_hidden_layers"]
+    return one_kind(hf) if read_flag(hf, "use_sliding_window") else all_full(hf)
 
 
 MIXTRAL = Family(

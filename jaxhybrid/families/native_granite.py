@@ -10,14 +10,15 @@ from typing import Any
 from jaxhybrid.families.feature import (
     KNOWN_PARTS,
     KNOWN_SETTINGS,
+    NO_CONVOLUTION_TAPS,
     Feature,
     flag,
     length_scale,
     linear_kind,
+    linear_layers,
     others,
     rope_kind,
     softmax_layers,
-    states,
     words,
 )
 from jaxhybrid.families.student import LINEAR_ATTENTION
@@ -26,7 +27,6 @@ from jaxhybrid.model.mixers.mamba2 import Mamba2Config
 
 GRANITE_HYBRID = "granitemoehybrid"
 ARCHITECTURE = "GraniteMoeHybridForCausalLM"
-NO_CONVOLUTION_TAPS = 4  # where a student has no convolution: taps that pass the current token through
 # Of the hub's Granites: llama.cpp's converter knows no others. transformers reads both, and saves its own.
 LAYER_NAMES = {FULL_ATTENTION: "attention", LINEAR_ATTENTION: "mamba"}
 SCALES = ("embedding_scale", "residual_scale", "attention_scale", "logit_scale")
@@ -65,13 +65,10 @@ def features(config: ModelConfig) -> list[Feature]:
         return found
     # Zeros before a text are zeros to our convolution; there they would be biases where a batch is padded.
     before = bool(mixer.qkv_bias and mixer.ssm_conv_size)
+    biases = flag("biases before a convolution", before, False, "mixer.ssm_conv_size=0 or mixer.qkv_bias=false")
     return [
         *found,
-        flag("query and key norms of linear layers", bool(mixer.qk_norm), False, "mixer.qk_norm=false"),
-        flag("biases before a convolution", before, False, "mixer.ssm_conv_size=0 or mixer.qkv_bias=false"),
-        flag("rotary embedding of linear layers", mixer.rope, False, "mixer.rope=false"),
-        flag("output gate of linear layers", mixer.output_gate, True, "mixer.output_gate=true"),
-        states(config),
+        *linear_layers(config, mixer, biases),
         flag("norm of each head by itself", mixer.head_norm, True, "mixer.head_norm=true"),
         Feature("taps of the convolution", str(mixer.ssm_conv_size), "any; 0 as identity taps", True),
         *others(mixer, (*KNOWN_SETTINGS, "ssm_conv_size", "head_norm"), "mixer."),

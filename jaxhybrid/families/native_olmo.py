@@ -10,10 +10,11 @@ from jaxhybrid.families.feature import (
     flag,
     length_scale,
     linear_kind,
+    linear_layers,
+    no_linear_biases,
     others,
     rope_kind,
     softmax_layers,
-    states,
     words,
 )
 from jaxhybrid.model.config import ModelConfig
@@ -47,12 +48,8 @@ def features(config: ModelConfig) -> list[Feature]:
     eps = config.norm_eps
     return [
         *found,
-        flag("query and key norms of linear layers", bool(mixer.qk_norm), False, "mixer.qk_norm=false"),
-        flag("biases on q, k, v of linear layers", bool(mixer.qkv_bias), False, "mixer.qkv_bias=false"),
-        flag("rotary embedding of linear layers", mixer.rope, False, "mixer.rope=false"),
-        flag("output gate of linear layers", mixer.output_gate, True, "mixer.output_gate=true"),
+        *linear_layers(config, mixer, no_linear_biases(mixer)),
         Feature("epsilon of their output norm", f"{eps:g}", f"{OUTPUT_NORM_EPS:g}", eps == OUTPUT_NORM_EPS),
-        states(config),
         *others(mixer, (*KNOWN_SETTINGS, "conv_size"), "mixer."),
     ]
 

@@ -9,14 +9,16 @@ from typing import Any
 from jaxhybrid.families.feature import (
     KNOWN_PARTS,
     KNOWN_SETTINGS,
+    NO_CONVOLUTION_TAPS,
     Feature,
     flag,
     length_scale,
     linear_kind,
+    linear_layers,
+    no_linear_biases,
     others,
     rope_kind,
     softmax_layers,
-    states,
     words,
 )
 from jaxhybrid.model.config import ModelConfig
@@ -24,7 +26,6 @@ from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 
 QWEN3_5 = "qwen3_5_text"
 ARCHITECTURE = "Qwen3_5ForCausalLM"
-NO_CONVOLUTION_TAPS = 4  # where a student has no convolution: taps that pass the current token through
 OWN_KEYS = (
     "attn_output_gate",
     "full_attention_interval",
@@ -59,11 +60,7 @@ def features(config: ModelConfig) -> list[Feature]:
         return found
     return [
         *found,
-        flag("query and key norms of linear layers", bool(mixer.qk_norm), False, "mixer.qk_norm=false"),
-        flag("biases on q, k, v of linear layers", bool(mixer.qkv_bias), False, "mixer.qkv_bias=false"),
-        flag("rotary embedding of linear layers", mixer.rope, False, "mixer.rope=false"),
-        flag("output gate of linear layers", mixer.output_gate, True, "mixer.output_gate=true"),
-        states(config),
+        *linear_layers(config, mixer, no_linear_biases(mixer)),
         Feature("taps of the convolution", str(mixer.conv_size), "any; 0 as identity taps", True),
         *others(mixer, (*KNOWN_SETTINGS, "conv_size"), "mixer."),
     ]

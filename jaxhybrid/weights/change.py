@@ -1,13 +1,14 @@
 """A tensor of an architecture of transformers' own, made of ours, and ours inside it again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxhybrid.errors import WeightsError
-from jaxhybrid.weights.names import FileTensor, Shape
+from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.weights.names import FileTensor, Shape, file_tensors, layer_and_own
 from jaxhybrid.weights.safetensors import StoredTensor
 
 WAY_OUT = "it was changed after jaxhybrid exported it, and is for transformers alone."
@@ -81,6 +82,34 @@ def part(x: np.ndarray, shapes: Sequence[Shape], index: int) -> np.ndarray:
 
 STACKED = Change(rows, np.concatenate, part)
 SAME = Change(rows, lambda values: values[0], part)
+
+
+def renamed_and_joined(
+    config: ModelConfig,
+    renamed: Mapping[str, str],
+    joined: Sequence[tuple[str, Sequence[str]]],
+    beside: Callable[[str, str, Mapping[str, FileTensor]], Iterable[NativeTensor]],
+    change: Callable[[str], Change] = lambda own: SAME,
+) -> list[NativeTensor]:
+    """Every tensor of an architecture for a model of this config, in the order of a file.
+
+    Args:
+        renamed: other names, without the layer's, of tensors that stay by themselves.
+        joined: tensors of the architecture that are some of ours, one below the other.
+        beside: constants that come after one of ours: of its layer's name, its own and all of ours by name.
+        change: of a tensor that stays by itself.
+    """
+    by_name = {tensor.name: tensor for tensor in file_tensors(config)}
+    tensors: list[NativeTensor] = []
+    for tensor in by_name.values():
+        layer, own = layer_and_own(tensor.name)
+        whole, parts = next((one for one in joined if own in one[1]), ("", ()))
+        if not whole:
+            tensors.append(NativeTensor(layer + renamed.get(own, own), (tensor,), change(own)))
+        elif own == parts[0]:
+            tensors.append(NativeTensor(layer + whole, tuple(by_name[layer + part] for part in parts), STACKED))
+        tensors += beside(layer, own, by_name)
+    return tensors
 
 
 def identity_taps(name: str, channels: int, taps: int, setting: str) -> NativeTensor:

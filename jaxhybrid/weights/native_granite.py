@@ -7,11 +7,12 @@
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
-from jaxhybrid.families.native_granite import NO_CONVOLUTION_TAPS
+from jaxhybrid.families.feature import NO_CONVOLUTION_TAPS
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.weights.change import SAME, STACKED, NativeTensor, identity_taps, no_bias
-from jaxhybrid.weights.names import FileTensor, file_tensors, layer_and_own
+from jaxhybrid.weights.change import NativeTensor, identity_taps, no_bias, renamed_and_joined
+from jaxhybrid.weights.names import FileTensor
 
 # Suffixes of our names after the layer's, and what becomes of the tensor.
 RENAMED = {
@@ -20,34 +21,24 @@ RENAMED = {
     "linear_attn.o_proj.bias": "mamba.out_proj.bias",
     **{f"linear_attn.{name}": f"mamba.{name}" for name in ("norm.weight", "A_log", "D", "dt_bias")},
 }
-INPUT = "mamba.in_proj.weight"
 CONVOLVED = "vkq"  # in the order of x, B, C
-JOINED = {
-    "shared_mlp.input_linear.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    INPUT: [f"linear_attn.{name}_proj.weight" for name in ("g", *CONVOLVED, "dt")],
-    "mamba.conv1d.weight": [f"linear_attn.{name}_conv.weight" for name in CONVOLVED],
-    "mamba.conv1d.bias": [f"linear_attn.{name}_conv.bias" for name in CONVOLVED],
-}
+TAPS_BIAS = "mamba.conv1d.bias"
 BIASES = [f"linear_attn.{name}_proj.bias" for name in CONVOLVED]  # where no convolution is
+JOINED = (
+    ("shared_mlp.input_linear.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
+    ("mamba.in_proj.weight", [f"linear_attn.{name}_proj.weight" for name in ("g", *CONVOLVED, "dt")]),
+    ("mamba.conv1d.weight", [f"linear_attn.{name}_conv.weight" for name in CONVOLVED]),
+    (TAPS_BIAS, [f"linear_attn.{name}_conv.bias" for name in CONVOLVED]),
+    (TAPS_BIAS, BIASES),
+)
 
 
 def tensors_of(config: ModelConfig) -> list[NativeTensor]:
     """Every tensor of the architecture for a model of this config, in the order of a file."""
-    by_name = {tensor.name: tensor for tensor in file_tensors(config)}
-    tensors = []
-    for tensor in by_name.values():
-        layer, own = layer_and_own(tensor.name)
-        joined = JOINED | ({"mamba.conv1d.bias": BIASES} if layer + BIASES[0] in by_name else {})
-        whole = next((whole for whole, parts in joined.items() if own in parts), None)
-        if whole is None:
-            tensors.append(NativeTensor(layer + RENAMED.get(own, own), (tensor,), SAME))
-        elif own == joined[whole][0]:
-            tensors.append(NativeTensor(layer + whole, tuple(by_name[layer + part] for part in joined[whole]), STACKED))
-        tensors += _constants(layer, own, by_name, config)
-    return tensors
+    return renamed_and_joined(config, RENAMED, JOINED, partial(_constants, config))
 
 
-def _constants(layer: str, own: str, by_name: Mapping[str, FileTensor], config: ModelConfig) -> Iterator[NativeTensor]:
+def _constants(config: ModelConfig, layer: str, own: str, by_name: Mapping[str, FileTensor]) -> Iterator[NativeTensor]:
     """What the architecture has beside one of our tensors, and we have not."""
     inner = config.num_heads * config.head_dim
     if own == "self_attn.o_proj.weight" and config.qkv_bias and not config.o_bias:
@@ -56,6 +47,6 @@ def _constants(layer: str, own: str, by_name: Mapping[str, FileTensor], config: 
         if layer + "linear_attn.v_conv.weight" not in by_name:
             yield identity_taps(f"{layer}mamba.conv1d.weight", 3 * inner, NO_CONVOLUTION_TAPS, "ssm_conv_size")
             if layer + BIASES[0] not in by_name:
-                yield no_bias(f"{layer}mamba.conv1d.bias", 3 * inner)
+                yield no_bias(layer + TAPS_BIAS, 3 * inner)
         if config.o_bias:
             yield no_bias(f"{layer}mamba.in_proj.bias", 4 * inner + config.num_states)

@@ -7,15 +7,16 @@
 Every step is exact but one: s - 1 rounds for some s below 1/2. There powers of two help: see `fold.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from jaxhybrid.errors import WeightsError
-from jaxhybrid.families.native_qwen3_5 import NO_CONVOLUTION_TAPS
+from jaxhybrid.families.feature import NO_CONVOLUTION_TAPS
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.weights.change import SAME, STACKED, WAY_OUT, Change, NativeTensor, identity_taps, rows
-from jaxhybrid.weights.names import Shape, file_tensors, layer_and_own
+from jaxhybrid.weights.change import SAME, WAY_OUT, Change, NativeTensor, identity_taps, renamed_and_joined, rows
+from jaxhybrid.weights.names import FileTensor, Shape
 
 # Suffixes of our names after the layer's, and what becomes of the tensor.
 RENAMED = {
@@ -25,11 +26,9 @@ RENAMED = {
     "linear_attn.o_norm.weight": "linear_attn.norm.weight",
     "linear_attn.o_proj.weight": "linear_attn.out_proj.weight",
 }
-QKV, TAPS = "linear_attn.in_proj_qkv.weight", "linear_attn.conv1d.weight"
-JOINED = {
-    QKV: [f"linear_attn.{name}_proj.weight" for name in "qkv"],
-    TAPS: [f"linear_attn.{name}_conv.weight" for name in "qkv"],
-}
+PROJECTIONS, CONVOLUTIONS = ([f"linear_attn.{name}_{part}.weight" for name in "qkv"] for part in ("proj", "conv"))
+TAPS = "linear_attn.conv1d.weight"
+JOINED = (("linear_attn.in_proj_qkv.weight", PROJECTIONS), (TAPS, CONVOLUTIONS))
 CENTRED = (
     *("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight"),
     *("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
@@ -39,19 +38,14 @@ GATED, DOUBLED = "self_attn.q_proj.weight", "self_attn.o_proj.weight"
 
 def tensors_of(config: ModelConfig) -> list[NativeTensor]:
     """Every tensor of the architecture for a model of this config, in the order of a file."""
-    by_name = {tensor.name: tensor for tensor in file_tensors(config)}
-    tensors = []
-    for tensor in by_name.values():
-        layer, own = layer_and_own(tensor.name)
-        whole = next((whole for whole, parts in JOINED.items() if own in parts), None)
-        if whole is None:
-            tensors.append(NativeTensor(layer + RENAMED.get(own, own), (tensor,), _change(own, config.head_dim)))
-        elif own == JOINED[whole][0]:
-            tensors.append(NativeTensor(layer + whole, tuple(by_name[layer + part] for part in JOINED[whole]), STACKED))
-            if whole == QKV and layer + JOINED[TAPS][0] not in by_name:
-                channels = tensors[-1].file_shape[0]
-                tensors.append(identity_taps(layer + TAPS, channels, NO_CONVOLUTION_TAPS, "conv_size"))
-    return tensors
+    return renamed_and_joined(config, RENAMED, JOINED, _taps, partial(_change, config.head_dim))
+
+
+def _taps(layer: str, own: str, by_name: Mapping[str, FileTensor]) -> Iterator[NativeTensor]:
+    """Of a layer without a convolution."""
+    if own == PROJECTIONS[0] and layer + CONVOLUTIONS[0] not in by_name:
+        channels = sum(by_name[layer + part].file_shape[0] for part in PROJECTIONS)
+        yield identity_taps(layer + TAPS, channels, NO_CONVOLUTION_TAPS, "conv_size")
 
 
 def centred(scale: np.ndarray) -> np.ndarray:
@@ -82,7 +76,7 @@ CENTRE = Change(rows, lambda values: centred(values[0]), lambda x, shapes, index
 DOUBLE = Change(rows, lambda values: values[0] * values[0].dtype.type(2), lambda x, shapes, index: x / x.dtype.type(2))
 
 
-def _change(own: str, head_dim: int) -> Change:
+def _change(head_dim: int, own: str) -> Change:
     if own in CENTRED:
         return CENTRE
     return {GATED: _gated(head_dim), DOUBLED: DOUBLE}.get(own, SAME)

@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,24 +16,18 @@ from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM
 from jaxhybrid.errors import ConfigError, WeightsError
 from jaxhybrid.export.folder import export
 from jaxhybrid.export.form import choose, why_not_native
-from jaxhybrid.families import FAMILIES, config_to_hf
+from jaxhybrid.families import FAMILIES
 from jaxhybrid.families.native_granite import features
 from jaxhybrid.families.native_olmo import features as olmo_features
 from jaxhybrid.model.config import RopeConfig, SoftmaxConfig, WindowConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-from jaxhybrid.model.transformer import Model, forward
-from jaxhybrid.weights.huggingface import load_student, load_teacher
-from jaxhybrid.weights.save import save_weights
+from jaxhybrid.weights.huggingface import load_student
+from tests.export.rounding import errors_in_16_bits, logits, read
 from tests.export.students import GRANITE, GRANITE_CASES, SOFT, make_student
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:No tokenizer")
-TOKENS = np.random.default_rng(0).integers(1, 61, (2, 40)).astype(np.int32)
 MIXER = GRANITE["mixer"]
-
-
-def logits(model):
-    return np.asarray(jax.jit(lambda params: forward(Model(params, model.config), TOKENS))(model.params))
 
 
 @pytest.fixture
@@ -142,31 +135,14 @@ def test_exports_in_16_bits_compute_the_same_bits(tmp_path):
 def test_logits_of_its_own_class(tmp_path):
     """In float32 they equal ours. In bfloat16 their RMS difference to those is no more than with the model's own code,
     which keeps steps in float32, and near a softmax model's of the same shape; weights are the same in all."""
-
-    def read(folder, dtype):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=True, output_loading_info=True
-        )
-        assert not any(loading.values())
-        with torch.no_grad():
-            return type(model), model(torch.from_numpy(TOKENS).long()).logits.float().numpy()
-
-    def rms(folder, exact):
-        return float(np.sqrt(np.mean((read(folder, torch.bfloat16)[1] - exact) ** 2)) / exact.std())
-
     student = make_student("", **GRANITE)
-    exact = logits(load_student(export(student, tmp_path / "native")))
-    kind, theirs = read(tmp_path / "native", torch.float32)
-    assert kind is GraniteMoeHybridForCausalLM
+    softmax = make_student("", **GRANITE | {"layer_types": (SOFT,) * 3, "mixer": None})
+    native, own_code, teacher = errors_in_16_bits(tmp_path, student, softmax)
+    model, theirs = read(tmp_path / "native", torch.float32)
+    exact = logits(load_student(tmp_path / "native"))
+    assert type(model) is GraniteMoeHybridForCausalLM
     assert exact.std() > 0.3
     assert np.abs(theirs - exact).max() < 1e-4
-    native = rms(tmp_path / "native", exact)
-    own_code = rms(export(student, tmp_path / "own-code", format="remote-code"), exact)
-    softmax = make_student("", **GRANITE | {"layer_types": (SOFT,) * 3, "mixer": None})
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config_to_hf(softmax.config)))
-    save_weights(softmax.params, softmax.config, tmp_path / "teacher", jnp.bfloat16)
-    teacher = rms(tmp_path / "teacher", logits(load_teacher(tmp_path / "teacher")))
     assert 0.001 < native < 1.1 * own_code
     assert max(native, own_code) < 1.5 * teacher
 

@@ -18,23 +18,16 @@ from transformers import AutoModelForCausalLM
 from jaxhybrid.errors import ConfigError, WeightsError
 from jaxhybrid.export.folder import export
 from jaxhybrid.export.form import choose
-from jaxhybrid.families import config_to_hf
 from jaxhybrid.families.native_qwen3_5 import attention_interval, features
 from jaxhybrid.model.config import ExpertsConfig, ModelConfig, RopeConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
-from jaxhybrid.model.transformer import Model, forward
 from jaxhybrid.weights.fold import _factor, _is_exact, _pair_factor
-from jaxhybrid.weights.huggingface import load_student, load_teacher
-from jaxhybrid.weights.save import save_weights
+from jaxhybrid.weights.huggingface import load_student
+from tests.export.rounding import errors_in_16_bits, logits
 from tests.export.students import LIN, QWEN3_5, QWEN3_5_CASES, SOFT, make_student
 
 torch.set_num_threads(1)
-TOKENS = np.random.default_rng(0).integers(1, 61, (2, 40)).astype(np.int32)
 MIXER = QWEN3_5["mixer"]
-
-
-def logits(model):
-    return np.asarray(jax.jit(lambda params: forward(Model(params, model.config), TOKENS))(model.params))
 
 
 def with_scales(model, draw):
@@ -191,22 +184,9 @@ def test_what_has_to_be_rounded_is_told(tmp_path, teacher_folder):
 def test_error_in_16_bits(tmp_path, teacher_folder):
     """RMS difference of bfloat16 to float32 logits, of weights that are the same in both: no more than with the model's
     own code, which keeps gates in float32, and near a softmax model's of the same shape."""
-
-    def rms(folder, exact):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=True)
-        with torch.no_grad():
-            found = model(torch.from_numpy(TOKENS).long()).logits.float().numpy()
-        return float(np.sqrt(np.mean((found - exact) ** 2)) / exact.std())
-
     student = make_student(teacher_folder, least_scale=0.5, **QWEN3_5)
-    exact = logits(load_student(export(student, tmp_path / "native")))
-    native = rms(tmp_path / "native", exact)
-    own_code = rms(export(student, tmp_path / "own-code", format="remote-code"), exact)
     softmax = make_student(teacher_folder, least_scale=0.5, **QWEN3_5 | {"layer_types": (SOFT,) * 3, "mixer": None})
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config_to_hf(softmax.config)))
-    save_weights(softmax.params, softmax.config, tmp_path / "teacher", jnp.bfloat16)
-    teacher = rms(tmp_path / "teacher", logits(load_teacher(tmp_path / "teacher")))
+    native, own_code, teacher = errors_in_16_bits(tmp_path, student, softmax)
     assert 0.001 < native < 1.1 * own_code
     assert native < 1.5 * teacher
 
