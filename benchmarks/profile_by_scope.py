@@ -22,11 +22,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_c
 import jax
 from compiled import Program
 from shapes import SHAPES
-from step_speed import Steps, packed_batch
+from step_speed import UPDATES, Steps, batch_of
 
 from jaxhybrid.model.config import FULL_ATTENTION, Remat
 from jaxhybrid.model.mixers import LINEAR_MIXERS
-from jaxhybrid.model.partition import batch_sharding, make_mesh
+from jaxhybrid.model.partition import make_mesh
 
 SCOPES = (FULL_ATTENTION, *LINEAR_MIXERS, "mlp", "norm", "head", "loss", "embed", "gather", "optimizer")
 
@@ -85,7 +85,7 @@ def tables(program: Program, ran: list[tuple[str, str, float]], steps: int, long
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m-instruct", choices=SHAPES)
-    parser.add_argument("--stage", default="distill", choices=["align", "distill"])
+    parser.add_argument("--stage", default="distill", choices=list(UPDATES))
     parser.add_argument("--mixer", default="gated_deltanet", choices=list(LINEAR_MIXERS))
     parser.add_argument("--remat", default="block", choices=get_args(Remat))
     parser.add_argument("--rows", type=int, default=128)
@@ -98,8 +98,7 @@ def main() -> None:
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         steps = Steps(given.shape, mesh, given.mixer)
-        batch = packed_batch(given.rows, given.length, steps.shape.vocab_size)
-        batch = jax.device_put(batch, batch_sharding(mesh))
+        batch = batch_of(steps, mesh, given.rows, given.length, [given.stage])
         step, state = steps.step(given.stage, given.remat, given.chunk)
         compiled = step.lower(state, steps.frozen, batch).compile()
         text = compiled.as_text()

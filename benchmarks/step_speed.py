@@ -11,6 +11,7 @@ step costs. Median of the steps after the first two. `score` has the teacher's s
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -97,6 +98,15 @@ def seconds_per_step(step: Any, state: Any, frozen: Any, batch: dict[str, jax.Ar
     return float(np.median(times[2:]))
 
 
+def batch_of(steps: Steps, mesh: Mesh, rows: int, length: int, stages: Sequence[str]) -> dict[str, jax.Array]:
+    """Placed on the mesh, with the teacher's states if a stage takes them from a file."""
+    batch = jax.device_put(packed_batch(rows, length, steps.shape.vocab_size), batch_sharding(mesh))
+    if "score" in stages:
+        states = jax.jit(partial(hidden_states, dtype=jnp.bfloat16))
+        batch["teacher_hidden"] = states(steps.frozen, batch["tokens"], batch["segment_ids"])
+    return batch
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", nargs="+", default=["xla", "pallas_gpu"])
@@ -120,11 +130,7 @@ def main() -> None:
     )
     with jax.set_mesh(mesh):
         steps = Steps(arguments.shape, mesh, arguments.mixer)
-        batch = packed_batch(arguments.rows, arguments.length, steps.shape.vocab_size)
-        batch = jax.device_put(batch, batch_sharding(mesh))
-        if "score" in arguments.stages:
-            states = jax.jit(partial(hidden_states, dtype=jnp.bfloat16))
-            batch["teacher_hidden"] = states(steps.frozen, batch["tokens"], batch["segment_ids"])
+        batch = batch_of(steps, mesh, arguments.rows, arguments.length, arguments.stages)
         for stage in arguments.stages:
             for implementation in arguments.implementations:
                 linear.linear_attention = partial(linear_attention, implementation=implementation)
