@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxhybrid.model.balanced import balanced
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.layers import Linear, TokenContext, query_key_norms
@@ -90,10 +91,18 @@ class Attention(nnx.Module):
         """Attention without a state [B,T,H,K], or what else `attend` makes of its arguments."""
         if context.first_token is not None:  # the keys of the whole row, for the queries of a part of it
             k, v = (joined(x, 1, "context") for x in (k, v))
-        return attend(
-            q, k, v, context.segment_ids, key_segment_ids=context.key_segment_ids, first_query=context.first_token,
-            window=self.sees(context), cap=self.cap,
-        )  # fmt: skip
+        window = self.sees(context)
+
+        def of_queries(q: jax.Array, first: jax.Array | None) -> jax.Array:
+            return attend(
+                q, k, v, context.segment_ids, key_segment_ids=context.key_segment_ids, first_query=first,
+                window=window, cap=self.cap,
+            )  # fmt: skip
+
+        everywhere_alike = window is not None and window.slides is True
+        if context.first_token is None or everywhere_alike or q.shape[1] % 2:
+            return of_queries(q, context.first_token)
+        return balanced(q, of_queries)
 
 
 def written(caches: Params, new: Params, index_B: jax.Array) -> Params:

@@ -12,7 +12,7 @@ Outside, and without a mesh, the functions here that stand for collectives do no
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -354,6 +354,11 @@ def joined(x: jax.Array, axis: int, *axes: str) -> jax.Array:
 def scattered(x: jax.Array, axis: int, *axes: str) -> jax.Array:
     """Summed over mesh axes, of which each device keeps its part of an array axis."""
     return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True) if _in_shards() else x
+
+
+def permuted(x: jax.Array, axis: str, to: Sequence[int]) -> jax.Array:
+    """What the device sent whose number is i, on the device `to[i]` along a mesh axis."""
+    return jax.lax.ppermute(x, axis, list(enumerate(to)))
 
 
 def exchanged(x: jax.Array, split: int, join: int) -> jax.Array:
