@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxhybrid_kernels import kl_sums
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.head import (
@@ -128,11 +129,15 @@ def _first_columns(head: Head, count: int) -> Head:
 
 def _kl(logits: jax.Array, _: jax.Array, teacher_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     # With e = exp(z - top):  KL = sum e_p (z_p - z_q) / sum e_p - log Z_p + log Z_q, all sums in one exchange.
-    tops = largest(jnp.stack([jnp.max(logits, -1), jnp.max(teacher_logits, -1)]), *SHARERS)
-    q, p = jnp.exp(logits - tops[0][:, None]), jnp.exp(teacher_logits - tops[1][:, None])
-    sums = jnp.stack([jnp.sum(x, -1) for x in (q, p, p * (teacher_logits - logits))])
-    q_sum, p_sum, difference = total(sums, *SHARERS)
+    own = kl_sums(logits, teacher_logits)
+    own_tops = jnp.stack([own.top, own.teacher_top])
+    tops = largest(own_tops, *SHARERS)
+    q_share, p_share = jnp.exp(own_tops - tops)
+    q_sum, p_sum, difference = total(
+        jnp.stack([q_share * own.total, p_share * own.teacher_total, p_share * own.difference]), *SHARERS
+    )
     kl = difference / p_sum + (tops[0] - tops[1]) + (jnp.log(q_sum) - jnp.log(p_sum))
+    q, p = jnp.exp(logits - tops[0][:, None]), jnp.exp(teacher_logits - tops[1][:, None])
     return kl, q / q_sum[:, None] - p / p_sum[:, None]
 
 
