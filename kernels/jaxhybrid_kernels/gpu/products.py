@@ -17,13 +17,17 @@ def shared(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=TILED)
 
 
-def multiply(left: Any, right: Any, *, interpret: bool) -> jax.Array:
-    """left @ right; left in registers or shared memory, right in shared memory. Waits for the result."""
+def multiply(
+    left: Any, right: Any, *, interpret: bool, issued: Callable[[], None] = lambda: None
+) -> jax.Array:
+    """left @ right; left in registers or shared memory, right in shared memory. Waits for the result, after `issued`."""
     if interpret:
+        issued()
         return _interpreted(left, right)
 
     def fresh(total):
         plgpu.wgmma(total, left, right)
+        issued()
         return total[...]
 
     return pl.run_scoped(fresh, _sums(left, right))
@@ -97,7 +101,7 @@ def rows(vector: Any) -> jax.Array:
 
 
 def columns(vector: Any) -> jax.Array:
-    """[64] of memory, one number per column of a product's result."""
+    """Of memory, one number per column of a product's result."""
     return plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
