@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that loads and of one that computes, where there is a loader."""
-        return (40, 232) if self.warpgroups == 2 else (32, 160)
+        return (24, 240) if self.warpgroups == 2 else (32, 160)
 
 
 class AttentionPlan(NamedTuple):

@@ -15,7 +15,9 @@ from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_see
 from jaxhybrid_kernels.gpu.softmax_forward import forward_kernel
 from jaxhybrid_kernels.gpu.softmax_key_gradients import key_gradients_kernel
 from jaxhybrid_kernels.gpu.softmax_query_gradient import query_gradient_kernel
+from jaxhybrid_kernels.numerics import target_platform
 
+HOPPER = "9.0"
 WIDTHS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 WHOLE = 128  # queries and keys are padded to a multiple of this: it holds any block
@@ -27,6 +29,11 @@ KEY = Blocks(columns=64, stages=2, warpgroups=2)
 def softmax_attention_refusal(q: jax.Array, k: jax.Array) -> str | None:
     """Why the kernels cannot take q [B,Q,Hq,D] and k [B,M,Hk,D], naming the value in the way; None if they can."""
     (Hq, D), Hk = q.shape[2:], k.shape[2]
+    platform = target_platform()
+    if platform not in ("gpu", "cpu"):
+        return f"the kernels run on GPUs, and on CPUs interpreted; the platform is {platform!r}."
+    if platform != "cpu" and (capability := str(jax.devices("gpu")[0].compute_capability)) != HOPPER:
+        return f"the kernels need compute capability {HOPPER}; this GPU has {capability}."
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         return f"q and k have dtypes {q.dtype} and {k.dtype}, the kernels take bfloat16 or float16, the same of both."
     if D not in WIDTHS:
@@ -37,7 +44,7 @@ def softmax_attention_refusal(q: jax.Array, k: jax.Array) -> str | None:
 
 
 def make_plan(
-    q: jax.Array, k: jax.Array, *, interpret: bool, forward: Blocks = FORWARD, query: Blocks = QUERY, key: Blocks = KEY
+    q: jax.Array, k: jax.Array, *, forward: Blocks = FORWARD, query: Blocks = QUERY, key: Blocks = KEY
 ) -> AttentionPlan:
     """Of q [B,Q,Hq,D] and k [B,M,Hk,D]. Warpgroups hold different heads only where a group's heads divide so."""
     (B, Q, Hq, D), (M, Hk) = q.shape, k.shape[1:3]
@@ -45,7 +52,7 @@ def make_plan(
         blocks._replace(by_head=False) if Hq // Hk % blocks.heads else blocks for blocks in (forward, query)
     )
     whole = Q + -Q % WHOLE, M + -M % WHOLE
-    return AttentionPlan(B, *whole, Hq, Hk, D, q.dtype, forward, query, key, interpret)
+    return AttentionPlan(B, *whole, Hq, Hk, D, q.dtype, forward, query, key, target_platform() == "cpu")
 
 
 def softmax_attention(
