@@ -1,4 +1,4 @@
-"""Softmax attention's Hopper kernels: interpreted against the formula in float64, and lowered for CUDA without a GPU."""
+"""Softmax attention's Hopper kernels: interpreted against the formula in float64, lowered for CUDA without a GPU."""
 
 import jax
 import jax.numpy as jnp

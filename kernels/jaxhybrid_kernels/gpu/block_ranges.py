@@ -1,8 +1,8 @@
 """Which blocks of keys a block of queries sees, and the reverse, where each query sees a range of keys up to its own.
 
-The first key that a query sees never falls along a row, so what a block sees is a range of blocks as well. Whatever lies
-outside of it is not loaded. Inside it the blocks of which every query sees every key are a range again: only the others
-need a mask.
+The first key that a query sees never falls along a row, so what a block sees is a range of blocks as well. Whatever
+lies outside of it is not loaded. Inside it the blocks of which every query sees every key are a range again: only the
+others need a mask.
 """
 
 import jax
@@ -30,7 +30,7 @@ def query_blocks_seeing(starts: jax.Array, first: jax.Array, tokens: int, querie
     blocks = starts.shape[1] // queries
     key = jnp.arange(0, tokens, keys, dtype=jnp.int32)
     last = key + keys - 1
-    # Starts never fall: a block of queries sees a key if its first one starts early enough, and all do if its last does.
+    # Starts never fall: some query of a block sees a key if its first one starts early enough, all if its last does.
     end = jnp.sum(starts[:, None, ::queries] <= last[:, None], axis=2, dtype=jnp.int32)
     begin = jnp.minimum(jnp.clip((key - first) // queries, 0, blocks), end)
     full_end = jnp.sum(starts[:, None, queries - 1 :: queries] <= key[:, None], axis=2, dtype=jnp.int32)

@@ -17,10 +17,11 @@ def shared(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=TILED)
 
 
-def multiply(
-    left: Any, right: Any, *, interpret: bool, issued: Callable[[], None] = lambda: None
-) -> jax.Array:
-    """left @ right; left in registers or shared memory, right in shared memory. Waits for the result, after `issued`."""
+def multiply(left: Any, right: Any, *, interpret: bool, issued: Callable[[], None] = lambda: None) -> jax.Array:
+    """left @ right; left in registers or shared memory, right in shared memory.
+
+    Waits for the result, and calls `issued` before.
+    """
     if interpret:
         issued()
         return _interpreted(left, right)

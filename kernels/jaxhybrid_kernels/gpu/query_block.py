@@ -54,7 +54,8 @@ class QueryBlock(NamedTuple):
 
 def query_block(plan: AttentionPlan, blocks: Blocks, ranges: Any) -> QueryBlock:
     b, head, group = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("group")
-    index = plan.Q // blocks.rows - 1 - lax.axis_index("block")  # the last see most where documents are long: they begin
+    # Where documents are long the last queries see most keys: they begin, so that the ends fill the chip.
+    index = plan.Q // blocks.rows - 1 - lax.axis_index("block")
     shift = 0 if blocks.by_head else group * ROWS
     key_head = lax.div(head * blocks.heads, jnp.int32(plan.group))
     begin, full_begin, full_end, end, place = (
@@ -63,9 +64,7 @@ def query_block(plan: AttentionPlan, blocks: Blocks, ranges: Any) -> QueryBlock:
     if blocks.by_head:
         head = head * blocks.warpgroups + group
     tokens = pl.ds(index * blocks.rows + shift, ROWS)
-    return QueryBlock(
-        b, head, key_head, group, tokens, place + shift, begin, full_begin, full_end, end, blocks.columns
-    )
+    return QueryBlock(b, head, key_head, group, tokens, place + shift, begin, full_begin, full_end, end, blocks.columns)
 
 
 def key_stream(blocks: Blocks, own: QueryBlock, k: Any, v: Any, s: dict[str, Any]) -> Stream:

@@ -1,6 +1,6 @@
 """Gradient of the queries of softmax attention: a warpgroup has 64 queries of one head and meets the keys they see.
 
-    P = 2^(S - logsumexp)   dP = dO V'   dS = P (dP - rowsum(dO O))   dQ = dS K / sqrt(D)
+P = 2^(S - logsumexp)   dP = dO V'   dS = P (dP - rowsum(dO O))   dQ = dS K / sqrt(D)
 """
 
 from collections.abc import Callable
