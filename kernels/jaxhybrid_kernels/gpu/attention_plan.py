@@ -49,7 +49,8 @@ class AttentionPlan(NamedTuple):
     dtype: Any
     forward: Blocks
     query: Blocks  # of the queries' gradient
-    key: Blocks  # of the keys' and values' gradients
+    key: Blocks  # of the keys' and values' gradients, or of all gradients
+    joint: bool  # one kernel for all gradients
     interpret: bool
 
     @property

@@ -31,15 +31,14 @@ class Stream(NamedTuple):
         plgpu.barrier_wait(self.loaded.at[self.slot(step)])
 
     def release(self, step: jax.Array) -> None:
-        """This warpgroup is done with the step's block."""
-        if self.consumed is not None:
-            plgpu.barrier_arrive(self.consumed.at[self.slot(step)])
-            return
+        """This warpgroup is done with the step's block: its slot can have the next one."""
 
-        # Issuing a copy waits for all of the warpgroup to be here.
         @pl.when(step + self.stages < self.count)
         def _():
-            self.load(step + self.stages, self.slot(step))
+            if self.consumed is not None:
+                plgpu.barrier_arrive(self.consumed.at[self.slot(step)])
+            else:  # issuing a copy waits for all of the warpgroup to be here
+                self.load(step + self.stages, self.slot(step))
 
     def begin(self) -> None:
         for step in range(self.stages):

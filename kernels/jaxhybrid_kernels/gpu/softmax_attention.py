@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxhybrid_kernels.gpu.attention_plan import AttentionPlan, Blocks
 from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_seeing
 from jaxhybrid_kernels.gpu.softmax_forward import forward_kernel
+from jaxhybrid_kernels.gpu.softmax_gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.softmax_key_gradients import key_gradients_kernel
 from jaxhybrid_kernels.gpu.softmax_query_gradient import query_gradient_kernel
 from jaxhybrid_kernels.numerics import target_platform
@@ -24,6 +25,7 @@ WHOLE = 128  # queries and keys are padded to a multiple of this: it holds any b
 FORWARD = Blocks(columns=128, stages=2, warpgroups=2)
 QUERY = Blocks(columns=64, stages=2, warpgroups=2)
 KEY = Blocks(columns=64, stages=2, warpgroups=2)
+JOINT = False
 
 
 def softmax_attention_refusal(q: jax.Array, k: jax.Array) -> str | None:
@@ -44,7 +46,13 @@ def softmax_attention_refusal(q: jax.Array, k: jax.Array) -> str | None:
 
 
 def make_plan(
-    q: jax.Array, k: jax.Array, *, forward: Blocks = FORWARD, query: Blocks = QUERY, key: Blocks = KEY
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    forward: Blocks = FORWARD,
+    query: Blocks = QUERY,
+    key: Blocks = KEY,
+    joint: bool = JOINT,
 ) -> AttentionPlan:
     """Of q [B,Q,Hq,D] and k [B,M,Hk,D]. Warpgroups hold different heads only where a group's heads divide so."""
     (B, Q, Hq, D), (M, Hk) = q.shape, k.shape[1:3]
@@ -52,7 +60,7 @@ def make_plan(
         blocks._replace(by_head=False) if Hq // Hk % blocks.heads else blocks for blocks in (forward, query)
     )
     whole = Q + -Q % WHOLE, M + -M % WHOLE
-    return AttentionPlan(B, *whole, Hq, Hk, D, q.dtype, forward, query, key, target_platform() == "cpu")
+    return AttentionPlan(B, *whole, Hq, Hk, D, q.dtype, forward, query, key, joint, target_platform() == "cpu")
 
 
 def softmax_attention(
@@ -93,9 +101,13 @@ def _forward(q: Any, k: Any, v: Any, starts: Any, first: Any, plan: AttentionPla
 def _backward(plan: AttentionPlan, saved: Any, d_out: jax.Array) -> Any:
     q, k, v, starts, first, out, logsumexp = saved
     dots = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
-    seen = key_blocks_seen(starts, first, plan.M, plan.query.rows, plan.query.columns)
     seeing = query_blocks_seeing(starts, first, plan.M, queries=plan.key.columns, keys=plan.key.rows)
     operands = q, k, v, d_out, logsumexp, dots, starts
+    if plan.joint:
+        total = jax.new_ref(jnp.zeros_like(q, dtype=jnp.float32))
+        d_k, d_v = gradients_kernel(plan)(*operands, seeing, total)
+        return (total[...] * plan.D**-0.5).astype(q.dtype), d_k, d_v, None, None
+    seen = key_blocks_seen(starts, first, plan.M, plan.query.rows, plan.query.columns)
     (d_q,) = query_gradient_kernel(plan)(*operands, seen)
     d_k, d_v = key_gradients_kernel(plan)(*operands, seeing)
     return d_q, d_k, d_v, None, None
