@@ -89,11 +89,17 @@ def test_sizes(sizes, documents, dtype):
         {"forward": Blocks(64, 2), "query": Blocks(64, 3), "key": Blocks(128, 2)},
         {"forward": Blocks(64, 2, 2, by_head=True, alternate=True), "query": Blocks(128, 2, 2, by_head=True)},
         {"forward": Blocks(128, 2, 2, alternate=True), "key": Blocks(64, 3, 2)},
+        {"forward": Blocks(64, 3, 2, ahead=True), "key": Blocks(64, 2), "joint": True},
     ],
 )
 @slow
 def test_other_divisions_of_the_work(blocks):
     check((256, 256, 2, 1, 64), document_starts(1, 256, 4), **blocks)
+
+
+@slow
+def test_gradients_in_one_kernel():
+    check((200, 256, 2, 1, 128), document_starts(1, 256, 4), first=50, key=Blocks(64, 2, 2), joint=True)
 
 
 @slow

@@ -18,6 +18,7 @@ class Blocks(NamedTuple):
     warpgroups: int = 1
     by_head: bool = False  # the warpgroups hold the same queries of neighbouring heads, not neighbouring queries
     alternate: bool = False  # two warpgroups take turns at the tensor cores
+    ahead: bool = False  # the next block's scores are under way while this one's values are summed
 
     @property
     def rows(self) -> int:

@@ -16,7 +16,7 @@ from jax import lax
 from jaxhybrid_kernels.gpu.attention_plan import ROWS, AttentionPlan
 from jaxhybrid_kernels.gpu.block_stream import barriers, run_stream
 from jaxhybrid_kernels.gpu.launch import kernel
-from jaxhybrid_kernels.gpu.products import accumulate, along_rows, multiply, shared
+from jaxhybrid_kernels.gpu.products import accumulate, accumulate_meanwhile, along_rows, multiply, shared
 from jaxhybrid_kernels.gpu.query_block import LOG2_E, key_slots, key_stream, launch_grid, query_block
 
 LOWEST = -1e20  # the first m: above NOTHING, so that what is not seen weighs nothing before anything is seen
@@ -46,23 +46,47 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
             first_keys = own.starts(starts)
             plgpu.barrier_wait(arrived)
 
-            def step(i, carry):
-                o, m, l = carry
-                keys, values = (s[name].at[stream.slot(i)] for name in "kv")
-                stream.await_block(i)
-                scores = multiply(query, keys.transpose((1, 0)), interpret=interpret, issued=turn)
+            def weigh(i, scores, m, l):
+                """(Weights of the step's keys, what remains of earlier ones, new m and l.)"""
                 scores = own.masked(i, scores, first_keys)
                 new_m = jnp.maximum(m, jnp.max(scores, axis=1) * factor)
                 weights = jnp.exp2(scores * factor - along_rows(new_m, blocks.columns))
                 kept = jnp.exp2(m - new_m)
-                o, l = o * along_rows(kept, D), l * kept + jnp.sum(weights, axis=1)
-                weights = weights.astype(plan.dtype)
+                return weights.astype(plan.dtype), kept, new_m, l * kept + jnp.sum(weights, axis=1)
+
+            def block(i):
+                """Keys, turned, and values of a step."""
+                slot = stream.slot(i)
+                return s["k"].at[slot].transpose((1, 0)), s["v"].at[slot]
+
+            def step(i, carry):
+                o, m, l = carry
+                keys, values = block(i)
+                stream.await_block(i)
+                scores = multiply(query, keys, interpret=interpret, issued=turn)
+                weights, kept, m, l = weigh(i, scores, m, l)
+                o = o * along_rows(kept, D)
                 if blocks.alternate:
-                    o, l, new_m, weights = lax.optimization_barrier((o, l, new_m, weights))
+                    o, l, m, weights = lax.optimization_barrier((o, l, m, weights))
                 turn()
                 (o,) = accumulate((o, [(weights, values)]), interpret=interpret)
                 stream.release(i)
-                return o, new_m, l
+                return o, m, l
+
+            def step_ahead(i, carry):
+                """Sums the step's values, and weighs the next keys."""
+                o, weights, m, l = carry
+                stream.await_block(i + 1)
+                o, weights, kept, m, l = accumulate_meanwhile(
+                    o,
+                    (weights, block(i)[1]),
+                    (query, block(i + 1)[0]),
+                    lambda scores: weigh(i + 1, scores, m, l),
+                    (weights, m, m, l),
+                    interpret=interpret,
+                )
+                stream.release(i)
+                return o * along_rows(kept, D), weights, m, l
 
             def full(value, *shape):
                 layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
@@ -70,7 +94,16 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
 
             pl.when(own.group == 1)(turn)
             begin = full(0.0, ROWS, D), full(LOWEST, ROWS), full(0.0, ROWS)
-            o, m, l = lax.fori_loop(0, stream.count, step, begin)
+            if blocks.ahead:
+                o, m, l = begin
+                first, last = jnp.int32(0), stream.count - 1
+                stream.await_block(first)
+                scores = multiply(query, block(first)[0], interpret=interpret)
+                weights, _, m, l = weigh(first, scores, m, l)
+                o, weights, m, l = lax.fori_loop(0, last, step_ahead, (o, weights, m, l))
+                (o,) = accumulate((o, [(weights, block(last)[1])]), interpret=interpret)
+            else:
+                o, m, l = lax.fori_loop(0, stream.count, step, begin)
             pl.when(own.group == 0)(turn)
             logsumexp[own.b, own.head, own.tokens] = m + jnp.log(l) * LOG2_E
             query[...] = (o * along_rows(1 / l, D)).astype(plan.dtype)
