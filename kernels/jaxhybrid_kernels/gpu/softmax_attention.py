@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhybrid_kernels.gpu.attention_plan import AttentionPlan, Blocks
+from jaxhybrid_kernels.gpu.attention_plan import ROWS, AttentionPlan, Blocks
 from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_seeing
 from jaxhybrid_kernels.gpu.softmax_forward import forward_kernel
 from jaxhybrid_kernels.gpu.softmax_gradients import gradients_kernel
@@ -59,6 +59,7 @@ def make_plan(
     forward, query = (
         blocks._replace(by_head=False) if Hq // Hk % blocks.heads else blocks for blocks in (forward, query)
     )
+    joint = joint and D // key.warpgroups >= ROWS  # channels of the queries' gradient that a warpgroup makes
     whole = Q + -Q % WHOLE, M + -M % WHOLE
     return AttentionPlan(B, *whole, Hq, Hk, D, q.dtype, forward, query, key, joint, target_platform() == "cpu")
 

@@ -75,7 +75,11 @@ def gradients_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
 
             def step(i, totals):
                 (head, block), slot = queries_of(i), stream.slot(i)
-                queries, d_output, d_scores_of = s["q"].at[slot], s["d_out"].at[slot], s["d_scores"].at[lax.rem(i, jnp.int32(2))]
+                queries, d_output, d_scores_of = (
+                    s["q"].at[slot],
+                    s["d_out"].at[slot],
+                    s["d_scores"].at[lax.rem(i, jnp.int32(2))],
+                )
                 stream.await_block(i)
 
                 def mask(scores):
