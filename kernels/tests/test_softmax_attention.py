@@ -128,7 +128,8 @@ def test_ranges_of_blocks(first, documents, queries, keys):
         assert (place[..., 0] == first + (queries * np.arange(length // queries) if axis == 1 else 0)).all()
 
 
-def test_lowers_for_cuda_inside_shard_map_under_checkpoint(monkeypatch):
+@pytest.mark.parametrize("joint", [False, True])
+def test_lowers_for_cuda_inside_shard_map_under_checkpoint(monkeypatch, joint):
     """With manual axes checked, which the interpreter cannot do."""
     monkeypatch.setattr(module, "target_platform", lambda: "gpu")
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -136,7 +137,7 @@ def test_lowers_for_cuda_inside_shard_map_under_checkpoint(monkeypatch):
 
     def local(q, k, v, starts):
         first = jax.lax.pcast(jnp.int32(64), ("data",), to="varying")
-        return jax.checkpoint(softmax_attention, static_argnums=5)(q, k, v, starts, first, make_plan(q, k))
+        return jax.checkpoint(softmax_attention, static_argnums=5)(q, k, v, starts, first, make_plan(q, k, joint=joint))
 
     def loss(q, k, v, starts):
         out = jax.shard_map(local, mesh=mesh, in_specs=(split,) * 4, out_specs=split)(q, k, v, starts)

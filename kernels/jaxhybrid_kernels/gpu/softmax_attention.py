@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxhybrid_kernels.gpu.attention_plan import ROWS, AttentionPlan, Blocks
 from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_seeing
@@ -105,9 +106,11 @@ def _backward(plan: AttentionPlan, saved: Any, d_out: jax.Array) -> Any:
     seeing = query_blocks_seeing(starts, first, plan.M, queries=plan.key.columns, keys=plan.key.rows)
     operands = q, k, v, d_out, logsumexp, dots, starts
     if plan.joint:
-        total = jax.new_ref(jnp.zeros_like(q, dtype=jnp.float32))
+        total = jax.new_ref(jnp.zeros(q.shape, jnp.float32))  # references must not vary along manual mesh axes,
         d_k, d_v = gradients_kernel(plan)(*operands, seeing, total)
-        return (total[...] * plan.D**-0.5).astype(q.dtype), d_k, d_v, None, None
+        d_q = (total[...] * plan.D**-0.5).astype(q.dtype)
+        axes = tuple(jax.typeof(q).manual_axis_type.varying)  # though what is added to them does
+        return lax.pcast(d_q, axes, to="varying") if axes else d_q, d_k, d_v, None, None
     seen = key_blocks_seen(starts, first, plan.M, plan.query.rows, plan.query.columns)
     (d_q,) = query_gradient_kernel(plan)(*operands, seen)
     d_k, d_v = key_gradients_kernel(plan)(*operands, seeing)
