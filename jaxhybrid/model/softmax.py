@@ -1,7 +1,8 @@
 """softmax(q k' / sqrt(K)) v over earlier tokens of the same document, in memory linear in the row.
 
-Only rows that are short make an array of tokens by tokens. On TPUs JAX's splash attention runs, on NVIDIA GPUs cuDNN,
-elsewhere and for 32 bits plain JAX. docs/attention.md has the figures, and what was tried besides.
+Only rows that are short make an array of tokens by tokens. On TPUs JAX's splash attention runs, on NVIDIA GPUs cuDNN
+or, on Hopper, the package's own kernels, elsewhere and for 32 bits plain JAX. docs/attention.md has the figures, and
+what was tried besides.
 """
 
 import math
@@ -16,12 +17,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import PartitionSpec as P
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel, decode_attention_refusal
+from jaxhybrid_kernels.gpu.softmax_attention import make_plan, softmax_attention, softmax_attention_refusal
 from jaxhybrid_kernels.numerics import decodes_by_kernels, on_nvidia, target_platform
 
 from jaxhybrid.model.layers import capped, exact_dtype, segment_starts
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
 QUERY_BLOCK = 1024  # queries of a block of the plain form, at most
+HOPPER_KERNELS = False  # not measured yet: the package's own kernels on Hopper, where they take the arguments
 CAPPED_SCORES = 2**26  # of a block on GPUs, where the plain form is that of capped scores: 256 MiB of float32
 GPU_ROW = 2048  # keys up to which cuDNN gets one mask for all queries, and its gradient computes nothing again
 GPU_QUERY_BLOCK = 512
@@ -93,6 +96,8 @@ def causal_attention(
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0 and not sinks:
         return splash_attention(q, k, v, documents, starts, first, window, cap)
     seen = Seen(documents if window is None else window.starts(documents, first), documents, sinks)
+    if by_cudnn and HOPPER_KERNELS and not sinks and softmax_attention_refusal(q, k) is None:
+        return softmax_attention(q, k, v, seen.starts, first, make_plan(q, k))
     if by_cudnn and k.shape[1] <= GPU_ROW:
         return _cudnn_short(q, k, v, seen, first, is_causal=first_query is None)
     if by_cudnn:

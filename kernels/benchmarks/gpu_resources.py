@@ -2,6 +2,7 @@
 
     python kernels/benchmarks/gpu_resources.py                      # gated delta rule, 128 channels
     python kernels/benchmarks/gpu_resources.py --recurrence kimi_delta --shape 1,32768,16,128
+    python kernels/benchmarks/gpu_resources.py --attention 8,4096,12,2,128
 
 Needs JAX's CUDA plugin (`jax[cuda13]`), which brings the assembler. Spills are bytes a thread stores; "serialised" says
 that the assembler put waits between products that were to overlap (its warning C7512).
@@ -69,10 +70,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recurrence", default="gated_deltanet")
     parser.add_argument("--shape", default="8,4096,16,128", metavar="B,T,H,width")
+    parser.add_argument("--attention", metavar="B,T,H,G,width", help="softmax attention instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpu-resources-") as dump:
         set_up(dump)
-        report(args.recurrence, [int(size) for size in args.shape.split(",")], Path(dump))
+        name, shape = ("softmax", args.attention) if args.attention else (args.recurrence, args.shape)
+        report(name, [int(size) for size in shape.split(",")], Path(dump))
+
+
+def attention_parts(show: Callable[..., Any], B: int, T: int, H: int, G: int, width: int) -> None:
+    """Forward, and with gradients in both forms."""
+    import jax
+    import jax.numpy as jnp
+    from jaxhybrid_kernels.gpu import softmax_attention as module
+    from jaxhybrid_kernels.gpu.block_ranges import ENTRIES
+
+    q, k = (jax.ShapeDtypeStruct((B, T, heads, width), jnp.bfloat16) for heads in (H, G))
+    by_query = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+    starts = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    plan = module.make_plan(q, k)
+
+    def ranges(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((B, T // rows, ENTRIES), jnp.int32)
+
+    def joint(*operands: Any) -> Any:
+        return module.gradients_kernel(plan)(*operands, jax.new_ref(jnp.zeros(q.shape, jnp.float32)))
+
+    operands = q, k, k, q, by_query, by_query, starts
+    show("forward", module.forward_kernel(plan), q, k, k, starts, ranges(plan.forward.rows))
+    show("of queries", module.query_gradient_kernel(plan), *operands, ranges(plan.query.rows))
+    show("of keys", module.key_gradients_kernel(plan), *operands, ranges(plan.key.rows))
+    show("all gradients", joint, *operands, ranges(plan.key.rows))
 
 
 def report(recurrence: str, shape: list[int], dump: Path) -> None:
@@ -86,7 +114,7 @@ def report(recurrence: str, shape: list[int], dump: Path) -> None:
     else:
         description = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
         device = topologies.get_topology_desc("h100", **description).devices[0]
-    print(f"{device.device_kind}, jax {jax.__version__}, {recurrence}, B,T,H,width = {shape}")
+    print(f"{device.device_kind}, jax {jax.__version__}, {recurrence}, {','.join(map(str, shape))}")
     described = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="cuda")
     mesh = AbstractMesh((), (), abstract_device=described)
 
@@ -100,7 +128,10 @@ def report(recurrence: str, shape: list[int], dump: Path) -> None:
         return jax.eval_shape(function, *arguments)
 
     with jax.sharding.use_abstract_mesh(mesh):
-        jax.eval_shape(lambda: parts(show, *shape, recurrence))
+        if recurrence == "softmax":
+            attention_parts(show, *shape)
+        else:
+            jax.eval_shape(lambda: parts(show, *shape, recurrence))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxhybrid.model import softmax
 from jaxhybrid.model.softmax import Window, causal_attention
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +24,14 @@ def documents(kind, length):
     return jnp.asarray(np.stack([ids, ids[::-1]]), jnp.int32)
 
 
-def compare(run, q, k, v, d_out, real, by_cudnn=True):
+@pytest.fixture(params=["cudnn", "kernels"], autouse=True)
+def form(request, monkeypatch):
+    """With the package's own kernels and without."""
+    monkeypatch.setattr(softmax, "HOPPER_KERNELS", request.param == "kernels")
+    return request.param
+
+
+def compare(run, q, k, v, d_out, real, by="cudnn"):
     """Values and each gradient: both are bfloat16, so each is compared with float32 arithmetic on the same inputs."""
 
     def both(q, k, v):
@@ -31,7 +39,8 @@ def compare(run, q, k, v, d_out, real, by_cudnn=True):
         return out * real, *pull((d_out * real).astype(out.dtype))  # what padding gives is nobody's business
 
     fused = jax.jit(both)
-    assert ("cudnn" in fused.lower(q, k, v).as_text().lower()) == by_cudnn
+    text = fused.lower(q, k, v).as_text().lower()
+    assert [name in text for name in ("cudnn", "mosaic_gpu")] == [by == "cudnn", by == "kernels"]
     actual = fused(q, k, v)
     expected = jax.jit(both)(*(x.astype(jnp.float32) for x in (q, k, v)))  # 32 bits take the plain form
     for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
@@ -49,11 +58,12 @@ def inputs(length, heads, groups, width):
 
 @pytest.mark.parametrize("kind", ["none", "one", "short", "padded"])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_fused_equals_plain(kind, sizes):
+def test_fused_equals_plain(kind, sizes, form):
     q, k, v, d_out = inputs(*sizes)
     ids = documents(kind, sizes[0])
     real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[..., None, None]
-    compare(lambda q, k, v: causal_attention(q, k, v, ids), q, k, v, d_out, real)
+    by = "cudnn" if kind == "none" else form  # nothing to skip
+    compare(lambda q, k, v: causal_attention(q, k, v, ids), q, k, v, d_out, real, by)
 
 
 @pytest.mark.parametrize("kind", ["none", "padded"])
@@ -61,11 +71,11 @@ def test_capped_scores(kind):
     q, k, v, d_out = inputs(2600, 8, 4, 256)
     ids = documents(kind, 2600)
     real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[..., None, None]
-    compare(lambda q, k, v: causal_attention(q, k, v, ids, cap=2.0), q, k, v, d_out, real, by_cudnn=False)
+    compare(lambda q, k, v: causal_attention(q, k, v, ids, cap=2.0), q, k, v, d_out, real, by="plain")
 
 
 @pytest.mark.parametrize("kind", ["none", "short", "padded"])
-def test_slices_of_the_queries(kind):
+def test_slices_of_the_queries(kind, form):
     q, k, v, d_out = inputs(2600, 4, 1, 64)
     ids = documents(kind, 2600)
     place = jnp.int32(1300)
@@ -74,15 +84,16 @@ def test_slices_of_the_queries(kind):
     def run(q, k, v):
         return causal_attention(q, k, v, None, key_segment_ids=ids, first_query=place)
 
-    compare(run, q[:, 1300:], k, v, d_out[:, 1300:], real)
+    compare(run, q[:, 1300:], k, v, d_out[:, 1300:], real, form)
 
 
 @pytest.mark.parametrize("kind", ["none", "padded"])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("length", [1000, 2600])
-def test_sliding_windows_and_sinks(kind, sinks, length):
+def test_sliding_windows_and_sinks(kind, sinks, length, form):
     q, k, v, d_out = inputs(length, 4, 2, 64)
     ids = documents(kind, length)
     real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[..., None, None]
     window = Window(96, True, sinks)
-    compare(lambda q, k, v: causal_attention(q, k, v, ids, window=window), q, k, v, d_out, real)
+    by = "cudnn" if sinks else form
+    compare(lambda q, k, v: causal_attention(q, k, v, ids, window=window), q, k, v, d_out, real, by)

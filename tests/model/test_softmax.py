@@ -125,6 +125,59 @@ def test_splash_attention(length, heads, groups, width, kind, dtype):
     check(lambda q, k, v: splash(q, k, v, ids), *inputs(length, heads, groups, width, dtype), ids)
 
 
+def on_hopper(monkeypatch):
+    """As on a GPU with the package's own kernels, interpreted; a list that grows with each use of them."""
+    on_gpu(monkeypatch)
+    used = []
+
+    def recorded(*arguments):
+        used.append(arguments)
+        return softmax_attention(*arguments)
+
+    softmax_attention = softmax.softmax_attention
+    monkeypatch.setattr(softmax, "HOPPER_KERNELS", True)
+    monkeypatch.setattr(softmax, "softmax_attention", recorded)
+    return used
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "window"),
+    [
+        ("padded", 37, 20),
+        pytest.param("packed", 0, None, marks=pytest.mark.slow),
+        pytest.param("none", 37, None, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_of_hopper(monkeypatch, kind, first, window):
+    used, ids = on_hopper(monkeypatch), documents(kind, 101)
+    slides = None if window is None else softmax.Window(window, jnp.asarray(True))
+
+    def run(q, k, v):
+        if first == 0:
+            return softmax.causal_attention(q, k, v, ids, window=slides)
+        return sliced(q, k, v, ids, first, slides)
+
+    check(run, *inputs(101, 2, 1, 64, "bfloat16"), ids, first, window)
+    assert used
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "more"),
+    [
+        (64, "bfloat16", {"window": softmax.Window(6, True, sinks=3)}),
+        (64, "bfloat16", {"cap": 1.5}),
+        (64, "float32", {}),
+        (8, "bfloat16", {}),
+    ],
+)
+def test_what_the_kernels_of_hopper_do_not_take(monkeypatch, width, dtype, more):
+    used, ids = on_hopper(monkeypatch), documents("packed", 101)
+    q, k, v, _ = inputs(101, 2, 1, width, dtype)
+    out = jax.eval_shape(lambda q, k, v: softmax.causal_attention(q, k, v, ids, **more), q, k, v)
+    assert out.shape == q.shape
+    assert not used
+
+
 @pytest.mark.parametrize("kind", ["none", "padded"])
 @pytest.mark.parametrize("form", ["plain", "blocks", "gpu", "short gpu", "splash"])
 def test_slices_of_the_queries(monkeypatch, form, kind):

@@ -1,16 +1,19 @@
 """Starts a kernel: what all of them have in common, and manual mesh axes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
 
-from jaxhybrid_kernels.gpu.plan import Plan
+
+class Launched(Protocol):
+    @property
+    def interpret(self) -> bool: ...
 
 
-def kernel(body: Callable[..., None], plan: Plan, out_type: Sequence[jax.ShapeDtypeStruct], **given: Any) -> Any:
+def kernel(body: Callable[..., None], plan: Launched, out_type: Sequence[jax.ShapeDtypeStruct], **given: Any) -> Any:
     """A function of arrays that runs `body` on references to them, to its results and to scratch memory.
 
     Inside `jax.shard_map` the results vary along the mesh axes along which the first argument does. Layouts are all

@@ -17,13 +17,18 @@ def shared(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=TILED)
 
 
-def multiply(left: Any, right: Any, *, interpret: bool) -> jax.Array:
-    """left @ right; left in registers or shared memory, right in shared memory. Waits for the result."""
+def multiply(left: Any, right: Any, *, interpret: bool, issued: Callable[[], None] = lambda: None) -> jax.Array:
+    """left @ right; left in registers or shared memory, right in shared memory.
+
+    Waits for the result, and calls `issued` before.
+    """
     if interpret:
+        issued()
         return _interpreted(left, right)
 
     def fresh(total):
         plgpu.wgmma(total, left, right)
+        issued()
         return total[...]
 
     return pl.run_scoped(fresh, _sums(left, right))
@@ -82,6 +87,36 @@ def accumulate(*sums: tuple[jax.Array, list[tuple[Any, Any]]], interpret: bool) 
     return pl.run_state(add)(tuple(plgpu.ACC.init(start) for start, _ in sums))
 
 
+def accumulate_meanwhile(
+    start: jax.Array,
+    term: tuple[Any, Any],
+    other: tuple[Any, Any],
+    meanwhile: Callable[[jax.Array], tuple[jax.Array, ...]],
+    places: tuple[jax.Array, ...],
+    *,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """(start + term's product, *meanwhile(other's product)): the sum is under way while the other product is used.
+
+    `places` are arrays like those that `meanwhile` gives.
+    """
+    if interpret:
+        return start + _interpreted(*term), *meanwhile(_interpreted(*other))
+
+    def add(refs):
+        total, *results = refs
+
+        def fresh(product):
+            plgpu.wgmma(product, *other)
+            plgpu.wgmma(total, *term)
+            for ref, result in zip(results, meanwhile(plgpu.wgmma_accumulator_load(product, wait_n=1)), strict=True):
+                ref[...] = result
+
+        pl.run_scoped(fresh, _sums(*other))
+
+    return pl.run_state(add)((plgpu.ACC.init(start), *places))
+
+
 def _sums(left: Any, right: Any) -> Any:
     return plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32)
 
@@ -97,7 +132,7 @@ def rows(vector: Any) -> jax.Array:
 
 
 def columns(vector: Any) -> jax.Array:
-    """[64] of memory, one number per column of a product's result."""
+    """Of memory, one number per column of a product's result."""
     return plgpu.load(vector, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
