@@ -19,7 +19,7 @@ class Stream(NamedTuple):
     """
 
     load: Callable[[Any, Any], None]
-    count: jax.Array
+    steps: jax.Array
     stages: int
     loaded: Any
     consumed: Any
@@ -33,7 +33,7 @@ class Stream(NamedTuple):
     def release(self, step: jax.Array) -> None:
         """This warpgroup is done with the step's block: its slot can have the next one."""
 
-        @pl.when(step + self.stages < self.count)
+        @pl.when(step + self.stages < self.steps)
         def _():
             if self.consumed is not None:
                 plgpu.barrier_arrive(self.consumed.at[self.slot(step)])
@@ -43,7 +43,7 @@ class Stream(NamedTuple):
     def begin(self) -> None:
         for step in range(self.stages):
 
-            @pl.when(step < self.count)
+            @pl.when(step < self.steps)
             def _(step=step):
                 self.load(jnp.int32(step), step)
 
@@ -51,7 +51,7 @@ class Stream(NamedTuple):
         """All that the loading warpgroup does."""
         self.begin()
 
-        @pl.loop(self.stages, self.count)
+        @pl.loop(self.stages, self.steps)
         def _(step):
             plgpu.barrier_wait(self.consumed.at[self.slot(step)])
             self.load(step, self.slot(step))

@@ -96,14 +96,14 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
             begin = full(0.0, ROWS, D), full(LOWEST, ROWS), full(0.0, ROWS)
             if blocks.ahead:
                 o, m, l = begin
-                first, last = jnp.int32(0), stream.count - 1
+                first, last = jnp.int32(0), stream.steps - 1
                 stream.await_block(first)
                 scores = multiply(query, block(first)[0], interpret=interpret)
                 weights, _, m, l = weigh(first, scores, m, l)
                 o, weights, m, l = lax.fori_loop(0, last, step_ahead, (o, weights, m, l))
                 (o,) = accumulate((o, [(weights, block(last)[1])]), interpret=interpret)
             else:
-                o, m, l = lax.fori_loop(0, stream.count, step, begin)
+                o, m, l = lax.fori_loop(0, stream.steps, step, begin)
             pl.when(own.group == 0)(turn)
             logsumexp[own.b, own.head, own.tokens] = m + jnp.log(l) * LOG2_E
             query[...] = (o * along_rows(1 / l, D)).astype(plan.dtype)

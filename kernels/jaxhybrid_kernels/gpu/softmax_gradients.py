@@ -128,7 +128,7 @@ def gradients_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
                 return totals
 
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
-            d_key, d_value = lax.fori_loop(0, stream.count, step, (zeros, zeros))
+            d_key, d_value = lax.fori_loop(0, stream.steps, step, (zeros, zeros))
             if parts > 1:  # all are done with the keys
                 plgpu.barrier_arrive(s["made"])
                 plgpu.barrier_wait(s["made"])

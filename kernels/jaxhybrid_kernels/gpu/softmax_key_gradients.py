@@ -93,7 +93,7 @@ def key_gradients_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
                 return totals
 
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
-            d_key, d_value = lax.fori_loop(0, stream.count, step, (zeros, zeros))
+            d_key, d_value = lax.fori_loop(0, stream.steps, step, (zeros, zeros))
             keys[...] = (d_key * D**-0.5).astype(plan.dtype)
             values[...] = d_value.astype(plan.dtype)
             plgpu.commit_smem()

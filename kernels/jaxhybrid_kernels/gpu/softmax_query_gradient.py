@@ -54,7 +54,7 @@ def query_gradient_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]
                 return total
 
             begin = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
-            total = lax.fori_loop(0, stream.count, step, begin)
+            total = lax.fori_loop(0, stream.steps, step, begin)
             query[...] = (total * D**-0.5).astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(query, d_q.at[own.b, own.tokens, own.head])
