@@ -3,8 +3,8 @@
     python -m plugins.vllm.tests.write_students FOLDER
 
 from the root of a checkout, in jaxhybrid's environment. FOLDER/NAME is an export, FOLDER/NAME.npz has for each prompt
-`tokens_0` [T] and `log_probs_0` [T,S], of the token after each. FOLDER/answers.json has prompts as texts and JAX's greedy
-answers of the student `SERVED`.
+`tokens_0` [T] and `log_probs_0` [T,S], of the token after each. FOLDER/answers.json has prompts as texts and greedy
+answers of the student `SERVED`, by JAX.
 """
 
 import json
