@@ -1,6 +1,7 @@
-"""vLLM in this process, on the CPU, and the students that write_students.py wrote."""
+"""vLLM in this process, on a GPU if there is one, and the students that write_students.py wrote."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before vLLM is imported.
@@ -8,8 +9,10 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",  # at these sizes more threads only burn processor time
+    "TRITON_F32_DEFAULT": "ieee",  # else its attention multiplies float32 in TF32 on a GPU
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "HF_MODULES_CACHE": tempfile.mkdtemp(),  # tests may run side by side
 }
 
 import pytest
@@ -48,6 +51,8 @@ def start():
             "max_logprobs": -1,
             "kv_cache_memory_bytes": 64 << 20,
             "enable_prefix_caching": False,
+            "enforce_eager": True,
+            "gpu_memory_utilization": 0.05,  # on a GPU others may test beside this one
         }
         return LLM(str(export), **usual | options)
 

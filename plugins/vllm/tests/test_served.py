@@ -48,11 +48,19 @@ def test_log_probabilities(student, folder, start):
         assert new == decoded.argmax(-1).tolist()
 
 
-def test_bfloat16(folder, start):
+def test_without_enforce_eager(folder, start):
+    """vLLM's default would record CUDA graphs on a GPU; the linear layers say that they have none."""
+    prompts = prompts_of(folder, "mamba2")
+    outputs = generate(start(folder / "mamba2", enforce_eager=False), [tokens for tokens, _ in prompts], 8)
+    for (_, expected), output in zip(prompts, outputs):
+        np.testing.assert_allclose(answered(output)[1][0], expected[-1], atol=1e-4)
+
+
+def test_bfloat16(student, folder, start):
     """It rounds as transformers does."""
-    ((tokens, expected),) = [pair for pair in prompts_of(folder, "gated_deltanet") if len(pair[0]) == 300]
-    (output,) = generate(start(folder / "gated_deltanet", dtype="bfloat16"), [tokens], prompt_logprobs=-1)
-    model = AutoModelForCausalLM.from_pretrained(folder / "gated_deltanet", trust_remote_code=True, dtype="bfloat16")
+    ((tokens, expected),) = [pair for pair in prompts_of(folder, student) if len(pair[0]) == 300]
+    (output,) = generate(start(folder / student, dtype="bfloat16"), [tokens], prompt_logprobs=-1)
+    model = AutoModelForCausalLM.from_pretrained(folder / student, trust_remote_code=True, dtype="bfloat16")
     with torch.no_grad():
         other = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1).numpy()[:-1]
 
@@ -60,7 +68,8 @@ def test_bfloat16(folder, start):
         return (np.exp(expected[:-1]) * (expected[:-1] - log_probs)).sum(-1).mean()
 
     served, alone = divergence(table(output.prompt_logprobs[1:])), divergence(other)
-    assert 0 < served < 1.5 * alone < 1e-3
+    print(f"{student}: KL to float32 {served:.2e}, of transformers {alone:.2e}")
+    assert 0 < served < 1.5 * alone < 1e-2
 
 
 def test_prefix_caching(folder, start):
@@ -87,7 +96,8 @@ def test_prefix_caching(folder, start):
 def test_preemption(folder, start):
     """Two texts that do not fit into the cache together: one is dropped, and read again from its start."""
     prompts = [tokens[:120] for tokens, _ in prompts_of(folder, "gated_deltanet") if len(tokens) >= 120]
-    export, few = folder / "gated_deltanet", {"num_gpu_blocks_override": 9, "max_model_len": 384}
+    export = folder / "gated_deltanet"
+    few = {"num_gpu_blocks_override": 9, "max_model_len": 384, "block_size": 128}
     llm = start(export, disable_log_stats=False, **few)
     assert llm.llm_engine.vllm_config.cache_config.block_size == 128  # what the numbers are chosen for
     outputs = generate(llm, prompts, 150)

@@ -3,11 +3,12 @@
     python -m plugins.vllm.tests.write_students FOLDER
 
 from the root of a checkout, in jaxhybrid's environment. FOLDER/NAME is an export, FOLDER/NAME.npz has for each prompt
-`tokens_0` [T] and `log_probs_0` [T,S], of the token after each.
+`tokens_0` [T] and `log_probs_0` [T,S], of the token after each. FOLDER/answers.json has prompts as texts and greedy
+answers of the student `SERVED`, by JAX.
 """
 
+import json
 import sys
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
+from jaxhybrid.decoding.generate import generate
 from jaxhybrid.export.folder import export
 from jaxhybrid.model.config import FULL_ATTENTION, RopeConfig, WindowConfig
 from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
@@ -75,10 +81,22 @@ STUDENTS = {
 }  # fmt: skip
 
 
+SERVED = "gated_deltanet"
+ANSWERS = ((5, 24), (60, 32), (1, 16), (200, 24), (33, 40), (129, 20), (12, 32), (90, 8))  # tokens of prompt and answer
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word for each token: w0 w1 ..."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT).save_pretrained(folder)
+
+
 def write(name: str, folder: Path) -> None:
-    model = make_student("", **STUDENTS[name])
-    with warnings.catch_warnings(action="ignore"):  # it has no tokenizer
-        export(model, folder / name, "float32", format="remote-code")
+    model = make_student(folder / "tokenizer", **STUDENTS[name])
+    export(model, folder / name, "float32", format="remote-code")
     rng = np.random.default_rng(1)
     rows = rng.integers(1, VOCABULARY, (len(LENGTHS), max(LENGTHS)))  # what stands behind a prompt does not reach it
     log_probs = jax.nn.log_softmax(jax.jit(partial(forward, model))(jnp.asarray(rows, jnp.int32)))
@@ -86,9 +104,21 @@ def write(name: str, folder: Path) -> None:
     for number, length in enumerate(LENGTHS):
         found |= {f"tokens_{number}": rows[number, :length], f"log_probs_{number}": log_probs[number, :length]}
     np.savez(folder / f"{name}.npz", **found)
+    if name == SERVED:
+        texts = [rng.integers(1, VOCABULARY, length).tolist() for length, _ in ANSWERS]
+        longest = max(new for _, new in ANSWERS)
+        answers = [answer[:new] for answer, (_, new) in zip(generate(model, texts, longest), ANSWERS)]
+        pairs = [{"prompt": words(text), "answer": words(answer)} for text, answer in zip(texts, answers)]
+        (folder / "answers.json").write_text(json.dumps(pairs, indent=1))
+
+
+def words(tokens: list[int]) -> str:
+    return " ".join(f"w{token}" for token in tokens)
 
 
 if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    write_tokenizer(folder / "tokenizer")
     for name in STUDENTS:
-        write(name, Path(sys.argv[1]))
+        write(name, folder)
         print(name, flush=True)
