@@ -8,7 +8,6 @@ other. Needs the extras gguf and torch.
 
 import argparse
 import random
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,8 @@ def compare_tokenizers(ours: Any, file: Path, texts: list[str]) -> None:
     pairs = [(text, ours(text).input_ids, theirs(text).input_ids) for text in texts]
     different = [text for text, a, b in pairs if a != b]
     tokens = sum(len(a) for _, a, _ in pairs)
-    print(f"token ids of {len(texts)} texts, {tokens} tokens: {len(different)} texts differ {[text[:60] for text in different[:3]]!r}")
+    shown = [text[:60] for text in different[:3]]
+    print(f"token ids of {len(texts)} texts, {tokens} tokens: {len(different)} texts differ {shown!r}")
     returned = sum(ours.decode(a, skip_special_tokens=True) == text for text, a, _ in pairs)
     print(f"texts that come back the same: {returned} of {len(texts)}")
     if ours.chat_template is None:
@@ -103,19 +103,21 @@ def reference_logits(file: Path, folder: Path, ids: np.ndarray) -> np.ndarray:
 
 def own_logits(file: Path, ids: np.ndarray) -> np.ndarray:
     teacher = load_teacher(file)
-    return np.asarray(jax.jit(partial(forward, config=teacher.config))(teacher.params, tokens_BT=jnp.asarray(ids)))
+    return np.asarray(jax.jit(forward)(teacher, jnp.asarray(ids)))
 
 
 def find_needles(file: str, tokenizer: Any, documents: list[str], count: int) -> None:
-    """A number of seven digits hidden in prose, asked for at the end by the chat template."""
+    """A number of seven digits hidden in prose, asked for at the end, by the chat template if there is one."""
+    chat = tokenizer.chat_template is not None
+    asked = "What is the secret number in the text above? Answer with the number." if chat else "The secret number is"
     rng, found, lengths = random.Random(0), 0, []
     for _ in range(count):
         number = str(rng.randrange(10**6, 10**7))
         words = rng.choice([text for text in documents if len(text.split()) > 600]).split()[:500]
         place = rng.randrange(100, 400)
         words[place:place] = f"The secret number is {number}.".split()
-        question = f"{' '.join(words)}\n\nWhat is the secret number in the text above? Answer with the number."
-        (answer,) = complete(file, [question], 16, chat=True)
+        question = f"{' '.join(words)}\n\n{asked}"
+        (answer,) = complete(file, [question], 16, chat=chat)
         lengths.append(len(tokenizer(question).input_ids))
         found += number in answer.replace(",", "")
         print(f"  {number}: {answer!r}")
