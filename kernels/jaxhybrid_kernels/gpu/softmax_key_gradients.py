@@ -68,8 +68,7 @@ def key_gradients_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
 
             def mask(scores):
                 row, column = (
-                    plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA)
-                    for axis in (0, 1)
+                    plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
                 )
                 started = row >= along_columns(unmarked(columns(s["starts"].at[slot])) - first_key)
                 seen = started & (row - column <= place + block * width - first_key)
