@@ -73,8 +73,10 @@ def test_capped_scores(kind):
     compare(lambda q, k, v: causal_attention(q, k, v, ids, cap=2.0), q, k, v, d_out, real, by="plain")
 
 
-@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 1, 64), (3, 1, 128), (6, 3, 128)])
-@pytest.mark.parametrize(("first", "queries"), [(1300, 1300), (1300, 777), (2590, 10)])
+@pytest.mark.parametrize(
+    ("first", "queries", "heads", "groups", "width"),
+    [(1300, 1300, 4, 1, 64), (1300, 777, 4, 1, 64), (1300, 777, 3, 1, 128), (2590, 10, 6, 3, 128)],
+)
 @pytest.mark.parametrize("kind", ["none", "short", "padded"])
 def test_slices_of_the_queries(kind, first, queries, heads, groups, width, form):
     """With short documents many blocks of keys are seen by nobody; so are those after a slice that ends before them."""
