@@ -68,8 +68,8 @@ def compare_tokenizers(ours: Any, file: Path, texts: list[str]) -> None:
     pairs = [(text, ours(text).input_ids, theirs(text).input_ids) for text in texts]
     different = [text for text, a, b in pairs if a != b]
     tokens = sum(len(a) for _, a, _ in pairs)
-    print(f"token ids of {len(texts)} texts, {tokens} tokens: {len(different)} texts differ {different[:3]!r}")
-    returned = sum(ours.decode(a) == text for text, a, _ in pairs)
+    print(f"token ids of {len(texts)} texts, {tokens} tokens: {len(different)} texts differ {[text[:60] for text in different[:3]]!r}")
+    returned = sum(ours.decode(a, skip_special_tokens=True) == text for text, a, _ in pairs)
     print(f"texts that come back the same: {returned} of {len(texts)}")
     if ours.chat_template is None:
         print("chat template: none in the file")
@@ -92,7 +92,11 @@ def reference_logits(file: Path, folder: Path, ids: np.ndarray) -> np.ndarray:
     print(f"{len(tensors)} tensors: {len(different)} differ {different[:3]}; {len(alone)} on one side only")
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffer is in no file
+    # These buffers are in no file.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    embedding = model.model.embed_tokens
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     with torch.no_grad():
         return model(torch.tensor(ids)).logits.numpy()
 

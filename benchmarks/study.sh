@@ -52,8 +52,13 @@ qwen() {
         --kl-chunk 4096 --align-tokens 6_553_600 --distill-tokens 1_048_576 --distill-batch 64 --score-tokens 131_072 \
         --minutes "$(left)" "$@"
 }
-speed() { python benchmarks/decode_speed.py "$@" --output "$KEEP/decode_speed.json"; }
-export -f rows smol mixers qwen speed left
+stability() {
+    python benchmarks/ranking_stability.py configs/smollm2-135m.yaml teacher="$SMOL" --rows "$KEEP/smollm2-rows.npz" \
+        --records docs/study/smollm2-135m-stability.jsonl --batch-size 4 --test-batches 48 --align-tokens 9_830_400 \
+        --minutes "$(left)"
+}
+speed() { python benchmarks/decode_speed.py "$@" --output docs/decode_speed.json; }
+export -f rows smol mixers qwen stability speed left
 export KEEP SMOL QWEN DATA MINUTES BEGAN
 
 MAIN=(greedy_kl kl_guided uniform perplexity random:seed=0)
@@ -68,6 +73,7 @@ piece qwen-others qwen --main --others perplexity answer_likelihood removal sing
     --budgets 6 3 --seeds 1
 piece smollm2-8 smol --main "${MAIN[@]}" --random 6 --budgets 8 --seeds 3
 piece smollm2-4 smol --main "${MAIN[@]}" --random 6 --budgets 8 4 --seeds 3
+piece stability stability
 piece longest speed longest --models teacher 0.125 0.25 0.5
 for model in teacher 0.125 0.25 0.5; do piece "contexts-$model" speed contexts --models "$model"; done
 piece plots speed plot --images docs/images

@@ -78,7 +78,7 @@ def parts(call: Callable[..., Any], B: int, T: int, H: int, K: int, recurrence: 
         call("fused reverse", recurrence_kernel(fused, keep=True, reverse=True), q, k, out, gates)
     arguments = (q, k, updates[0] if updates else v, d_v, out, states, d_states)
     if plan.per_channel:
-        call("gradients", channel_gradients_kernel(plan), *arguments, inputs.log_decay, gates, carry)
+        call("gradients", channel_gradients_kernel(plan), *arguments, inputs.log_decay, carry)
     else:
         _, _, sums, *written = call("gradients", gradients_kernel(plan), *arguments, gates)
         call("decay grads", lambda sums: decay_gradient(narrow, sums, plan), sums)

@@ -176,7 +176,7 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     for reverse in (False, True):
         kernel = recurrence_kernel(plan, True, reverse, started=True)
         lower(kernel, gated, gated, v, gates, matrices, gated, carry, start)
-    lower(channel_gradients_kernel(plan), q, q, v, v, v, states, states, decays, gates, carry)
+    lower(channel_gradients_kernel(plan), q, q, v, v, v, states, states, decays, carry)
 
 
 @pytest.mark.parametrize("form", ["prepared", "fused", "spans"])

@@ -21,24 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.channel_factors import (
-    ABOVE,
-    AFTER,
-    BELOW,
-    FROM,
-    LEVELS,
-    RUNS,
-    THROUGH,
-    factors,
-    load_rounded,
-    log_decay,
-    masks,
-    same_segment,
-    selection,
-    split,
-    windows,
-)
-from jaxhybrid_kernels.gpu.gates import ROW_IN, ROW_OUT, SEGMENT
+from jaxhybrid_kernels.gpu.channel_runs import RUNS, WARPS, keep_decay, load_decay, meeting, write_factors, write_totals
 from jaxhybrid_kernels.gpu.launch import kernel, unmarked
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.products import (
@@ -47,33 +30,35 @@ from jaxhybrid_kernels.gpu.products import (
     columns,
     indices,
     load,
+    load_rounded,
     multiply_sum,
-    rows,
     shared,
 )
 
+UPPER_HALF = -0x10000  # of a float32: sign, exponent and the first seven bits, a bfloat16
+
 
 def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
-    """(q, k, u, d_v, d_out, states, d_states, log_decay [B,T,N,K], gates, carry [B,N,n,K]) -> d_q, d_k, d_log_decay
+    """(q, k, u, d_v, d_out, states, d_states, log_decay [B,T,N,K], carry [B,N,n,K]) -> d_q, d_k, d_log_decay
     [B,T,N,K], d_v U [B,n,N,64].
 
-    As in gradients.py; gates as if there were no decay. The last two results are float32.
+    As in gradients.py; log_decay is minus infinity where a segment begins. The last two results are float32.
     """
     n, K, V, N, delta, interpret = plan.n, plan.K, plan.V, plan.N, plan.delta, plan.interpret
     halves, wide = K // BLOCK, range(V // BLOCK)
     given = 3 if delta else 2  # with a value's width: d_out, u, d_v
-    extra = 4 - 2 * len(wide)  # the states leave fewer tiles than are needed once they are done with
+    extra = 8 - 4 * len(wide)  # values of one block leave fewer tiles than are needed once they are done with
     tiles_needed = (given + 2) * len(wide) + extra
 
-    def body(q, k, u, d_v, d_out, states, d_states, log_decays, gates, carry, window, mask, *refs):
-        d_q, d_k, d_decays, updates, tiles, q_block, k_block, decay, loaded = refs
+    def body(q, k, u, d_v, d_out, states, d_states, log_decays, carry, *refs):
+        d_q, d_k, d_decays, updates, tiles, q_block, k_block, factor_block, totals, loaded = refs
         b, c, place = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("part")
         head, half = lax.div(place, jnp.int32(halves)), lax.rem(place, jnp.int32(halves))
         tokens, part = pl.ds(c * CHUNK, CHUNK), pl.ds(half * BLOCK, BLOCK)
         tile = [tiles.at[pl.ds(i * BLOCK, BLOCK)] for i in range(tiles_needed)]
         state, d_state, d_outs, us, d_vs = (tile[i * len(wide) : (i + 1) * len(wide)] for i in range(5))
         # In the order in which they become free: d_state, state, then the rest.
-        free = [*d_state, *tile[tiles_needed - extra :], *state, d_outs[0], us[0], *(d_vs[:1] if delta else [])]
+        free = [*d_state, *tile[tiles_needed - extra :], *state, *d_outs, *us, *(d_vs if delta else [])]
 
         for i, source in enumerate((states, d_states)):
             plgpu.copy_gmem_to_smem(source.at[b, head, c, :, part], tiles.at[pl.ds(i * V, V)], loaded)
@@ -84,9 +69,13 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
                 plgpu.copy_gmem_to_smem(source.at[b, tokens, head, values], blocks[i], loaded)
         plgpu.copy_gmem_to_smem(k.at[b, tokens, plan.key_head(head), part], k_block, loaded)
         plgpu.copy_gmem_to_smem(q.at[b, tokens, plan.query_head(head), part], q_block, loaded)
-        decay[...] = log_decay(log_decays.at[b, tokens, head, part])
+        decay = load_decay(log_decays.at[b, tokens, head, part], interpret=interpret)
+        write_totals(decay, totals, interpret=interpret)
         plgpu.commit_smem()
-        own = gates.at[b, c, head]
+
+        def factor(**what):
+            write_factors(decay, totals, factor_block, **what, interpret=interpret)
+            return load_rounded(factor_block)
 
         def product(left, right):
             return multiply_sum(*zip(left, right, strict=True), interpret=interpret)
@@ -97,11 +86,10 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         plgpu.barrier_wait(loaded)
         moved = sum((load(state[i]) * load(d_state[i]) for i in wide[1:]), load(state[0]) * load(d_state[0]))
         moved = moved * along_columns(columns(carry.at[b, head, c, part]))
-        leaving, entry = factors(*((selection(window, i), decay) for i in (AFTER, THROUGH)), interpret=interpret)
-        d_key = product(us, d_state) * leaving * along_rows(rows(own.at[ROW_OUT]), BLOCK)
+        d_key = product(us, d_state) * factor(leaving=True).astype(jnp.float32)
         before_high, before_low, *free = free
         split(moved + load(k_block) * d_key, before_high, before_low)
-        entry = entry * along_rows(rows(own.at[ROW_IN]), BLOCK)
+        entry = factor().astype(jnp.float32)
         d_query = product(d_outs, state) * entry * plan.scale
         moved = moved + load(q_block) * d_query
         if delta:
@@ -110,54 +98,57 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             d_key = d_key - predicted
 
         row, column = indices()
-        same = same_segment(own.at[SEGMENT])
-        below, above = (selection(mask, triangle) * same for triangle in (BELOW, ABOVE))
         x_block, x_turned_block, *free = free
         x = product(d_outs, turned(us)) * plan.scale
         diagonal = along_rows(jnp.sum(jnp.where(row == column, x, 0.0), axis=1), BLOCK)
         d_query, d_key = d_query + diagonal * load(k_block), d_key + diagonal * load(q_block)
-        x_block[...] = x.astype(jnp.bfloat16) * below
+        x_block[...] = x.astype(jnp.bfloat16)
         x = product(us, turned(d_outs)) * plan.scale
-        x_turned_block[...] = x.astype(jnp.bfloat16) * above
+        x_turned_block[...] = x.astype(jnp.bfloat16)
         y_blocks = []
         if delta:
             y = product(d_vs, turned(us))
             updates[b, c, head] = jnp.sum(jnp.where(row == column, y, 0.0), axis=1)
-            y, y_turned = ((-z).astype(jnp.bfloat16) for z in (y, product(us, turned(d_vs))))
+            y = jnp.where(row > column, -y, -product(us, turned(d_vs))).astype(jnp.bfloat16)
             y_blocks, free = free[:1], free[1:]
-            y_blocks[0][...] = y * below + y_turned * above
-        queries, keys = free
+            y_blocks[0][...] = y
+        queries, keys, *free = free
+        kept = keep_decay(decay, (free[0], free[1]), interpret=interpret)
 
         def level(index, sums):
             d_query, d_key, moved = sums
-            (factor,) = factors((selection(window, index), decay), interpret=interpret)
-            rounded = factor.astype(jnp.bfloat16)
+            for i, size in enumerate(RUNS):
+
+                @pl.when(index == i)
+                def _(size=size):
+                    write_factors(kept, totals, factor_block, size=size, interpret=interpret)
+
+            rounded = load_rounded(factor_block)
             queries[...] = load_rounded(q_block) * rounded
             keys[...] = load_rounded(k_block) * rounded
             plgpu.commit_smem()
-            meeting = selection(mask, index)
+            length = lax.shift_right_logical(jnp.int32(RUNS[0]), index)
+            reads = (row & length) != 0
 
-            def of_level(block):
-                return load_rounded(block) * meeting
+            def of_level(block, reading=None):
+                return meeting(length, load_rounded(block), reading=reading, interpret=interpret)
 
-            change = multiply_sum((of_level(x_block), keys), interpret=interpret)
-            d_query = d_query + factor * change
+            change = multiply_sum((of_level(x_block, True), keys), interpret=interpret)
+            d_query = d_query + rounded.astype(jnp.float32) * change
             moved = moved + load(queries) * change
-            terms = [(of_level(x_turned_block), queries), *[(of_level(block), keys) for block in y_blocks]]
+            terms = [(of_level(x_turned_block, False), queries), *[(of_level(block), keys) for block in y_blocks]]
             change = multiply_sum(*terms, interpret=interpret)
-            d_key = d_key + factor * change
-            reads = (row & lax.shift_right_logical(jnp.int32(RUNS[0]), index)) != 0
-            moved = moved + load(keys) * jnp.where(reads, change, -change)
-            return d_query, d_key, moved
+            d_key = d_key + rounded.astype(jnp.float32) * change
+            return d_query, d_key, moved + load(keys) * jnp.where(reads, change, -change)
 
-        d_query, d_key, moved = lax.fori_loop(0, LEVELS, level, (d_query, d_key, unmarked(moved)))
+        d_query, d_key, moved = lax.fori_loop(0, len(RUNS), level, (d_query, d_key, unmarked(moved)))
         q_block[...] = d_query.astype(jnp.bfloat16)
         k_block[...] = d_key.astype(jnp.bfloat16)
         split(moved, queries, keys)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_block, d_q.at[b, tokens, head, part])
         plgpu.copy_smem_to_gmem(k_block, d_k.at[b, tokens, head, part])
-        after, earlier = selection(mask, FROM), selection(mask, BELOW)
+        after, earlier = (jnp.where(x, 1.0, 0.0).astype(jnp.bfloat16) for x in (column >= row, column < row))
         terms = [(after, queries), (after, keys), (earlier, before_high), (earlier, before_low)]
         d_decays[b, tokens, head, part] = multiply_sum(*terms, interpret=interpret)
         plgpu.wait_smem_to_gmem(0)
@@ -166,7 +157,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     tokens = (plan.B, n * CHUNK, N, K)
-    run = kernel(
+    return kernel(
         body,
         plan,
         [
@@ -177,11 +168,17 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         ],
         scratch_types=[
             shared(tiles_needed * BLOCK, BLOCK),
-            *[shared(CHUNK, BLOCK)] * 2,
-            shared(CHUNK, BLOCK, dtype=jnp.float16),
+            *[shared(CHUNK, BLOCK)] * 3,
+            plgpu.SMEM((WARPS, BLOCK), jnp.float32),
             plgpu.Barrier(num_arrivals=given * len(wide) + 4),
         ],
         grid=(plan.B, n, N * halves),
         grid_names=("batch", "chunk", "part"),
     )
-    return lambda *operands: run(*operands, windows(), masks())
+
+
+def split(x: jax.Array, high: Any, low: Any) -> None:
+    """Writes two bfloat16 parts of x [64,64] with 16 bits together: its upper half as it is, and the rest rounded."""
+    upper = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & UPPER_HALF, jnp.float32)
+    high[...] = upper.astype(jnp.bfloat16)
+    low[...] = (x - upper).astype(jnp.bfloat16)

@@ -17,7 +17,7 @@ from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
 from jaxhybrid_kernels.gpu.spans import run_backward, run_forward
 from jaxhybrid_kernels.numerics import HOPPER, gpu_capability, target_platform, varying_alike
-from jaxhybrid_kernels.segments import zero_padding
+from jaxhybrid_kernels.segments import segment_starts, zero_padding
 from jaxhybrid_kernels.validation import Sizes
 
 WIDTHS = (64, 128)
@@ -121,7 +121,7 @@ def gpu_forward(
     q, k, v = (_whole_chunks(x, inputs.segment_ids, plan) for x in (inputs.q, inputs.k, inputs.v))
     gates, gated, matrices = make_gates(inputs, plan), None, None
     if plan.per_channel:
-        q_in, *k_in, k_out, carry, matrices = channel_prepare_kernel(plan)(q, k, _decays(inputs, plan), gates)
+        q_in, *k_in, k_out, carry, matrices = channel_prepare_kernel(plan)(q, k, _parted_decays(inputs, plan), gates)
         gated = Gated(q_in, k_in[0] if plan.delta else k_out, k_out, carry)
     elif not plan.fused:
         matrices = prepare_kernel(plan)(q, k, gates)
@@ -162,6 +162,15 @@ def _decays(inputs: Inputs, plan: Plan) -> jax.Array:
     return _whole_chunks(inputs.log_decay.astype(jnp.float32), inputs.segment_ids, plan)
 
 
+def _parted_decays(inputs: Inputs, plan: Plan) -> jax.Array:
+    """The same, minus infinity where a segment begins."""
+    decays = _decays(inputs, plan)
+    if inputs.segment_ids is None:
+        return decays
+    starts = jnp.pad(segment_starts(inputs.segment_ids), ((0, 0), (0, plan.padding)))
+    return jnp.where(starts[:, :, None, None], -jnp.inf, decays)
+
+
 def gpu_backward(
     inputs: Inputs, residuals: Residuals, d_out: jax.Array | None, d_final: jax.Array | None, plan: Plan
 ) -> tuple[Inputs, jax.Array | None]:
@@ -180,7 +189,7 @@ def gpu_backward(
         d_decays = decay_gradient(inputs, sums, plan)
     else:
         channel_gradients = channel_gradients_kernel(plan)
-        d_q, d_k, d_decays, *written = channel_gradients(*operands, _decays(inputs, plan), gates, gated.carry)
+        d_q, d_k, d_decays, *written = channel_gradients(*operands, _parted_decays(inputs, plan), gated.carry)
         assert inputs.log_decay is not None
         d_decays = _like(d_decays, inputs.log_decay, inputs.segment_ids).astype(inputs.log_decay.dtype)
     d_beta = beta_gradient(inputs, gates, written[0] if written else None, plan)

@@ -128,3 +128,8 @@ def indices() -> tuple[jax.Array, jax.Array]:
 def load(block: Any) -> jax.Array:
     """A block of shared memory as a product's result, in float32."""
     return plgpu.load(block, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def load_rounded(block: Any) -> jax.Array:
+    """The same in the block's own dtype."""
+    return plgpu.load(block, layout=plgpu.Layout.WGMMA)
