@@ -1,15 +1,22 @@
-"""One softmax layer's attention by itself: time and memory of the package's form beside a mask of tokens by tokens.
+"""One softmax layer's attention by itself: time and memory of each form.
 
     python benchmarks/softmax_attention.py                           # on a GPU
     python benchmarks/softmax_attention.py --sizes 1,32768,12,2,128 --documents 100,400 4000,9000
 
-Forward and backward, and forward alone, in bfloat16: the median of five times the mean of four calls. Memory is what
-the compiled program takes besides its arguments. `mask` gives cuDNN the documents as a boolean array (the package's own
-form until it had another), `causal` is cuDNN without documents, `last quarter` the package's form for the last quarter
-of the queries, as the last of four devices has that share a row.
+Forward alone, and with gradients, in bfloat16: the least of five means of four calls each, and their median. Memory is
+what the compiled program with gradients takes besides its arguments.
+
+    package       what `causal_attention` chooses here
+    kernel        the package's own kernels, on Hopper
+    windows       cuDNN on blocks of queries, each against a window of the keys
+    mask          cuDNN with the documents as a boolean array
+    causal        cuDNN without documents
+    last quarter  `package` for the last quarter of the queries, as the last of four devices has that share a row;
+                  `last quarter by kernel` has the kernels take them
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +27,10 @@ import numpy as np
 
 from jaxhybrid.model.softmax import causal_attention
 
+SWITCH = "JAXHYBRID_ATTENTION_KERNELS"
+
 Arrays = tuple[jax.Array, ...]
+Form = Callable[..., jax.Array]
 
 
 def masked(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
@@ -39,11 +49,30 @@ def last_quarter(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> ja
     return jnp.pad(out, ((0, 0), (q.shape[1] * 3 // 4, 0), (0, 0), (0, 0)))
 
 
-FORMS: dict[str, Callable[..., jax.Array]] = {
-    "mask": masked,
+def switched(form: Form, kernels: str) -> Form:
+    """`form`, traced with the package's kernels on ("1") or off ("0")."""
+
+    def run(*arguments: jax.Array) -> jax.Array:
+        before = os.environ.get(SWITCH)
+        os.environ[SWITCH] = kernels
+        try:
+            return form(*arguments)
+        finally:
+            del os.environ[SWITCH]
+            if before is not None:
+                os.environ[SWITCH] = before
+
+    return run
+
+
+FORMS: dict[str, Form] = {
     "package": causal_attention,
+    "kernel": switched(causal_attention, "1"),
+    "windows": switched(causal_attention, "0"),
+    "mask": masked,
     "causal": causal,
     "last quarter": last_quarter,
+    "last quarter by kernel": switched(last_quarter, "1"),
 }
 
 
@@ -60,7 +89,7 @@ def inputs(sizes: tuple[int, ...], shortest: int, longest: int) -> Arrays:
     return q, k, v, jnp.asarray(ids), d_out
 
 
-def with_gradients(form: Callable[..., jax.Array]) -> Callable[..., Any]:
+def with_gradients(form: Form) -> Callable[..., Any]:
     def run(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, d_out: jax.Array) -> Any:
         out, pull = jax.vjp(lambda *x: form(*x, ids), q, k, v)
         return out, *pull(d_out)
@@ -68,8 +97,8 @@ def with_gradients(form: Callable[..., jax.Array]) -> Callable[..., Any]:
     return run
 
 
-def measure(run: Callable[..., Any], arguments: Arrays) -> tuple[float, float]:
-    """Milliseconds, and MiB besides the arguments."""
+def measure(run: Callable[..., Any], arguments: Arrays) -> tuple[str, float]:
+    """Milliseconds, the least and the median, and MiB besides the arguments."""
     compiled = jax.jit(run).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     jax.block_until_ready(compiled(*arguments))
@@ -79,8 +108,9 @@ def measure(run: Callable[..., Any], arguments: Arrays) -> tuple[float, float]:
         for _ in range(4):
             out = compiled(*arguments)
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - begin) / 4)
-    return 1e3 * float(np.median(times)), (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+        times.append(1e3 * (time.perf_counter() - begin) / 4)
+    told = f"{min(times):8.3f} ({np.median(times):.3f}) ms"
+    return told, (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
 
 
 def pair(text: str) -> tuple[int, ...]:
@@ -102,7 +132,7 @@ def main() -> None:
                 forward, _ = measure(FORMS[name], tuple(arguments))
                 both, memory = measure(with_gradients(FORMS[name]), (*arguments, d_out))
                 print(
-                    f"  {name:13s} {forward:8.2f} ms forward {both:8.2f} ms with gradients {memory:8.0f} MiB",
+                    f"  {name:22s} {forward} forward {both} with gradients {memory:8.0f} MiB",
                     flush=True,
                 )
 

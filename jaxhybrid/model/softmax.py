@@ -18,13 +18,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jax.sharding import PartitionSpec as P
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel, decode_attention_refusal
 from jaxhybrid_kernels.gpu.softmax_attention import make_plan, softmax_attention, softmax_attention_refusal
-from jaxhybrid_kernels.numerics import decodes_by_kernels, on_nvidia, target_platform
+from jaxhybrid_kernels.numerics import attends_by_kernels, decodes_by_kernels, on_nvidia, target_platform
 
 from jaxhybrid.model.layers import capped, exact_dtype, segment_starts
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
 QUERY_BLOCK = 1024  # queries of a block of the plain form, at most
-HOPPER_KERNELS = False  # not measured yet: the package's own kernels on Hopper, where they take the arguments
 CAPPED_SCORES = 2**26  # of a block on GPUs, where the plain form is that of capped scores: 256 MiB of float32
 GPU_ROW = 2048  # keys up to which cuDNN gets one mask for all queries, and its gradient computes nothing again
 GPU_QUERY_BLOCK = 512
@@ -96,7 +95,8 @@ def causal_attention(
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0 and not sinks:
         return splash_attention(q, k, v, documents, starts, first, window, cap)
     seen = Seen(documents if window is None else window.starts(documents, first), documents, sinks)
-    if by_cudnn and HOPPER_KERNELS and not sinks and softmax_attention_refusal(q, k) is None:
+    checked = first_query is None or key_segment_ids is None  # on a card: not slices of rows with documents
+    if by_cudnn and not sinks and attends_by_kernels(checked) and softmax_attention_refusal(q, k) is None:
         return softmax_attention(q, k, v, seen.starts, first, make_plan(q, k))
     if by_cudnn and k.shape[1] <= GPU_ROW:
         return _cudnn_short(q, k, v, seen, first, is_causal=first_query is None)

@@ -79,10 +79,11 @@ def main() -> None:
 
 
 def attention_parts(show: Callable[..., Any], B: int, T: int, H: int, G: int, width: int) -> None:
-    """Forward, and with gradients in both forms."""
+    """The kernels of the forward pass and of the gradients."""
     import jax
     import jax.numpy as jnp
     from jaxhybrid_kernels.gpu import softmax_attention as module
+    from jaxhybrid_kernels.gpu.attention_plan import ROWS
     from jaxhybrid_kernels.gpu.block_ranges import ENTRIES
 
     q, k = (jax.ShapeDtypeStruct((B, T, heads, width), jnp.bfloat16) for heads in (H, G))
@@ -93,14 +94,10 @@ def attention_parts(show: Callable[..., Any], B: int, T: int, H: int, G: int, wi
     def ranges(rows: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((B, T // rows, ENTRIES), jnp.int32)
 
-    def joint(*operands: Any) -> Any:
-        return module.gradients_kernel(plan)(*operands, jax.new_ref(jnp.zeros(q.shape, jnp.float32)))
-
     operands = q, k, k, q, by_query, by_query, starts
-    show("forward", module.forward_kernel(plan), q, k, k, starts, ranges(plan.forward.rows))
-    show("of queries", module.query_gradient_kernel(plan), *operands, ranges(plan.query.rows))
-    show("of keys", module.key_gradients_kernel(plan), *operands, ranges(plan.key.rows))
-    show("all gradients", joint, *operands, ranges(plan.key.rows))
+    show("forward", module.forward_kernel(plan), q, k, k, starts, ranges(plan.rows))
+    show("of queries", module.query_gradient_kernel(plan), *operands, ranges(plan.rows))
+    show("of keys", module.key_gradients_kernel(plan), *operands, ranges(ROWS))
 
 
 def report(recurrence: str, shape: list[int], dump: Path) -> None:

@@ -1,6 +1,7 @@
 """Dtypes, matrix products and varying axes shared by the operators."""
 
 import os
+import re
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ from jax import lax
 
 BLOCK = 16  # tokens of a sub-block: the unit of the triangular inverse and of the per-channel reference gates
 LEAST_BETA = 2.0**-40  # far below what float32 adds to anything else
+HOPPER = "9.0"  # compute capability
+HOPPER_NAMES = re.compile(r"NVIDIA G?H(20|100|200|800)\b")
 
 
 def state_dtype(*arrays: jax.Array | None) -> Any:
@@ -85,8 +88,24 @@ def decodes_by_kernels() -> bool:
     return wanted == "1" or (wanted != "0" and on_nvidia())
 
 
+def attends_by_kernels(checked: bool) -> bool:
+    """Whether softmax attention takes its own kernels where they serve: if such calls were `checked` on a card, unless
+    JAXHYBRID_ATTENTION_KERNELS is 0 (nowhere) or 1 (wherever they have a form)."""
+    wanted = os.environ.get("JAXHYBRID_ATTENTION_KERNELS")
+    return wanted == "1" or (wanted != "0" and checked)
+
+
 def on_nvidia() -> bool:
     """Whether code traced now will run on a GPU of NVIDIA's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     return target_platform() == "gpu" and "NVIDIA" in kind
+
+
+def gpu_capability() -> str:
+    """Compute capability, as "9.0", of the GPU that code traced now will run on; of one that is not here its name tells
+    whether it is Hopper, and any other's is ""."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if jax.default_backend() == "gpu" and (device is None or device.device_kind == jax.devices()[0].device_kind):
+        return str(jax.devices()[0].compute_capability)
+    return HOPPER if device is not None and HOPPER_NAMES.match(device.device_kind) else ""

@@ -223,10 +223,9 @@ def test_lowers_inside_shard_map_under_checkpoint(form, states):
 )
 def test_default_on_a_gpu(monkeypatch, capability, changes, chosen):
     """The kernels where they take the arguments, the form for XLA elsewhere."""
-    device = type("Device", (), {"compute_capability": capability})
     for module in (register, gpu_linear_attention):
         monkeypatch.setattr(module, "target_platform", lambda: "gpu")
-    monkeypatch.setattr(gpu_linear_attention.jax, "devices", lambda kind=None: [device])
+    monkeypatch.setattr(gpu_linear_attention, "gpu_capability", lambda: capability)
     for name, entry in api.REGISTER.items():
         monkeypatch.setitem(api.REGISTER, name, entry._replace(run=lambda call, name=name: name))
     q = jnp.zeros((1, 4, 1, 64), jnp.bfloat16)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import export
 from jaxhybrid_kernels.gpu import softmax_attention as module
-from jaxhybrid_kernels.gpu.attention_plan import Blocks
 from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_seeing
 from jaxhybrid_kernels.gpu.softmax_attention import make_plan, softmax_attention, softmax_attention_refusal
+from jaxhybrid_kernels.numerics import attends_by_kernels, gpu_capability
 
 BOUND = {"bfloat16": 8e-3, "float16": 1e-3}  # of the greatest value
 slow = pytest.mark.slow
@@ -36,14 +36,17 @@ def formula(q, k, v, seen):
     return jnp.einsum("bhqm,bmhk->bqhk", weights, v)
 
 
-def check(sizes, starts, first=0, dtype="bfloat16", **blocks):
-    """Values and each gradient, of queries from `first` on; sizes: queries, keys, query and key heads, width."""
+def check(sizes, starts, first=0, dtype="bfloat16"):
+    """Values and each gradient, of queries from `first` on; sizes: queries, keys, query and key heads, width.
+
+    Returns the gradients of keys and values.
+    """
     Q, M, Hq, Hk, D = sizes
     rng, B = np.random.default_rng(1), len(starts)
     q, d_out = (jnp.asarray(rng.normal(size=(B, Q, Hq, D)), dtype) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=(B, M, Hk, D)), dtype) for _ in range(2))
     starts = jnp.asarray(starts[:, first : first + Q])
-    plan = make_plan(q, k, **blocks)
+    plan = make_plan(q, k)
 
     def both(run, d_out, *operands):
         out, pull = jax.vjp(run, *operands)
@@ -62,11 +65,21 @@ def check(sizes, starts, first=0, dtype="bfloat16", **blocks):
         assert a.dtype == q.dtype, name
         a, b = np.asarray(a, np.float64), np.asarray(b)
         assert np.abs(a - b).max() <= BOUND[dtype] * np.abs(b).max(), name
+    return actual[2:]
 
 
 def test_documents_of_a_slice_of_the_queries():
-    """Lengths that no block divides; the first document ends before the slice, the last keys are seen by nobody."""
-    check((150, 260, 2, 1, 64), document_starts(1, 260, 5), first=70)
+    """Lengths that no block divides; blocks of keys before and after what the slice sees are nobody's."""
+    starts = document_starts(1, 300, 3)
+    starts[:, 140:] = np.maximum(starts[:, 140:], 140)
+    gradients = check((50, 300, 2, 1, 64), starts, first=150)
+    seeing = query_blocks_seeing(jnp.asarray(np.pad(starts[:, 150:200], ((0, 0), (0, 78)), "edge")), 150, 384, 64, 64)
+    np.testing.assert_array_equal(np.asarray(seeing[0, :, 0] < seeing[0, :, 3]), [False] * 2 + [True] * 3 + [False])
+    for gradient in gradients:
+        nobodys = np.asarray(gradient, np.float32)
+        assert not nobodys[:, :140].any()
+        assert not nobodys[:, 200:].any()
+        assert nobodys[:, 140:200].any()
 
 
 @pytest.mark.parametrize(
@@ -76,30 +89,19 @@ def test_documents_of_a_slice_of_the_queries():
         ((384, 384, 6, 1, 128), 2, "bfloat16"),
         ((130, 130, 6, 2, 64), 40, "float16"),
         ((320, 320, 2, 1, 128), 8, "float16"),
+        ((320, 320, 3, 1, 64), 4, "bfloat16"),
     ],
 )
 @slow
 def test_sizes(sizes, documents, dtype):
+    """Warpgroups that hold neighbouring heads, and neighbouring queries where a group has an odd number of heads."""
     check(sizes, document_starts(2, sizes[1], documents), dtype=dtype)
 
 
-@pytest.mark.parametrize(
-    "blocks",
-    [
-        {"forward": Blocks(64, 2), "query": Blocks(64, 3), "key": Blocks(128, 2)},
-        {"forward": Blocks(64, 2, 2, by_head=True, alternate=True), "query": Blocks(128, 2, 2, by_head=True)},
-        {"forward": Blocks(128, 2, 2, alternate=True), "key": Blocks(64, 3, 2)},
-        {"forward": Blocks(64, 3, 2, ahead=True), "key": Blocks(64, 2), "joint": True},
-    ],
-)
 @slow
-def test_other_divisions_of_the_work(blocks):
-    check((256, 256, 2, 1, 64), document_starts(1, 256, 4), **blocks)
-
-
-@slow
-def test_gradients_in_one_kernel():
-    check((200, 256, 2, 1, 128), document_starts(1, 256, 4), first=50, key=Blocks(64, 2, 2), joint=True)
+def test_few_queries_at_the_end():
+    """All of the second block of queries is padding, and beyond the last key."""
+    check((3, 128, 2, 1, 64), document_starts(1, 128, 3), first=125)
 
 
 @slow
@@ -128,8 +130,7 @@ def test_ranges_of_blocks(first, documents, queries, keys):
         assert (place[..., 0] == first + (queries * np.arange(length // queries) if axis == 1 else 0)).all()
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_lowers_for_cuda_inside_shard_map_under_checkpoint(monkeypatch, joint):
+def test_lowers_for_cuda_inside_shard_map_under_checkpoint(monkeypatch):
     """With manual axes checked, which the interpreter cannot do."""
     monkeypatch.setattr(module, "target_platform", lambda: "gpu")
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -137,7 +138,7 @@ def test_lowers_for_cuda_inside_shard_map_under_checkpoint(monkeypatch, joint):
 
     def local(q, k, v, starts):
         first = jax.lax.pcast(jnp.int32(64), ("data",), to="varying")
-        return jax.checkpoint(softmax_attention, static_argnums=5)(q, k, v, starts, first, make_plan(q, k, joint=joint))
+        return jax.checkpoint(softmax_attention, static_argnums=5)(q, k, v, starts, first, make_plan(q, k))
 
     def loss(q, k, v, starts):
         out = jax.shard_map(local, mesh=mesh, in_specs=(split,) * 4, out_specs=split)(q, k, v, starts)
@@ -169,11 +170,47 @@ def test_refusals_name_the_value(shapes, dtype, told):
     assert reason is None if told is None else told in reason
 
 
-@pytest.mark.parametrize(("capability", "told"), [("9.0", None), ("8.0", "this GPU has 8.0")])
+@pytest.mark.parametrize(
+    ("capability", "told"), [("9.0", None), ("8.0", "this GPU has 8.0"), ("10.0", "has 10.0"), ("", "an unknown one")]
+)
 def test_refuses_other_gpus(monkeypatch, capability, told):
-    device = type("Device", (), {"compute_capability": capability})
     monkeypatch.setattr(module, "target_platform", lambda: "gpu")
-    monkeypatch.setattr(module.jax, "devices", lambda kind=None: [device])
+    monkeypatch.setattr(module, "gpu_capability", lambda: capability)
     q = jax.ShapeDtypeStruct((1, 9, 2, 64), jnp.bfloat16)
     reason = softmax_attention_refusal(q, q)
     assert reason is None if told is None else told in reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        ("NVIDIA H100 80GB HBM3", "9.0"),
+        ("NVIDIA H200", "9.0"),
+        ("NVIDIA GH200 480GB", "9.0"),
+        ("NVIDIA A100-SXM4-80GB", ""),
+        ("NVIDIA GB200", ""),
+        ("NVIDIA B200", ""),
+    ],
+)
+def test_capability_of_a_gpu_that_is_not_here(kind, capability):
+    described = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=described)):
+        assert gpu_capability() == capability
+
+
+def test_capability_of_a_gpu_that_is_here(monkeypatch):
+    device = type("Device", (), {"compute_capability": "8.9", "device_kind": "NVIDIA L4"})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert gpu_capability() == "8.9"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "checked", "taken"),
+    [("0", True, False), ("1", False, True), (None, True, True), (None, False, False)],
+)
+def test_switch(monkeypatch, wanted, checked, taken):
+    monkeypatch.delenv("JAXHYBRID_ATTENTION_KERNELS", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("JAXHYBRID_ATTENTION_KERNELS", wanted)
+    assert attends_by_kernels(checked) == taken

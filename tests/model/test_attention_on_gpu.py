@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhybrid.model import softmax
 from jaxhybrid.model.softmax import Window, causal_attention
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +26,7 @@ def documents(kind, length):
 @pytest.fixture(params=["cudnn", "kernels"], autouse=True)
 def form(request, monkeypatch):
     """With the package's own kernels and without."""
-    monkeypatch.setattr(softmax, "HOPPER_KERNELS", request.param == "kernels")
+    monkeypatch.setenv("JAXHYBRID_ATTENTION_KERNELS", "1" if request.param == "kernels" else "0")
     return request.param
 
 
@@ -74,17 +73,38 @@ def test_capped_scores(kind):
     compare(lambda q, k, v: causal_attention(q, k, v, ids, cap=2.0), q, k, v, d_out, real, by="plain")
 
 
+@pytest.mark.parametrize(
+    ("first", "queries", "heads", "groups", "width"),
+    [(1300, 1300, 4, 1, 64), (1300, 777, 4, 1, 64), (1300, 777, 3, 1, 128), (2590, 10, 6, 3, 128)],
+)
 @pytest.mark.parametrize("kind", ["none", "short", "padded"])
-def test_slices_of_the_queries(kind, form):
-    q, k, v, d_out = inputs(2600, 4, 1, 64)
-    ids = documents(kind, 2600)
-    place = jnp.int32(1300)
-    real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[:, 1300:, None, None]
+def test_slices_of_the_queries(kind, first, queries, heads, groups, width, form):
+    """With short documents many blocks of keys are seen by nobody; so are those after a slice that ends before them."""
+    q, k, v, d_out = inputs(2600, heads, groups, width)
+    ids, part = documents(kind, 2600), slice(first, first + queries)
+    real = jnp.ones((1, 1, 1, 1)) if ids is None else (ids != 0)[:, part, None, None]
 
     def run(q, k, v):
-        return causal_attention(q, k, v, None, key_segment_ids=ids, first_query=place)
+        return causal_attention(q, k, v, None, key_segment_ids=ids, first_query=jnp.int32(first))
 
-    compare(run, q[:, 1300:], k, v, d_out[:, 1300:], real, form)
+    compare(run, q[:, part], k, v, d_out[:, part], real, form)
+
+
+@pytest.mark.parametrize("kind", ["none", "short", "padded"])
+def test_unset_variable(kind, monkeypatch):
+    """Whole rows with documents, and chunks that see a cache, go by the kernels; slices with documents do not."""
+    monkeypatch.delenv("JAXHYBRID_ATTENTION_KERNELS")
+    q, k, v, _ = inputs(300, 4, 1, 64)
+    ids, first = documents(kind, 300), jnp.int32(100)
+
+    def chunk(q, k, v):
+        return causal_attention(q[:, 100:], k, v, None, key_segment_ids=ids, first_query=first)
+
+    def takes_kernels(run):
+        return "mosaic_gpu" in jax.jit(run).lower(q, k, v).as_text().lower()
+
+    assert takes_kernels(lambda q, k, v: causal_attention(q, k, v, ids)) == (kind != "none")
+    assert takes_kernels(chunk) == (kind == "none")
 
 
 @pytest.mark.parametrize("kind", ["none", "padded"])

@@ -78,6 +78,7 @@ def on_gpu(monkeypatch, row=0, middle=0):
     for name, value in (sizes | {"CUDNN": "xla"}).items():
         monkeypatch.setattr(softmax, name, value)
     monkeypatch.setattr(softmax, "target_platform", lambda: "gpu")
+    monkeypatch.setenv("JAXHYBRID_ATTENTION_KERNELS", "0")
 
 
 def splash(q, k, v, ids, first=0, window=None, cap=None):
@@ -125,8 +126,11 @@ def test_splash_attention(length, heads, groups, width, kind, dtype):
     check(lambda q, k, v: splash(q, k, v, ids), *inputs(length, heads, groups, width, dtype), ids)
 
 
-def on_hopper(monkeypatch):
-    """As on a GPU with the package's own kernels, interpreted; a list that grows with each use of them."""
+def on_hopper(monkeypatch, wanted=None):
+    """As on a GPU with the package's own kernels, interpreted; a list that grows with each use of them.
+
+    wanted: the variable of the environment that turns them on and off, unset if None.
+    """
     on_gpu(monkeypatch)
     used = []
 
@@ -135,7 +139,9 @@ def on_hopper(monkeypatch):
         return softmax_attention(*arguments)
 
     softmax_attention = softmax.softmax_attention
-    monkeypatch.setattr(softmax, "HOPPER_KERNELS", True)
+    monkeypatch.delenv("JAXHYBRID_ATTENTION_KERNELS")
+    if wanted is not None:
+        monkeypatch.setenv("JAXHYBRID_ATTENTION_KERNELS", wanted)
     monkeypatch.setattr(softmax, "softmax_attention", recorded)
     return used
 
@@ -149,7 +155,7 @@ def on_hopper(monkeypatch):
     ],
 )
 def test_kernels_of_hopper(monkeypatch, kind, first, window):
-    used, ids = on_hopper(monkeypatch), documents(kind, 101)
+    used, ids = on_hopper(monkeypatch, "1"), documents(kind, 101)
     slides = None if window is None else softmax.Window(window, jnp.asarray(True))
 
     def run(q, k, v):
@@ -171,11 +177,38 @@ def test_kernels_of_hopper(monkeypatch, kind, first, window):
     ],
 )
 def test_what_the_kernels_of_hopper_do_not_take(monkeypatch, width, dtype, more):
-    used, ids = on_hopper(monkeypatch), documents("packed", 101)
+    used, ids = on_hopper(monkeypatch, "1"), documents("packed", 101)
     q, k, v, _ = inputs(101, 2, 1, width, dtype)
     out = jax.eval_shape(lambda q, k, v: softmax.causal_attention(q, k, v, ids, **more), q, k, v)
     assert out.shape == q.shape
     assert not used
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "window", "wanted", "taken"),
+    [
+        ("packed", 0, None, None, True),
+        ("packed", 0, 20, None, True),
+        ("none", 0, 20, None, True),
+        ("none", 37, None, None, True),  # a chunk that sees a cache
+        ("packed", 37, None, None, False),
+        ("packed", 37, None, "1", True),
+        ("packed", 0, None, "0", False),
+        ("none", 0, None, "1", False),  # nothing to skip
+    ],
+)
+def test_where_the_kernels_of_hopper_serve(monkeypatch, kind, first, window, wanted, taken):
+    used, ids = on_hopper(monkeypatch, wanted), documents(kind, 101)
+    slides = None if window is None else softmax.Window(window, jnp.asarray(True))
+    q, k, v, _ = inputs(101, 2, 1, 64, "bfloat16")
+
+    def run(q, k, v):
+        if first == 0:
+            return softmax.causal_attention(q, k, v, ids, window=slides)
+        return sliced(q[:, first:], k, v, ids, first, slides)
+
+    jax.eval_shape(run, q, k, v)
+    assert bool(used) == taken
 
 
 @pytest.mark.parametrize("kind", ["none", "padded"])

@@ -9,20 +9,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.attention_plan import Blocks
-
 
 class Stream(NamedTuple):
     """`load(step, slot)` has the copies of a step's block on their way to a slot, which say so at `loaded[slot]`.
 
-    Where a warpgroup of its own loads, `consumed[slot]` tells it that all others are done with the slot.
+    Where a warpgroup of its own loads (`produce`), `consumed[slot]` tells it that all others are done with the slot.
+    There may be no steps at all.
     """
 
     load: Callable[[Any, Any], None]
     steps: jax.Array
     stages: int
     loaded: Any
-    consumed: Any
+    consumed: Any = None
 
     def slot(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.stages))
@@ -31,7 +30,7 @@ class Stream(NamedTuple):
         plgpu.barrier_wait(self.loaded.at[self.slot(step)])
 
     def release(self, step: jax.Array) -> None:
-        """This warpgroup is done with the step's block: its slot can have the next one."""
+        """This warpgroup is done with the step's block: its slot can have the next one, if there is one."""
 
         @pl.when(step + self.stages < self.steps)
         def _():
@@ -55,32 +54,3 @@ class Stream(NamedTuple):
         def _(step):
             plgpu.barrier_wait(self.consumed.at[self.slot(step)])
             self.load(step, self.slot(step))
-
-
-def run_stream(blocks: Blocks, stream: Stream, consume: Callable[[], None]) -> None:
-    """`consume` in every computing warpgroup, with the stream under way."""
-    if not blocks.loader:
-        stream.begin()
-        consume()
-        return
-    group = lax.axis_index("group")
-
-    @pl.when(group == blocks.warpgroups)
-    def _():
-        plgpu.set_max_registers(blocks.registers[0], action="decrease")
-        stream.produce()
-
-    @pl.when(group < blocks.warpgroups)
-    def _():
-        plgpu.set_max_registers(blocks.registers[1], action="increase")
-        consume()
-
-
-def barriers(blocks: Blocks, copies: int) -> dict[str, Any]:
-    """Scratch memory of a stream each block of which takes so many copies."""
-    scratch = {"loaded": plgpu.Barrier(num_arrivals=copies, num_barriers=blocks.stages)}
-    if blocks.loader:
-        scratch["consumed"] = plgpu.Barrier(num_arrivals=blocks.warpgroups, num_barriers=blocks.stages)
-    if blocks.alternate:
-        scratch["turn"] = plgpu.Barrier(num_arrivals=2)
-    return scratch

@@ -16,12 +16,11 @@ from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
 from jaxhybrid_kernels.gpu.spans import run_backward, run_forward
-from jaxhybrid_kernels.numerics import target_platform, varying_alike
+from jaxhybrid_kernels.numerics import HOPPER, gpu_capability, target_platform, varying_alike
 from jaxhybrid_kernels.segments import segment_starts, zero_padding
 from jaxhybrid_kernels.validation import Sizes
 
 WIDTHS = (64, 128)
-HOPPER = "9.0"
 MULTIPROCESSORS = 132
 FILLED = 100  # thread blocks that leave few multiprocessors idle
 FEWEST_SPANS, MOST_SPANS = 4, 16  # two do nearly all of the work twice and save nothing
@@ -36,8 +35,9 @@ def gpu_refusal(call: Call) -> str | None:
     platform = target_platform()
     if platform not in ("gpu", "cpu"):
         return f"implementation='pallas_gpu' runs on GPUs, and on CPUs interpreted; the platform is {platform!r}."
-    if platform != "cpu" and (capability := str(jax.devices("gpu")[0].compute_capability)) != HOPPER:
-        return f"implementation='pallas_gpu' needs compute capability {HOPPER}; this GPU has {capability}."
+    if platform != "cpu" and (capability := gpu_capability()) != HOPPER:
+        has = capability or "an unknown one"
+        return f"implementation='pallas_gpu' needs compute capability {HOPPER}; this GPU has {has}."
     for name, letter, width in (("k", "K", sizes.K), ("v", "V", sizes.V)):
         if width not in WIDTHS:
             return f"{name} has {letter}={width} channels per head, pallas_gpu takes 64 or 128."

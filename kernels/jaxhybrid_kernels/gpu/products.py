@@ -87,36 +87,6 @@ def accumulate(*sums: tuple[jax.Array, list[tuple[Any, Any]]], interpret: bool) 
     return pl.run_state(add)(tuple(plgpu.ACC.init(start) for start, _ in sums))
 
 
-def accumulate_meanwhile(
-    start: jax.Array,
-    term: tuple[Any, Any],
-    other: tuple[Any, Any],
-    meanwhile: Callable[[jax.Array], tuple[jax.Array, ...]],
-    places: tuple[jax.Array, ...],
-    *,
-    interpret: bool,
-) -> tuple[jax.Array, ...]:
-    """(start + term's product, *meanwhile(other's product)): the sum is under way while the other product is used.
-
-    `places` are arrays like those that `meanwhile` gives.
-    """
-    if interpret:
-        return start + _interpreted(*term), *meanwhile(_interpreted(*other))
-
-    def add(refs):
-        total, *results = refs
-
-        def fresh(product):
-            plgpu.wgmma(product, *other)
-            plgpu.wgmma(total, *term)
-            for ref, result in zip(results, meanwhile(plgpu.wgmma_accumulator_load(product, wait_n=1)), strict=True):
-                ref[...] = result
-
-        pl.run_scoped(fresh, _sums(*other))
-
-    return pl.run_state(add)((plgpu.ACC.init(start), *places))
-
-
 def _sums(left: Any, right: Any) -> Any:
     return plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32)
 

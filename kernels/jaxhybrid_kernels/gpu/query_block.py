@@ -1,6 +1,7 @@
 """The 64 queries of one head that a warpgroup holds, in the kernels that go over the keys they see."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.attention_plan import ROWS, AttentionPlan, Blocks
+from jaxhybrid_kernels.gpu.attention_plan import ROWS, WARPGROUPS, AttentionPlan, Blocks
 from jaxhybrid_kernels.gpu.block_ranges import BEGIN, END, FULL_BEGIN, FULL_END, PLACE
 from jaxhybrid_kernels.gpu.block_stream import Stream
 from jaxhybrid_kernels.gpu.launch import unmarked
@@ -17,6 +18,7 @@ from jaxhybrid_kernels.gpu.products import along_rows, rows, shared
 
 NOTHING = -1e30  # score of what is not seen: finite, so that differences are
 LOG2_E = math.log2(math.e)
+LOADING, COMPUTING = 24, 240  # registers of a thread
 
 
 class QueryBlock(NamedTuple):
@@ -55,15 +57,15 @@ class QueryBlock(NamedTuple):
 def query_block(plan: AttentionPlan, blocks: Blocks, ranges: Any) -> QueryBlock:
     b, head, group = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("group")
     # Where documents are long the last queries see most keys: they begin, so that the ends fill the chip.
-    index = plan.Q // blocks.rows - 1 - lax.axis_index("block")
-    shift = 0 if blocks.by_head else group * ROWS
-    key_head = lax.div(head * blocks.heads, jnp.int32(plan.group))
+    index = plan.Q // plan.rows - 1 - lax.axis_index("block")
+    shift = 0 if plan.by_head else group * ROWS
+    key_head = lax.div(head * plan.heads, jnp.int32(plan.group))
     begin, full_begin, full_end, end, place = (
         unmarked(ranges[b, index, entry]) for entry in (BEGIN, FULL_BEGIN, FULL_END, END, PLACE)
     )
-    if blocks.by_head:
-        head = head * blocks.warpgroups + group
-    tokens = pl.ds(index * blocks.rows + shift, ROWS)
+    if plan.by_head:
+        head = head * WARPGROUPS + group
+    tokens = pl.ds(index * plan.rows + shift, ROWS)
     return QueryBlock(b, head, key_head, group, tokens, place + shift, begin, full_begin, full_end, end, blocks.columns)
 
 
@@ -75,17 +77,39 @@ def key_stream(blocks: Blocks, own: QueryBlock, k: Any, v: Any, s: dict[str, Any
         for source, name in ((k, "k"), (v, "v")):
             plgpu.copy_gmem_to_smem(source.at[own.b, keys, own.key_head], s[name].at[slot], s["loaded"].at[slot])
 
-    return Stream(load, own.end - own.begin, blocks.stages, s["loaded"], s.get("consumed"))
+    return Stream(load, own.end - own.begin, blocks.stages, s["loaded"], s["consumed"])
 
 
 def key_slots(plan: AttentionPlan, blocks: Blocks) -> dict[str, Any]:
-    return {name: shared(blocks.stages, blocks.columns, plan.D, dtype=plan.dtype) for name in ("k", "v")}
-
-
-def launch_grid(plan: AttentionPlan, blocks: Blocks) -> dict[str, Any]:
+    """Scratch memory of a stream of keys and values."""
+    slots = shared(blocks.stages, blocks.columns, plan.D, dtype=plan.dtype)
     return {
-        "grid": (plan.Hq // blocks.heads, plan.Q // blocks.rows, plan.B),
+        "k": slots,
+        "v": slots,
+        "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages),
+        "consumed": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=blocks.stages),
+    }
+
+
+def run_beside_loader(stream: Stream, consume: Callable[[], None]) -> None:
+    """`consume` in the warpgroups that compute, the stream's loads in the last one."""
+    group = lax.axis_index("group")
+
+    @pl.when(group == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(LOADING, action="decrease")
+        stream.produce()
+
+    @pl.when(group < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(COMPUTING, action="increase")
+        consume()
+
+
+def launch_grid(plan: AttentionPlan) -> dict[str, Any]:
+    return {
+        "grid": (plan.Hq // plan.heads, plan.Q // plan.rows, plan.B),
         "grid_names": ("head", "block", "batch"),
-        "num_threads": blocks.warpgroups + blocks.loader,
+        "num_threads": WARPGROUPS + 1,
         "thread_name": "group",
     }

@@ -9,24 +9,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxhybrid_kernels.gpu.attention_plan import ROWS, AttentionPlan, Blocks
 from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_seeing
 from jaxhybrid_kernels.gpu.softmax_forward import forward_kernel
-from jaxhybrid_kernels.gpu.softmax_gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.softmax_key_gradients import key_gradients_kernel
 from jaxhybrid_kernels.gpu.softmax_query_gradient import query_gradient_kernel
-from jaxhybrid_kernels.numerics import target_platform
+from jaxhybrid_kernels.numerics import HOPPER, gpu_capability, target_platform
 
-HOPPER = "9.0"
 WIDTHS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 WHOLE = 128  # queries and keys are padded to a multiple of this: it holds any block
-FORWARD = Blocks(columns=128, stages=2, warpgroups=2)
-QUERY = Blocks(columns=64, stages=2, warpgroups=2)
-KEY = Blocks(columns=64, stages=2, warpgroups=2)
-JOINT = False
+# On an H200, see kernels/NOTES.md.
+FORWARD = Blocks(columns=128, stages=2)
+QUERY = Blocks(columns=64, stages=3)
+KEY = Blocks(columns=64, stages=2)
 
 
 def softmax_attention_refusal(q: jax.Array, k: jax.Array) -> str | None:
@@ -35,8 +32,8 @@ def softmax_attention_refusal(q: jax.Array, k: jax.Array) -> str | None:
     platform = target_platform()
     if platform not in ("gpu", "cpu"):
         return f"the kernels run on GPUs, and on CPUs interpreted; the platform is {platform!r}."
-    if platform != "cpu" and (capability := str(jax.devices("gpu")[0].compute_capability)) != HOPPER:
-        return f"the kernels need compute capability {HOPPER}; this GPU has {capability}."
+    if platform != "cpu" and (capability := gpu_capability()) != HOPPER:
+        return f"the kernels need compute capability {HOPPER}; this GPU has {capability or 'an unknown one'}."
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         return f"q and k have dtypes {q.dtype} and {k.dtype}, the kernels take bfloat16 or float16, the same of both."
     if D not in WIDTHS:
@@ -46,23 +43,11 @@ def softmax_attention_refusal(q: jax.Array, k: jax.Array) -> str | None:
     return None
 
 
-def make_plan(
-    q: jax.Array,
-    k: jax.Array,
-    *,
-    forward: Blocks = FORWARD,
-    query: Blocks = QUERY,
-    key: Blocks = KEY,
-    joint: bool = JOINT,
-) -> AttentionPlan:
-    """Of q [B,Q,Hq,D] and k [B,M,Hk,D]. Warpgroups hold different heads only where a group's heads divide so."""
+def make_plan(q: jax.Array, k: jax.Array) -> AttentionPlan:
+    """Of q [B,Q,Hq,D] and k [B,M,Hk,D]."""
     (B, Q, Hq, D), (M, Hk) = q.shape, k.shape[1:3]
-    forward, query = (
-        blocks._replace(by_head=False) if Hq // Hk % blocks.heads else blocks for blocks in (forward, query)
-    )
-    joint = joint and D // key.warpgroups >= ROWS  # channels of the queries' gradient that a warpgroup makes
     whole = Q + -Q % WHOLE, M + -M % WHOLE
-    return AttentionPlan(B, *whole, Hq, Hk, D, q.dtype, forward, query, key, joint, target_platform() == "cpu")
+    return AttentionPlan(B, *whole, Hq, Hk, D, q.dtype, FORWARD, QUERY, KEY, target_platform() == "cpu")
 
 
 def softmax_attention(
@@ -95,7 +80,7 @@ def _attention(q: Any, k: Any, v: Any, starts: Any, first: Any, plan: AttentionP
 
 
 def _forward(q: Any, k: Any, v: Any, starts: Any, first: Any, plan: AttentionPlan) -> Any:
-    seen = key_blocks_seen(starts, first, plan.M, plan.forward.rows, plan.forward.columns)
+    seen = key_blocks_seen(starts, first, plan.M, plan.rows, plan.forward.columns)
     out, logsumexp = forward_kernel(plan)(q, k, v, starts, seen)
     return out, (q, k, v, starts, first, out, logsumexp)
 
@@ -103,16 +88,10 @@ def _forward(q: Any, k: Any, v: Any, starts: Any, first: Any, plan: AttentionPla
 def _backward(plan: AttentionPlan, saved: Any, d_out: jax.Array) -> Any:
     q, k, v, starts, first, out, logsumexp = saved
     dots = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
-    seeing = query_blocks_seeing(starts, first, plan.M, queries=plan.key.columns, keys=plan.key.rows)
     operands = q, k, v, d_out, logsumexp, dots, starts
-    if plan.joint:
-        total = jax.new_ref(jnp.zeros(q.shape, jnp.float32))  # references must not vary along manual mesh axes,
-        d_k, d_v = gradients_kernel(plan)(*operands, seeing, total)
-        d_q = (total[...] * plan.D**-0.5).astype(q.dtype)
-        axes = tuple(jax.typeof(q).manual_axis_type.varying)  # though what is added to them does
-        return lax.pcast(d_q, axes, to="varying") if axes else d_q, d_k, d_v, None, None
-    seen = key_blocks_seen(starts, first, plan.M, plan.query.rows, plan.query.columns)
+    seen = key_blocks_seen(starts, first, plan.M, plan.rows, plan.query.columns)
     (d_q,) = query_gradient_kernel(plan)(*operands, seen)
+    seeing = query_blocks_seeing(starts, first, plan.M, queries=plan.key.columns, keys=ROWS)
     d_k, d_v = key_gradients_kernel(plan)(*operands, seeing)
     return d_q, d_k, d_v, None, None
 

@@ -3,6 +3,7 @@
 The largest score m, the sum l and the output O of what was met so far are in registers (arXiv 2205.14135); S are the
 scores of the next block, exponents of base 2:
     m' = max(m, rowmax(S))   P = 2^(S - m')   l' = 2^(m - m') l + rowsum(P)   O' = 2^(m - m') O + P V
+Two warpgroups take turns: one is at the tensor cores while the other makes weights of scores (arXiv 2407.08608).
 """
 
 from collections.abc import Callable
@@ -13,11 +14,17 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.attention_plan import ROWS, AttentionPlan
-from jaxhybrid_kernels.gpu.block_stream import barriers, run_stream
+from jaxhybrid_kernels.gpu.attention_plan import ROWS, WARPGROUPS, AttentionPlan
 from jaxhybrid_kernels.gpu.launch import kernel
-from jaxhybrid_kernels.gpu.products import accumulate, accumulate_meanwhile, along_rows, multiply, shared
-from jaxhybrid_kernels.gpu.query_block import LOG2_E, key_slots, key_stream, launch_grid, query_block
+from jaxhybrid_kernels.gpu.products import accumulate, along_rows, multiply, shared
+from jaxhybrid_kernels.gpu.query_block import (
+    LOG2_E,
+    key_slots,
+    key_stream,
+    launch_grid,
+    query_block,
+    run_beside_loader,
+)
 
 LOWEST = -1e20  # the first m: above NOTHING, so that what is not seen weighs nothing before anything is seen
 
@@ -35,10 +42,10 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
         stream = key_stream(blocks, own, k, v, s)
 
         def turn():
-            """At each of these places one warpgroup waits for the other to be at its next."""
-            if blocks.alternate:
-                plgpu.barrier_arrive(s["turn"])
-                plgpu.barrier_wait(s["turn"])
+            """At each of these places one warpgroup waits for the other to be at its next. As both have the same number
+            of steps, both come to as many places."""
+            plgpu.barrier_arrive(s["turn"])
+            plgpu.barrier_wait(s["turn"])
 
         def consume():
             query, arrived = s["q"].at[own.group], s["arrived"].at[own.group]
@@ -46,47 +53,24 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
             first_keys = own.starts(starts)
             plgpu.barrier_wait(arrived)
 
-            def weigh(i, scores, m, l):
-                """(Weights of the step's keys, what remains of earlier ones, new m and l.)"""
-                scores = own.masked(i, scores, first_keys)
+            def step(i, carry):
+                o, m, l = carry
+                slot = stream.slot(i)
+                stream.await_block(i)
+                keys = s["k"].at[slot].transpose((1, 0))
+                scores = own.masked(i, multiply(query, keys, interpret=interpret, issued=turn), first_keys)
                 new_m = jnp.maximum(m, jnp.max(scores, axis=1) * factor)
                 weights = jnp.exp2(scores * factor - along_rows(new_m, blocks.columns))
                 kept = jnp.exp2(m - new_m)
-                return weights.astype(plan.dtype), kept, new_m, l * kept + jnp.sum(weights, axis=1)
-
-            def block(i):
-                """Keys, turned, and values of a step."""
-                slot = stream.slot(i)
-                return s["k"].at[slot].transpose((1, 0)), s["v"].at[slot]
-
-            def step(i, carry):
-                o, m, l = carry
-                keys, values = block(i)
-                stream.await_block(i)
-                scores = multiply(query, keys, interpret=interpret, issued=turn)
-                weights, kept, m, l = weigh(i, scores, m, l)
-                o = o * along_rows(kept, D)
-                if blocks.alternate:
-                    o, l, m, weights = lax.optimization_barrier((o, l, m, weights))
+                l = l * kept + jnp.sum(weights, axis=1)
+                # All of this before the turn: it is the other warpgroup's time at the tensor cores.
+                o, l, m, weights = lax.optimization_barrier(
+                    (o * along_rows(kept, D), l, new_m, weights.astype(plan.dtype))
+                )
                 turn()
-                (o,) = accumulate((o, [(weights, values)]), interpret=interpret)
+                (o,) = accumulate((o, [(weights, s["v"].at[slot])]), interpret=interpret)
                 stream.release(i)
                 return o, m, l
-
-            def step_ahead(i, carry):
-                """Sums the step's values, and weighs the next keys."""
-                o, weights, m, l = carry
-                stream.await_block(i + 1)
-                o, weights, kept, m, l = accumulate_meanwhile(
-                    o,
-                    (weights, block(i)[1]),
-                    (query, block(i + 1)[0]),
-                    lambda scores: weigh(i + 1, scores, m, l),
-                    (weights, m, m, l),
-                    interpret=interpret,
-                )
-                stream.release(i)
-                return o * along_rows(kept, D), weights, m, l
 
             def full(value, *shape):
                 layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
@@ -94,16 +78,7 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
 
             pl.when(own.group == 1)(turn)
             begin = full(0.0, ROWS, D), full(LOWEST, ROWS), full(0.0, ROWS)
-            if blocks.ahead:
-                o, m, l = begin
-                first, last = jnp.int32(0), stream.steps - 1
-                stream.await_block(first)
-                scores = multiply(query, block(first)[0], interpret=interpret)
-                weights, _, m, l = weigh(first, scores, m, l)
-                o, weights, m, l = lax.fori_loop(0, last, step_ahead, (o, weights, m, l))
-                (o,) = accumulate((o, [(weights, block(last)[1])]), interpret=interpret)
-            else:
-                o, m, l = lax.fori_loop(0, stream.steps, step, begin)
+            o, m, l = lax.fori_loop(0, stream.steps, step, begin)
             pl.when(own.group == 0)(turn)
             logsumexp[own.b, own.head, own.tokens] = m + jnp.log(l) * LOG2_E
             query[...] = (o * along_rows(1 / l, D)).astype(plan.dtype)
@@ -111,7 +86,7 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
             plgpu.copy_smem_to_gmem(query, out.at[own.b, own.tokens, own.head])
             plgpu.wait_smem_to_gmem(0)
 
-        run_stream(blocks, stream, consume)
+        run_beside_loader(stream, consume)
 
     return kernel(
         body,
@@ -122,11 +97,11 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
         ],
         scratch_types={
             "s": {
-                "q": shared(blocks.warpgroups, ROWS, D, dtype=plan.dtype),
-                "arrived": plgpu.Barrier(num_barriers=blocks.warpgroups),
+                "q": shared(WARPGROUPS, ROWS, D, dtype=plan.dtype),
+                "arrived": plgpu.Barrier(num_barriers=WARPGROUPS),
                 **key_slots(plan, blocks),
-                **barriers(blocks, copies=2),
+                "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
             }
         },
-        **launch_grid(plan, blocks),
+        **launch_grid(plan),
     )

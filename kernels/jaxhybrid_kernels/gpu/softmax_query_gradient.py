@@ -10,11 +10,17 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.attention_plan import ROWS, AttentionPlan
-from jaxhybrid_kernels.gpu.block_stream import barriers, run_stream
+from jaxhybrid_kernels.gpu.attention_plan import ROWS, WARPGROUPS, AttentionPlan
 from jaxhybrid_kernels.gpu.launch import kernel, unmarked
 from jaxhybrid_kernels.gpu.products import accumulate, along_rows, multiply_both, rows, shared
-from jaxhybrid_kernels.gpu.query_block import LOG2_E, key_slots, key_stream, launch_grid, query_block
+from jaxhybrid_kernels.gpu.query_block import (
+    LOG2_E,
+    key_slots,
+    key_stream,
+    launch_grid,
+    query_block,
+    run_beside_loader,
+)
 
 
 def query_gradient_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
@@ -60,9 +66,9 @@ def query_gradient_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]
             plgpu.copy_smem_to_gmem(query, d_q.at[own.b, own.tokens, own.head])
             plgpu.wait_smem_to_gmem(0)
 
-        run_stream(blocks, stream, consume)
+        run_beside_loader(stream, consume)
 
-    operand = shared(blocks.warpgroups, ROWS, D, dtype=plan.dtype)
+    operand = shared(WARPGROUPS, ROWS, D, dtype=plan.dtype)
     return kernel(
         body,
         plan,
@@ -71,10 +77,9 @@ def query_gradient_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]
             "s": {
                 "q": operand,
                 "d_out": operand,
-                "arrived": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.warpgroups),
+                "arrived": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
                 **key_slots(plan, blocks),
-                **barriers(blocks, copies=2),
             }
         },
-        **launch_grid(plan, blocks),
+        **launch_grid(plan),
     )
