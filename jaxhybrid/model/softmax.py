@@ -95,8 +95,7 @@ def causal_attention(
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0 and not sinks:
         return splash_attention(q, k, v, documents, starts, first, window, cap)
     seen = Seen(documents if window is None else window.starts(documents, first), documents, sinks)
-    checked = first_query is None or key_segment_ids is None  # on a card: not slices of rows with documents
-    if by_cudnn and not sinks and attends_by_kernels(checked) and softmax_attention_refusal(q, k) is None:
+    if by_cudnn and not sinks and attends_by_kernels() and softmax_attention_refusal(q, k) is None:
         return softmax_attention(q, k, v, seen.starts, first, make_plan(q, k))
     if by_cudnn and k.shape[1] <= GPU_ROW:
         return _cudnn_short(q, k, v, seen, first, is_causal=first_query is None)

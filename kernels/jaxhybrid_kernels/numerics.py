@@ -88,11 +88,9 @@ def decodes_by_kernels() -> bool:
     return wanted == "1" or (wanted != "0" and on_nvidia())
 
 
-def attends_by_kernels(checked: bool) -> bool:
-    """Whether softmax attention takes its own kernels where they serve: if such calls were `checked` on a card, unless
-    JAXHYBRID_ATTENTION_KERNELS is 0 (nowhere) or 1 (wherever they have a form)."""
-    wanted = os.environ.get("JAXHYBRID_ATTENTION_KERNELS")
-    return wanted == "1" or (wanted != "0" and checked)
+def attends_by_kernels() -> bool:
+    """Whether softmax attention takes its own kernels where they serve: if JAXHYBRID_ATTENTION_KERNELS is 1."""
+    return os.environ.get("JAXHYBRID_ATTENTION_KERNELS") == "1"
 
 
 def on_nvidia() -> bool:

@@ -90,23 +90,6 @@ def test_slices_of_the_queries(kind, first, queries, heads, groups, width, form)
     compare(run, q[:, part], k, v, d_out[:, part], real, form)
 
 
-@pytest.mark.parametrize("kind", ["none", "short", "padded"])
-def test_unset_variable(kind, monkeypatch):
-    """Whole rows with documents, and chunks that see a cache, go by the kernels; slices with documents do not."""
-    monkeypatch.delenv("JAXHYBRID_ATTENTION_KERNELS")
-    q, k, v, _ = inputs(300, 4, 1, 64)
-    ids, first = documents(kind, 300), jnp.int32(100)
-
-    def chunk(q, k, v):
-        return causal_attention(q[:, 100:], k, v, None, key_segment_ids=ids, first_query=first)
-
-    def takes_kernels(run):
-        return "mosaic_gpu" in jax.jit(run).lower(q, k, v).as_text().lower()
-
-    assert takes_kernels(lambda q, k, v: causal_attention(q, k, v, ids)) == (kind != "none")
-    assert takes_kernels(chunk) == (kind == "none")
-
-
 @pytest.mark.parametrize("kind", ["none", "padded"])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("length", [1000, 2600])

@@ -187,11 +187,11 @@ def test_what_the_kernels_of_hopper_do_not_take(monkeypatch, width, dtype, more)
 @pytest.mark.parametrize(
     ("kind", "first", "window", "wanted", "taken"),
     [
-        ("packed", 0, None, None, True),
-        ("packed", 0, 20, None, True),
-        ("none", 0, 20, None, True),
-        ("none", 37, None, None, True),  # a chunk that sees a cache
-        ("packed", 37, None, None, False),
+        ("packed", 0, None, None, False),
+        ("packed", 0, None, "1", True),
+        ("packed", 0, 20, "1", True),
+        ("none", 0, 20, "1", True),
+        ("none", 37, None, "1", True),  # a chunk that sees a cache
         ("packed", 37, None, "1", True),
         ("packed", 0, None, "0", False),
         ("none", 0, None, "1", False),  # nothing to skip
