@@ -11,12 +11,10 @@ from jaxhybrid.families.feature import Feature
 from jaxhybrid.families.native import NATIVE, QWEN3_5, objections
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.transformer import Model
+from jaxhybrid.settings.export_format import check_format
 from jaxhybrid.weights.fold import Fold, fold, norms
 from jaxhybrid.weights.native import native_tensors
 from jaxhybrid.weights.save import Written, read_scales
-
-FORMATS = ("auto", "native", "remote-code")
-NOT_BUILT = ("fla", "gguf")
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,9 @@ def choose(model: Model, dtype: str, asked: str) -> Form:
     """The form that was asked for; `auto` takes a native one if it is exact. All processes must call it.
 
     Raises:
-        ConfigError: no such form, or no native one can express the model.
+        ConfigError: no such form (see `check_format`), or no native one can express the model.
     """
-    if asked not in FORMATS:
-        known = f"choose {', '.join(FORMATS)}"
-        raise ConfigError(f"export format {asked!r}{' is not built' * (asked in NOT_BUILT)}: {known}.")
+    check_format(asked)
     if asked == "remote-code":
         return Form(None, "")
     native = native_of(model.config)
