@@ -64,7 +64,7 @@ def choose(model: Model, dtype: str, asked: str) -> Form:
 def native_of(config: ModelConfig) -> str | None:
     """The architecture of transformers' own that expresses a student, if one does."""
     against = objections(config)
-    return next((name for name in NATIVE if not against[name]), None)
+    return next((name for name, found in against.items() if name in NATIVE and not found), None)
 
 
 def why_not_native(config: ModelConfig) -> str:
