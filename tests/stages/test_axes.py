@@ -99,7 +99,9 @@ PAIRS = [(2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (
 )
 @pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune", pytest.param("products kept", marks=slow)])
 def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
-    teacher = make_teacher(vocab_size=vocab_size, tie_embeddings=vocab_size == 60)
+    # A small eps magnifies rounding in norms of small outputs: with 1e-5 and lightning or Kimi delta attention one
+    # device's float32 gradient norm is 2e-5 off float64's, in which meshes equal one device to 1e-7.
+    teacher = make_teacher(vocab_size=vocab_size, tie_embeddings=vocab_size == 60, norm_eps=1e-3)
     G = mixer.kind
     linear, hybrid = (convert(teacher, types, mixer, jax.random.key(1)) for types in ((G,) * 4, (G, F, G, G)))
     batch = make_batch(vocab_size, batch=shape[0] * shape[1])
