@@ -54,11 +54,12 @@ def choose(model: Model, dtype: str, asked: str) -> Form:
     rounded = _rounding(found, dtype)
     if rounded and asked == "auto":
         return Form(None, f"{rounded}\nexported with its own code; format=native takes it as it is")
-    since = NATIVE[native].since
+    since, warning = NATIVE[native].since, NATIVE[native].warning
     told = f"exported as {native}, which transformers has itself" + (
         f", as it is here from {since} on" if since else ""
     )
-    return Form(native, f"{rounded}\n{told}".strip(), native_tensors(model.config, native), found.factors)
+    told = "\n".join(filter(None, (rounded, told, warning)))
+    return Form(native, told, native_tensors(model.config, native), found.factors)
 
 
 def native_of(config: ModelConfig) -> str | None:

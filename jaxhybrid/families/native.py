@@ -32,6 +32,7 @@ class Architecture(NamedTuple):
         own_keys: their names, and those of others that it has.
         layer_names: what it calls kinds of layers otherwise.
         since: the first transformers that computes it so, where that is newer than the oldest that exports are for.
+        warning: what to heed where other software loads it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Architecture(NamedTuple):
     own_keys: tuple[str, ...] = ()
     layer_names: Mapping[str, str] = {}
     since: str | None = None
+    warning: str = ""
 
 
 NATIVE: Mapping[str, Architecture] = {
@@ -51,7 +53,7 @@ NATIVE: Mapping[str, Architecture] = {
         native_granite.LAYER_NAMES, since="5.23",
     ),
     **{
-        name: Architecture(family.architecture, native_windows.features)
+        name: Architecture(family.architecture, native_windows.features, warning=native_windows.WARNING)
         for name, family in native_windows.SLIDING.items()
     },
 }  # fmt: skip

@@ -21,6 +21,7 @@ from jaxhybrid.model.mixers.window_attention import WindowAttentionConfig
 
 SLIDING: Mapping[str, Family] = {family.model_type: family for family in (QWEN2, QWEN3, MINISTRAL, OLMO3)}
 FIRST_SLIDING = "max_window_layers"  # the first layer that slides, where layer_types is not read
+WARNING = "Software that heeds no sliding window in single layers loads it without a word, and computes another model."
 CARRIED = ("base_model_type", "base_model")
 
 

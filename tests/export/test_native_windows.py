@@ -97,6 +97,13 @@ def test_exports_in_16_bits_compute_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, native.params, plain.params)
 
 
+def test_it_is_said_that_a_server_may_heed_no_windows(tmp_path):
+    told = []
+    native = export(make_student("", **WINDOWS), tmp_path / "native", told=told.append)
+    assert "heeds no sliding window in single layers" in told[0]
+    assert "heeds no sliding window in single layers" in (native / "README.md").read_text()
+
+
 def test_a_server_that_reads_no_list_of_layers_is_told_that_some_slide(native):
     """vLLM refuses a Qwen2 with `max_window_layers` below the depth, and takes all layers for full ones with others."""
     assert json.loads((native / "config.json").read_text())["max_window_layers"] == 0
