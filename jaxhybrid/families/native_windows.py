@@ -31,17 +31,17 @@ def features(config: ModelConfig) -> list[Feature]:
     found = [linear_kind(config, WindowAttentionConfig.kind)]
     if not isinstance(mixer, WindowAttentionConfig):
         return found
-    kept = own is not None and bool(_kept(config))
-    turned = own is not None and own.rope is not None and bool({*_converted(config)} - {*own.layers})
     size, context = mixer.window, config.max_position_embeddings
+    sizes = sorted({size, *(own.size for _ in _kept(config) if own)})
+    turned = own is not None and own.rope is not None and not {*_converted(config)} <= {*own.layers}
     return [
         *found,
         flag("windows in single layers", True, config.family in SLIDING),
         Feature("attention sinks", str(mixer.sinks), "none", not mixer.sinks, "mixer.sinks=0"),
         Feature("window of converted layers", str(size), f"less than the context, {context}", size < context),
         Feature(
-            "window of softmax layers that slide", str(own.size) if own and kept else "none", f"the same, {size}",
-            not (own and kept) or own.size == size, f"mixer.window={own.size}" if own else "",
+            "windows of all layers that slide", " and ".join(map(str, sizes)), "the same", len(sizes) == 1,
+            f"mixer.window={own.size}" if own else "",
         ),
         flag("converted layers with the rotary base of full ones", turned, False),
         flag("rotary embedding of softmax layers", config.softmax.rope, True, "softmax.rope=true"),

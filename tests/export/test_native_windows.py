@@ -44,7 +44,7 @@ def native(tmp_path):
         (WINDOWS, {"family": "mistral"}, "windows in single layers", ""),
         (WINDOWS, {"layer_types": (SOFT,) * 3}, "linear layers", "mixer.kind=window_attention"),
         (WINDOWS, {"mixer": WindowAttentionConfig(64)}, "window of converted layers", ""),
-        (MINISTRAL, {"mixer": WindowAttentionConfig(9)}, "window of softmax layers that slide", "mixer.window=8"),
+        (MINISTRAL, {"mixer": WindowAttentionConfig(9)}, "windows of all layers that slide", "mixer.window=8"),
         (OLMO3, {"layer_types": ("window_attention",) * 3}, "converted layers with the rotary base of full ones", ""),
         (WINDOWS, {"softmax": SoftmaxConfig(rope=False)}, "rotary embedding of softmax layers", "softmax.rope=true"),
         (

@@ -111,7 +111,8 @@ def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
     with jax.set_mesh(mesh):
         placed = (on(model, mesh) for model in (teacher, linear, hybrid))
         actual, sharded = update(stage, *placed, jax.device_put(batch, batch_sharding(mesh)))
-    np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5)
+    # A KL is a difference of log probabilities near 4, which float32 has to 2e-7; windows' is 8e-4.
+    np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(sharded["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         # Sums in another order: 2e-5 for gradients, and twice that for their squares, the second moments.
