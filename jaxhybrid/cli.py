@@ -192,6 +192,13 @@ def evaluate(p: Opened) -> None:
     hosts.say(evaluation_table(p.evaluate()))
 
 
+def _known_format(asked: str) -> str:
+    """Before a run is opened: one that is not written costs no loading, and leaves nothing."""
+    from jaxhybrid.settings.export_format import check_format
+
+    return asked and check_format(asked)
+
+
 @verb
 def export(
     p: Opened,
@@ -202,8 +209,10 @@ def export(
     format: Annotated[
         str,
         typer.Option(
+            callback=_known_format,
             help="native: an architecture that transformers has itself; remote-code: with the model's own code; auto: "
-            "native where that is exact, else it says what stands against it. Default export.format."
+            "native where that is exact, else it says what stands against it. fla and gguf are not written: asked for "
+            "one, it says why and what to take instead. Default export.format.",
         ),
     ] = "",
     push_to_hub: Annotated[

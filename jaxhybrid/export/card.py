@@ -102,7 +102,9 @@ def model_card(
 
 
 def _needs(native: str) -> str:
-    return OWN_ARCHITECTURE.format(since=NATIVE[native].since or OLDEST, before=BEFORE, native=native)
+    found = NATIVE[native]
+    needs = OWN_ARCHITECTURE.format(since=found.since or OLDEST, before=BEFORE, native=native)
+    return f"{needs} {found.warning}".strip()
 
 
 def _is_repository(name: str) -> bool:

@@ -11,12 +11,10 @@ from jaxhybrid.families.feature import Feature
 from jaxhybrid.families.native import NATIVE, QWEN3_5, objections
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.transformer import Model
+from jaxhybrid.settings.export_format import check_format
 from jaxhybrid.weights.fold import Fold, fold, norms
 from jaxhybrid.weights.native import native_tensors
 from jaxhybrid.weights.save import Written, read_scales
-
-FORMATS = ("auto", "native", "remote-code")
-NOT_BUILT = ("fla", "gguf")
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,9 @@ def choose(model: Model, dtype: str, asked: str) -> Form:
     """The form that was asked for; `auto` takes a native one if it is exact. All processes must call it.
 
     Raises:
-        ConfigError: no such form, or no native one can express the model.
+        ConfigError: no such form (see `check_format`), or no native one can express the model.
     """
-    if asked not in FORMATS:
-        known = f"choose {', '.join(FORMATS)}"
-        raise ConfigError(f"export format {asked!r}{' is not built' * (asked in NOT_BUILT)}: {known}.")
+    check_format(asked)
     if asked == "remote-code":
         return Form(None, "")
     native = native_of(model.config)
@@ -58,17 +54,18 @@ def choose(model: Model, dtype: str, asked: str) -> Form:
     rounded = _rounding(found, dtype)
     if rounded and asked == "auto":
         return Form(None, f"{rounded}\nexported with its own code; format=native takes it as it is")
-    since = NATIVE[native].since
+    since, warning = NATIVE[native].since, NATIVE[native].warning
     told = f"exported as {native}, which transformers has itself" + (
         f", as it is here from {since} on" if since else ""
     )
-    return Form(native, f"{rounded}\n{told}".strip(), native_tensors(model.config, native), found.factors)
+    told = "\n".join(filter(None, (rounded, told, warning)))
+    return Form(native, told, native_tensors(model.config, native), found.factors)
 
 
 def native_of(config: ModelConfig) -> str | None:
     """The architecture of transformers' own that expresses a student, if one does."""
     against = objections(config)
-    return next((name for name in NATIVE if not against[name]), None)
+    return next((name for name, found in against.items() if name in NATIVE and not found), None)
 
 
 def why_not_native(config: ModelConfig) -> str:

@@ -68,7 +68,8 @@ def native_student_config_to_hf(
 
 def hf_to_student_config(hf: dict[str, Any]) -> ModelConfig:
     """An exported student's config.json as a ModelConfig, in whichever form it was exported."""
-    if hf.get("model_type") in native.NATIVE:
+    model_type = hf.get("model_type")
+    if model_type in native.NATIVE and (model_type not in FAMILIES or is_student_config(hf)):
         return native.read_native(FAMILIES, hf)
     return student.read_student(FAMILIES, hf)
 

@@ -12,6 +12,7 @@ from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.mixers import LINEAR_MIXERS
 from jaxhybrid.settings.budget import check_layers, layers_in_budget
 from jaxhybrid.settings.evaluate import EvaluateConfig
+from jaxhybrid.settings.export_format import NOT_WRITTEN, ExportFormat
 from jaxhybrid.settings.mixer import MixerSettings
 from jaxhybrid.settings.select import Select, select_config
 from jaxhybrid.settings.softmax import SoftmaxSection
@@ -97,10 +98,17 @@ class ExportConfig(Section):
 
     folder: str | None = about(None, "where to write; null: RUN_DIR/export")
     dtype: Dtype = about("bfloat16", "type of the weights in the files")
-    format: Literal["auto", "native", "remote-code"] = about(
+    format: ExportFormat = about(
         "auto", "native: an architecture of transformers itself; remote-code: its own code; auto: native where exact"
     )
     max_shard: str = about("5GB", "largest weights file, as 5GB or 500MB")
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _check_format(cls, value: Any) -> Any:
+        if why := NOT_WRITTEN.get(str(value)):
+            raise ValueError(f"{value!r} is not written. {why}")
+        return value
 
     @field_validator("max_shard")
     @classmethod

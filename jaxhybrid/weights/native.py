@@ -6,14 +6,24 @@ import numpy as np
 
 from jaxhybrid.errors import WeightsError
 from jaxhybrid.families.native import GRANITE_HYBRID, QWEN3_5
+from jaxhybrid.families.native_windows import SLIDING
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.weights import native_granite, native_qwen3_5
-from jaxhybrid.weights.change import WAY_OUT, NativeTensor, PartOfTensor
+from jaxhybrid.weights.change import SAME, WAY_OUT, NativeTensor, PartOfTensor
+from jaxhybrid.weights.names import file_tensors
 from jaxhybrid.weights.safetensors import StoredTensor
+
+
+def _as_attention(config: ModelConfig) -> list[NativeTensor]:
+    """Of sliding windows: every tensor as it is, under the name of attention."""
+    tensors = file_tensors(config)
+    return [NativeTensor(one.name.replace(".linear_attn.", ".self_attn."), (one,), SAME) for one in tensors]
+
 
 TENSORS: Mapping[str, Callable[[ModelConfig], list[NativeTensor]]] = {
     QWEN3_5: native_qwen3_5.tensors_of,
     GRANITE_HYBRID: native_granite.tensors_of,
+    **dict.fromkeys(SLIDING, _as_attention),
 }
 
 

@@ -1,17 +1,22 @@
 """What surrounds a teacher's weights."""
 
+import string
+
 import pytest
 
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
     """What surrounds a teacher's weights: config, tokenizer, generation config, licence."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("hub") / "models--acme--tiny-1M" / "snapshots" / "0123"
     folder.mkdir(parents=True)
-    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0} | {f"w{i}": i for i in range(1, 61)}, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Letters in pieces of BPE: for Qwen2 transformers makes a tokenizer of that kind, whatever the file has.
+    letters = ["<eos>", "Ġ", *string.ascii_letters]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}'

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhybrid.model.blueprint import is_variable
-from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, RopeConfig, SoftmaxConfig
+from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, RopeConfig, SoftmaxConfig, WindowConfig
 from jaxhybrid.model.mixers.deltanet import DeltaNetConfig
 from jaxhybrid.model.mixers.fixed_decay import FixedDecayConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -130,7 +130,24 @@ QWEN3_5_CASES = {
     "native_without_convolution": QWEN3_5
     | {"rope": YARN, "tie_embeddings": True, "mixer": PLAIN, "num_kv_heads": 4, "layer_types": (SOFT, LIN, LIN)},
 }
-NATIVE_CASES = QWEN3_5_CASES | GRANITE_CASES
+# Students that their teacher's own architecture can express.
+WINDOWS = {
+    "family": "qwen2",
+    "qkv_bias": True,
+    "num_layers": 3,
+    "layer_types": ("window_attention", SOFT, "window_attention"),
+    "mixer": WindowAttentionConfig(window=8),
+}
+WINDOW_CASES = {
+    "windows_qwen2": WINDOWS | {"rope": YARN, "tie_embeddings": True},
+    "windows_qwen3": WINDOWS
+    | {"family": "qwen3", "qk_norm": True, "o_bias": True, "head_dim": 32, "layer_types": ("window_attention",) * 3},
+    "windows_ministral": WINDOWS | {"family": "ministral", "qkv_bias": False, "window": WindowConfig(8, (0, 1))}
+    | {"num_layers": 4, "layer_types": (SOFT, SOFT, SOFT, "window_attention")},
+    "windows_olmo3": WINDOWS | {"family": "olmo3", "qkv_bias": False, "norms": "after", "qk_norm": True}
+    | {"wide_qk_norm": True, "rope": YARN, "window": WindowConfig(12, (0, 2), RopeConfig(theta=1000.0))},
+}  # fmt: skip
+NATIVE_CASES = QWEN3_5_CASES | GRANITE_CASES | WINDOW_CASES
 
 
 def make_student(folder, *, least_scale=None, **changes):

@@ -93,16 +93,6 @@ def test_a_part_that_is_not_known_stands_against_it():
     assert [feature.name for feature in features(Grown(**values, soft_cap=30.0)) if not feature.fits] == ["soft_cap"]
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [("fla", "'fla' is not built: choose auto"), ("gguf", "is not built"), ("onnx", "'onnx': choose")],
-)
-def test_other_forms_are_refused(tmp_path, asked, message):
-    with pytest.raises(ConfigError, match=message):
-        export(make_student("", **QWEN3_5), tmp_path / "out", format=asked)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_interval_of_a_pattern():
     def of(*softmax, depth=8):
         types = tuple(SOFT if i in softmax else LIN for i in range(depth))

@@ -12,7 +12,17 @@ from jaxhybrid.export.folder import export
 from jaxhybrid.model.config import FULL_ATTENTION, ExpertsConfig, SoftmaxConfig
 from jaxhybrid.plan.servers import block_tokens, check, server_facts
 from jaxhybrid.plan.serving import serving_of
-from tests.export.students import CASES, GRANITE, GRANITE_CASES, LIN, OTHER_MIXERS, QWEN3_5, SOFT, make_student
+from tests.export.students import (
+    CASES,
+    GRANITE,
+    GRANITE_CASES,
+    LIN,
+    OTHER_MIXERS,
+    QWEN3_5,
+    SOFT,
+    WINDOW_CASES,
+    make_student,
+)
 
 PERIOD_2 = QWEN3_5 | {"num_layers": 4, "layer_types": (LIN, SOFT, LIN, SOFT)}
 
@@ -83,6 +93,25 @@ def test_a_native_export_with_mamba2(exported, changes, llama_cpp, why):
     assert (starts["transformers"], starts["vLLM"]) == ("5.23", "0.33")
     (cpp,) = (one for one in found["servers"] if one["server"] == "llama.cpp")
     assert why in cpp["why"]
+
+
+@pytest.mark.parametrize(
+    ("case", "vllm", "why"),
+    [("windows_qwen2", None, "max_window_layers"), ("windows_olmo3", True, "the window of every layer by layer_types")],
+)
+def test_a_native_export_with_windows(exported, case, vllm, why):
+    found = check(exported(**WINDOW_CASES[case]))
+    assert (found["form"], found["why_not_native"]) == (case.removeprefix("windows_"), "")
+    assert loaded(found) == {
+        "transformers": True,
+        "vLLM": vllm,
+        "SGLang": None,
+        "llama.cpp": None,
+        "TGI": None,
+        "tpu-inference": None,
+    }
+    assert why in found["servers"][1]["why"]
+    assert "was not seen" in found["servers"][2]["why"]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,10 @@ PAIRS = [(2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (
 )
 @pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune", pytest.param("products kept", marks=slow)])
 def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
-    teacher = make_teacher(vocab_size=vocab_size, tie_embeddings=vocab_size == 60)
+    # A small eps magnifies rounding in norms of small outputs: with 1e-5 and lightning or Kimi delta attention one
+    # device's float32 gradient norm is 2e-5 off float64's, in which meshes equal one device to 1e-7.
+    eps = 1e-3 if mixer.kind in ("fixed_decay", "kimi_delta") else 1e-5
+    teacher = make_teacher(vocab_size=vocab_size, tie_embeddings=vocab_size == 60, norm_eps=eps)
     G = mixer.kind
     linear, hybrid = (convert(teacher, types, mixer, jax.random.key(1)) for types in ((G,) * 4, (G, F, G, G)))
     batch = make_batch(vocab_size, batch=shape[0] * shape[1])
@@ -109,7 +112,8 @@ def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
     with jax.set_mesh(mesh):
         placed = (on(model, mesh) for model in (teacher, linear, hybrid))
         actual, sharded = update(stage, *placed, jax.device_put(batch, batch_sharding(mesh)))
-    np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5)
+    # A KL is a difference of log probabilities near 4, which float32 has to 2e-7; windows' KL is 1e-3.
+    np.testing.assert_allclose(sharded["loss"], metrics["loss"], rtol=1e-5, atol=5e-8)
     np.testing.assert_allclose(sharded["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         # Sums in another order: 2e-5 for gradients, and twice that for their squares, the second moments.
