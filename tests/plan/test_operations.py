@@ -93,9 +93,9 @@ def test_of_forms_for_platforms_the_one_counts_that_runs():
 
 def test_blocks_that_splash_attention_skips():
     assert causal_share("splash_mha_fwd", (16, 4, 4)) == (4 + 1) / (2 * 4)
-    # Queries are the last half of the keys: the first half of the keys is seen whole.
-    assert causal_share("splash_mha_dq", (16, 2, 4)) == (2 * 2 + 3) / (2 * 4)
-    assert causal_share("splash_mha_dkv", (4, 16, 2)) == (2 * 2 + 3) / (2 * 4)
+    # Of two devices one has the first and the last of four pieces: its queries see 1 and 4 blocks of keys, of 4.
+    assert causal_share("splash_mha_dq", (16, 1, 4)) == (1 + 4) / (2 * 4)
+    assert causal_share("splash_mha_dkv", (4, 16, 1)) == (1 + 4) / (2 * 4)
     assert causal_share("linear_attention_forward", (2, 4, 8)) == 1
 
 
