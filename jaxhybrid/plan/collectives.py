@@ -15,7 +15,8 @@ class Exchange:
 
     Attributes:
         kind: `gather` of weights (or of tokens over `context`), `scatter` of gradients, `reduce` for sums that all
-            keep, `exchange` for all-to-all, `neighbour` for what is handed on to the next device.
+            keep, `exchange` for all-to-all and for what goes to one device farther away, `neighbour` for what is handed
+            on to the next device.
         received: bytes that one device receives in a step.
         times: how many there are.
     """
@@ -57,5 +58,7 @@ def _received(equation: object, devices: int) -> tuple[str, float] | None:
     if name == "all_to_all":
         return "exchange", size * away
     if name == "ppermute":
-        return "neighbour", size
+        pairs = equation.params["perm"]  # type: ignore[attr-defined]
+        is_near = all((to - by) % devices in (0, 1, devices - 1) for by, to in pairs)
+        return "neighbour" if is_near else "exchange", size
     return None

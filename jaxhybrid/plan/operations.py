@@ -9,13 +9,13 @@ from typing import Any
 def causal_share(kernel: str, grid: tuple[int, ...]) -> float:
     """Of the turns of a kernel's grid, those in which it works.
 
-    Splash attention skips blocks whose keys all come later than their queries. Where rows are split, the device with a
-    row's last tokens skips fewest, and the others wait for it.
+    Splash attention skips blocks whose keys all come later than their queries. Where rows are split, devices take
+    pieces of the queries that together skip as many as those of a whole row (model/balanced.py).
     """
     if not kernel.startswith("splash"):
         return 1.0
-    keys, queries = (grid[0], grid[2]) if "dkv" in kernel else (grid[2], grid[1])
-    return (keys - queries + (queries + 1) / 2) / keys
+    keys = grid[0] if "dkv" in kernel else grid[2]
+    return (keys + 1) / (2 * keys)
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ def test_of_forms_for_platforms_the_one_counts_that_runs():
 
 def test_blocks_that_splash_attention_skips():
     assert causal_share("splash_mha_fwd", (16, 4, 4)) == (4 + 1) / (2 * 4)
-    # Queries are the last half of the keys: the first half of the keys is seen whole.
-    assert causal_share("splash_mha_dq", (16, 2, 4)) == (2 * 2 + 3) / (2 * 4)
-    assert causal_share("splash_mha_dkv", (4, 16, 2)) == (2 * 2 + 3) / (2 * 4)
+    # Of two devices one has the first and the last of four pieces: its queries see 1 and 4 blocks of keys, of 4.
+    assert causal_share("splash_mha_dq", (16, 1, 4)) == (1 + 4) / (2 * 4)
+    assert causal_share("splash_mha_dkv", (4, 16, 1)) == (1 + 4) / (2 * 4)
     assert causal_share("linear_attention_forward", (2, 4, 8)) == 1
 
 
@@ -108,7 +108,8 @@ def test_exchanges_by_kind_and_axes():
         part = jax.lax.psum_scatter(whole, "a", tiled=True)
         turned = jax.lax.all_to_all(part, "b", 1, 0, tiled=True)
         moved = jax.lax.ppermute(turned, "b", [(0, 1), (1, 0)])
-        return jax.lax.scan(lambda x, _: (jax.lax.psum(x, ("a", "b")) * 0 + x, None), moved, length=3)[0]
+        far = jax.lax.ppermute(moved, "a", [(0, 2), (1, 1), (2, 0), (3, 3)])
+        return jax.lax.scan(lambda x, _: (jax.lax.psum(x, ("a", "b")) * 0 + x, None), far, length=3)[0]
 
     with jax.sharding.use_abstract_mesh(mesh):
         run = jax.shard_map(local, in_specs=P("a"), out_specs=P("a", "b"), check_vma=False)
@@ -119,6 +120,7 @@ def test_exchanges_by_kind_and_axes():
     assert {(x.kind, x.axes): (x.received, x.times) for x in found} == {
         ("gather", ("a",)): (3 * part, 1),
         ("scatter", ("a",)): (3 * part, 1),
+        ("exchange", ("a",)): (part, 1),
         ("exchange", ("b",)): (part / 2, 1),
         ("neighbour", ("b",)): (part, 1),
         ("reduce", ("a", "b")): (3 * 2 * part * 7 / 8, 3),
