@@ -12,4 +12,4 @@ class JaxHybridDeltaNet(JaxHybridDeltaRule):
     float32: ClassVar[tuple[str, ...]] = ("b_proj",)
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*x.shape[:2], self.num_states, device=x.device)
+        return torch.zeros(*x.shape[:2], self.num_states, dtype=torch.float32, device=x.device)

@@ -42,7 +42,8 @@ class JaxHybridTokenShift(nn.Module):
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """One x for each stream, and the last input [B,D,1] float32, the `past` of the next call."""
         with torch.autocast(x.device.type, enabled=False):
-            taps = torch.tensor([[[1.0, 0.0]]], device=x.device).expand(x.shape[-1], 1, 2)  # gives the token before
+            token_before = torch.tensor([[[1.0, 0.0]]], dtype=torch.float32, device=x.device)
+            taps = token_before.expand(x.shape[-1], 1, 2)
             shifted, last = causal_convolution(x.float(), taps, past, real, first)
             delta = (shifted - x.float()).to(x.dtype)
         low = self.down_proj(x + delta * self.mix).tanh().chunk(len(STREAMS), dim=-1)
