@@ -16,18 +16,11 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-from selection_study import BEGAN, Records, Study, parser_of, say
-from study_rows import StudyRows
-
-from jaxhybrid.assembly import RunModels
-from jaxhybrid.model.partition import make_mesh
-from jaxhybrid.run_folder import RunFolder, folder_of
-from jaxhybrid.settings.read import load_config
+from selection_study import BEGAN, Records, Study, number_of, opened, parser_of, records_of, say
+from study_tables import table_of
 
 METHODS = ("greedy_kl", "single_kl", "replacement_kl", "perplexity", "cosine", "activation_mse")
 ASKING = ("answer_likelihood", "associative_recall")
@@ -65,7 +58,6 @@ def measure(study: Study, options: argparse.Namespace, records: Records) -> None
             chosen(method, "questions", samples, 0, f":samples={samples}")
     for tokens in options.score_amounts:
         options.score_tokens = tokens
-        study.__dict__.pop("_scores", None)
         chosen("kl_guided", "training", tokens, 0)
 
 
@@ -83,7 +75,7 @@ def table(records: list[dict[str, Any]]) -> str:
         f"layers as on most, of {budget}",
         "KL of the set",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for (method, by), amounts in by_amount.items():
         most = {*amounts[max(amounts)][0]["layers"]}
         for amount, found in sorted(amounts.items()):
@@ -95,8 +87,8 @@ def table(records: list[dict[str, Any]]) -> str:
                 ", ".join(str(len(most & {*record["layers"]})) for record in found),
                 ", ".join(f"{record['kl']:.3f}" for record in found),
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return table_of(head, rows)
 
 
 def _millions(tokens: int) -> str:
@@ -108,24 +100,19 @@ def main() -> None:
         (path,) = sys.argv[2:]
         print(table([json.loads(line) for line in Path(path).read_text().splitlines()]))
         return
-    number: Callable[[str], int] = lambda text: int(text.replace("_", ""))  # noqa: E731
     parser = parser_of(__doc__)
     parser.add_argument("--budget", type=int, default=8, help="layers kept")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--amounts", type=number, nargs="*", default=[2048, 8192, 32_768, 65_536], help="of tokens")
+    parser.add_argument("--amounts", type=number_of, nargs="*", default=[2048, 8192, 32_768, 65_536], help="of tokens")
     parser.add_argument("--pieces", type=int, default=4, help="disjoint ones of the held-out text, for each amount")
     parser.add_argument("--asking", nargs="*", default=list(ASKING), help="methods with questions of their own")
     parser.add_argument("--samples", type=int, nargs="*", default=[16, 62, 250, 500])
-    parser.add_argument("--score-amounts", type=number, nargs="*", default=[16_384, 65_536, 262_144])
+    parser.add_argument("--score-amounts", type=number_of, nargs="*", default=[16_384, 65_536, 262_144])
     parser.set_defaults(mixers=None)
     options = parser.parse_args()
     options.tokens = max(options.amounts)
-    config = load_config(options.run / "config.yaml" if options.run.is_dir() else options.run, options.settings)
-    folder = options.run if options.run.is_dir() else folder_of(config)
-    mesh = make_mesh(**config.mesh.sizes)
-    with jax.set_mesh(mesh):
-        study = Study(RunModels(config, RunFolder(folder), mesh), config, StudyRows(options.rows), options)
-        measure(study, options, Records(options.records, study.design, options.known, not options.untimed))
+    with opened(options) as study:
+        measure(study, options, records_of(study))
 
 
 if __name__ == "__main__":

@@ -277,16 +277,18 @@ class Study:
     @property
     def scores(self) -> Scores:
         """Of candidates with one softmax layer, trained here: what the score stage gives."""
-        if not hasattr(self, "_scores"):
-            settings, tokens = self.config.score, self.options.score_tokens
-            distiller = self.trainer(settings, tokens, settings.batch_size, trained_kl)
-            found = []
-            for layer in range(self.depth):
-                trained = self.chosen_on.of(distiller((layer,), 0))
-                found.append(CandidateScore(layer, [], [(tokens, trained.kl((layer,)))]))
-            say("candidates' KL: " + " ".join(f"{candidate.kl('heldout'):.3f}" for candidate in found))
-            self._scores = Scores(tuple(found))
-        return self._scores
+        return self._scores(self.options.score_tokens)
+
+    @cache  # noqa: B019 - as a trainer
+    def _scores(self, tokens: int) -> Scores:
+        settings = self.config.score
+        distiller = self.trainer(settings, tokens, settings.batch_size, trained_kl)
+        found = []
+        for layer in range(self.depth):
+            trained = self.chosen_on.of(distiller((layer,), 0))
+            found.append(CandidateScore(layer, [], [(tokens, trained.kl((layer,)))]))
+        say("candidates' KL: " + " ".join(f"{candidate.kl('heldout'):.3f}" for candidate in found))
+        return Scores(tuple(found))
 
     # --- training, by one program for every set
 
@@ -453,7 +455,22 @@ def run(study: Study, options: argparse.Namespace, records: Records) -> None:
         raise SystemExit("\n".join(["error: of --others there failed", *failed]))
 
 
-def _number(text: str) -> int:
+@contextmanager
+def opened(options: argparse.Namespace) -> Iterator[Study]:
+    """The study that the options of `parser_of` name, with its mesh set."""
+    config = load_config(options.run / "config.yaml" if options.run.is_dir() else options.run, options.settings)
+    folder = options.run if options.run.is_dir() else folder_of(config)
+    mesh = make_mesh(**config.mesh.sizes)
+    with jax.set_mesh(mesh):
+        yield Study(RunModels(config, RunFolder(folder), mesh), config, StudyRows(options.rows), options)
+
+
+def records_of(study: Study) -> Records:
+    options = study.options
+    return Records(options.records, study.design, options.known, not options.untimed)
+
+
+def number_of(text: str) -> int:
     return int(text.replace("_", ""))
 
 
@@ -467,15 +484,15 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="more records, read only")
     parser.add_argument("--untimed", action="store_true", help="no seconds in the records: the device has other work")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so long")
-    parser.add_argument("--tokens", type=_number, default=32_768, help="held-out tokens that methods choose on")
+    parser.add_argument("--tokens", type=number_of, default=32_768, help="held-out tokens that methods choose on")
     parser.add_argument("--test-batches", type=int, default=12, help="held-out batches to compare on, at most")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--long-batch", type=int, default=8)
-    parser.add_argument("--recall-tokens", type=_number, default=65_536, help="of recall prompts, at once")
+    parser.add_argument("--recall-tokens", type=number_of, default=65_536, help="of recall prompts, at once")
     parser.add_argument("--kl-chunk", type=int, default=8192)
-    parser.add_argument("--align-tokens", type=_number, default=0, help="align here, if the run is not")
+    parser.add_argument("--align-tokens", type=number_of, default=0, help="align here, if the run is not")
     parser.add_argument("--align-seed", type=int, default=0)
-    parser.add_argument("--distill-tokens", type=_number, default=0)
+    parser.add_argument("--distill-tokens", type=number_of, default=0)
     parser.add_argument("--distill-batch", type=int, default=128)
     parser.add_argument(
         "--seeds", type=int, default=3, help="orders of the training rows, for --main with the first of --budgets"
@@ -489,17 +506,12 @@ def main() -> None:
     parser.add_argument("--others", nargs="*", default=list(OTHERS))
     parser.add_argument("--random", type=int, default=8, help="random sets more, with seeds from 1")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8], help="layers kept")
-    parser.add_argument("--score-tokens", type=_number, default=262_144, help="of each candidate of kl_guided")
-    parser.add_argument("--finetune-tokens", type=_number, default=0)
+    parser.add_argument("--score-tokens", type=number_of, default=262_144, help="of each candidate of kl_guided")
+    parser.add_argument("--finetune-tokens", type=number_of, default=0)
     parser.add_argument("--mixers", type=Path, help="an npz file for aligned mixers: read if it is there, or written")
     options = parser.parse_args()
-    config = load_config(options.run / "config.yaml" if options.run.is_dir() else options.run, options.settings)
-    folder = options.run if options.run.is_dir() else folder_of(config)
-    mesh = make_mesh(**config.mesh.sizes)
-    with jax.set_mesh(mesh):
-        models = RunModels(config, RunFolder(folder), mesh)
-        study = Study(models, config, StudyRows(options.rows), options)
-        run(study, options, Records(options.records, study.design, options.known, not options.untimed))
+    with opened(options) as study:
+        run(study, options, records_of(study))
 
 
 if __name__ == "__main__":

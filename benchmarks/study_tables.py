@@ -80,10 +80,16 @@ def share(record: Record, asked: str) -> float:
     return right / answers
 
 
+def table_of(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown, as docs/study.md has it: cells as they are, without padding."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
 def table(found: Measured, budget: int) -> str:
     head = ["chosen by", "layers", "KL, untrained", "KL, distilled", "on long rows", *map(_title, found.asked)]
     head += ["forward tokens", "trained tokens", "s"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for layers, choices in found.sets(budget).items():
         runs, first = found.distilled[layers], found.untrained.get(layers)
         names = ", ".join(f"`{choice['method']}`" for choice in choices)
@@ -103,8 +109,8 @@ def table(found: Measured, budget: int) -> str:
             ", ".join(_count(choice["trained_tokens"]) for choice in choices if choice["trained_tokens"]),
             "" if cost == "random" else ", ".join(f"{c['seconds']:.0f}" for c in choices if c["seconds"] is not None),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table_of(head, rows)
 
 
 def prediction(found: Measured, budget: int) -> str:
@@ -113,7 +119,7 @@ def prediction(found: Measured, budget: int) -> str:
     if len(sets) < 3:
         return f"{len(sets)} sets distilled: too few to rank."
     after = [found.kl(layers) for layers in sets]
-    lines = ["| before distillation | after | Spearman | best by it, against the best |", "|---|---|---|---|"]
+    rows = []
     signals = {
         "KL of the set": [found.untrained[layers]["kl"] for layers in sets],
         "KL on long rows": [found.untrained[layers]["kl_long"] for layers in sets],
@@ -121,7 +127,7 @@ def prediction(found: Measured, budget: int) -> str:
     for name, before in signals.items():
         rho = stats.spearmanr(before, after).statistic
         lost = after[int(np.argmin(before))] - min(after)
-        lines.append(f"| {name} | KL | {rho:.2f} ({len(sets)} sets) | +{lost:.3f} |")
+        rows.append([name, "KL", f"{rho:.2f} ({len(sets)} sets)", f"+{lost:.3f}"])
         for asked in found.asked:
             rights = {place: found.right(layers, asked) for place, layers in enumerate(sets)}
             known = [place for place, right in rights.items() if right is not None]
@@ -130,29 +136,29 @@ def prediction(found: Measured, budget: int) -> str:
             right, first = [rights[place] for place in known], [before[place] for place in known]
             rho = stats.spearmanr(-np.array(first), right).statistic
             lost = max(right) - right[int(np.argmin(first))]
-            lines.append(f"| {name} | {_title(asked)} | {rho:.2f} ({len(known)} sets) | -{lost:.1%} |")
-    return "\n".join(lines)
+            rows.append([name, _title(asked), f"{rho:.2f} ({len(known)} sets)", f"-{lost:.1%}"])
+    return table_of(["before distillation", "after", "Spearman", "best by it, against the best"], rows)
 
 
 def overlap(found: Measured, budget: int) -> str:
     """Jaccard of the methods' sets."""
     choices = [c for c in found.choices if c["budget"] == budget and not c["method"].startswith("random")]
-    lines = ["| | " + " | ".join(c["method"] for c in choices) + " |", "|" + "---|" * (len(choices) + 1)]
+    rows = []
     for own in choices:
         shares = [jaccard(frozenset(own["layers"]), frozenset(choice["layers"])) for choice in choices]
-        lines.append(f"| {own['method']} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
-    return "\n".join(lines)
+        rows.append([own["method"], *(f"{share:.2f}" for share in shares)])
+    return table_of(["", *(choice["method"] for choice in choices)], rows)
 
 
 def finetuned(found: Measured) -> str:
     """What training on the text itself gives, with and without linear layers."""
     head = ["model", "KL to the teacher", "perplexity", *map(_title, found.asked)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
 
     def row(name: str, record: Record) -> None:
         shares = (_share(share(record, asked) if asked in record["recall"] else None) for asked in found.asked)
         figures = [f"{record['kl']:.3f}", f"{np.exp(record['cross_entropy']):.2f}", *shares]
-        lines.append("| " + " | ".join([name, *figures]) + " |")
+        rows.append([name, *figures])
 
     row("teacher", found.reference["teacher"])
     for layers, record in found.finetuned.items():
@@ -161,7 +167,7 @@ def finetuned(found: Measured) -> str:
         if before:
             row(f"{name}, distilled", before[-1])
         row(f"{name}, finetuned", record)
-    return "\n".join(lines)
+    return table_of(head, rows)
 
 
 def mixers(path: Path, asked: list[str] | None) -> str:
@@ -174,7 +180,7 @@ def mixers(path: Path, asked: list[str] | None) -> str:
             distilled[record["variant"]].append(record)
     names = asked or list(next(iter(distilled.values()))[0]["recall"])
     head = ["variant", "alignment loss", "KL all linear", "KL of the set, untrained", "distilled", "on long rows"]
-    lines = ["| " + " | ".join([*head, *map(_title, names)]) + " |", "|" + "---|" * (len(head) + len(names))]
+    rows = []
     for variant, first in aligned.items():
         runs = distilled[variant]
         cells = [
@@ -184,8 +190,8 @@ def mixers(path: Path, asked: list[str] | None) -> str:
             _mean([run["kl_long"] for run in runs]),
             *(_share(float(np.mean([share(run, name) for run in runs])) if runs else None) for name in names),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table_of([*head, *map(_title, names)], rows)
 
 
 def plot(found: Measured, path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the config of every family has in common, and the refusal of everything that is not understood."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -170,12 +170,11 @@ class Family:
             **self.flag_keys(config),
         }
         wanted, said = replace(config, layer_types=(), mixer=None), self.read_config(hf)
-        for item in fields(ModelConfig):
-            if getattr(wanted, item.name) != getattr(said, item.name):
-                raise ConfigError(
-                    f"A {self.model_type} model cannot have {item.name}={getattr(config, item.name)}: its Hugging Face "
-                    f"config can say {getattr(said, item.name)} here."
-                )
+        for name, _, can_say in differences(wanted, said):
+            raise ConfigError(
+                f"A {self.model_type} model cannot have {name}={getattr(config, name)}: its Hugging Face "
+                f"config can say {can_say} here."
+            )
         return hf
 
     def _window(self, hf: dict[str, Any], layers: int, max_positions: int, rope: Any) -> WindowConfig | None:
@@ -294,3 +293,11 @@ def one_kind(hf: dict[str, Any]) -> list[str]:
     """Of Mistral's: all layers slide if the config has a window."""
     kind = FULL_ATTENTION if hf.get("sliding_window") is None else SLIDING_ATTENTION
     return [kind] * read_integer(hf, "num_hidden_layers")
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The fields in which they differ, with the value of each."""
+    for item in fields(ModelConfig):
+        values = getattr(one, item.name), getattr(other, item.name)
+        if values[0] != values[1]:
+            yield item.name, *values

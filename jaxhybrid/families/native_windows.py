@@ -5,11 +5,11 @@ that of a softmax model; what makes it a student stands under one key of ours, a
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.families.base import Family
+from jaxhybrid.families.base import Family, differences
 from jaxhybrid.families.feature import Feature, flag, length_scale, linear_kind, others, rope_kind
 from jaxhybrid.families.mistral import MINISTRAL
 from jaxhybrid.families.olmo import OLMO3
@@ -83,13 +83,10 @@ def read(families: Mapping[str, Family], hf: Mapping[str, Any]) -> ModelConfig:
     plain = {key: value for key, value in hf.items() if key != STUDENT_TYPE}
     config = read_student(families, plain | own)
     said = family.read_config({key: value for key, value in plain.items() if key not in STUDENT_KEYS})
-    wanted = as_softmax(config)
-    for item in fields(ModelConfig):
-        given, other = getattr(said, item.name), getattr(wanted, item.name)
-        if given != other:
-            raise ConfigError(
-                f"config.json says {item.name}={given} of the model, and {other} under {STUDENT_TYPE}. Export it again."
-            )
+    for name, given, other in differences(said, as_softmax(config)):
+        raise ConfigError(
+            f"config.json says {name}={given} of the model, and {other} under {STUDENT_TYPE}. Export it again."
+        )
     return config
 
 

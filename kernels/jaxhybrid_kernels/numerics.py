@@ -1,5 +1,6 @@
 """Dtypes, matrix products and varying axes shared by the operators."""
 
+import math
 import os
 import re
 from typing import Any
@@ -10,6 +11,8 @@ from jax import lax
 
 BLOCK = 16  # tokens of a sub-block: the unit of the triangular inverse and of the per-channel reference gates
 LEAST_BETA = 2.0**-40  # far below what float32 adds to anything else
+LOG2_E = math.log2(math.e)
+NOTHING = -1e30  # score of what is not seen; finite, so that differences are
 HOPPER = "9.0"  # compute capability
 HOPPER_NAMES = re.compile(r"NVIDIA G?H(20|100|200|800)\b")
 
@@ -107,3 +110,13 @@ def gpu_capability() -> str:
     if jax.default_backend() == "gpu" and (device is None or device.device_kind == jax.devices()[0].device_kind):
         return str(jax.devices()[0].compute_capability)
     return HOPPER if device is not None and HOPPER_NAMES.match(device.device_kind) else ""
+
+
+def hopper_refusal(kernels: str) -> str | None:
+    """Why kernels for Hopper GPUs, which CPUs interpret, cannot run where code traced now will; None if they can."""
+    platform = target_platform()
+    if platform not in ("gpu", "cpu"):
+        return f"{kernels} runs on GPUs, and on CPUs interpreted; the platform is {platform!r}."
+    if platform != "cpu" and (capability := gpu_capability()) != HOPPER:
+        return f"{kernels} needs compute capability {HOPPER}; this GPU has {capability or 'an unknown one'}."
+    return None

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jaxhybrid_kernels import api, linear_attention, register
+from jaxhybrid_kernels import api, linear_attention, numerics, register
 from jaxhybrid_kernels.chunk_layout import Inputs
 from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 from jaxhybrid_kernels.gpu.channel_gradients import channel_gradients_kernel
@@ -223,9 +223,9 @@ def test_lowers_inside_shard_map_under_checkpoint(form, states):
 )
 def test_default_on_a_gpu(monkeypatch, capability, changes, chosen):
     """The kernels where they take the arguments, the form for XLA elsewhere."""
-    for module in (register, gpu_linear_attention):
+    for module in (register, numerics):
         monkeypatch.setattr(module, "target_platform", lambda: "gpu")
-    monkeypatch.setattr(gpu_linear_attention, "gpu_capability", lambda: capability)
+    monkeypatch.setattr(numerics, "gpu_capability", lambda: capability)
     for name, entry in api.REGISTER.items():
         monkeypatch.setitem(api.REGISTER, name, entry._replace(run=lambda call, name=name: name))
     q = jnp.zeros((1, 4, 1, 64), jnp.bfloat16)

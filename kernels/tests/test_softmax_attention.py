@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jaxhybrid_kernels import numerics
 from jaxhybrid_kernels.gpu import softmax_attention as module
 from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_seeing
 from jaxhybrid_kernels.gpu.softmax_attention import make_plan, softmax_attention, softmax_attention_refusal
@@ -174,8 +175,8 @@ def test_refusals_name_the_value(shapes, dtype, told):
     ("capability", "told"), [("9.0", None), ("8.0", "this GPU has 8.0"), ("10.0", "has 10.0"), ("", "an unknown one")]
 )
 def test_refuses_other_gpus(monkeypatch, capability, told):
-    monkeypatch.setattr(module, "target_platform", lambda: "gpu")
-    monkeypatch.setattr(module, "gpu_capability", lambda: capability)
+    monkeypatch.setattr(numerics, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(numerics, "gpu_capability", lambda: capability)
     q = jax.ShapeDtypeStruct((1, 9, 2, 64), jnp.bfloat16)
     reason = softmax_attention_refusal(q, q)
     assert reason is None if told is None else told in reason

@@ -27,12 +27,12 @@ from jax.experimental.mosaic import gpu as mgpu
 
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK
 from jaxhybrid_kernels.gpu.products import TILED
+from jaxhybrid_kernels.numerics import LOG2_E
 
 RUNS = (32, 16, 8, 4, 2, 1)
 HALF = CHUNK // 2
 READERS, READ = 2 * HALF, HALF  # rows of queries and keys, and of keys that they meet, in a level's tile
 WARPS, OF_WARP = 4, 16  # tokens
-LOG2_E = 1.4426950408889634
 ROW_BYTES, SWIZZLED_ROWS = 128, 8
 AT_ONCE = 8  # rows loaded before the first of them is stored
 LANES = 32  # of a warp

@@ -9,8 +9,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxhybrid_kernels.numerics import LOG2_E, NOTHING
+
 QUERIES = 16  # rows of the smallest matrix product
-NOTHING = -1e30  # score of what is not seen; finite, so that differences are
 BLOCK = 64  # keys at once
 WIDTHS = (64, 128)
 FEWEST_KEYS = 2**16  # of all rows; not measured: the gain was measured with 2^21
@@ -51,7 +52,7 @@ def decode_attention_kernel(
         def turn(number: jax.Array, carry: Any) -> Any:
             out, top, total = carry
             here = pl.ds(number * block, block)
-            scores = plt.dot(q, k_ref[here, :].T) * (K**-0.5 * math.log2(math.e))
+            scores = plt.dot(q, k_ref[here, :].T) * (K**-0.5 * LOG2_E)
             seen = number * block + jnp.arange(block) < count
             scores = jnp.where(seen[None], scores, NOTHING)
             new = jnp.maximum(top, jnp.max(scores, axis=1))

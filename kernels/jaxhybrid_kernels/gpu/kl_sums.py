@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxhybrid_kernels.gpu.launch import unmarked
+from jaxhybrid_kernels.numerics import NOTHING
 
-NOTHING = -1e30  # finite, so that differences are
 BLOCK = 2048
 WARPS = 8
 

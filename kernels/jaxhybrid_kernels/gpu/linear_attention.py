@@ -16,7 +16,7 @@ from jaxhybrid_kernels.gpu.gradients import gradients_kernel
 from jaxhybrid_kernels.gpu.plan import BLOCK, CHUNK, Plan
 from jaxhybrid_kernels.gpu.prepare import prepare_kernel
 from jaxhybrid_kernels.gpu.spans import run_backward, run_forward
-from jaxhybrid_kernels.numerics import HOPPER, gpu_capability, target_platform, varying_alike
+from jaxhybrid_kernels.numerics import hopper_refusal, target_platform, varying_alike
 from jaxhybrid_kernels.segments import segment_starts, zero_padding
 from jaxhybrid_kernels.validation import Sizes
 
@@ -32,12 +32,8 @@ def gpu_refusal(call: Call) -> str | None:
     if (reason := call.split_refusal("pallas_gpu")) is not None:
         return reason
     inputs, sizes = call.inputs, call.sizes
-    platform = target_platform()
-    if platform not in ("gpu", "cpu"):
-        return f"implementation='pallas_gpu' runs on GPUs, and on CPUs interpreted; the platform is {platform!r}."
-    if platform != "cpu" and (capability := gpu_capability()) != HOPPER:
-        has = capability or "an unknown one"
-        return f"implementation='pallas_gpu' needs compute capability {HOPPER}; this GPU has {has}."
+    if refusal := hopper_refusal("implementation='pallas_gpu'"):
+        return refusal
     for name, letter, width in (("k", "K", sizes.K), ("v", "V", sizes.V)):
         if width not in WIDTHS:
             return f"{name} has {letter}={width} channels per head, pallas_gpu takes 64 or 128."

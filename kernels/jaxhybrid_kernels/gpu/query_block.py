@@ -1,6 +1,5 @@
 """The 64 queries of one head that a warpgroup holds, in the kernels that go over the keys they see."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +14,8 @@ from jaxhybrid_kernels.gpu.block_ranges import BEGIN, END, FULL_BEGIN, FULL_END,
 from jaxhybrid_kernels.gpu.block_stream import Stream
 from jaxhybrid_kernels.gpu.launch import unmarked
 from jaxhybrid_kernels.gpu.products import along_rows, rows, shared
+from jaxhybrid_kernels.numerics import NOTHING
 
-NOTHING = -1e30  # score of what is not seen: finite, so that differences are
-LOG2_E = math.log2(math.e)
 LOADING, COMPUTING = 24, 240  # registers of a thread
 
 

@@ -15,7 +15,7 @@ from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_see
 from jaxhybrid_kernels.gpu.softmax_forward import forward_kernel
 from jaxhybrid_kernels.gpu.softmax_key_gradients import key_gradients_kernel
 from jaxhybrid_kernels.gpu.softmax_query_gradient import query_gradient_kernel
-from jaxhybrid_kernels.numerics import HOPPER, gpu_capability, target_platform
+from jaxhybrid_kernels.numerics import hopper_refusal, target_platform
 
 WIDTHS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -29,11 +29,8 @@ KEY = Blocks(columns=64, stages=2)
 def softmax_attention_refusal(q: jax.Array, k: jax.Array) -> str | None:
     """Why the kernels cannot take q [B,Q,Hq,D] and k [B,M,Hk,D], naming the value in the way; None if they can."""
     (Hq, D), Hk = q.shape[2:], k.shape[2]
-    platform = target_platform()
-    if platform not in ("gpu", "cpu"):
-        return f"the kernels run on GPUs, and on CPUs interpreted; the platform is {platform!r}."
-    if platform != "cpu" and (capability := gpu_capability()) != HOPPER:
-        return f"the kernels need compute capability {HOPPER}; this GPU has {capability or 'an unknown one'}."
+    if refusal := hopper_refusal("softmax_attention"):
+        return refusal
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         return f"q and k have dtypes {q.dtype} and {k.dtype}, the kernels take bfloat16 or float16, the same of both."
     if D not in WIDTHS:

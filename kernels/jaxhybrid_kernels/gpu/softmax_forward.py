@@ -17,14 +17,8 @@ from jax import lax
 from jaxhybrid_kernels.gpu.attention_plan import ROWS, WARPGROUPS, AttentionPlan
 from jaxhybrid_kernels.gpu.launch import kernel
 from jaxhybrid_kernels.gpu.products import accumulate, along_rows, multiply, shared
-from jaxhybrid_kernels.gpu.query_block import (
-    LOG2_E,
-    key_slots,
-    key_stream,
-    launch_grid,
-    query_block,
-    run_beside_loader,
-)
+from jaxhybrid_kernels.gpu.query_block import key_slots, key_stream, launch_grid, query_block, run_beside_loader
+from jaxhybrid_kernels.numerics import LOG2_E
 
 LOWEST = -1e20  # the first m: above NOTHING, so that what is not seen weighs nothing before anything is seen
 

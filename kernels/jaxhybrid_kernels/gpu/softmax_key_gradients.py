@@ -21,7 +21,7 @@ from jaxhybrid_kernels.gpu.block_ranges import BEGIN, END, FULL_BEGIN, FULL_END,
 from jaxhybrid_kernels.gpu.block_stream import Stream
 from jaxhybrid_kernels.gpu.launch import kernel, unmarked
 from jaxhybrid_kernels.gpu.products import accumulate, along_columns, columns, multiply_both, shared
-from jaxhybrid_kernels.gpu.query_block import LOG2_E, NOTHING
+from jaxhybrid_kernels.numerics import LOG2_E, NOTHING
 
 
 def key_gradients_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:

@@ -13,7 +13,6 @@ blocks. No sum ever holds a decay that its run does not, so a token that forgets
 Heads are independent: their steps alternate, so that one hides the latency of another.
 """
 
-import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxhybrid_kernels.numerics import LOG2_E
 from jaxhybrid_kernels.tpu.gates import HeadGates, across
 from jaxhybrid_kernels.tpu.operands import Operands
 from jaxhybrid_kernels.tpu.products import product, product_transposed
@@ -87,7 +87,7 @@ class ChannelHead:
         self.k = k.astype(jnp.float32)
         self.queries = [x.astype(jnp.float32) for x in pieces(q, C)]
         half, parts = C // 2, 2 * sums.shape[1] // C
-        spans = [product(sums, rounded_parts(x, parts)) for x in pieces(log_decay * math.log2(math.e), half)]
+        spans = [product(sums, rounded_parts(x, parts)) for x in pieces(log_decay * LOG2_E, half)]
         gates = [jnp.concatenate(both, axis=0) for both in zip(*(pieces(jnp.exp2(x), half) for x in spans))]
         *self.near, self.since, self.until = gates
         blocks = pieces(self.since, BLOCK)
