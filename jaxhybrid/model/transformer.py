@@ -159,6 +159,7 @@ def hidden_states(
     softmax: jax.Array | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
+    unroll: bool = False,
     sums: Any = jnp.float32,
 ) -> jax.Array:
     """Hidden states after the final norm, [B,T,D] in `dtype`.
@@ -169,6 +170,7 @@ def hidden_states(
         softmax: [L] bool, traced: layers that are softmax in this student of linear layers, so that one compiled
             program serves every choice. `mixers.full_attention` has a row for each layer, or one for all of them.
         remat: what of a block is kept for the backward pass, see `walk`.
+        unroll: a program with each layer by itself, see `walk`.
         sums: dtype in which devices add up the gradients of their shared weights.
     """
 
@@ -176,10 +178,10 @@ def hidden_states(
         own = Model(params, model.config)
         context = token_context(model.config, tokens, segments, positions, split=splits_tokens(spec))
         x = embed(own, tokens, dtype)
-        x, _ = walk(params, model.config, x, context, mix_alone, softmax=softmax, remat=remat, sums=sums)
+        x, _ = walk(params, model.config, x, context, mix_alone, softmax=softmax, **given)
         return final_norm(own, x, sums)
 
-    spec = batch_spec(tokens_BT)
+    spec, given = batch_spec(tokens_BT), {"remat": remat, "unroll": unroll, "sums": sums}
     arguments = model.params, tokens_BT, segment_ids_BT, positions_BT, softmax
     return on_shards(local, arguments, (model.specs, spec, spec, spec, P()), spec)
 
@@ -197,10 +199,12 @@ def outputs(
     softmax: jax.Array | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
+    unroll: bool = False,
     sums: Any = jnp.float32,
 ) -> tuple[jax.Array, Head]:
     """(hidden states [B,T,D], head as it is stored): what a loss over the vocabulary needs of a model."""
-    hidden = hidden_states(model, tokens_BT, segment_ids_BT, softmax=softmax, dtype=dtype, remat=remat, sums=sums)
+    given = {"softmax": softmax, "dtype": dtype, "remat": remat, "unroll": unroll, "sums": sums}
+    hidden = hidden_states(model, tokens_BT, segment_ids_BT, **given)
     return hidden, model.head
 
 

@@ -1,14 +1,15 @@
 """The one loop over the layers: training, scoring and alignment are bodies of it. Decoding takes `one_layer` at a time.
 
-All layers are one `lax.scan`. Where kinds alternate a `lax.switch` picks the kind: compile time follows the kinds and
-not their pattern, and the choice may be traced. Each kind's rows are then spread over all layers, zeros where a layer
-is of another kind: rows taken by index from the whole stack would add a gradient of the whole stack in every turn.
+All layers are one `lax.scan`, unless `unroll` asks for a program that has each of them. Where kinds alternate a
+`lax.switch` picks the kind: compile time follows the kinds and not their pattern, and the choice may be traced. Each
+kind's rows are then spread over all layers, zeros where a layer is of another kind: rows taken by index from the whole
+stack would add a gradient of the whole stack in every turn.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
+from functools import cache, partial
+from itertools import groupby, repeat
 from typing import Any
 
 import jax
@@ -49,6 +50,7 @@ def walk(
     extra: Params | None = None,
     softmax: jax.Array | None = None,
     remat: Remat = "none",
+    unroll: bool = False,
     sums: Any = jnp.float32,
     watch: Watch | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -63,6 +65,8 @@ def walk(
             each MLP, and the MLP's products but the last; blocks are cast to x's dtype once, and their gradients are
             of it. Where kinds share a scan, with `block` and `mlp`, `mix` must close over no array: its gradient is
             taken when the scan's own arrays are gone.
+        unroll: no scan: the program has each layer by itself, and takes as much longer to compile. Kinds are then known
+            and need no switch, and what a layer keeps is not copied into stacks. Not with a traced choice.
         sums: dtype in which devices add up the gradients of their shared weights.
         watch: gives a layer's result in place of `mix`, from what goes into its block and what comes out.
 
@@ -70,7 +74,10 @@ def walk(
         x after the last block, and by kind the stacked results. Where kinds share a scan there are no extras and no
         results: a `lax.switch` would have to make them for every kind.
     """
-    blocks = _Blocks(config, mix, remat, sums, x.dtype, watch)
+    blocks = _Blocks(config, mix, remat, sums, x.dtype, watch, casts_once=unroll or remat == "mlp")
+    if unroll:
+        assert softmax is None, "a traced choice of layers needs a switch"
+        return _unrolled(blocks, params, x, context, extra)
     kinds, which = _choice(config.layer_types, softmax)
     stacks, shared = {}, {}
     for kind in kinds:
@@ -92,10 +99,36 @@ def walk(
 
     own = None if extra is None else extra[kinds[0]]
     every = params["blocks"]
-    if blocks.keeps_products:
+    if blocks.casts_once:
         every = blocks.in_compute_dtype(Block, every)
     x, result = jax.lax.scan(body, x, (which, every, stacks, own, _views(config)))
     return x, {kinds[0]: result} if len(kinds) == 1 else {}
+
+
+def _unrolled(
+    blocks: "_Blocks", params: Params, x: jax.Array, context: TokenContext, extra: Params | None
+) -> tuple[jax.Array, dict[str, Any]]:
+    """`walk` without a scan."""
+    types = blocks.config.layer_types
+    each = iter(rows_of(blocks.in_compute_dtype(Block, params["blocks"])))
+    rows, own, results = {}, {}, {}
+    for kind in dict.fromkeys(types):
+        rows[kind] = iter(rows_of(blocks.in_compute_dtype(MIXERS[kind], params["mixers"][kind])))
+        own[kind] = repeat(None) if extra is None else iter(rows_of(extra[kind]))
+        results[kind] = []
+
+    @cache  # layers that are alike are traced and lowered once
+    def block_of(kind: str, view: LayerView | None) -> BlockFunction:
+        block = blocks.of(kind)
+        return jax.jit(lambda x, context, *parts: block(None, x, context.at_layer(view), *parts))
+
+    for kind, view in zip(types, layer_views(blocks.config)):
+        x, result = block_of(kind, view)(x, context, next(each), {kind: next(rows[kind])}, next(own[kind]))
+        results[kind].append(result)
+    if len(results) > 1:
+        return x, {}
+    ((kind, found),) = results.items()
+    return x, {kind: jax.tree.map(lambda *layers: jnp.stack(layers), *found)}
 
 
 def one_layer(
@@ -127,13 +160,15 @@ class _Blocks:
     sums: Any
     dtype: Any
     watch: Watch | None = None
+    casts_once: bool = False  # weights come in the compute dtype
 
     def of(self, kind: str, *, in_switch: bool = False) -> BlockFunction:
         """The block of layers of one kind."""
 
         def block(_: Any, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: Any) -> Any:
             x, block = checkpoint_name(x, BLOCK_INPUT), self._block(block_params)
-            mixed, result = self._mixed(kind, block.mixer_input(x), context, rows, own, marked=in_switch)
+            marked = in_switch or self.casts_once
+            mixed, result = self._mixed(kind, block.mixer_input(x), context, rows, own, marked)
             after = block.add_mlp(block.add_mixed(x, mixed))
             return after, result if self.watch is None else self.watch(x, after)
 
@@ -149,7 +184,7 @@ class _Blocks:
             return lambda context, normed, rows: self._mixed(kind, normed, context, rows, None, marked=True)[0]
 
         branches = [branch(kind) for kind in kinds]
-        mixed_by = with_own_gradient(branches) if self.keeps_products else partial(_switch, branches)
+        mixed_by = with_own_gradient(branches) if self.remat == "mlp" else partial(_switch, branches)
 
         def block(
             which: jax.Array, x: jax.Array, context: TokenContext, block_params: Params, rows: Params, own: None
@@ -164,10 +199,6 @@ class _Blocks:
         block = self.of(kind, in_switch=True)
         return lambda context, x, block_params, rows: block(None, x, context, block_params, rows, None)[0]
 
-    @property
-    def keeps_products(self) -> bool:
-        return self.remat == "mlp"
-
     def in_compute_dtype(self, part: type[nnx.Module], stack: Params) -> Params:
         """Before the scan: of mixers whose rows lie there several times, and of blocks that are read several times."""
         declared, stack = variables(part, self.config, jax.tree.leaves(stack)[0].shape[0]), near(stack)
@@ -175,7 +206,7 @@ class _Blocks:
 
     def _block(self, params: Params) -> Block:
         declared = variables(Block, self.config)
-        return bind(Block, self.config, gather(declared, params, self.dtype, self.sums, marked=self.keeps_products))
+        return bind(Block, self.config, gather(declared, params, self.dtype, self.sums, marked=self.casts_once))
 
     def _mixed(
         self, kind: str, normed: jax.Array, context: TokenContext, rows: Params, own: Any, marked: bool
@@ -269,6 +300,13 @@ def collect(rows: Any, layer_types: tuple[str, ...], kind: str) -> Any:
 
 def _joined(runs: list[Any]) -> Any:
     return runs[0] if len(runs) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *runs)
+
+
+def rows_of(stack: Any) -> list[Any]:
+    """Each layer's own parameters, of a stack of them; the gradient is one concatenation, as of `take_layers`."""
+    leaves, structure = jax.tree.flatten(stack)
+    rows = [[jnp.squeeze(row, 0) for row in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]
+    return [jax.tree.unflatten(structure, own) for own in zip(*rows)]
 
 
 def take_layers(stacked: Any, start: int, stop: int) -> Any:

@@ -61,6 +61,11 @@ class StageConfig(Section):
         "is cheap of MLPs; block: each block from its input, a third more time; offload: so, with the inputs in the "
         "host's memory",
     )
+    unroll: bool = free(
+        False,
+        "compile each layer by itself in place of a loop over all: faster steps on GPUs (docs/steps.md), and as many "
+        "times longer to compile as there are layers, some minutes in all",
+    )
     checkpoint_every: Count = free(500, "steps between checkpoints")
     keep_checkpoints: Count = free(2, "newest checkpoints that stay; one more is being written")
     log_every: Count = free(10, "steps between lines of metrics.jsonl")
@@ -217,6 +222,8 @@ class ScoreConfig(KlStageConfig):
         "all candidates wait on disk between two looks of stop_when_stable, 12 bytes a parameter each in float32; "
         "bfloat16 keeps 6 (changes and moments rounded), which changes scores slightly",
     )
+
+    unroll: Literal[False] = free(False, "without effect: one program serves every candidate, so layers are a loop")
 
     @model_validator(mode="after")
     def _check_stability(self) -> "ScoreConfig":

@@ -45,6 +45,7 @@ def align_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
+    unroll: bool = False,
     sums: Any = jnp.float32,
 ) -> tuple[TrainState, Metrics]:
     """One update of the linear mixers. `state.params` is the student's `mixers` tree without its softmax part.
@@ -52,7 +53,8 @@ def align_step(
     `config` is the student's. Metrics: `loss`, mean over layers and tokens of ||teacher - student||_2 / sqrt(D);
     `layer_loss` [linear layers] in order; `gradient_norm`; `batch_tokens`.
     """
-    losses, gradients = alignment_gradients(state.params, teacher, batch, config=config, dtype=dtype, sums=sums)
+    given = {"config": config, "dtype": dtype, "unroll": unroll, "sums": sums}
+    losses, gradients = alignment_gradients(state.params, teacher, batch, **given)
     state, norm = update(state, gradients, optimizer)
     return state, {
         "loss": jnp.mean(losses),
@@ -69,13 +71,15 @@ def alignment_gradients(
     *,
     config: ModelConfig,
     dtype: Any = jnp.bfloat16,
+    unroll: bool = False,
     sums: Any = jnp.float32,
 ) -> tuple[jax.Array, Params]:
     """(loss of each linear layer [n], gradients of their mean for `mixers`)."""
     tokens = count_tokens(batch)
 
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:
-        return _beside_teacher(mixers, teacher, micro, tokens, config, dtype, sums, alignment_loss, gradients=True)
+        compute = config, dtype, sums, unroll
+        return _beside_teacher(mixers, teacher, micro, tokens, *compute, alignment_loss, gradients=True)
 
     losses, total = accumulate(gradients, batch)
     count = losses.shape[0]
@@ -96,7 +100,8 @@ def align_loss(
     distance: (target, output, mask) -> its sum over tokens.
     """
     tokens = count_tokens(batch)
-    return _beside_teacher(mixers, teacher, batch, tokens, config, dtype, jnp.float32, distance, gradients=False)[0]
+    compute = config, dtype, jnp.float32, False
+    return _beside_teacher(mixers, teacher, batch, tokens, *compute, distance, gradients=False)[0]
 
 
 def _beside_teacher(
@@ -107,6 +112,7 @@ def _beside_teacher(
     config: ModelConfig,
     dtype: Any,
     sums: Any,
+    unroll: bool,
     distance: Distance,
     gradients: bool,
 ) -> tuple[jax.Array, Params]:
@@ -114,7 +120,7 @@ def _beside_teacher(
     spec, linear = batch_spec(batch["tokens"]), STUDENT_MIXERS[kind]
     own_specs = active_specs(variables(linear, config, len(jax.tree.leaves(stack)[0])))
     is_split = splits_tokens(spec)
-    run = partial(_beside_own_teacher, teacher.config, config, kind, dtype, sums, distance, is_split, gradients)
+    run = partial(_beside_own_teacher, teacher.config, config, kind, dtype, sums, unroll, distance, is_split, gradients)
     arguments = teacher.params, stack, batch["tokens"], batch["segment_ids"], tokens
     results = P(), own_specs if gradients else P()
     losses, found = on_shards(run, arguments, (teacher.specs, own_specs, spec, spec, P()), results)
@@ -127,6 +133,7 @@ def _beside_own_teacher(
     kind: str,
     dtype: Any,
     sums: Any,
+    unroll: bool,
     distance: Distance,
     is_split: bool,
     gradients: bool,
@@ -161,7 +168,7 @@ def _beside_own_teacher(
     own = stack if all(is_linear) else spread(near(stack), config.layer_types, kind)
     extra = {FULL_ATTENTION: (jnp.array(is_linear), own)}
     x = embed(Model(params, teacher_config), tokens_BT, dtype)
-    _, found = walk(params, teacher_config, x, context, mix, extra=extra)
+    _, found = walk(params, teacher_config, x, context, mix, extra=extra, unroll=unroll)
     return collect(found[FULL_ATTENTION], config.layer_types, kind)
 
 

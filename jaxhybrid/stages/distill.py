@@ -23,6 +23,7 @@ def distill_step(
     optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
     remat: Remat = "block",
+    unroll: bool = False,
     sums: Any = jnp.float32,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[TrainState, Metrics]:
@@ -35,10 +36,11 @@ def distill_step(
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:
         text = micro["tokens"], micro["segment_ids"]
         with jax.named_scope("teacher"):
-            hidden, head = outputs(teacher, *text, dtype=dtype)
+            hidden, head = outputs(teacher, *text, dtype=dtype, unroll=unroll)
 
         def loss(params: Params) -> jax.Array:
-            own_hidden, own_head = outputs(Model(params, config), *text, dtype=dtype, remat=remat, sums=sums)
+            given = {"dtype": dtype, "remat": remat, "unroll": unroll, "sums": sums}
+            own_hidden, own_head = outputs(Model(params, config), *text, **given)
             mask = token_mask(micro["segment_ids"])
             return linear_kl(own_hidden, own_head, hidden, head, mask, chunk_tokens=chunk_tokens) / tokens
 

@@ -27,6 +27,7 @@ def finetune_step(
     optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
     remat: Remat = "block",
+    unroll: bool = False,
     sums: Any = jnp.float32,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[TrainState, Metrics]:
@@ -42,7 +43,7 @@ def finetune_step(
         def loss(params: Params) -> jax.Array:
             student = Model(params, config)
             text = micro["tokens"], micro["segment_ids"]
-            hidden, head = outputs(student, *text, dtype=dtype, remat=remat, sums=sums)
+            hidden, head = outputs(student, *text, dtype=dtype, remat=remat, unroll=unroll, sums=sums)
             return linear_cross_entropy(hidden, head, targets, mask, chunk_tokens=chunk_tokens) / tokens
 
         return jax.value_and_grad(loss)(state.params)

@@ -34,6 +34,8 @@ def stage_step(stage: str, config: RunConfig, student: ModelConfig, optimizer: o
     given: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "sums": jnp.dtype(config.mesh.sums)}
     if stage != "align":
         given["remat"] = settings.remat
+    if stage != "score":
+        given["unroll"] = settings.unroll
     if isinstance(settings, KlStageConfig):
         given["chunk_tokens"] = settings.kl_chunk
     return jax.jit(partial(STEPS[stage], config=student, optimizer=optimizer, **given), donate_argnums=0)
