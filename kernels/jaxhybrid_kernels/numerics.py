@@ -92,8 +92,8 @@ def decodes_by_kernels() -> bool:
 
 
 def attends_by_kernels() -> bool:
-    """Whether softmax attention takes its own kernels where they serve: if JAXHYBRID_ATTENTION_KERNELS is 1."""
-    return os.environ.get("JAXHYBRID_ATTENTION_KERNELS") == "1"
+    """Whether softmax attention takes its own kernels where they serve: unless JAXHYBRID_ATTENTION_KERNELS is 0."""
+    return os.environ.get("JAXHYBRID_ATTENTION_KERNELS") != "0"
 
 
 def on_nvidia() -> bool:

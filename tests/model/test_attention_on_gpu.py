@@ -45,7 +45,7 @@ def compare(run, q, k, v, d_out, real, by="cudnn"):
     for name, a, b in zip(("out", "q", "k", "v"), actual, expected):
         a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
         assert np.all(np.isfinite(a)), name
-        assert np.abs(a - b).max() < 0.02 * np.abs(b).max(), name
+        assert np.abs(a - b).max() <= 0.02 * np.abs(b).max(), name  # both are 0 where all is padding
 
 
 def inputs(length, heads, groups, width):
