@@ -193,6 +193,11 @@ def test_the_recipes_load_and_come_back_from_their_resolved_form(path, tmp_path)
             ["align.warmup_steps=2034"],
             "align: warmup_steps 2034 leave nothing of the 2034 steps in 100,000,000 tokens.",
         ),
+        (
+            ["align.unroll=true", "align.offload=[teacher]"],
+            "align: unroll reads all layers' weights at once, offload ['teacher'] layer by layer; drop one of them.",
+        ),
+        (["score.unroll=true"], "score: unroll true: one program serves every candidate, so layers are a loop; drop"),
         (["align.final_learning_rate=1"], "align: final_learning_rate 1.0 is above learning_rate 0.001."),
         (
             ["distill.schedule=linear", "distill.final_mixer_learning_rate=1"],

@@ -101,6 +101,10 @@ class StageConfig(Section):
                 f"tokens {self.tokens:,} are less than one step: batch_size {self.batch_size} x "
                 f"sequence_length {self.sequence_length} = {self.tokens_per_step:,}"
             )
+        if self.unroll and (brought := {"masters", "teacher"} & set(self.offload)):
+            raise ValueError(
+                f"unroll reads all layers' weights at once, offload {sorted(brought)} layer by layer; drop one of them"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leave nothing of the {self.steps} steps in {self.tokens:,} tokens"
@@ -223,10 +227,12 @@ class ScoreConfig(KlStageConfig):
         "bfloat16 keeps 6 (changes and moments rounded), which changes scores slightly",
     )
 
-    unroll: Literal[False] = free(False, "without effect: one program serves every candidate, so layers are a loop")
+    unroll: bool = free(False, "false: one program serves every candidate, so layers are a loop")
 
     @model_validator(mode="after")
     def _check_stability(self) -> "ScoreConfig":
+        if self.unroll:
+            raise ValueError("unroll true: one program serves every candidate, so layers are a loop; drop it")
         if self.offload and self.kept_dtype != "float32":
             raise ValueError(
                 f"offload {list(self.offload)} does not go with kept_dtype {self.kept_dtype}; drop one of them"

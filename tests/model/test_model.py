@@ -74,13 +74,14 @@ def test_later_tokens_do_not_change_earlier_ones(model):
     assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-2
 
 
-def gradients(model, remat):
+def gradients(model, remat, unroll=False):
     batch = make_batch(model.config.vocab_size)
 
     @jax.jit
     @jax.grad
     def of_loss(params):
-        out = hidden_states(Model(params, model.config), batch["tokens"], batch["segment_ids"], remat=remat)
+        own = Model(params, model.config)
+        out = hidden_states(own, batch["tokens"], batch["segment_ids"], remat=remat, unroll=unroll)
         return jnp.mean(jnp.sin(out))
 
     return of_loss(model.params)
@@ -91,9 +92,15 @@ def kept_gradients(model):
     return gradients(model, "none")
 
 
-@pytest.mark.parametrize("policy", ["block", "mlp", "dots", "offload"])
-def test_remat_gives_the_same_gradients(model, kept_gradients, policy):
-    again = gradients(model, policy)
+@pytest.mark.parametrize(
+    ("policy", "unroll"),
+    [
+        ("block", False), ("mlp", False), ("dots", False), ("offload", False), ("mlp", True),
+        *(pytest.param(policy, True, marks=pytest.mark.slow) for policy in ("none", "block", "dots", "offload")),
+    ],
+)  # fmt: skip
+def test_remat_gives_the_same_gradients(model, kept_gradients, policy, unroll):
+    again = gradients(model, policy, unroll)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(kept_gradients), jax.tree.leaves(again), strict=True):
         bound = 1e-4 * np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))

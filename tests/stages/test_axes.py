@@ -70,6 +70,11 @@ def stage_steps(teacher, linear, hybrid):
         "distill": (lambda _, hybrid, __: hybrid.params, distill),
         "products kept": (lambda _, hybrid, __: hybrid.params, partial(distill, remat="mlp")),
         "finetune": (lambda _, hybrid, __: hybrid.params, finetune),
+        "unrolled": (lambda _, hybrid, __: hybrid.params, partial(distill, remat="mlp", unroll=True)),
+        "unrolled align": (
+            lambda linear, *_: linear_mixers(linear.params),
+            partial(align_step, config=linear.config, unroll=True, **static),
+        ),
     }
 
 
@@ -97,7 +102,13 @@ PAIRS = [(2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (
         *(pytest.param((1, 2, 2, 2), 64, mixer, marks=slow, id=mixer.kind) for mixer in OTHERS),
     ],
 )
-@pytest.mark.parametrize("stage", ["align", "score", "distill", "finetune", pytest.param("products kept", marks=slow)])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "align", "score", "distill", "finetune",
+        *(pytest.param(stage, marks=slow) for stage in ("products kept", "unrolled", "unrolled align")),
+    ],
+)  # fmt: skip
 def test_devices_together_equal_one(stage, shape, vocab_size, mixer):
     # A small eps magnifies rounding in norms of small outputs: with 1e-5 and lightning or Kimi delta attention one
     # device's float32 gradient norm is 2e-5 off float64's, in which meshes equal one device to 1e-7.

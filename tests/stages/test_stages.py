@@ -40,13 +40,12 @@ def close(actual, expected, tolerance=1e-4):
         assert np.abs(a - b).max() <= tolerance * scale, (jax.tree_util.keystr(path), np.abs(a - b).max(), scale)
 
 
-@pytest.mark.parametrize("which", ["linear", "hybrid"])
-def test_alignment_gradients_equal_autodiff(which, request, teacher, batch):
+@pytest.mark.parametrize(("which", "unroll"), [("linear", False), ("hybrid", False), ("hybrid", True)])
+def test_alignment_gradients_equal_autodiff(which, unroll, request, teacher, batch):
     student = request.getfixturevalue(which)
     mixers = linear_mixers(student.params)
-    losses, gradients = jax.jit(partial(alignment_gradients, config=student.config, dtype=jnp.float32))(
-        mixers, teacher, batch
-    )
+    compute = partial(alignment_gradients, config=student.config, dtype=jnp.float32, unroll=unroll)
+    losses, gradients = jax.jit(compute)(mixers, teacher, batch)
     expected = jax.jit(jax.value_and_grad(lambda m: jnp.mean(plain_alignment(m, teacher, student.config, batch))))(
         mixers
     )

@@ -122,8 +122,8 @@ def stage(name, teacher, linear, hybrid):
             step,
             lambda params, batch: dense_kl(as_hybrid(params), hybrid.config, teacher, batch),
         )
-    if name == "distill":
-        static = {"config": hybrid.config} | dtype
+    if name.startswith("distill"):
+        static = {"config": hybrid.config, "unroll": "unrolled" in name} | dtype
         return (
             hybrid.params,
             lambda state, batch, optimizer: distill_step(state, teacher, batch, optimizer=optimizer, **static),
@@ -131,12 +131,18 @@ def stage(name, teacher, linear, hybrid):
         )
     return (
         hybrid.params,
-        partial(finetune_step, config=hybrid.config, **dtype),
+        partial(finetune_step, config=hybrid.config, unroll="unrolled" in name, **dtype),
         lambda params, batch: dense_cross_entropy(params, hybrid.config, batch),
     )
 
 
-@pytest.mark.parametrize("name", ["align", "score", "distill", "finetune"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "align", "score", "distill", "finetune", "distill unrolled",
+        pytest.param("finetune unrolled", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_two_updates_equal_the_method_written_out(name, teacher, linear, hybrid):
     """Two, since a student that wrongly reads its own head for the teacher's differs only once the head has moved."""
     params, step, loss = stage(name, teacher, linear, hybrid)
