@@ -6,7 +6,7 @@ kind's rows are then spread over all layers, zeros where a layer is of another k
 stack would add a gradient of the whole stack in every turn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby, repeat
@@ -111,7 +111,9 @@ def _unrolled(
     """`walk` without a scan."""
     types = blocks.config.layer_types
     each = iter(rows_of(blocks.in_compute_dtype(Block, params["blocks"])))
-    rows, own, results = {}, {}, {}
+    rows: dict[str, Iterator[Params]] = {}
+    own: dict[str, Iterator[Any]] = {}
+    results: dict[str, list[Any]] = {}
     for kind in dict.fromkeys(types):
         rows[kind] = iter(rows_of(blocks.in_compute_dtype(MIXERS[kind], params["mixers"][kind])))
         own[kind] = repeat(None) if extra is None else iter(rows_of(extra[kind]))
