@@ -39,13 +39,12 @@ from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
 from jaxhybrid.stages.align import linear_mixers
-from jaxhybrid.stages.batch import token_mask
+from jaxhybrid.stages.batch import Batch, token_mask
 from jaxhybrid.stages.programs import stage_step
 from jaxhybrid.train.optimizer import make_optimizer, start
 from jaxhybrid.weights.convert import convert, with_softmax_layers
 from jaxhybrid.weights.huggingface import load_teacher
 
-Batch = dict[str, np.ndarray]
 BEGAN = time.perf_counter()
 TOKENS_AT_ONCE = 256  # whose logits are held, of both models
 
@@ -122,7 +121,8 @@ class Students:
         self.teacher = teacher
 
     def batches(self, stage: str, seed: int, steps: int) -> Iterable[Batch]:
-        return islice(self.text.training_batches(getattr(self.config, stage), seed), steps)
+        rows = self.text.training_batches(getattr(self.config, stage), seed)
+        return map(jax.device_put, islice(rows, steps))
 
     def trained(self, stage: str, student: Model, steps: int, seed: int, float8: bool = False) -> tuple[Params, float]:
         """What a stage leaves after so many steps, and the loss of its last quarter."""
@@ -163,9 +163,9 @@ class Students:
             for name, float8 in (("the teacher as it is", False), ("MLPs in float8", True)):
                 params, loss = self.trained("distill", student, options.distill, seed, float8)
                 model = replace(student, params=params)
-                sums = sum(np.asarray(measure(*given, self.dtype), np.float64) for given in zip(
-                    expected, [model] * len(batches), batches
-                ))  # fmt: skip
+                sums = np.zeros(5)
+                for given, batch in zip(expected, batches):
+                    sums += np.asarray(measure(given, model, batch, dtype=self.dtype), np.float64)
                 kl, _, tokens, surprise, predicted = sums
                 lines.append(
                     f"| {name} | {seed} | {loss:.5f} | {kl / tokens:.5f} | {math.exp(surprise / predicted):.3f} |"
@@ -188,7 +188,7 @@ def main() -> None:
     config = load_config(options.config, options.settings)
     teacher = load_teacher(config.teacher, jnp.float32, ignore_config_keys=config.ignore_config_keys)
     text = open_text(config.data, teacher.folder, teacher.config.vocab_size)
-    batches = list(text.heldout_batches(options.length, options.rows, options.tokens))
+    batches = list(map(jax.device_put, text.heldout_batches(options.length, options.rows, options.tokens)))
     tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
     say(f"{config.teacher}, {tokens:,} held-out tokens, {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(forms_table(teacher, batches), flush=True)
