@@ -17,7 +17,9 @@ from jaxhybrid.model.float8 import product, scaled
 from jaxhybrid.model.layers import MLP
 from jaxhybrid.model.partition import make_mesh, on_shards, param_shardings, param_specs
 from jaxhybrid.model.transformer import forward, hidden_states
+from jaxhybrid.settings.read import parse_config
 from jaxhybrid.stages.distill import distill_step
+from jaxhybrid.stages.programs import stage_step
 from jaxhybrid.train.optimizer import make_optimizer, start
 from tests.conftest import make_batch, make_teacher
 from tests.tiny import training
@@ -160,7 +162,11 @@ def test_distillation_from_it_is_to_what_it_says():
     assert abs(expected / exact - 1) > 0.01
     assert loss == pytest.approx(expected, rel=1e-3)
 
-    plain, changed = (float8_products(jax.make_jaxpr(one)(*given).jaxpr) for one in (step, asked))
+    def counted(asked):
+        run = {"name": "run", "teacher": "t", "data": {"train": "pydoc"}, "distill": {"float8_teacher": asked}}
+        return float8_products(stage_step("distill", parse_config(run), teacher.config, optimizer).trace(*given).jaxpr)
+
+    plain, changed = counted(False), counted(True)
     assert plain[0] == 0
     assert (changed - plain).tolist() == [3, -3]  # in the teacher's one loop, and nothing of the student's
 
