@@ -1,9 +1,11 @@
 """What a teacher loses whose MLPs multiply in float8: its own figures, and those of students distilled from it.
 
-    python benchmarks/float8_teacher.py configs/demo.yaml                          # SmolLM2-135M, on a CPU too
-    python benchmarks/float8_teacher.py configs/demo.yaml --distill 300 --align 300 distill.batch_size=16 \\
-        distill.sequence_length=512 distill.remat=block dtype=bfloat16             # students, on a GPU
+    python benchmarks/float8_teacher.py configs/demo.yaml                      # SmolLM2-135M, on a CPU too
     python benchmarks/float8_teacher.py configs/qwen2.5-1.5b-instruct.yaml data.train='/text/*.parquet'
+
+    # Students, on a GPU; study_rows.py writes the text.
+    python benchmarks/float8_teacher.py configs/smollm2-135m.yaml --text rows.npz --tokens 65536 --rows 16 \\
+        --align 480 --distill 800 --seeds 0 1
 
 Teacher and text are the config's, the text held out. The first table compares forward passes of the teacher with the
 one in float32, by token: KL(float32, other) in nats, how often both find the same next token most likely, and
@@ -19,18 +21,20 @@ held-out text. More `--seeds` tell how far apart students are whose text comes i
 import argparse
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from shapes import quarter
+from study_rows import StudyRows, batches_of
 
-from jaxhybrid.data import Text, open_text
+from jaxhybrid.data import open_text
 from jaxhybrid.losses import next_token_targets
 from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.head import Head, in_chunks, own_columns
@@ -38,6 +42,7 @@ from jaxhybrid.model.transformer import Model, outputs
 from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.read import load_config
 from jaxhybrid.settings.run import RunConfig
+from jaxhybrid.settings.stages import StageConfig
 from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.stages.batch import Batch, token_mask
 from jaxhybrid.stages.programs import stage_step
@@ -51,6 +56,36 @@ TOKENS_AT_ONCE = 256  # whose logits are held, of both models
 
 def say(text: str) -> None:
     print(f"[{time.perf_counter() - BEGAN:6.0f} s] {text}", flush=True)
+
+
+class ConfigText:
+    """That of a run."""
+
+    def __init__(self, config: RunConfig, teacher: Model):
+        self.text = open_text(config.data, teacher.folder, teacher.config.vocab_size)
+
+    def heldout(self, options: argparse.Namespace) -> Iterable[dict[str, np.ndarray]]:
+        return self.text.heldout_batches(options.length, options.rows, options.tokens)
+
+    def training(self, stage: StageConfig, seed: int) -> Iterator[dict[str, np.ndarray]]:
+        return self.text.training_batches(stage, seed)
+
+
+class FileText:
+    """What study_rows.py wrote."""
+
+    def __init__(self, path: Path):
+        self.study = StudyRows(path)
+
+    def heldout(self, options: argparse.Namespace) -> Iterable[dict[str, np.ndarray]]:
+        rows = self.study.text("heldout")
+        count = -(-options.tokens // rows["tokens"].shape[1])
+        return batches_of({name: array[:count] for name, array in rows.items()}, options.rows)
+
+    def training(self, stage: StageConfig, seed: int) -> Iterator[dict[str, np.ndarray]]:
+        rows, rng = self.study.text("train"), np.random.default_rng(seed)
+        while True:
+            yield from batches_of(rows, stage.batch_size, rng.permutation(len(rows["tokens"])))
 
 
 def in_float8(model: Model) -> Model:
@@ -111,7 +146,7 @@ def forms_table(teacher: Model, batches: list[Batch]) -> str:
 class Students:
     """Made of one teacher and distilled from both forms of it."""
 
-    def __init__(self, config: RunConfig, teacher: Model, text: Text):
+    def __init__(self, config: RunConfig, teacher: Model, text: ConfigText | FileText):
         self.config, self.text, self.dtype = config, text, jnp.dtype(config.dtype)
         self.frozen = jax.jit(lambda model: model.cast(self.dtype))(teacher)
         kind, depth = config.mixer.kind, teacher.config.num_layers
@@ -120,8 +155,8 @@ class Students:
         self.types = layer_types(depth, quarter(depth), kind)
         self.teacher = teacher
 
-    def batches(self, stage: str, seed: int, steps: int) -> Iterable[Batch]:
-        rows = self.text.training_batches(getattr(self.config, stage), seed)
+    def batches(self, stage: str, seed: int, steps: int) -> Iterator[Batch]:
+        rows = self.text.training(getattr(self.config, stage), seed)
         return map(jax.device_put, islice(rows, steps))
 
     def trained(self, stage: str, student: Model, steps: int, seed: int, float8: bool = False) -> tuple[Params, float]:
@@ -178,8 +213,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="whose teacher, text, mixer and stages are taken")
     parser.add_argument("settings", nargs="*", help="KEY=VALUE over the config")
+    parser.add_argument("--text", type=Path, help="what study_rows.py wrote, in place of the config's data")
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens that are measured on")
-    parser.add_argument("--length", type=int, default=512, help="of their rows")
+    parser.add_argument("--length", type=int, default=512, help="of their rows; those of --text have their own")
     parser.add_argument("--rows", type=int, default=2, help="at once")
     parser.add_argument("--distill", type=int, metavar="STEPS", help="distil students, too")
     parser.add_argument("--align", type=int, default=0, metavar="STEPS", help="before that")
@@ -187,8 +223,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.settings)
     teacher = load_teacher(config.teacher, jnp.float32, ignore_config_keys=config.ignore_config_keys)
-    text = open_text(config.data, teacher.folder, teacher.config.vocab_size)
-    batches = list(map(jax.device_put, text.heldout_batches(options.length, options.rows, options.tokens)))
+    text = FileText(options.text) if options.text else ConfigText(config, teacher)
+    batches = list(map(jax.device_put, text.heldout(options)))
     tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
     say(f"{config.teacher}, {tokens:,} held-out tokens, {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(forms_table(teacher, batches), flush=True)
