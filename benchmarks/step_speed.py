@@ -66,7 +66,9 @@ class Steps:
         made = jax.jit(lambda key: Model(random_params(self.shape, key), self.shape).cast(jnp.bfloat16).params)
         self.frozen = Model(jax.device_put(made(jax.random.key(0)), shardings), self.shape)
 
-    def step(self, stage: str, remat: Remat, chunk: int, unroll: bool = False) -> tuple[Any, Any]:
+    def step(
+        self, stage: str, remat: Remat, chunk: int, *, unroll: bool = False, float8_teacher: bool = False
+    ) -> tuple[Any, Any]:
         """(the jitted update, of (state, frozen teacher, batch); the state that it begins with)."""
         mixer = LINEAR_MIXERS[self.mixer].Config()
         types = layer_types(self.shape.num_layers, self.kept if stage == "distill" else (), self.mixer)
@@ -86,6 +88,8 @@ class Steps:
             given |= {"chunk_tokens": chunk, "remat": remat}
         if stage != "score":
             given["unroll"] = unroll
+        if stage == "distill":
+            given["float8_teacher"] = float8_teacher
         state = jax.jit(lambda frozen: start(trained(frozen), optimizer))(self.frozen)
         return jax.jit(partial(UPDATES[stage], **given), donate_argnums=0), state
 
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens whose logits are held at once")
     parser.add_argument("--unroll", action="store_true", help="each layer by itself in place of a loop; not score")
+    parser.add_argument("--float8-teacher", action="store_true", help="as distill.float8_teacher")
     parser.add_argument("--steps", type=int, default=10)
     for axis in ("fsdp", "tensor", "context"):
         parser.add_argument(f"--{axis}", type=int, default=-1 if axis == "fsdp" else 1)
@@ -137,7 +142,8 @@ def main() -> None:
         for stage in arguments.stages:
             for implementation in arguments.implementations:
                 linear.linear_attention = partial(linear_attention, implementation=implementation)
-                made = steps.step(stage, arguments.remat, arguments.chunk, arguments.unroll)
+                flags = {"unroll": arguments.unroll, "float8_teacher": arguments.float8_teacher}
+                made = steps.step(stage, arguments.remat, arguments.chunk, **flags)
                 seconds = seconds_per_step(*made, steps.frozen, batch, arguments.steps)
                 print(
                     f"{stage:8} {implementation:11} {1e3 * seconds:7.1f} ms a step, {tokens / seconds:9,.0f} tokens/s, "

@@ -27,6 +27,7 @@ class Variant:
     remat: str = "block"
     chunk: int = 2048
     unroll: bool = False
+    float8_teacher: bool = False
     flags: tuple[str, ...] = ()
 
     def __add__(self, change: dict[str, Any]) -> "Variant":
@@ -43,6 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dots": {"remat": "dots"},
     "align": {"stage": "align"},
     "unroll": {"unroll": True},
+    "float8": {"float8_teacher": True},
     "chunk-1024": {"chunk": 1024},
     "chunk-4096": {"chunk": 4096},
     "slices-in-products": xla("enable_dynamic_slice_fusion=true"),
@@ -72,7 +74,8 @@ def measured(variant: Variant, shape: str, rows: int, length: int, steps: int) -
     with jax.set_mesh(mesh):
         made = Steps(shape, mesh, "gated_deltanet")
         batch = jax.device_put(packed_batch(rows, length, made.shape.vocab_size), batch_sharding(mesh))
-        step = made.step(variant.stage, variant.remat, variant.chunk, variant.unroll)
+        given = {"unroll": variant.unroll, "float8_teacher": variant.float8_teacher}
+        step = made.step(variant.stage, variant.remat, variant.chunk, **given)
         seconds = seconds_per_step(*step, made.frozen, batch, steps)
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     return {"ms": 1e3 * seconds, "gib": peak_memory_bytes() / 2**30, "device": device}

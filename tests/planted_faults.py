@@ -22,6 +22,7 @@ WIRING = "tests/test_wiring.py"
 MODEL = "tests/model/test_model.py"
 SOFTMAX = "tests/model/test_softmax.py"
 MIXTURE = "tests/model/test_mixture.py"
+FLOAT8 = "tests/model/test_float8.py"
 OPTIMIZER = "tests/train/test_optimizer.py"
 QUALITY = "tests/evaluate/test_quality.py"
 LIFETIMES = "tests/test_lifetimes.py"
@@ -91,6 +92,28 @@ FAULTS = [
         "wide = gradient.astype(jnp.promote_types(sums, gradient.dtype))",
         "wide = gradient",
         f"{AXES}::test_gradients_are_scattered_in_the_dtype_that_was_asked_for[float32]",
+    ),
+    # A teacher in float8.
+    Fault(
+        "float8: one scale for a whole matrix",
+        "model/float8.py",
+        "largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)",
+        "largest = jnp.max(jnp.abs(x), axis=None, keepdims=True)",
+        f"{FLOAT8}::test_a_product_is_that_of_rounded_rows_and_columns",
+    ),
+    Fault(
+        "float8: the first column's scale for all",
+        "model/float8.py",
+        "* x.scale * columns.scale).astype(dtype)",
+        "* x.scale * columns.scale[:, :1]).astype(dtype)",
+        f"{FLOAT8}::test_an_mlp_equals_the_one_written_out",
+    ),
+    Fault(
+        "float8: the setting stays in the config",
+        "stages/programs.py",
+        'given["float8_teacher"] = settings.float8_teacher',
+        'given["float8_teacher"] = False',
+        f"{FLOAT8}::test_distillation_from_it_is_to_what_it_says",
     ),
     # Caps, and the softmax layers that stay.
     Fault(

@@ -7,7 +7,7 @@ import pytest
 
 from jaxhybrid.assembly import student_config
 from jaxhybrid.errors import ConfigError
-from jaxhybrid.model.config import ModelConfig, SoftmaxConfig, WindowConfig
+from jaxhybrid.model.config import ExpertsConfig, ModelConfig, SoftmaxConfig, WindowConfig
 from jaxhybrid.model.mixers import STUDENT_MIXERS
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
@@ -445,6 +445,16 @@ def test_what_the_teacher_rules_out(load, overrides, message):
     with pytest.raises(ConfigError) as error:
         validate_against(load(*overrides), LLAMA)
     assert message in str(error.value)
+
+
+def test_a_teacher_in_float8_has_no_experts(load):
+    experts = dataclasses.replace(LLAMA, experts=ExpertsConfig(count=4, active=2, width=16, normalise=True))
+    asked = load("distill.float8_teacher=true")
+    validate_against(asked, LLAMA)
+    validate_against(load(), experts)
+    with pytest.raises(ConfigError, match=r"distill\.float8_teacher: .* mixtures of experts"):
+        validate_against(asked, experts)
+    assert differences(load(), asked) == ["distill.float8_teacher: false -> true"]
 
 
 def test_settings_of_kept_layers_are_of_the_hybrid(load):

@@ -187,6 +187,7 @@ class ModelConfig:
     layer_types: tuple[str, ...] = ()  # one mixer name per layer; empty means softmax everywhere
     mixer: MixerConfig | None = None  # of the layers that are not softmax
     softmax: SoftmaxConfig = SoftmaxConfig()  # of those that are, in a student
+    float8_mlp: bool = False  # MLPs multiply in float8: of a frozen model that is only run forward, in no file
 
     def __post_init__(self) -> None:
         if not self.layer_types:
@@ -201,6 +202,8 @@ class ModelConfig:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
         if self.experts is not None and self.mlp_bias:
             raise ConfigError("mlp_bias=True, but experts have no biases here.")
+        if self.experts is not None and self.float8_mlp:
+            raise ConfigError("float8_mlp=True, but experts multiply in the compute dtype alone.")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs.")
         if self.rope.width(self.head_dim) % 2:

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxhybrid.model.blueprint import Initializer, normal, ones, weight, zeros
 from jaxhybrid.model.config import ModelConfig
+from jaxhybrid.model.float8 import Scaled, product, scaled
 from jaxhybrid.model.partition import (
     SHARDS,
     axis_index,
@@ -97,7 +98,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
         """x W + b; summed in `dtype` where that is given."""
-        y = jnp.einsum(self.equation, x, self.kernel[...], preferred_element_type=dtype)
+        return self._complete(jnp.einsum(self.equation, x, self.kernel[...], preferred_element_type=dtype))
+
+    def in_float8(self, x: Scaled, dtype: Any) -> jax.Array:
+        """x W + b in `dtype` for a kernel of two axes, with W rounded to float8 as x was."""
+        return self._complete(product(x, self.kernel[...], dtype))
+
+    def _complete(self, y: jax.Array) -> jax.Array:
         if self.is_partial:  # a device has its own heads, or its share of the MLP
             y = total(y, "tensor")
         return y if self.bias is None else y + self.bias[...]
@@ -170,14 +177,21 @@ def look_up(table: jax.Array, tokens_BT: jax.Array, vocab_size: int, dtype: Any)
 class MLP(nnx.Module):
     """down(f(gate x) * up x): SwiGLU where f is silu, GeGLU where it is gelu."""
 
+    # With `float8_mlp` operands are rounded to float8, scaled by token and by column of a kernel. Where a product's
+    # inputs are split over `tensor`, each device scales its own part.
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = Linear(rngs, (D, F), ("embed", "mlp"), bias=bias)
         self.up_proj = Linear(rngs, (D, F), ("embed", "mlp"), bias=bias)
         self.down_proj = Linear(rngs, (F, D), ("mlp", "embed"), bias=bias)
-        self.activation = config.activation
+        self.activation, self.is_float8 = config.activation, config.float8_mlp
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.is_float8:
+            rows = scaled(x, axis=-1)
+            gate, up = (part.in_float8(rows, x.dtype) for part in (self.gate_proj, self.up_proj))
+            return self.down_proj.in_float8(scaled(ACTIVATIONS[self.activation](gate) * up, axis=-1), x.dtype)
         named = partial(checkpoint_name, name=MLP_PRODUCT)
         return self.down_proj(ACTIVATIONS[self.activation](named(self.gate_proj(x))) * named(self.up_proj(x)))
 

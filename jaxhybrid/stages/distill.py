@@ -1,5 +1,6 @@
 """Stage 2: the whole student learns the teacher's next-token distribution, by KL over the full vocabulary."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -26,11 +27,20 @@ def distill_step(
     unroll: bool = False,
     sums: Any = jnp.float32,
     chunk_tokens: int = CHUNK_TOKENS,
+    float8_teacher: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One update of all student parameters on KL(teacher || student). `config` is the student's.
 
     Metrics: `loss`, the mean KL in nats per token; `gradient_norm`; `batch_tokens`.
+
+    Args:
+        float8_teacher: the teacher's MLPs multiply in float8, and the KL is to what comes out.
+
+    Raises:
+        ConfigError: `float8_teacher`, and the teacher's MLPs are mixtures of experts.
     """
+    if float8_teacher:
+        teacher = replace(teacher, config=replace(teacher.config, float8_mlp=True))
     tokens = count_tokens(batch)
 
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:

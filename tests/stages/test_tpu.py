@@ -1,4 +1,5 @@
-"""The alignment step compiled for a TPU slice, on a machine without one: the linear layers' kernels are in it."""
+"""Compiled for a TPU slice, on a machine without one: alignment with the linear layers' kernels, and a teacher
+whose MLPs multiply in float8."""
 
 import json
 from functools import partial
@@ -7,12 +8,13 @@ from tests.tpu import needs_libtpu, printed_with_compiler
 
 
 @needs_libtpu
-def test_alignment_step_compiles_with_kernels():
-    assert printed_with_compiler(__file__) == ["linear_attention_backward", "linear_attention_forward"]
+def test_alignment_step_and_float8_teacher_compile():
+    found = printed_with_compiler(__file__)
+    assert found == ["f8e4m3fn", "linear_attention_backward", "linear_attention_forward"]
 
 
-def compile_alignment_step():
-    """Prints the names of the kernels in the step for four v5e chips, parameters and batch split over them."""
+def compile_for_a_slice():
+    """Prints what of kernels and types is in the programs for four v5e chips, parameters and batch split over them."""
     import re
     from dataclasses import replace
 
@@ -23,7 +25,7 @@ def compile_alignment_step():
     from jaxhybrid.model.config import ModelConfig
     from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
     from jaxhybrid.model.partition import batch_sharding, make_mesh
-    from jaxhybrid.model.transformer import Model, abstract_params
+    from jaxhybrid.model.transformer import Model, abstract_params, hidden_states
     from jaxhybrid.settings.stages import AlignConfig
     from jaxhybrid.stages.align import align_step, linear_mixers
     from jaxhybrid.train.optimizer import make_optimizer, start
@@ -58,8 +60,14 @@ def compile_alignment_step():
             .lower(state, Model(abstract_params(teacher, mesh), teacher), batch)
             .compile()
         )
-    print(json.dumps(sorted(set(re.findall(r"linear_attention_(?:forward|backward)", compiled.as_text())))))
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=slice_of_four.devices)
+    with jax.set_mesh(mesh):
+        frozen = Model(abstract_params(teacher, mesh, jnp.bfloat16), replace(teacher, float8_mlp=True))
+        tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=batch_sharding(mesh))
+        states = jax.jit(partial(hidden_states, dtype=jnp.bfloat16)).lower(frozen, tokens).compile()
+    names = re.findall(r"linear_attention_(?:forward|backward)", compiled.as_text())
+    print(json.dumps(sorted({*names, *re.findall("f8e4m3fn", states.as_text())})))
 
 
 if __name__ == "__main__":
-    compile_alignment_step()
+    compile_for_a_slice()
