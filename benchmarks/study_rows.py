@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--needle-prompts", type=int, default=128, help="for each task and length")
     parser.add_argument("--choose-pairs", type=int, default=16)
     parser.add_argument("--choose-prompts", type=int, default=64)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.settings)
     models = RunModels(config, RunFolder(folder_of(config)), make_mesh(**config.mesh.sizes))
     files, length = models.teacher_files, options.length
