@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +403,18 @@ def kernels(options: argparse.Namespace, output: Output) -> None:
         output.add("kernels", shape=options.shape_name, **case, **row)
 
 
+def compiled_for_one_token(forward: Callable[..., Any], compile_: Callable[..., Any]) -> Callable[..., Any]:
+    """Prompts are read as before."""
+    compiled = compile_(forward, dynamic=False)
+
+    @wraps(forward)  # transformers looks at the names of its arguments
+    def chosen(*arguments: Any, **given: Any) -> Any:
+        tokens = given["input_ids"] if "input_ids" in given else arguments[0]
+        return (compiled if tokens.shape[1] == 1 else forward)(*arguments, **given)
+
+    return chosen
+
+
 def in_transformers(options: argparse.Namespace, output: Output) -> None:
     try:
         import torch
@@ -425,7 +437,7 @@ def in_transformers(options: argparse.Namespace, output: Output) -> None:
         tokens = torch.randint(0, options.shape.vocab_size, (options.rows or 1, context - new), device="cuda")
         for form, cache in (("dynamic", {}), ("static, compiled", {"cache_implementation": "static"})):
             if cache:
-                model.forward = torch.compile(model.forward, dynamic=False)
+                model.forward = compiled_for_one_token(model.forward, torch.compile)
 
             def run(new: int, cache: Any = cache, model: Any = model, tokens: Any = tokens) -> float:
                 began = time.perf_counter()
