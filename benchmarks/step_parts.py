@@ -92,12 +92,13 @@ def by_kernel(logits: jax.Array, teacher: jax.Array, **blocks: int) -> KLSums:
     return KLSums(*kl_sums_kernel(logits, teacher, **blocks))
 
 
+BLOCKS = (1, 2048, 8), (2, 2048, 8), (4, 2048, 8), (4, 1024, 4), (8, 1024, 4), (4, 1024, 8), (4, 4096, 16)
 SUMS: dict[str, Callable[[jax.Array, jax.Array], KLSums]] = {
     "sums by XLA": partial(kl_sums, implementation="xla"),
     "as one reduction": in_one_reduction,
     **{
-        f"kernel, {block} x {warps} warps": partial(by_kernel, block=block, warps=warps)
-        for block, warps in ((1024, 4), (2048, 8), (2048, 4), (4096, 8), (4096, 16))
+        f"kernel, {at_once} x {block}, {warps} warps": partial(by_kernel, block=block, at_once=at_once, warps=warps)
+        for at_once, block, warps in BLOCKS
     },
 }
 

@@ -104,8 +104,8 @@ FAULTS = [
     Fault(
         "float8: the first column's scale for all",
         "model/float8.py",
-        "* x.scale * columns.scale).astype(dtype)",
-        "* x.scale * columns.scale[:, :1]).astype(dtype)",
+        "* self.rows * self.columns).astype(dtype)",
+        "* self.rows * self.columns[:, :1]).astype(dtype)",
         f"{FLOAT8}::test_an_mlp_equals_the_one_written_out",
     ),
     Fault(

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxhybrid_kernels import float8_swiglu
 
 FLOAT8 = jnp.float8_e4m3fn
 LARGEST = float(jnp.finfo(FLOAT8).max)
@@ -17,6 +18,21 @@ class Scaled(NamedTuple):
     scale: jax.Array  # float32, of length 1 along the axis that shares it
 
 
+class Sums(NamedTuple):
+    """A product as it comes out, before it is scaled: `values * rows * columns`.
+
+    In bfloat16 they are half the bytes, and what that rounds is far below float8's own rounding.
+    """
+
+    values: jax.Array  # [...,N]
+    rows: jax.Array  # float32 [...,1]
+    columns: jax.Array  # float32 [1,N]
+
+    def scaled(self, dtype: Any) -> jax.Array:
+        """Multiplied in float32."""
+        return (self.values.astype(jnp.float32) * self.rows * self.columns).astype(dtype)
+
+
 def scaled(x: jax.Array, axis: int) -> Scaled:
     """x rounded to float8, after the largest magnitude along `axis` was made the largest that float8 has."""
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
@@ -24,14 +40,17 @@ def scaled(x: jax.Array, axis: int) -> Scaled:
     return Scaled((x.astype(jnp.float32) / scale).astype(FLOAT8), scale)
 
 
-def product(x: Scaled, kernel: jax.Array, dtype: Any) -> jax.Array:
-    """x [...,K], scaled along its last axis, times kernel [K,N]: [...,N] in `dtype`.
-
-    Sums are scaled in float32, but come out of the product in `dtype`: in bfloat16 they are half the bytes, and what
-    that rounds is far below float8's own rounding.
-    """
+def product(x: Scaled, kernel: jax.Array, dtype: Any) -> Sums:
+    """x [...,K], scaled along its last axis, times kernel [K,N], summed in `dtype`."""
     columns = scaled(kernel, axis=0)
     # Two axes each, as cuBLAS has it.
     rows = x.values.reshape(-1, x.values.shape[-1])
-    sums = jax.lax.dot(rows, columns.values, preferred_element_type=dtype).reshape(*x.values.shape[:-1], -1)
-    return (sums.astype(jnp.float32) * x.scale * columns.scale).astype(dtype)
+    sums = jax.lax.dot(rows, columns.values, preferred_element_type=dtype)
+    return Sums(sums.reshape(*x.values.shape[:-1], -1), x.scale, columns.scale)
+
+
+def swiglu(gate: Sums, up: Sums) -> Scaled:
+    """silu(gate) up [...,N], two products of the same rows, as the next product takes it."""
+    sums = (own.values.reshape(-1, own.values.shape[-1]) for own in (gate, up))
+    values, scale = float8_swiglu(*sums, gate.rows.reshape(-1), gate.columns[0], up.columns[0])
+    return Scaled(values.reshape(gate.values.shape), scale.reshape(gate.rows.shape))

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxhybrid.model import float8
 from jaxhybrid.model.blueprint import Initializer, normal, ones, weight, zeros
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.float8 import Scaled, product, scaled
 from jaxhybrid.model.partition import (
     SHARDS,
     axis_index,
@@ -100,9 +100,9 @@ class Linear(nnx.Module):
         """x W + b; summed in `dtype` where that is given."""
         return self._complete(jnp.einsum(self.equation, x, self.kernel[...], preferred_element_type=dtype))
 
-    def in_float8(self, x: Scaled, dtype: Any) -> jax.Array:
+    def in_float8(self, x: float8.Scaled, dtype: Any) -> jax.Array:
         """x W + b in `dtype` for a kernel of two axes, with W rounded to float8 as x was."""
-        return self._complete(product(x, self.kernel[...], dtype))
+        return self._complete(float8.product(x, self.kernel[...], dtype).scaled(dtype))
 
     def _complete(self, y: jax.Array) -> jax.Array:
         if self.is_partial:  # a device has its own heads, or its share of the MLP
@@ -189,11 +189,17 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.is_float8:
-            rows = scaled(x, axis=-1)
-            gate, up = (part.in_float8(rows, x.dtype) for part in (self.gate_proj, self.up_proj))
-            return self.down_proj.in_float8(scaled(ACTIVATIONS[self.activation](gate) * up, axis=-1), x.dtype)
+            return self.down_proj.in_float8(self._hidden_in_float8(x), x.dtype)
         named = partial(checkpoint_name, name=MLP_PRODUCT)
         return self.down_proj(ACTIVATIONS[self.activation](named(self.gate_proj(x))) * named(self.up_proj(x)))
+
+    def _hidden_in_float8(self, x: jax.Array) -> float8.Scaled:
+        rows = float8.scaled(x, axis=-1)
+        if self.activation == "silu" and self.gate_proj.bias is None:
+            kernels = (part.kernel[...] for part in (self.gate_proj, self.up_proj))
+            return float8.swiglu(*(float8.product(rows, kernel, x.dtype) for kernel in kernels))
+        gate, up = (part.in_float8(rows, x.dtype) for part in (self.gate_proj, self.up_proj))
+        return float8.scaled(ACTIVATIONS[self.activation](gate) * up, axis=-1)
 
 
 class Mixture(nnx.Module):

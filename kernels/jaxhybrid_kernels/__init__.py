@@ -6,6 +6,7 @@ from jaxhybrid_kernels.context import context_dplr_attention, context_linear_att
 from jaxhybrid_kernels.context_convolution import context_short_convolution
 from jaxhybrid_kernels.debug import debug_checks
 from jaxhybrid_kernels.dplr import dplr_attention, dplr_attention_step
+from jaxhybrid_kernels.float8_swiglu import float8_swiglu
 from jaxhybrid_kernels.kl_sums import KLSums, kl_sums
 from jaxhybrid_kernels.layer_token import Places, linear_attention_token
 from jaxhybrid_kernels.recurrent import linear_attention_step
@@ -23,6 +24,7 @@ __all__ = [
     "decode",
     "dplr_attention",
     "dplr_attention_step",
+    "float8_swiglu",
     "kl_sums",
     "linear_attention",
     "linear_attention_step",

@@ -40,7 +40,7 @@ def written_out(params, x):
     """The MLP of one device [N,D] in float64, but for what is rounded."""
 
     def linear(part, rows):
-        return rows @ rounded(params[part]["kernel"], 0) + np.asarray(params[part]["bias"], np.float64)
+        return rows @ rounded(params[part]["kernel"], 0) + np.asarray(params[part].get("bias", 0), np.float64)
 
     rows = rounded(x, -1)
     gate, up = linear("gate_proj", rows), linear("up_proj", rows)
@@ -64,7 +64,7 @@ def run(config, params, x):
 def off(actual, expected):
     """Of each row, the error's length over the row's."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return np.linalg.norm(actual - expected, axis=-1) / np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)
 
 
 def test_a_product_is_that_of_rounded_rows_and_columns():
@@ -72,7 +72,7 @@ def test_a_product_is_that_of_rounded_rows_and_columns():
     x = (rng.normal(size=(3, 4, 48)) * np.logspace(-8, 8, 12).reshape(3, 4, 1)).astype(np.float32)
     kernel = (rng.normal(size=(48, 32)) * np.logspace(-8, 8, 32)).astype(np.float32)
     x[1, 2], kernel[:, 5] = 0, 0
-    actual = jax.jit(lambda x, kernel: product(scaled(x, -1), kernel, jnp.float32))(x, kernel)
+    actual = jax.jit(lambda x, kernel: product(scaled(x, -1), kernel, jnp.float32).scaled(jnp.float32))(x, kernel)
     expected = rounded(x, -1) @ rounded(kernel, 0)
     size = np.abs(x).max(-1, keepdims=True) * np.abs(kernel).max(0)
     assert np.all(np.abs(actual - expected) <= 1e-5 * size)
@@ -81,12 +81,15 @@ def test_a_product_is_that_of_rounded_rows_and_columns():
     assert np.all(np.abs(actual - np.asarray(x, np.float64) @ kernel) <= bound)
 
 
-def test_an_mlp_equals_the_one_written_out():
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_equals_the_one_written_out(bias):
     params, x = params_and_rows()
-    actual = run(IN_FLOAT8, params, x)
+    if not bias:
+        params = {name: {"kernel": part["kernel"]} for name, part in params.items()}
+    actual = run(replace(IN_FLOAT8, mlp_bias=bias), params, x)
     expected = written_out(params, x.reshape(10, -1)).reshape(x.shape)
     np.testing.assert_allclose(off(actual, expected), 0, atol=1e-5)
-    from_exact = off(actual, run(CONFIG, params, x))
+    from_exact = off(actual, run(replace(CONFIG, mlp_bias=bias), params, x))
     assert from_exact.max() < 0.1
     assert from_exact.mean() > 0.01
 

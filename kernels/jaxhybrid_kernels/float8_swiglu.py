@@ -1,0 +1,51 @@
+"""SwiGLU between products in float8: what two of them gave, made into the next one's input."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxhybrid_kernels.gpu.float8_swiglu import float8_swiglu_kernel
+from jaxhybrid_kernels.numerics import gpu_capability, on_nvidia, split_axes
+
+OLDEST = 8.9  # compute capability that has float8
+SMALLEST = 1e-30  # that a largest number counts as, so that zeros can be divided by their scale
+
+
+def float8_swiglu(
+    gate_NF: jax.Array,
+    up_NF: jax.Array,
+    row_scale_N: jax.Array,
+    gate_scale_F: jax.Array,
+    up_scale_F: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """silu(g) u, with g = gate row_scale gate_scale and u = up row_scale up_scale in float32, as float8 values times a
+    scale for each row: (values float8_e4m3fn [N,F], scale float32 [N]). The largest value of a row is 448. Not
+    differentiable.
+
+    gate, up:       sums of float8 products, of any type.
+    row_scale:      of the rows that were multiplied, gate_scale and up_scale of the columns; float32.
+    implementation: "triton" (on NVIDIA GPUs from compute capability 8.9 on; interpreted on a CPU), "xla", or None:
+                    "triton" where it serves.
+
+    Raises ValueError if "triton" is asked for by name and cannot.
+    """
+    axes = split_axes(gate_NF, up_NF)
+    if implementation == "triton" and axes:
+        raise ValueError(f"implementation='triton' runs on whole arrays: they are split over {axes}.")
+    if implementation == "triton" or (implementation is None and not axes and _has_float8()):
+        arrays = gate_NF, up_NF, row_scale_N, gate_scale_F, up_scale_F
+        values, scale = float8_swiglu_kernel(*arrays, SMALLEST, interpret=not on_nvidia())
+        return values, scale
+    gate, up = (
+        sums.astype(jnp.float32) * (row_scale_N[:, None] * columns)
+        for sums, columns in ((gate_NF, gate_scale_F), (up_NF, up_scale_F))
+    )
+    hidden = jax.nn.silu(gate) * up
+    float8 = jnp.float8_e4m3fn
+    scale = jnp.maximum(jnp.max(jnp.abs(hidden), axis=-1), SMALLEST) / float(jnp.finfo(float8).max)
+    return (hidden / scale[:, None]).astype(float8), scale
+
+
+def _has_float8() -> bool:
+    return on_nvidia() and float(gpu_capability() or 0) >= OLDEST
