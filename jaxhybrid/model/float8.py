@@ -51,6 +51,7 @@ def product(x: Scaled, kernel: jax.Array, dtype: Any) -> Sums:
 
 def swiglu(gate: Sums, up: Sums) -> Scaled:
     """silu(gate) up [...,N], two products of the same rows, as the next product takes it."""
-    sums = (own.values.reshape(-1, own.values.shape[-1]) for own in (gate, up))
+    wide = gate.values.shape[-1]
+    sums = gate.values.reshape(-1, wide), up.values.reshape(-1, wide)
     values, scale = float8_swiglu(*sums, gate.rows.reshape(-1), gate.columns[0], up.columns[0])
     return Scaled(values.reshape(gate.values.shape), scale.reshape(gate.rows.shape))
