@@ -1,4 +1,4 @@
-"""Parts of a distillation step by themselves, in forms that differ in how XLA fuses them: SwiGLU's gradient, the loss.
+"""Parts of a distillation step by themselves, in several forms: SwiGLU's gradient, SwiGLU to float8, sums of the loss.
 
     python benchmarks/step_parts.py            # the sizes of Qwen2.5-1.5B with 8 rows of 4096 tokens, on a GPU
 
@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxhybrid_kernels import KLSums, kl_sums
+from jaxhybrid_kernels import KLSums, float8_swiglu, kl_sums
+from jaxhybrid_kernels.gpu.float8_swiglu import float8_swiglu_kernel
 from jaxhybrid_kernels.gpu.kl_sums import kl_sums_kernel
 
 from jaxhybrid import losses
@@ -128,11 +129,22 @@ def main() -> None:
     def loss(hidden: jax.Array, head: jax.Array, beside: jax.Array, other: jax.Array) -> jax.Array:
         return losses.linear_kl(hidden, Head(head), beside, Head(other), jnp.ones((1, N)), chunk_tokens=given.chunk)
 
-    print(f"loss with head, products at least {1e3 * 8 * N * D * S / PRODUCTS:.0f} ms")
+    logits = [2.0 * jax.random.normal(key, (given.chunk, S)) for key in keys[:2]]
+    print(f"sums for the KL of {given.chunk} tokens, at least {1e3 * 8 * given.chunk * S / BYTES:.2f} ms")
     for name, sums in SUMS.items():
-        losses.kl_sums = sums  # type: ignore[assignment]
-        spent = milliseconds(jax.grad(loss, (0, 1)), hidden, heads[0], beside, heads[1])
-        print(f"  {name:24} {spent:8.2f} ms", flush=True)
+        print(f"  {name:24} {milliseconds(sums, *logits):8.2f} ms", flush=True)
+    spent = milliseconds(jax.grad(loss, (0, 1)), hidden, heads[0], beside, heads[1])
+    print(f"loss with head, products at least {1e3 * 8 * N * D * S / PRODUCTS:.0f} ms: {spent:.2f} ms", flush=True)
+
+    sums = [jax.random.normal(key, (N, F), jnp.bfloat16) for key in keys[:2]]
+    scales = [jnp.ones(size) for size in (N, F, F)]
+    print(f"SwiGLU to float8, at least {1e3 * 5 * N * F / BYTES:.2f} ms")
+    forms = {"XLA": partial(float8_swiglu, implementation="xla")} | {
+        f"kernel, {block}, {warps} warps": partial(float8_swiglu_kernel, smallest=1e-30, block=block, warps=warps)
+        for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16))
+    }
+    for name, form in forms.items():
+        print(f"  {name:24} {milliseconds(form, *sums, *scales):8.2f} ms", flush=True)
 
 
 if __name__ == "__main__":
