@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.layer_token import Places, token_kernel
+from jaxhybrid_kernels.gpu.layer_token import Blocks, Places, token_kernel
 from jaxhybrid_kernels.numerics import on_nvidia, split_axes
 from jaxhybrid_kernels.recurrent import linear_attention_step
 
-WIDTHS = (64, 128)  # of a head; a program holds its state in registers
-WARPS = 8
+WIDTHS = (64, 128)  # of a head
+BLOCKS = Blocks(values=32, warps=4)
 
 
 def linear_attention_token(
@@ -49,7 +49,7 @@ def linear_attention_token(
     scale, eps = out_norm
     if implementation == "triton" or (implementation is None and refusal is None and on_nvidia()):
         return token_kernel(
-            projections_BO, places, log_decay, beta_BN, state_BNKV, scale, eps, silu, norm_eps, dtype, WARPS,
+            projections_BO, places, log_decay, beta_BN, state_BNKV, scale, eps, silu, norm_eps, dtype, BLOCKS,
             interpret=not on_nvidia(),
         )  # fmt: skip
     B, N, K, _ = state_BNKV.shape

@@ -34,14 +34,16 @@ def decode_attention_refusal(q_BGRK: jax.Array, k_BGMK: jax.Array) -> str | None
 
 def decode_attention_kernel(
     q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, *, block: int = BLOCK, warps: int = 4, stages: int = 3,
-    interpret: bool = False,
+    programs: int = PROGRAMS, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """q [B,G,R,K], R <= 16, to the keys up to `last` [B] of k and v [B,G,M,K]: [B,G,R,K] float32. `block` divides M.
+
+    There are about as many `programs`, at least one for each head of keys.
 
     Nothing behind `last` is read, but for the rest of its block.
     """
     (B, G, R, K), M = q.shape, k.shape[2]
-    splits = math.gcd(M // block, 1 << max(PROGRAMS // (B * G) - 1, 0).bit_length())
+    splits = math.gcd(M // block, 1 << max(programs // (B * G) - 1, 0).bit_length())
     length = M // splits
     q = jnp.pad(q, ((0, 0), (0, 0), (0, QUERIES - R), (0, 0)))
 

@@ -18,6 +18,14 @@ class Places(NamedTuple):
     gate: int | None = None
 
 
+class Blocks(NamedTuple):
+    """How a program goes through a state."""
+
+    values: int  # of a state's columns at once; a power of two that divides them
+    warps: int
+    ahead: int = 0  # blocks of columns that are asked for before the first is used, beside it
+
+
 def token_kernel(
     projections_BO: jax.Array,
     places: Places,
@@ -29,13 +37,17 @@ def token_kernel(
     silu: bool,
     norm_eps: float | None,
     dtype: Any,
-    warps: int,
+    blocks: Blocks,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`linear_attention_token`, where every state has its own query and K = V."""
+    """`linear_attention_token`, where every state has its own query and K = V.
+
+    With S the decayed state the output is S' q + (k q) v, v the value that is written: so both products with the state
+    are of what was read, and nothing waits for the state after the token.
+    """
     B, N, K, V = state_BNKV.shape
     per_channel = log_decay.ndim == 3
-    per_head = pl.BlockSpec((None, 1), lambda row, head: (row, head))
+    per_head = pl.BlockSpec((None, None), lambda row, head: (row, head))
 
     def heads(first: int) -> Any:
         return pl.BlockSpec((None, K), lambda row, head: (row, first + head))
@@ -55,23 +67,36 @@ def token_kernel(
 
     def body(*refs: Any) -> None:
         ref, (out_ref, new_ref) = dict(zip(names, refs)), refs[-2:]
-        q, k, v = (ref[name][...].astype(jnp.float32) for name in ("q", "k", "v"))
-        if silu:
-            q, k, v = (x * lax.logistic(x) for x in (q, k, v))
+        parts = [pl.ds(begin, blocks.values) for begin in range(0, V, blocks.values)]
+        asked = [ref["state"][:, part] for part in parts[: 1 + blocks.ahead]]
+
+        def activated(x: jax.Array) -> jax.Array:
+            x = x.astype(jnp.float32)
+            return x * lax.logistic(x) if silu else x
+
+        q, k = activated(ref["q"][...]), activated(ref["k"][...])
         if norm_eps is not None:
             q, k = (x * lax.rsqrt(jnp.sum(x * x) + norm_eps) for x in (q, k))
-        decay = jnp.exp(ref["decay"][...])
-        state = ref["state"][...] * (decay[:, None] if per_channel else decay[None])
-        if beta_BN is not None:
-            v = ref["beta"][...] * (v - jnp.sum(state * k[:, None], axis=0))
-        state = state + k[:, None] * v[None]
-        new_ref[...] = state
-        out = K**-0.5 * jnp.sum(state * q[:, None], axis=0)
-        out = out * lax.rsqrt(jnp.sum(out * out) / V + out_eps) * ref["scale"][...].astype(jnp.float32)
-        if places.gate is not None:
-            gate = ref["gate"][...].astype(jnp.float32)
-            out = out * gate * lax.logistic(gate)
-        out_ref[...] = out.astype(dtype)
+        q, decay = K**-0.5 * q, jnp.exp(ref["decay"][...])
+        own = jnp.sum(q * k)
+        outs, squares = [], jnp.zeros((), jnp.float32)
+        for number, part in enumerate(parts):
+            decayed = asked.pop(0) * (decay[:, None] if per_channel else decay)
+            if number + 1 + blocks.ahead < len(parts):
+                asked.append(ref["state"][:, parts[number + 1 + blocks.ahead]])
+            v, out = activated(ref["v"][part]), jnp.sum(decayed * q[:, None], axis=0)
+            if beta_BN is not None:
+                v = ref["beta"][...] * (v - jnp.sum(decayed * k[:, None], axis=0))
+            new_ref[:, part] = decayed + k[:, None] * v[None]
+            outs.append(out + own * v)
+            squares += jnp.sum(outs[-1] * outs[-1])
+        inverse = lax.rsqrt(squares / V + out_eps)
+        for part, out in zip(parts, outs):
+            out = out * inverse * ref["scale"][part].astype(jnp.float32)
+            if places.gate is not None:
+                gate = ref["gate"][part].astype(jnp.float32)
+                out = out * gate * lax.logistic(gate)
+            out_ref[part] = out.astype(dtype)
 
     out, state = pl.pallas_call(
         body,
@@ -80,7 +105,7 @@ def token_kernel(
         out_specs=[pl.BlockSpec((None, V), lambda row, head: (row, head)), own_state],
         out_shape=[jax.ShapeDtypeStruct((B, N * V), dtype), jax.ShapeDtypeStruct(state_BNKV.shape, state_BNKV.dtype)],
         input_output_aliases={names.index("state"): 1},
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=interpret,
         name="linear_attention_token",
     )(*operands)
