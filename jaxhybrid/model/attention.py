@@ -20,7 +20,7 @@ class Attention(nnx.Module):
     """Grouped-query softmax attention with rotary embedding, and a teacher's biases and norms where it has them."""
 
     kind = FULL_ATTENTION
-    joins = False  # see `LinearMixer`
+    joins = True  # see `LinearMixer`
     state_heads: ClassVar[dict[str, int | None]] = {"k": 1, "v": 1}  # the axis of heads in the state of one layer
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -66,6 +66,10 @@ class Attention(nnx.Module):
             keys, values = (jnp.moveaxis(state[name], 2, 1) for name in ("k", "v"))
             out = causal_attention(q, keys, values, None, first_query=index, window=window, cap=self.cap)
         return self.o_proj(out), state
+
+    def has_plain_heads(self, state: Params) -> bool:
+        """Whether `token` serves, as linear mixers have it: never."""
+        return False
 
     def projected(self, x_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = project(self, x_BTD, context, self.rope)
