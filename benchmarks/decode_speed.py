@@ -386,6 +386,7 @@ def kernels(options: argparse.Namespace, output: Output) -> None:
                     gated=gated, dtype=jnp.bfloat16, blocks=blocks, interpret=False,
                 )  # fmt: skip
         for form, product in forms.items():
+            product = jax.jit(product)  # many calls are traced once
             run = lambda _, given, product=product: [product(*pair) for pair in given]  # noqa: E731
             cases.append(({"model": name, "form": form, "rows": 1}, run, [], given, each))
     for rows, count in ((1, 160), (64, 3)) if wanted("state") else ():
@@ -404,7 +405,7 @@ def kernels(options: argparse.Namespace, output: Output) -> None:
                 norm_eps=1e-6, dtype=jnp.bfloat16, blocks=columns, interpret=False,
             )  # fmt: skip
         for form, token in tokens.items():
-            states = [jnp.zeros((rows, N, K, K)) for _ in range(count)]
+            token, states = jax.jit(token), [jnp.zeros((rows, N, K, K)) for _ in range(count)]
 
             def run(states: Any, given: Any, token: Any = token) -> Any:
                 return [token(y, state_BNKV=state)[1] for y, state in zip(given, states)]
