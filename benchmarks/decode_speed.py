@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxhybrid_kernels import Places, linear_attention_token, row_product
+from jaxhybrid_kernels.gpu.decode_attention import Blocks as KeyBlocks
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel
 from jaxhybrid_kernels.gpu.layer_token import Blocks as StateBlocks
 from jaxhybrid_kernels.gpu.layer_token import token_kernel
@@ -344,8 +345,11 @@ COLUMNS = [
 ]  # fmt: skip
 # Of a cache: (keys at once, warps, stages, programs).
 KEYS = [
-    (64, 4, 3, 528), (64, 4, 4, 528), (64, 4, 2, 1056), (64, 4, 3, 1056), (64, 4, 3, 2112), (64, 4, 3, 4224),
-    (32, 4, 4, 528), (32, 4, 6, 1056), (32, 2, 4, 2112), (128, 4, 2, 528), (128, 8, 3, 264), (128, 8, 2, 1056),
+    KeyBlocks(*sizes)
+    for sizes in (
+        (64, 4, 3, 528), (64, 4, 4, 528), (64, 4, 2, 1056), (64, 4, 3, 1056), (64, 4, 3, 2112), (64, 4, 3, 4224),
+        (32, 4, 4, 528), (32, 4, 6, 1056), (32, 2, 4, 2112), (128, 4, 2, 528), (128, 8, 3, 264), (128, 8, 2, 1056),
+    )
 ]  # fmt: skip
 
 
@@ -419,10 +423,8 @@ def kernels(options: argparse.Namespace, output: Output) -> None:
         pairs = [(jnp.ones((rows, N, K), jnp.bfloat16), *cache) for cache in caches]
         grouped = [(q.reshape(rows, G, -1, K), k, v) for q, k, v in pairs]
         forms = {"xla": partial(plain_decode_attention, last=last)}
-        for block, warps, stages, most in KEYS:
-            forms[f"{block, warps, stages, most}"] = partial(
-                decode_attention_kernel, last=last, block=block, warps=warps, stages=stages, programs=most
-            )
+        for keys in KEYS:
+            forms[str(tuple(keys))] = partial(decode_attention_kernel, last=last, blocks=keys)
         for form, attend in forms.items():
             run = lambda _, given, attend=attend: [attend(*one) for one in given]  # noqa: E731
             case = {"model": f"attention, {context}", "form": form, "rows": rows}

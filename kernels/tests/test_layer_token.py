@@ -7,6 +7,8 @@ import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 from jaxhybrid_kernels import Places, linear_attention, linear_attention_token
+from jaxhybrid_kernels.gpu.layer_token import Blocks, token_kernel
+from jaxhybrid_kernels.layer_token import FEW, MANY, blocks_of
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda"))
 B, N, K = 2, 3, 64
@@ -54,6 +56,23 @@ def test_equals_its_steps(implementation, per_channel, delta, silu, norm_eps, pl
     expected = steps(projections, decay, beta, state, scale, places, silu, norm_eps)
     for result, wanted in zip(results, expected):
         np.testing.assert_allclose(result, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("blocks", [Blocks(64, 4), Blocks(32, 4, 1), Blocks(16, 4, 2)])
+def test_every_division_gives_the_same(blocks):
+    projections, decay, beta, state, scale = operands()
+    results = token_kernel(
+        projections, PLACES, decay, beta, state, scale, 1e-5, True, 1e-6, jnp.float32, blocks, interpret=True
+    )
+    expected = steps(projections, decay, beta, state, scale, PLACES, True, 1e-6)
+    for result, wanted in zip(results, expected):
+        np.testing.assert_allclose(result, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_few_states_are_taken_whole():
+    assert blocks_of(1, 12, 128, 128) == FEW
+    assert blocks_of(64, 12, 128, 128) == MANY
+    assert blocks_of(1, 12, 64, 64).values == 64
 
 
 def test_the_kernel_rounds_less_than_xla_in_bfloat16():
