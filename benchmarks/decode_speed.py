@@ -36,7 +36,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # before JAX st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxhybrid_kernels import Places, linear_attention_token, row_product
+from jaxhybrid_kernels import Places, Steps, linear_attention_token, row_product
 from jaxhybrid_kernels.gpu.decode_attention import Blocks as KeyBlocks
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel
 from jaxhybrid_kernels.gpu.layer_token import Blocks as StateBlocks
@@ -394,18 +394,18 @@ def kernels(options: argparse.Namespace, output: Output) -> None:
             run = lambda _, given, product=product: [product(*pair) for pair in given]  # noqa: E731
             cases.append(({"model": name, "form": form, "rows": 1}, run, [], given, each))
     for rows, count in ((1, 160), (64, 3)) if wanted("state") else ():
-        decay, beta, scale = -jnp.ones((rows, N)), jnp.ones((rows, N)), jnp.ones(K)
-        projections = [jnp.ones((rows, 4 * N * K)) for _ in range(count)]
+        gates, scale = Steps(4 * N * K, 4 * N * K + N, jnp.zeros(N), jnp.zeros(N)), jnp.ones(K)
+        projections = [jnp.ones((rows, 4 * N * K + 2 * N)) for _ in range(count)]
         places = Places(0, N, 2 * N, 3 * N)
         tokens: dict[str, Callable[..., Any]] = {
             "xla": partial(
-                linear_attention_token, places=places, log_decay=decay, beta_BN=beta, silu=True,
+                linear_attention_token, places=places, gates=gates, silu=True,
                 out_norm=(scale, 1e-6), norm_eps=1e-6, dtype=jnp.bfloat16, implementation="xla",
             )
         }  # fmt: skip
         for columns in COLUMNS:
             tokens[str(tuple(columns))] = partial(
-                token_kernel, places=places, log_decay=decay, beta_BN=beta, silu=True, out_scale_V=scale, out_eps=1e-6,
+                token_kernel, places=places, gates=gates, silu=True, out_scale_V=scale, out_eps=1e-6,
                 norm_eps=1e-6, dtype=jnp.bfloat16, blocks=columns, interpret=False,
             )  # fmt: skip
         for form, token in tokens.items():

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxhybrid_kernels import Places, row_product
+from jaxhybrid_kernels import row_product
 from jaxhybrid_kernels.numerics import decodes_by_kernels
 
 from jaxhybrid.model.blueprint import Params, bind, is_variable, variables
@@ -108,9 +108,7 @@ def _mixed(
         setattr(mixer, name, Given(results_BTO[..., first:last].reshape(*x_BTD.shape[:-1], *shape)))
         firsts[name], first = first, last
     if context.segment_ids is None and has_plain_heads:  # one token a row
-        names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj") if name in firsts]
-        places = Places(*(firsts[name] // config.head_dim for name in names))
-        return mixer.token(results_BTO[:, 0], places, x_BTD, state)
+        return mixer.token(results_BTO[:, 0], firsts, x_BTD, state)
     mixer.o_proj = Heads()
     return mixer(x_BTD, context, state)
 

@@ -83,3 +83,4 @@ def test_one_text_on_a_gpu_takes_few_kernels():
     linear, softmax, head = (4 + 1, 0), (4, 2), (0, 1)  # kernels, and XLA's products
     found = text.count("xla.gpu.triton"), text.count("stablehlo.dot_general")
     assert found == tuple(map(sum, zip(linear, softmax, head)))
+    assert "log_plus_one" not in text  # the decay is the kernel's

@@ -18,6 +18,15 @@ class Places(NamedTuple):
     gate: int | None = None
 
 
+class Steps(NamedTuple):
+    """How Gated DeltaNet's gates come from that row: log_decay = -exp(A_log) softplus(a + bias), beta = sigmoid(b)."""
+
+    a: int  # the first column of N
+    b: int
+    A_log_N: jax.Array
+    bias_N: jax.Array
+
+
 class Blocks(NamedTuple):
     """How a program goes through a state."""
 
@@ -29,8 +38,7 @@ class Blocks(NamedTuple):
 def token_kernel(
     projections_BO: jax.Array,
     places: Places,
-    log_decay: jax.Array,
-    beta_BN: jax.Array | None,
+    gates: tuple[jax.Array, jax.Array | None] | Steps,
     state_BNKV: jax.Array,
     out_scale_V: jax.Array,
     out_eps: float,
@@ -46,27 +54,35 @@ def token_kernel(
     are of what was read, and nothing waits for the state after the token.
     """
     B, N, K, V = state_BNKV.shape
-    per_channel = log_decay.ndim == 3
-    per_head = pl.BlockSpec((None, None), lambda row, head: (row, head))
+    own_state = pl.BlockSpec((None, None, K, V), lambda row, head: (row, head, 0, 0))
 
     def heads(first: int) -> Any:
         return pl.BlockSpec((None, K), lambda row, head: (row, first + head))
 
-    own_state = pl.BlockSpec((None, None, K, V), lambda row, head: (row, head, 0, 0))
-    names = ["q", "k", "v", "decay", "state", "scale"]
-    operands = [*[projections_BO] * 3, log_decay, state_BNKV, out_scale_V]
-    specs = [
-        heads(places.q), heads(places.k), heads(places.v),
-        pl.BlockSpec((None, None, K), lambda row, head: (row, head, 0)) if per_channel else per_head,
-        own_state, pl.BlockSpec((V,), lambda row, head: (0,)),
-    ]  # fmt: skip
-    if beta_BN is not None:
-        names, operands, specs = [*names, "beta"], [*operands, beta_BN], [*specs, per_head]
+    def column(first: int) -> Any:
+        return pl.BlockSpec((None, None), lambda row, head: (row, first + head))
+
+    of_head, per_channel = pl.BlockSpec((None,), lambda row, head: (head,)), False
+    given: dict[str, tuple[jax.Array, Any]] = {
+        "q": (projections_BO, heads(places.q)), "k": (projections_BO, heads(places.k)),
+        "v": (projections_BO, heads(places.v)), "state": (state_BNKV, own_state),
+        "scale": (out_scale_V, pl.BlockSpec((V,), lambda row, head: (0,))),
+    }  # fmt: skip
+    if isinstance(gates, Steps):
+        given |= {name: (projections_BO, column(first)) for name, first in (("a", gates.a), ("b", gates.b))}
+        given |= {"A_log": (gates.A_log_N, of_head), "bias": (gates.bias_N, of_head)}
+    else:
+        log_decay, beta_BN = gates
+        per_channel = log_decay.ndim == 3
+        own_channels = pl.BlockSpec((None, None, K), lambda row, head: (row, head, 0))
+        given["decay"] = log_decay, own_channels if per_channel else column(0)
+        if beta_BN is not None:
+            given["beta"] = beta_BN, column(0)
     if places.gate is not None:
-        names, operands, specs = [*names, "gate"], [*operands, projections_BO], [*specs, heads(places.gate)]
+        given["gate"] = projections_BO, heads(places.gate)
 
     def body(*refs: Any) -> None:
-        ref, (out_ref, new_ref) = dict(zip(names, refs)), refs[-2:]
+        ref, (out_ref, new_ref) = dict(zip(given, refs)), refs[-2:]
         parts = [pl.ds(begin, blocks.values) for begin in range(0, V, blocks.values)]
         asked = [ref["state"][:, part] for part in parts[: 1 + blocks.ahead]]
 
@@ -77,7 +93,15 @@ def token_kernel(
         q, k = activated(ref["q"][...]), activated(ref["k"][...])
         if norm_eps is not None:
             q, k = (x * lax.rsqrt(jnp.sum(x * x) + norm_eps) for x in (q, k))
-        q, decay = K**-0.5 * q, jnp.exp(ref["decay"][...])
+        beta = ref["beta"][...] if "beta" in ref else None
+        if isinstance(gates, Steps):
+            a, b = (ref[name][...].astype(jnp.float32) for name in "ab")
+            a = a + ref["bias"][...]
+            softplus = jnp.maximum(a, 0) + jnp.log1p(jnp.exp(-jnp.abs(a)))
+            log_decay, beta = -jnp.exp(ref["A_log"][...]) * softplus, lax.logistic(b)
+        else:
+            log_decay = ref["decay"][...]
+        q, decay = K**-0.5 * q, jnp.exp(log_decay)
         own = jnp.sum(q * k)
         outs, squares = [], jnp.zeros((), jnp.float32)
         for number, part in enumerate(parts):
@@ -85,8 +109,8 @@ def token_kernel(
             if number + 1 + blocks.ahead < len(parts):
                 asked.append(ref["state"][:, parts[number + 1 + blocks.ahead]])
             v, out = activated(ref["v"][part]), jnp.sum(decayed * q[:, None], axis=0)
-            if beta_BN is not None:
-                v = ref["beta"][...] * (v - jnp.sum(decayed * k[:, None], axis=0))
+            if beta is not None:
+                v = beta * (v - jnp.sum(decayed * k[:, None], axis=0))
             new_ref[:, part] = decayed + k[:, None] * v[None]
             outs.append(out + own * v)
             squares += jnp.sum(outs[-1] * outs[-1])
@@ -101,12 +125,12 @@ def token_kernel(
     out, state = pl.pallas_call(
         body,
         grid=(B, N),
-        in_specs=specs,
+        in_specs=[spec for _, spec in given.values()],
         out_specs=[pl.BlockSpec((None, V), lambda row, head: (row, head)), own_state],
         out_shape=[jax.ShapeDtypeStruct((B, N * V), dtype), jax.ShapeDtypeStruct(state_BNKV.shape, state_BNKV.dtype)],
-        input_output_aliases={names.index("state"): 1},
+        input_output_aliases={list(given).index("state"): 1},
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=interpret,
         name="linear_attention_token",
-    )(*operands)
+    )(*(array for array, _ in given.values()))
     return out, state

@@ -63,8 +63,8 @@ def row_product_kernel(
             at = [begin + jnp.arange(groups)[:, None], jnp.arange(GROUP)[None]]
             if rows is not None:
                 at = [rows.start + jnp.arange(rows.size)[:, None, None], *(x[None] for x in at)]
-            at = jnp.broadcast_arrays(*at)
-            return plt.load(ref[name].at[*at], mask=at[-2] < D // GROUP, other=0.0, **how)
+            *outer, number, channel = jnp.broadcast_arrays(*at)
+            return plt.load(ref[name].at[*outer, number, channel], mask=number < D // GROUP, other=0.0, **how)
 
         def tiles(begin: int) -> list[jax.Array]:  # each part of the matrix is read once by one program
             return [read("weight", own, begin, eviction_policy="evict_first") for own in rows]
