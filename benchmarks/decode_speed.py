@@ -37,6 +37,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxhybrid_kernels import Places, Steps, linear_attention_token, row_product
+from jaxhybrid_kernels.gpu.attention_token import Blocks as TokenBlocks
+from jaxhybrid_kernels.gpu.attention_token import attention_token
 from jaxhybrid_kernels.gpu.decode_attention import Blocks as KeyBlocks
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel
 from jaxhybrid_kernels.gpu.layer_token import Blocks as StateBlocks
@@ -52,8 +54,10 @@ from jaxhybrid.decoding import engine as programs
 from jaxhybrid.decoding.engine import Engine, Request
 from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.model import decode
+from jaxhybrid.model.attention import written as with_token
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.rope import rotate
 from jaxhybrid.model.softmax import plain_decode_attention
 from jaxhybrid.model.transformer import Model, random_params
 from jaxhybrid.selection.methods import layer_types, select_layers
@@ -351,6 +355,15 @@ KEYS = [
         (32, 4, 4, 528), (32, 4, 6, 1056), (32, 2, 4, 2112), (128, 4, 2, 528), (128, 8, 3, 264), (128, 8, 2, 1056),
     )
 ]  # fmt: skip
+# Of caches beside a layer's projections: (keys at once, warps, programs[, stages, warps that join]).
+TOKEN_KEYS = [
+    TokenBlocks(*sizes)
+    for sizes in (
+        (16, 1, 64), (16, 2, 64), (16, 1, 128), (16, 4, 128), (32, 1, 64), (32, 2, 64), (32, 4, 64), (32, 4, 64, 2, 1),
+        (32, 4, 64, 2, 8), (32, 2, 128), (32, 4, 32), (64, 4, 32), (64, 8, 32), (64, 4, 64), (64, 4, 128), (64, 4, 256),
+        (64, 4, 256, 3), (128, 8, 64), (128, 8, 128, 3),
+    )
+]  # fmt: skip
 
 
 def kernels(options: argparse.Namespace, output: Output) -> None:
@@ -429,6 +442,38 @@ def kernels(options: argparse.Namespace, output: Output) -> None:
             run = lambda _, given, attend=attend: [attend(*one) for one in given]  # noqa: E731
             case = {"model": f"attention, {context}", "form": form, "rows": rows}
             cases.append((case, run, [], pairs if form == "xla" else grouped, nbytes(caches[0])))
+
+    for context in (1024, 8192, 32768) if wanted("softmax token") else ():
+        index, places = jnp.full(1, context - 2, jnp.int32), Places(0, N, N + G)
+        rotation = jnp.ones((1, K // 2)), jnp.zeros((1, K // 2))
+        each = 2 * 2 * G * context * K
+        projections = [jnp.ones((1, (N + 2 * G) * K)) for _ in range(max(4, 2**27 // each))]
+
+        def by_xla(row: Any, *, k_BGMK: Any, v_BGMK: Any, index: Any = index, rotation: Any = rotation) -> Any:
+            q, k, v = jnp.split(row.astype(k_BGMK.dtype).reshape(1, 1, -1, K), (N, N + G), axis=2)
+            q, k = (rotate(x, *(table[:, None] for table in rotation)) for x in (q, k))
+            own = with_token({"k": k_BGMK, "v": v_BGMK}, {"k": k, "v": v}, index)
+            return plain_decode_attention(q[:, 0], own["k"], own["v"], index).reshape(1, -1), own["k"], own["v"]
+
+        parts: dict[str, Callable[..., Any]] = {"xla": by_xla}
+        for blocks in TOKEN_KEYS:
+            parts[str(tuple(blocks))] = partial(
+                attention_token, places=places, rotation=rotation, index_B=index, heads=N, scale=K**-0.5,
+                dtype=jnp.bfloat16, blocks=blocks,
+            )  # fmt: skip
+        for form, part in parts.items():
+            part = jax.jit(part)
+            # Results and caches; a result that nobody takes would not be computed.
+            layers = [
+                (jnp.zeros((1, N * K), jnp.bfloat16), *(jnp.zeros((1, G, context, K), jnp.bfloat16) for _ in "kv"))
+                for _ in projections
+            ]
+
+            def run(layers: Any, given: Any, part: Any = part) -> Any:
+                return [part(row, k_BGMK=k, v_BGMK=v) for row, (_, k, v) in zip(given, layers)]
+
+            case = {"model": f"softmax token, {context}", "form": form, "rows": 1}
+            cases.append((case, run, layers, projections, each))
 
     def compiled(case: tuple[Any, ...]) -> Any:
         try:
@@ -561,7 +606,8 @@ def plot(options: argparse.Namespace, output: Output) -> None:
 
 
 KERNELS = {"row_product": sys.modules[row_product.__module__], "token": sys.modules[linear_attention_token.__module__],
-           "attention": sys.modules[plain_decode_attention.__module__]}  # fmt: skip
+           "attention": sys.modules[plain_decode_attention.__module__],
+           "attention_token": sys.modules[with_token.__module__]}  # fmt: skip
 PARTS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
     "floor": floor, "batch": batch, "longest": longest, "contexts": contexts,
     "products": products, "kernels": kernels, "transformers": in_transformers, "plot": plot,

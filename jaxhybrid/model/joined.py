@@ -102,13 +102,13 @@ def _mixed(
     """What a mixer makes of its projections' results, before its last one: [B,T,H*K], and its state."""
     mixer: Any = bind(MIXERS[kind], config, absent(MIXERS[kind], config) | params)
     firsts, first = {}, 0
-    has_plain_heads = mixer.has_plain_heads(state)
+    takes_token = context.segment_ids is None and mixer.takes_token(results_BTO[:, 0], context, state)
     for name, shape in input_projections(config, kind).items():
         last = first + math.prod(shape)
         setattr(mixer, name, Given(results_BTO[..., first:last].reshape(*x_BTD.shape[:-1], *shape)))
         firsts[name], first = first, last
-    if context.segment_ids is None and has_plain_heads:  # one token a row
-        return mixer.token(results_BTO[:, 0], firsts, x_BTD, state)
+    if takes_token:
+        return mixer.token(results_BTO[:, 0], firsts, x_BTD, context, state)
     mixer.o_proj = Heads()
     return mixer(x_BTD, context, state)
 

@@ -145,11 +145,10 @@ class LinearMixer(nnx.Module):
         raise NotImplementedError
 
     def token(
-        self, projections_BO: jax.Array, firsts: dict[str, int], x_BTD: jax.Array, state: Params
+        self, projections_BO: jax.Array, firsts: dict[str, int], x_BTD: jax.Array, context: TokenContext, state: Params
     ) -> tuple[jax.Array, Params]:
-        """`__call__` of one token up to o_proj [B,1,H*K], by the operator that does it all at once.
+        """`__call__` of one token up to o_proj [B,1,H*K], by the operator that does it all at once: see `takes_token`.
 
-        For states with a query each, and heads that come from their projections as they are: see `has_plain_heads`.
         The results of each projection begin at its column of `firsts`.
         """
         names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj") if name in firsts]
@@ -166,7 +165,8 @@ class LinearMixer(nnx.Module):
         assert log_decay is not None
         return log_decay[:, 0], None if beta is None else beta[:, 0]
 
-    def has_plain_heads(self, state: Params) -> bool:
+    def takes_token(self, projections_BO: jax.Array, context: TokenContext, state: Params) -> bool:
+        """Whether `token` serves: states with a query each, and heads that come from their projections as they are."""
         heads, states = self.q_proj.kernel.shape[1], self.k_proj.kernel.shape[1]
         return heads == states and not self.rope and not hasattr(self, "q_norm") and state.keys() == {"memory"}
 
