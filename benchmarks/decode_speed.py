@@ -36,9 +36,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # before JAX st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxhybrid_kernels import Places, linear_attention_token, row_product
+from jaxhybrid_kernels import Places, Steps, linear_attention_token, row_product
+from jaxhybrid_kernels.gpu.attention_token import Blocks as TokenBlocks
+from jaxhybrid_kernels.gpu.attention_token import attention_token
+from jaxhybrid_kernels.gpu.decode_attention import Blocks as KeyBlocks
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel
+from jaxhybrid_kernels.gpu.layer_token import Blocks as StateBlocks
+from jaxhybrid_kernels.gpu.layer_token import token_kernel
 from jaxhybrid_kernels.gpu.row_product import Blocks, row_product_kernel
+from jaxhybrid_kernels.row_product import LONG_SUM
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 from output import Output
@@ -48,8 +54,10 @@ from jaxhybrid.decoding import engine as programs
 from jaxhybrid.decoding.engine import Engine, Request
 from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.model import decode
+from jaxhybrid.model.attention import written as with_token
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from jaxhybrid.model.rope import rotate
 from jaxhybrid.model.softmax import plain_decode_attention
 from jaxhybrid.model.transformer import Model, random_params
 from jaxhybrid.selection.methods import layer_types, select_layers
@@ -320,76 +328,170 @@ def products(options: argparse.Namespace, output: Output) -> None:
                 output.add("products", shape=options.shape_name, model=name, form=form, rows=rows, **row)
 
 
-BLOCKS = [  # for sums of 1536 and of 8960
-    *(Blocks(*sizes) for sizes in ((16, 512, 4), (8, 512, 4), (4, 512, 4), (8, 512, 2), (2, 512, 1))),
-    *(Blocks(*sizes) for sizes in ((16, 256, 4), (8, 256, 4), (4, 256, 4), (4, 256, 2))),
+# Division of products: (results, inputs, warps[, blocks ahead]) by how long the sum is.
+SHORT_SUMS = [
+    *(Blocks(results, inputs, 1) for results in (1, 2, 4, 8) for inputs in (256, 512)),
+    *(Blocks(results, 512, 2) for results in (1, 2, 4, 8)),
+    *(Blocks(*sizes) for sizes in ((4, 256, 1, 3), (4, 512, 1, 3), (8, 512, 4), (16, 512, 4), (8, 512, 4, 3))),
 ]
+LONG_SUMS = [
+    *(Blocks(results, 256 * warps, warps) for results in (1, 2, 4) for warps in (1, 2, 4, 8)),
+    *(Blocks(results, 512 * warps, warps) for results in (1, 2, 4) for warps in (2, 4, 8)),
+    *(Blocks(*sizes) for sizes in ((8, 512, 2), (8, 1024, 4), (8, 2048, 8), (2, 1024, 4, 3), (2, 2048, 8, 3))),
+]
+# Of a state's columns: (values, warps[, blocks ahead, programs]).
+COLUMNS = [
+    StateBlocks(*sizes)
+    for sizes in (
+        (128, 8), (128, 16), (64, 4), (64, 8), (64, 4, 1), (64, 8, 1), (32, 2), (32, 4), (32, 8), (32, 4, 1),
+        (32, 8, 1), (16, 2), (16, 4), (16, 4, 1), (16, 4, 2), (64, 4, 0, 2), (64, 8, 0, 2), (32, 2, 0, 4),
+        (32, 4, 0, 4), (32, 4, 0, 2), (32, 4, 1, 2), (16, 2, 0, 8), (16, 2, 1, 4), (16, 4, 0, 8),
+    )
+]  # fmt: skip
+# Of a cache: (keys at once, warps, stages, programs).
+KEYS = [
+    KeyBlocks(*sizes)
+    for sizes in (
+        (64, 4, 3, 528), (64, 4, 4, 528), (64, 4, 2, 1056), (64, 4, 3, 1056), (64, 4, 3, 2112), (64, 4, 3, 4224),
+        (32, 4, 4, 528), (32, 4, 6, 1056), (32, 2, 4, 2112), (128, 4, 2, 528), (128, 8, 3, 264), (128, 8, 2, 1056),
+    )
+]  # fmt: skip
+# Of caches beside a layer's projections: (keys at once, warps, programs[, stages, warps that join]).
+TOKEN_KEYS = [
+    TokenBlocks(*sizes)
+    for sizes in (
+        (16, 1, 64), (16, 2, 64), (16, 1, 128), (16, 4, 128), (32, 1, 64), (32, 2, 64), (32, 4, 64), (32, 4, 64, 2, 1),
+        (32, 4, 64, 2, 8), (32, 2, 128), (32, 4, 32), (64, 4, 32), (64, 8, 32), (64, 4, 64), (64, 4, 128), (64, 4, 256),
+        (64, 4, 256, 3), (128, 8, 64), (128, 8, 128, 3),
+    )
+]  # fmt: skip
 
 
 def kernels(options: argparse.Namespace, output: Output) -> None:
     """Parts of a token's layer, each of many like it in turn: bytes a second by XLA and by kernels, by their blocks."""
     shape = options.shape
     D, F, N, K = shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.head_dim
+    G = shape.num_kv_heads
     # (its row of results, (written in place, given) -> new, written in place, given, bytes moved)
     cases: list[tuple[dict[str, Any], Callable[[Any, Any], Any], Any, Any, int]] = []
-    for name, outputs, inputs, gated in (
-        ("q, k, v, gate and decays", 4 * N * K + 2 * N, D, False),
-        ("output", D, N * K, False),
-        ("gate and up", 2 * F, D, True),
-        ("down", D, F, False),
+
+    def wanted(name: str) -> bool:
+        return options.models is None or any(name.startswith(begin) for begin in options.models)
+
+    for name, outputs, inputs, gated, normed in (
+        ("inputs, linear", 4 * N * K + 2 * N, D, False, True),
+        ("inputs, softmax", (N + 2 * G) * K, D, False, True),
+        ("output", D, N * K, False, False),
+        ("gate and up", 2 * F, D, True, True),
+        ("down", D, F, False, False),
     ):
+        if not wanted(name):
+            continue
         scale, each = jnp.ones(inputs, jnp.bfloat16), 2 * outputs * inputs
+        residual = None if normed else jnp.ones((1, outputs), jnp.bfloat16)
         given = [
             (jnp.ones((1, inputs), jnp.bfloat16), jnp.zeros((outputs, inputs), jnp.bfloat16))
             for _ in range(max(2, 2**28 // each))
         ]
+        norm = (scale, 1e-6) if normed else None
         forms: dict[str, Callable[..., Any]] = {
-            "xla": partial(row_product, norm=(scale, 1e-6), gated=gated, implementation="xla")
+            "xla": partial(row_product, norm=norm, gated=gated, residual=residual, implementation="xla")
         }
-        for blocks in BLOCKS:
-            if outputs // (2 if gated else 1) % blocks.outputs == 0 and inputs % blocks.inputs == 0:
+        for blocks in SHORT_SUMS if inputs < LONG_SUM else LONG_SUMS:
+            if outputs // (2 if gated else 1) % blocks.outputs == 0:
                 forms[str(tuple(blocks))] = partial(
-                    row_product_kernel, bias_O=None, scale_D=scale, eps=1e-6, residual_1O=None, gated=gated,
-                    dtype=jnp.bfloat16, blocks=blocks, interpret=False,
+                    row_product_kernel, bias_O=None, scale_D=scale if normed else None, eps=1e-6, residual_1O=residual,
+                    gated=gated, dtype=jnp.bfloat16, blocks=blocks, interpret=False,
                 )  # fmt: skip
         for form, product in forms.items():
+            product = jax.jit(product)  # many calls are traced once
             run = lambda _, given, product=product: [product(*pair) for pair in given]  # noqa: E731
             cases.append(({"model": name, "form": form, "rows": 1}, run, [], given, each))
-    for rows, count in ((1, 160), (64, 3)):
-        decay, beta, scale = -jnp.ones((rows, N)), jnp.ones((rows, N)), jnp.ones(K)
-        projections = [jnp.ones((rows, 4 * N * K)) for _ in range(count)]
-        for form in ("xla", "triton"):
-            token = partial(
-                linear_attention_token, places=Places(0, N, 2 * N, 3 * N), log_decay=decay, beta_BN=beta, silu=True,
-                out_norm=(scale, 1e-6), norm_eps=1e-6, dtype=jnp.bfloat16, implementation=form,
+    for rows, count in ((1, 160), (64, 3)) if wanted("state") else ():
+        gates, scale = Steps(4 * N * K, 4 * N * K + N, jnp.zeros(N), jnp.zeros(N)), jnp.ones(K)
+        projections = [jnp.ones((rows, 4 * N * K + 2 * N)) for _ in range(count)]
+        places = Places(0, N, 2 * N, 3 * N)
+        tokens: dict[str, Callable[..., Any]] = {
+            "xla": partial(
+                linear_attention_token, places=places, gates=gates, silu=True,
+                out_norm=(scale, 1e-6), norm_eps=1e-6, dtype=jnp.bfloat16, implementation="xla",
+            )
+        }  # fmt: skip
+        for columns in COLUMNS:
+            tokens[str(tuple(columns))] = partial(
+                token_kernel, places=places, gates=gates, silu=True, out_scale_V=scale, out_eps=1e-6,
+                norm_eps=1e-6, dtype=jnp.bfloat16, blocks=columns, interpret=False,
             )  # fmt: skip
+        for form, token in tokens.items():
+            token = jax.jit(token)
+            # Results and states; a result that nobody takes would not be computed.
+            states = [
+                (jnp.zeros((rows, N * K), jnp.bfloat16), jnp.zeros((rows, N, K, K), jnp.float32)) for _ in range(count)
+            ]
 
             def run(states: Any, given: Any, token: Any = token) -> Any:
-                return [token(y, state_BNKV=state)[1] for y, state in zip(given, states)]
+                return [token(y, state_BNKV=state) for y, (_, state) in zip(given, states)]
 
-            states = [jnp.zeros((rows, N, K, K)) for _ in range(count)]
-            cases.append(
-                ({"model": "state", "form": form, "rows": rows}, run, states, projections, 2 * states[0].nbytes)
-            )
-    for rows, context in ((1, 1024), (1, 65536), (64, 32768)):
-        G, last = shape.num_kv_heads, jnp.full(rows, context - 1, jnp.int32)
+            case = {"model": "state", "form": form, "rows": rows}
+            cases.append((case, run, states, projections, 2 * states[0][1].nbytes))
+    for rows, context in ((1, 1024), (1, 65536), (64, 32768)) if wanted("attention") else ():
+        last = jnp.full(rows, context - 1, jnp.int32)
         caches = [[jnp.zeros((rows, G, context, K), jnp.bfloat16) for _ in "kv"] for _ in range(2)]
         pairs = [(jnp.ones((rows, N, K), jnp.bfloat16), *cache) for cache in caches]
         grouped = [(q.reshape(rows, G, -1, K), k, v) for q, k, v in pairs]
         forms = {"xla": partial(plain_decode_attention, last=last)}
-        for block, warps, stages in ((64, 4, 3), (128, 4, 2), (64, 2, 3), (32, 2, 4)):
-            forms[f"{block, warps, stages}"] = partial(
-                decode_attention_kernel, last=last, block=block, warps=warps, stages=stages
-            )
+        for keys in KEYS:
+            forms[str(tuple(keys))] = partial(decode_attention_kernel, last=last, blocks=keys)
         for form, attend in forms.items():
             run = lambda _, given, attend=attend: [attend(*one) for one in given]  # noqa: E731
             case = {"model": f"attention, {context}", "form": form, "rows": rows}
             cases.append((case, run, [], pairs if form == "xla" else grouped, nbytes(caches[0])))
+
+    for context in (1024, 8192, 32768) if wanted("softmax token") else ():
+        index, places = jnp.full(1, context - 2, jnp.int32), Places(0, N, N + G)
+        rotation = jnp.ones((1, K // 2)), jnp.zeros((1, K // 2))
+        each = 2 * 2 * G * context * K
+        projections = [jnp.ones((1, (N + 2 * G) * K)) for _ in range(max(4, 2**27 // each))]
+
+        def by_xla(row: Any, *, k_BGMK: Any, v_BGMK: Any, index: Any = index, rotation: Any = rotation) -> Any:
+            q, k, v = jnp.split(row.astype(k_BGMK.dtype).reshape(1, 1, -1, K), (N, N + G), axis=2)
+            q, k = (rotate(x, *(table[:, None] for table in rotation)) for x in (q, k))
+            own = with_token({"k": k_BGMK, "v": v_BGMK}, {"k": k, "v": v}, index)
+            return plain_decode_attention(q[:, 0], own["k"], own["v"], index).reshape(1, -1), own["k"], own["v"]
+
+        parts: dict[str, Callable[..., Any]] = {"xla": by_xla}
+        for blocks in TOKEN_KEYS:
+            parts[str(tuple(blocks))] = partial(
+                attention_token, places=places, rotation=rotation, index_B=index, heads=N, scale=K**-0.5,
+                dtype=jnp.bfloat16, blocks=blocks,
+            )  # fmt: skip
+        for form, part in parts.items():
+            part = jax.jit(part)
+            # Results and caches; a result that nobody takes would not be computed.
+            layers = [
+                (jnp.zeros((1, N * K), jnp.bfloat16), *(jnp.zeros((1, G, context, K), jnp.bfloat16) for _ in "kv"))
+                for _ in projections
+            ]
+
+            def run(layers: Any, given: Any, part: Any = part) -> Any:
+                return [part(row, k_BGMK=k, v_BGMK=v) for row, (_, k, v) in zip(given, layers)]
+
+            case = {"model": f"softmax token, {context}", "form": form, "rows": 1}
+            cases.append((case, run, layers, projections, each))
+
+    def compiled(case: tuple[Any, ...]) -> Any:
+        try:
+            return jax.jit(case[1], donate_argnums=0).lower(case[2], case[3]).compile()
+        except jax.errors.JaxRuntimeError as error:  # more registers or shared memory than there is
+            return str(error)[:200]
+
     with ThreadPoolExecutor(12) as pool:
-        compiled = list(
-            pool.map(lambda case: jax.jit(case[1], donate_argnums=0).lower(case[2], case[3]).compile(), cases)
-        )
-    for (case, _, written, given, moved), program in zip(cases, compiled):
+        programs = list(pool.map(compiled, cases))
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for (case, _, written, given, moved), program in zip(cases, programs):
+        if isinstance(program, str):
+            print(f"{case}: {program}", flush=True)
+            continue
         times = []
         for _ in range(6):
             began = time.perf_counter()
@@ -401,6 +503,10 @@ def kernels(options: argparse.Namespace, output: Output) -> None:
         seconds = float(np.median(times[1:]))
         row = {"us": 1e6 * seconds, "of_bandwidth": moved / seconds / options.bandwidth}
         output.add("kernels", shape=options.shape_name, **case, **row)
+        rows_of.setdefault(f"{case['model']}, {case['rows']} rows", []).append({"form": case["form"], **row})
+    for name, rows in rows_of.items():
+        best = sorted(rows, key=lambda row: row["us"])[:6]
+        print(f"{name}: " + "; ".join(f"{row['form']} {row['us']:.1f} us" for row in best), flush=True)
 
 
 def compiled_for_one_token(forward: Callable[..., Any], compile_: Callable[..., Any]) -> Callable[..., Any]:
@@ -516,7 +622,8 @@ def plot(options: argparse.Namespace, output: Output) -> None:
 
 
 KERNELS = {"row_product": sys.modules[row_product.__module__], "token": sys.modules[linear_attention_token.__module__],
-           "attention": sys.modules[plain_decode_attention.__module__]}  # fmt: skip
+           "attention": sys.modules[plain_decode_attention.__module__],
+           "attention_token": sys.modules[with_token.__module__]}  # fmt: skip
 PARTS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
     "floor": floor, "batch": batch, "longest": longest, "contexts": contexts,
     "products": products, "kernels": kernels, "transformers": in_transformers, "plot": plot,
@@ -530,7 +637,9 @@ def main() -> None:
         "--shape", dest="shape_name", default="qwen2.5-1.5b-instruct",
         help=f"one of {', '.join(SHAPES)}, or a folder with a config.json",
     )  # fmt: skip
-    parser.add_argument("--models", nargs="+", help="teacher, or a share of softmax layers such as 0.25")
+    parser.add_argument(
+        "--models", nargs="+", help="teacher, or a share of softmax layers such as 0.25; `kernels`: parts that begin so"
+    )
     parser.add_argument("--rows", type=int, help="texts at once; by part 1 or 64")
     parser.add_argument("--context", type=int, help="tokens of a text at its end; by part 1024 or 32768")
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536, 262144])

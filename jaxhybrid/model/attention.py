@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxhybrid_kernels import Places
+from jaxhybrid_kernels.gpu.attention_token import attention_token, attention_token_refusal
+from jaxhybrid_kernels.numerics import decodes_by_kernels, on_nvidia
 
 from jaxhybrid.model.balanced import balanced
 from jaxhybrid.model.blueprint import Params
@@ -20,7 +23,7 @@ class Attention(nnx.Module):
     """Grouped-query softmax attention with rotary embedding, and a teacher's biases and norms where it has them."""
 
     kind = FULL_ATTENTION
-    joins = False  # see `LinearMixer`
+    joins = True  # see `LinearMixer`
     state_heads: ClassVar[dict[str, int | None]] = {"k": 1, "v": 1}  # the axis of heads in the state of one layer
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -66,6 +69,29 @@ class Attention(nnx.Module):
             keys, values = (jnp.moveaxis(state[name], 2, 1) for name in ("k", "v"))
             out = causal_attention(q, keys, values, None, first_query=index, window=window, cap=self.cap)
         return self.o_proj(out), state
+
+    def takes_token(self, projections_BO: jax.Array, context: TokenContext, state: Params) -> bool:
+        """Whether `token` serves: where a kernel does, which knows of rotation only."""
+        is_plain = self.rope and not self.scales_by_length and not hasattr(self, "q_norm")
+        sees_all = self.window is None and self.cap is None
+        if not (is_plain and sees_all and decodes_by_kernels() and on_nvidia()):
+            return False
+        heads, rotation = self.o_proj.kernel.shape[0], (context.cos, context.sin)
+        return attention_token_refusal(projections_BO, rotation, state["k"], heads) is None
+
+    def token(
+        self, projections_BO: jax.Array, firsts: dict[str, int], x_BTD: jax.Array, context: TokenContext, state: Params
+    ) -> tuple[jax.Array, Params]:
+        """`__call__` of one token up to o_proj [B,1,H*K], by kernels of its own; as linear mixers have it."""
+        assert context.cache_index is not None
+        K = state["k"].shape[-1]
+        places = Places(*(firsts[name] // K for name in ("q_proj", "k_proj", "v_proj")))
+        out, k, v = attention_token(
+            projections_BO, places, (context.cos[:, 0], context.sin[:, 0]), state["k"], state["v"], context.cache_index,
+            heads=self.o_proj.kernel.shape[0], scale=K**-0.5 * (1 if self.scale is None else self.scale),
+            dtype=x_BTD.dtype,
+        )  # fmt: skip
+        return out[:, None], {"k": k, "v": v}
 
     def projected(self, x_BTD: jax.Array, context: TokenContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = project(self, x_BTD, context, self.rope)

@@ -68,7 +68,7 @@ class Unstacked:
 def unstack(model: Model, dtype: Any, *, consume: bool = False) -> Unstacked:
     """The weights of each layer as arrays of their own, in `dtype`; what is declared `Exact` stays float32.
 
-    Without a mesh, those that a linear layer reads together are joined where kernels of decoding want it (`may_join`).
+    Without a mesh, those that a layer reads together are joined where kernels of decoding want it (`may_join`).
 
     Args:
         consume: delete the stacks of `model` on the way, so that at no time more than one weight lies there twice.

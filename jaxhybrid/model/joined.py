@@ -1,4 +1,4 @@
-"""Some linear layers as decoding on one device holds them: weights that are read together lie together.
+"""Some layers as decoding on one device holds them: weights that are read together lie together.
 
 All projections of a layer's input are one matrix with a row for each result, and so are gate and up of its MLP. The
 mixer sees none of this: its projections' results are given to it.
@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxhybrid_kernels import Places, row_product
+from jaxhybrid_kernels import row_product
 from jaxhybrid_kernels.numerics import decodes_by_kernels
 
 from jaxhybrid.model.blueprint import Params, bind, is_variable, variables
 from jaxhybrid.model.config import ModelConfig
-from jaxhybrid.model.layers import MLP, TokenContext, exact_dtype
+from jaxhybrid.model.layers import TokenContext, exact_dtype
 from jaxhybrid.model.mixers import MIXERS
 
 
@@ -39,14 +39,14 @@ def input_projections(config: ModelConfig, kind: str) -> dict[str, tuple[int, ..
 
 
 def join(config: ModelConfig, kind: str, layer: Params) -> Params:
-    """A linear layer's block and mixer with joined weights; everything else stays as it is."""
+    """A layer's block and mixer with joined weights; everything else stays as it is."""
     block, mixer = layer["block"], dict(layer["mixer"])
     mlp, inputs = dict(block["mlp"]), [mixer.pop(name) for name in input_projections(config, kind)]
     return {
         "inputs": _rows(inputs),
         "output": _rows([mixer.pop("o_proj")], inputs=2),
         "gate_up": _rows([mlp.pop("gate_proj"), mlp.pop("up_proj")]),
-        "down": mlp.pop("down_proj"),
+        "down": _rows([mlp.pop("down_proj")]),
         "mixer": mixer,
         **{name: block[name] for name in ("input_norm", "post_norm")},
     }
@@ -80,9 +80,9 @@ def joined_layer(
         results = product("inputs", x_BTD, "input_norm", dtype=exact_dtype(x_BTD.dtype))
         out, state = _mixed(config, kind, layer["mixer"], results, x_BTD, context, state)
         x_BTD = product("output", out, residual=x_BTD)
-    with jax.named_scope("mlp"):  # its last product, of few results and a long sum, XLA splits over the sum
+    with jax.named_scope("mlp"):
         hidden = product("gate_up", x_BTD, "post_norm", gated=True)
-        return x_BTD + bind(MLP, config, absent(MLP, config) | {"down_proj": layer["down"]}).down_proj(hidden), state
+        return product("down", hidden, residual=x_BTD), state
 
 
 def absent(part: type[nnx.Module], config: ModelConfig) -> Params:
@@ -102,15 +102,13 @@ def _mixed(
     """What a mixer makes of its projections' results, before its last one: [B,T,H*K], and its state."""
     mixer: Any = bind(MIXERS[kind], config, absent(MIXERS[kind], config) | params)
     firsts, first = {}, 0
-    has_plain_heads = mixer.has_plain_heads(state)
+    takes_token = context.segment_ids is None and mixer.takes_token(results_BTO[:, 0], context, state)
     for name, shape in input_projections(config, kind).items():
         last = first + math.prod(shape)
         setattr(mixer, name, Given(results_BTO[..., first:last].reshape(*x_BTD.shape[:-1], *shape)))
         firsts[name], first = first, last
-    if context.segment_ids is None and has_plain_heads:  # one token a row
-        names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj") if name in firsts]
-        places = Places(*(firsts[name] // config.head_dim for name in names))
-        return mixer.token(results_BTO[:, 0], places, x_BTD, state)
+    if takes_token:
+        return mixer.token(results_BTO[:, 0], firsts, x_BTD, context, state)
     mixer.o_proj = Heads()
     return mixer(x_BTD, context, state)
 

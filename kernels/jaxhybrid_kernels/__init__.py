@@ -8,7 +8,7 @@ from jaxhybrid_kernels.debug import debug_checks
 from jaxhybrid_kernels.dplr import dplr_attention, dplr_attention_step
 from jaxhybrid_kernels.float8_swiglu import float8_swiglu
 from jaxhybrid_kernels.kl_sums import KLSums, kl_sums
-from jaxhybrid_kernels.layer_token import Places, linear_attention_token
+from jaxhybrid_kernels.layer_token import Places, Steps, linear_attention_token
 from jaxhybrid_kernels.recurrent import linear_attention_step
 from jaxhybrid_kernels.row_product import row_product
 from jaxhybrid_kernels.short_convolution import short_convolution, short_convolution_step
@@ -17,6 +17,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "KLSums",
     "Places",
+    "Steps",
     "context_dplr_attention",
     "context_linear_attention",
     "context_short_convolution",

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.row_product import Blocks, row_product_kernel
+from jaxhybrid_kernels.gpu.row_product import GROUP, Blocks, row_product_kernel
 from jaxhybrid_kernels.numerics import on_nvidia, split_axes
 
-FEWEST = Blocks(outputs=2, inputs=32, warps=1)
-MOST = Blocks(outputs=8, inputs=512, warps=4)
+SHORT, LONG = Blocks(outputs=4, inputs=512, warps=1), Blocks(outputs=2, inputs=2048, warps=8)
+LONG_SUM = 4096  # inputs from which several warps share a sum
 
 
 def row_product(
@@ -63,14 +63,12 @@ def row_product(
     return y if residual is None else residual + y
 
 
-def blocks_of(outputs: int, inputs: int, gated: bool, most: Blocks = MOST) -> Blocks | None:
-    """The largest that divide the matrix, as many values at once as `most` has; None where only small ones do."""
-    inputs_at_once = math.gcd(inputs, most.inputs)
-    largest = most.outputs * most.inputs // inputs_at_once
-    outputs_at_once = math.gcd(outputs // (2 if gated else 1), largest)
-    if inputs_at_once < FEWEST.inputs or outputs_at_once < FEWEST.outputs:
+def blocks_of(outputs: int, inputs: int, gated: bool) -> Blocks | None:
+    """What a program takes of such a matrix; None where a row is not whole groups of inputs."""
+    if inputs % GROUP:
         return None
-    return Blocks(outputs_at_once, inputs_at_once, most.warps)
+    blocks = SHORT if inputs < LONG_SUM else LONG
+    return blocks._replace(outputs=math.gcd(outputs // (2 if gated else 1), blocks.outputs))
 
 
 def _refusal(
@@ -85,8 +83,5 @@ def _refusal(
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} has dtype {array.dtype}, implementation='triton' takes float32 and bfloat16."
     if blocks is None:
-        return (
-            f"weight has shape {tuple(weight.shape)}: implementation='triton' wants {FEWEST.inputs} to divide its"
-            f" columns, and {FEWEST.outputs} the results."
-        )
+        return f"weight has shape {tuple(weight.shape)}: implementation='triton' wants {GROUP} to divide its columns."
     return None

@@ -7,7 +7,7 @@ import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 from jaxhybrid_kernels import row_product
-from jaxhybrid_kernels.gpu.row_product import Blocks
+from jaxhybrid_kernels.gpu.row_product import Blocks, row_product_kernel
 from jaxhybrid_kernels.row_product import blocks_of
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda"))
@@ -56,14 +56,22 @@ def test_the_kernel_rounds_less_than_xla_in_bfloat16():
     np.testing.assert_allclose(y, exact(x, weight, 0), rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_divide_the_matrix():
-    """Of the shapes of Qwen2.5-1.5B; a matrix that only small blocks divide has none."""
-    most = Blocks(8, 512, 4)
-    assert blocks_of(6168, 1536, False, most) == (8, 512, 4)
-    assert blocks_of(17920, 1536, True, most) == (8, 512, 4)
-    assert blocks_of(1536, 8960, False, most) == (16, 256, 4)
-    assert blocks_of(1537, 8960, False, most) is None
-    assert blocks_of(1536, 8961, False, most) is None
+@pytest.mark.parametrize("blocks", [Blocks(2, 64, 1), Blocks(4, 128, 2, ahead=2), Blocks(8, 512, 4, ahead=3)])
+def test_every_division_gives_the_same(blocks):
+    """Sums of whole blocks, and with a rest."""
+    x, weight, bias, given = operands(32, 264, gated=True)
+    (scale, eps), residual = given["norm"], given["residual"]
+    y = row_product_kernel(
+        x[0], weight, bias, scale, eps, residual[0], True, x.dtype, blocks=blocks, interpret=True
+    )  # fmt: skip
+    np.testing.assert_allclose(y[None], exact(x, weight, bias, **given), rtol=2e-5, atol=2e-5)
+
+
+def test_blocks_divide_the_results():
+    assert blocks_of(6168, 1536, False).outputs == 4
+    assert blocks_of(2 * 6166, 1536, True).outputs == 2
+    assert blocks_of(1537, 8960, False).outputs == 1
+    assert blocks_of(1536, 8961, False) is None
 
 
 @pytest.mark.parametrize(
@@ -71,7 +79,7 @@ def test_blocks_divide_the_matrix():
     [
         ({"x": jnp.zeros((2, 64))}, r"x has shape \(2, 64\), implementation='triton' takes one row"),
         ({"x": jnp.zeros((1, 64), jnp.float16)}, "x has dtype float16"),
-        ({"weight_OD": jnp.zeros((15, 64))}, r"weight has shape \(15, 64\)"),
+        ({"weight_OD": jnp.zeros((15, 63)), "x": jnp.zeros((1, 63))}, r"weight has shape \(15, 63\)"),
     ],
 )
 def test_refusals_name_the_value(changed, told):

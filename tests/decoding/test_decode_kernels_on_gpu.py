@@ -77,7 +77,7 @@ def launched(engine):
 
 @pytest.mark.parametrize(
     ("kind", "rows", "places"),
-    [("gated_deltanet", 1, 256), ("gated_deltanet", 4, 256), ("gated_deltanet", 1, 65536), ("gla", 1, 256)],
+    [("gated_deltanet", 1, 256), ("gated_deltanet", 4, 256), ("gated_deltanet", 2, 32768), ("gla", 1, 256)],
 )
 def test_forced_tokens_leave_the_states_of_a_whole_pass(monkeypatch, kind, rows, places):
     model = hybrid(kind)

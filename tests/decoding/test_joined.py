@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
+from jaxhybrid_kernels.gpu.attention_token import attention_token
 
-from jaxhybrid.model import decode
+from jaxhybrid.decoding import engine
+from jaxhybrid.decoding.engine import Engine, Request
+from jaxhybrid.model import attention, decode
 from jaxhybrid.model.config import FULL_ATTENTION as F
 from jaxhybrid.model.decode import Chunk, decode_token, embedded, initial_states, prefill_layer, unstack
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -63,6 +66,36 @@ def test_joined_layers_equal_those_apart(mixer, changes, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
+def test_softmax_layers_by_kernels_write_the_same(monkeypatch):
+    """Greedy, in float32, of a text in the second part of its cache and one beside it; interpreted."""
+    model = hybrid(PLAIN, hidden_size=64, head_dim=64, num_heads=6, num_kv_heads=2, attention_scale=0.2, **BIASES)
+    monkeypatch.setattr(engine, "CAPACITY", 32)
+    texts, calls = [[(7 * i + i * i) % 61 for i in range(45)], [3, 9, 4]], []
+
+    def run():
+        jax.clear_caches()
+        slots, found = Engine(model, 2), [[], []]
+        slots.prefill({row: Request(text, 8) for row, text in enumerate(texts)})
+        while slots.busy:
+            for slot, tokens in slots.step(8).items():
+                found[slot] += tokens
+        return found, slots.states
+
+    def kernels(*given, **how):
+        calls.append(given[3].shape[2])
+        return attention_token(*given, **how)
+
+    expected, plain = run()
+    monkeypatch.setattr(attention, "on_nvidia", lambda: True)
+    monkeypatch.setattr(attention, "attention_token", kernels)
+    found, states = run()
+    assert found == expected
+    assert calls == [64]  # places in the cache, of one trace
+    for name in "kv":
+        own, theirs = (np.asarray(x[1][name][0, :, : 45 + 7]) for x in (states, plain))
+        np.testing.assert_allclose(own, theirs, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_joined_weights_take_no_more_memory():
     model = hybrid(PLAIN)
     own = unstack(model, jnp.float32)
@@ -70,9 +103,8 @@ def test_joined_weights_take_no_more_memory():
     assert held == sum(x.nbytes for part in ("blocks", "mixers") for x in jax.tree.leaves(model.params[part]))
 
 
-def test_one_text_on_a_gpu_takes_few_kernels_in_a_linear_layer():
-    """Lowered for an H100: three products and the state; XLA is left with the last product of each MLP, the softmax
-    layer and the head."""
+def test_one_text_on_a_gpu_takes_few_kernels():
+    """Lowered for an H100: four products of each layer, its state or its attention in two. XLA has the head."""
     model = hybrid(PLAIN, hidden_size=128, intermediate_size=256, head_dim=64, num_heads=2, num_kv_heads=1)
     own, states = unstack(model, jnp.bfloat16), initial_states(model.config, 1, 32, jnp.bfloat16)
     step = jax.jit(lambda *given: decode_token(*given))  # not traced for the CPU before
@@ -81,6 +113,7 @@ def test_one_text_on_a_gpu_takes_few_kernels_in_a_linear_layer():
             step, platforms=["cuda"], disabled_checks=[export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
         )
         text = exported(own, jnp.zeros(1, jnp.int32), states, jnp.zeros(1, jnp.int32)).mlir_module()
-    linear, softmax, head = (3 + 1, 1), (0, 4 + 2 + 3), (0, 1)  # kernels, and XLA's products
+    linear, softmax, head = (4 + 1, 0), (4 + 2, 0), (0, 1)  # kernels, and XLA's products
     found = text.count("xla.gpu.triton"), text.count("stablehlo.dot_general")
     assert found == tuple(map(sum, zip(linear, softmax, head)))
+    assert "log_plus_one" not in text  # the decay is the kernel's

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxhybrid_kernels import Steps
 
 from jaxhybrid.model.blueprint import Exact, Params, normal, weight, zeros
 from jaxhybrid.model.config import ModelConfig
@@ -48,3 +49,6 @@ class GatedDeltaNet(DeltaRule):
     def log_decay(self, x_BTD: jax.Array) -> jax.Array:
         steps = jax.nn.softplus(self.a_proj(x_BTD, dtype=jnp.float32) + self.dt_bias[...])
         return -jnp.exp(self.A_log[...]) * steps
+
+    def token_gates(self, firsts: dict[str, int], x_BTD: jax.Array) -> Steps:
+        return Steps(firsts["a_proj"], firsts["b_proj"], self.A_log[...], self.dt_bias[...])

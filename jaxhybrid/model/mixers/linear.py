@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxhybrid_kernels import Places, context_linear_attention, linear_attention, linear_attention_token
+from jaxhybrid_kernels import Places, Steps, context_linear_attention, linear_attention, linear_attention_token
 
 from jaxhybrid.errors import ConfigError
 from jaxhybrid.model.attention import project
@@ -145,21 +145,28 @@ class LinearMixer(nnx.Module):
         raise NotImplementedError
 
     def token(
-        self, projections_BO: jax.Array, places: Places, x_BTD: jax.Array, state: Params
+        self, projections_BO: jax.Array, firsts: dict[str, int], x_BTD: jax.Array, context: TokenContext, state: Params
     ) -> tuple[jax.Array, Params]:
-        """`__call__` of one token up to o_proj [B,1,H*K], by the operator that does it all at once.
+        """`__call__` of one token up to o_proj [B,1,H*K], by the operator that does it all at once: see `takes_token`.
 
-        For states with a query each, and heads that come from their projections as they are: see `has_plain_heads`.
+        The results of each projection begin at its column of `firsts`.
         """
-        log_decay, beta = (None if gate is None else gate[:, 0] for gate in self.gates(x_BTD))
-        assert log_decay is not None
+        names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj") if name in firsts]
+        places = Places(*(firsts[name] // state["memory"].shape[-1] for name in names))
         out, memory = linear_attention_token(
-            projections_BO, places, log_decay, beta, state["memory"], dtype=x_BTD.dtype, silu=self.silu,
+            projections_BO, places, self.token_gates(firsts, x_BTD), state["memory"], dtype=x_BTD.dtype, silu=self.silu,
             norm_eps=self.norm_eps, out_norm=(self.o_norm.scale[...], self.o_norm.eps),
         )  # fmt: skip
         return out[:, None], {"memory": memory}
 
-    def has_plain_heads(self, state: Params) -> bool:
+    def token_gates(self, firsts: dict[str, int], x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None] | Steps:
+        """`gates` of one token, or how they come from the projections' results."""
+        log_decay, beta = self.gates(x_BTD)
+        assert log_decay is not None
+        return log_decay[:, 0], None if beta is None else beta[:, 0]
+
+    def takes_token(self, projections_BO: jax.Array, context: TokenContext, state: Params) -> bool:
+        """Whether `token` serves: states with a query each, and heads that come from their projections as they are."""
         heads, states = self.q_proj.kernel.shape[1], self.k_proj.kernel.shape[1]
         return heads == states and not self.rope and not hasattr(self, "q_norm") and state.keys() == {"memory"}
 

@@ -1,7 +1,7 @@
 """Softmax attention of one query a row to a cache (Triton): parts of the cache side by side, joined afterwards."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxhybrid_kernels.numerics import LOG2_E, NOTHING
+from jaxhybrid_kernels.numerics import HOPPER, LOG2_E, NOTHING, gpu_capability
 
 QUERIES = 16  # rows of the smallest matrix product
-BLOCK = 64  # keys at once
 WIDTHS = (64, 128)
+MULTIPLE = 128  # of keys
 FEWEST_KEYS = 2**16  # of all rows; not measured: the gain was measured with 2^21
-PROGRAMS = 528  # four for each multiprocessor of an H100
+# Of one row XLA is faster up to here (H200, 2 heads of 128 channels: 65,536 keys in 36 us, by the kernel in 41).
+MOST_KEYS_ALONE = 2**16
+
+
+class Blocks(NamedTuple):
+    """How the caches are divided."""
+
+    keys: int  # at once; a power of two
+    warps: int
+    stages: int  # blocks in shared memory
+    programs: int  # about as many, at least one for each head of keys
+
+
+ON_HOPPER = Blocks(keys=128, warps=8, stages=3, programs=264)  # 192 KiB of shared memory with 128 channels
+ELSEWHERE = Blocks(keys=64, warps=4, stages=3, programs=528)
 
 
 def decode_attention_refusal(q_BGRK: jax.Array, k_BGMK: jax.Array) -> str | None:
@@ -27,21 +41,25 @@ def decode_attention_refusal(q_BGRK: jax.Array, k_BGMK: jax.Array) -> str | None
         return f"q and k have dtypes {q_BGRK.dtype} and {k_BGMK.dtype}, the kernel takes bfloat16."
     if R > QUERIES or K not in WIDTHS:
         return f"q has {R} queries of {K} channels a key head; the kernel takes up to {QUERIES} of 64 or 128."
-    if M % BLOCK or B * M < FEWEST_KEYS:
-        return f"the cache has {B} x {M} keys; the kernel takes multiples of {BLOCK}, {FEWEST_KEYS} at least."
+    if M % MULTIPLE or B * M < FEWEST_KEYS or (B == 1 and M <= MOST_KEYS_ALONE):
+        return (
+            f"the cache has {B} x {M} keys; the kernel takes multiples of {MULTIPLE}, {FEWEST_KEYS} at least, and of"
+            f" one row more than {MOST_KEYS_ALONE}."
+        )
     return None
 
 
 def decode_attention_kernel(
-    q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, *, block: int = BLOCK, warps: int = 4, stages: int = 3,
-    interpret: bool = False,
-) -> jax.Array:  # fmt: skip
-    """q [B,G,R,K], R <= 16, to the keys up to `last` [B] of k and v [B,G,M,K]: [B,G,R,K] float32. `block` divides M.
+    q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, *, blocks: Blocks | None = None, interpret: bool = False
+) -> jax.Array:
+    """q [B,G,R,K], R <= 16, to the keys up to `last` [B] of k and v [B,G,M,K]: [B,G,R,K] float32.
 
-    Nothing behind `last` is read, but for the rest of its block.
+    The keys of a block divide M. Nothing behind `last` is read, but for the rest of its block.
     """
-    (B, G, R, K), M = q.shape, k.shape[2]
-    splits = math.gcd(M // block, 1 << max(PROGRAMS // (B * G) - 1, 0).bit_length())
+    if blocks is None:
+        blocks = ON_HOPPER if gpu_capability() == HOPPER else ELSEWHERE
+    (B, G, R, K), M, block = q.shape, k.shape[2], blocks.keys
+    splits = math.gcd(M // block, 1 << max(blocks.programs // (B * G) - 1, 0).bit_length())
     length = M // splits
     q = jnp.pad(q, ((0, 0), (0, 0), (0, QUERIES - R), (0, 0)))
 
@@ -78,7 +96,7 @@ def decode_attention_kernel(
         out_shape=[
             jax.ShapeDtypeStruct((B, G, splits, QUERIES, *rest), jnp.float32) for rest in ((K,), (), ())
         ],
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="decode_attention",
     )(q, k, v, last)  # fmt: skip

@@ -18,70 +18,157 @@ class Places(NamedTuple):
     gate: int | None = None
 
 
+class Steps(NamedTuple):
+    """How Gated DeltaNet's gates come from that row: log_decay = -exp(A_log) softplus(a + bias), beta = sigmoid(b)."""
+
+    a: int  # the first column of N
+    b: int
+    A_log_N: jax.Array
+    bias_N: jax.Array
+
+
+class Blocks(NamedTuple):
+    """How programs go through a state."""
+
+    values: int  # of its columns at once; a power of two that divides a program's
+    warps: int
+    ahead: int = 0  # blocks of columns that are asked for before the first is used, beside it
+    programs: int = 1  # of a state, each with as many columns; with several the output's norm is a kernel of its own
+
+
 def token_kernel(
     projections_BO: jax.Array,
     places: Places,
-    log_decay: jax.Array,
-    beta_BN: jax.Array | None,
+    gates: tuple[jax.Array, jax.Array | None] | Steps,
     state_BNKV: jax.Array,
     out_scale_V: jax.Array,
     out_eps: float,
     silu: bool,
     norm_eps: float | None,
     dtype: Any,
-    warps: int,
+    blocks: Blocks,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`linear_attention_token`, where every state has its own query and K = V."""
+    """`linear_attention_token`, where every state has its own query and K = V.
+
+    With S the decayed state the output is S' q + (k q) v, v the value that is written: so both products with the state
+    are of what was read, and nothing waits for the state after the token.
+    """
     B, N, K, V = state_BNKV.shape
-    per_channel = log_decay.ndim == 3
-    per_head = pl.BlockSpec((None, 1), lambda row, head: (row, head))
+    splits, width, is_whole = blocks.programs, V // blocks.programs, blocks.programs == 1
+    own_state = pl.BlockSpec((None, None, K, width), lambda row, head, part: (row, head, 0, part))
 
     def heads(first: int) -> Any:
-        return pl.BlockSpec((None, K), lambda row, head: (row, first + head))
+        return pl.BlockSpec((None, K), lambda row, head, part: (row, first + head))
 
-    own_state = pl.BlockSpec((None, None, K, V), lambda row, head: (row, head, 0, 0))
-    names = ["q", "k", "v", "decay", "state", "scale"]
-    operands = [*[projections_BO] * 3, log_decay, state_BNKV, out_scale_V]
-    specs = [
-        heads(places.q), heads(places.k), heads(places.v),
-        pl.BlockSpec((None, None, K), lambda row, head: (row, head, 0)) if per_channel else per_head,
-        own_state, pl.BlockSpec((V,), lambda row, head: (0,)),
-    ]  # fmt: skip
-    if beta_BN is not None:
-        names, operands, specs = [*names, "beta"], [*operands, beta_BN], [*specs, per_head]
-    if places.gate is not None:
-        names, operands, specs = [*names, "gate"], [*operands, projections_BO], [*specs, heads(places.gate)]
+    def columns(first: int) -> Any:
+        return pl.BlockSpec((None, width), lambda row, head, part: (row, (first + head) * splits + part))
+
+    def column(first: int) -> Any:
+        return pl.BlockSpec((None, None), lambda row, head, part: (row, first + head))
+
+    own_entry, per_channel = pl.BlockSpec((None,), lambda row, head, part: (head,)), False
+    given: dict[str, tuple[jax.Array, Any]] = {
+        "q": (projections_BO, heads(places.q)), "k": (projections_BO, heads(places.k)),
+        "v": (projections_BO, columns(places.v)), "state": (state_BNKV, own_state),
+    }  # fmt: skip
+    if is_whole:
+        given["scale"] = out_scale_V, pl.BlockSpec((V,), lambda row, head, part: (0,))
+        if places.gate is not None:
+            given["gate"] = projections_BO, columns(places.gate)
+    if isinstance(gates, Steps):
+        given |= {name: (projections_BO, column(first)) for name, first in (("a", gates.a), ("b", gates.b))}
+        given |= {"A_log": (gates.A_log_N, own_entry), "bias": (gates.bias_N, own_entry)}
+    else:
+        log_decay, beta_BN = gates
+        per_channel = log_decay.ndim == 3
+        own_channels = pl.BlockSpec((None, None, K), lambda row, head, part: (row, head, 0))
+        given["decay"] = log_decay, own_channels if per_channel else column(0)
+        if beta_BN is not None:
+            given["beta"] = beta_BN, column(0)
+
+    def finished(out: jax.Array, inverse: jax.Array, scale: jax.Array, gate: jax.Array | None) -> jax.Array:
+        out = out * inverse * scale.astype(jnp.float32)
+        if gate is not None:
+            gate = gate.astype(jnp.float32)
+            out = out * gate * lax.logistic(gate)
+        return out.astype(dtype)
 
     def body(*refs: Any) -> None:
-        ref, (out_ref, new_ref) = dict(zip(names, refs)), refs[-2:]
-        q, k, v = (ref[name][...].astype(jnp.float32) for name in ("q", "k", "v"))
-        if silu:
-            q, k, v = (x * lax.logistic(x) for x in (q, k, v))
+        ref, (out_ref, new_ref) = dict(zip(given, refs)), refs[-2:]
+        parts = [pl.ds(begin, blocks.values) for begin in range(0, width, blocks.values)]
+        asked = [ref["state"][:, part] for part in parts[: 1 + blocks.ahead]]
+
+        def activated(x: jax.Array) -> jax.Array:
+            x = x.astype(jnp.float32)
+            return x * lax.logistic(x) if silu else x
+
+        q, k = activated(ref["q"][...]), activated(ref["k"][...])
         if norm_eps is not None:
             q, k = (x * lax.rsqrt(jnp.sum(x * x) + norm_eps) for x in (q, k))
-        decay = jnp.exp(ref["decay"][...])
-        state = ref["state"][...] * (decay[:, None] if per_channel else decay[None])
-        if beta_BN is not None:
-            v = ref["beta"][...] * (v - jnp.sum(state * k[:, None], axis=0))
-        state = state + k[:, None] * v[None]
-        new_ref[...] = state
-        out = K**-0.5 * jnp.sum(state * q[:, None], axis=0)
-        out = out * lax.rsqrt(jnp.sum(out * out) / V + out_eps) * ref["scale"][...].astype(jnp.float32)
-        if places.gate is not None:
-            gate = ref["gate"][...].astype(jnp.float32)
-            out = out * gate * lax.logistic(gate)
-        out_ref[...] = out.astype(dtype)
+        beta = ref["beta"][...] if "beta" in ref else None
+        if isinstance(gates, Steps):
+            a, b = (ref[name][...].astype(jnp.float32) for name in "ab")
+            a = a + ref["bias"][...]
+            softplus = jnp.maximum(a, 0) + jnp.log1p(jnp.exp(-jnp.abs(a)))
+            log_decay, beta = -jnp.exp(ref["A_log"][...]) * softplus, lax.logistic(b)
+        else:
+            log_decay = ref["decay"][...]
+        q, decay = K**-0.5 * q, jnp.exp(log_decay)
+        own = jnp.sum(q * k)
+        outs, squares = [], jnp.zeros((), jnp.float32)
+        for number, part in enumerate(parts):
+            decayed = asked.pop(0) * (decay[:, None] if per_channel else decay)
+            if number + 1 + blocks.ahead < len(parts):
+                asked.append(ref["state"][:, parts[number + 1 + blocks.ahead]])
+            v, out = activated(ref["v"][part]), jnp.sum(decayed * q[:, None], axis=0)
+            if beta is not None:
+                v = beta * (v - jnp.sum(decayed * k[:, None], axis=0))
+            new_ref[:, part] = decayed + k[:, None] * v[None]
+            outs.append(out + own * v)
+            squares += jnp.sum(outs[-1] * outs[-1])
+        inverse = lax.rsqrt(squares / V + out_eps)
+        for part, out in zip(parts, outs):
+            gate = ref["gate"][part] if "gate" in ref else None
+            out_ref[part] = finished(out, inverse, ref["scale"][part], gate) if is_whole else out
 
     out, state = pl.pallas_call(
         body,
-        grid=(B, N),
-        in_specs=specs,
-        out_specs=[pl.BlockSpec((None, V), lambda row, head: (row, head)), own_state],
-        out_shape=[jax.ShapeDtypeStruct((B, N * V), dtype), jax.ShapeDtypeStruct(state_BNKV.shape, state_BNKV.dtype)],
-        input_output_aliases={names.index("state"): 1},
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        grid=(B, N, splits),
+        in_specs=[spec for _, spec in given.values()],
+        out_specs=[columns(0), own_state],
+        out_shape=[
+            jax.ShapeDtypeStruct((B, N * V), dtype if is_whole else jnp.float32),
+            jax.ShapeDtypeStruct(state_BNKV.shape, state_BNKV.dtype),
+        ],
+        input_output_aliases={list(given).index("state"): 1},
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=interpret,
         name="linear_attention_token",
-    )(*operands)
+    )(*(array for array, _ in given.values()))
+    if is_whole:
+        return out, state
+    of_head = pl.BlockSpec((None, V), lambda row, head: (row, head))
+    ends: dict[str, tuple[jax.Array, Any]] = {
+        "out": (out, of_head), "scale": (out_scale_V, pl.BlockSpec((V,), lambda row, head: (0,)))
+    }  # fmt: skip
+    if places.gate is not None:
+        first = places.gate
+        ends["gate"] = projections_BO, pl.BlockSpec((None, V), lambda row, head: (row, first + head))
+
+    def norm(*refs: Any) -> None:
+        ref, out_ref = dict(zip(ends, refs)), refs[-1]
+        out, gate = ref["out"][...], ref["gate"][...] if "gate" in ref else None
+        out_ref[...] = finished(out, lax.rsqrt(jnp.sum(out * out) / V + out_eps), ref["scale"][...], gate)
+
+    out = pl.pallas_call(
+        norm,
+        grid=(B, N),
+        in_specs=[spec for _, spec in ends.values()],
+        out_specs=of_head,
+        out_shape=jax.ShapeDtypeStruct((B, N * V), dtype),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="linear_attention_token_norm",
+    )(*(array for array, _ in ends.values()))
     return out, state

@@ -12,13 +12,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+GROUP = 8  # inputs side by side that a thread has: 16 bytes of bfloat16
+
 
 class Blocks(NamedTuple):
-    """What a program takes at once, powers of two that divide their axis, and its warps."""
+    """What a program takes at once, powers of two, and its warps. The outputs divide their axis; of the inputs' last
+    block a part may be missing."""
 
     outputs: int  # rows of the matrix, of each half where it is gated
     inputs: int
     warps: int
+    ahead: int = 1  # blocks of the matrix that are asked for before the first is used
 
 
 def row_product_kernel(
@@ -35,9 +39,10 @@ def row_product_kernel(
 ) -> jax.Array:
     """`row_product` of one row; norm, sums and what follows in float32."""
     halves, D = 2 if gated else 1, weight_OD.shape[1]
-    outputs = weight_OD.shape[0] // halves
+    outputs, groups = weight_OD.shape[0] // halves, blocks.inputs // GROUP
     arrays = {
-        "x": x_1D[0], "weight": weight_OD, "bias": bias_O, "scale": scale_D,
+        "x": x_1D.reshape(-1, GROUP), "weight": weight_OD.reshape(-1, D // GROUP, GROUP), "bias": bias_O,
+        "scale": None if scale_D is None else scale_D.reshape(-1, GROUP),
         "residual": None if residual_1O is None else residual_1O[0],
     }  # fmt: skip
     given = {name: array for name, array in arrays.items() if array is not None}
@@ -46,27 +51,47 @@ def row_product_kernel(
         ref, out_ref = dict(zip(given, refs)), refs[-1]
         first = pl.program_id(0) * blocks.outputs
         rows = [pl.ds(half * outputs + first, blocks.outputs) for half in range(halves)]
-        products = [jnp.zeros((blocks.outputs, blocks.inputs), jnp.float32) for _ in rows]
-        squares = jnp.zeros((blocks.inputs,), jnp.float32)
-        for begin in range(0, D, blocks.inputs):
-            inputs = pl.ds(begin, blocks.inputs)
-            x = ref["x"][inputs].astype(jnp.float32)
+        # What the end needs is asked for first.
+        biases = None if bias_O is None else [ref["bias"][own] for own in rows]
+        residual = None if residual_1O is None else ref["residual"][rows[0]]
+
+        def read(name: str, rows: pl.Slice | None, begin: int, **how: Any) -> jax.Array:
+            """Groups of inputs from `begin` on, zeros behind the last, of a vector or of rows of the matrix."""
+            if begin + groups <= D // GROUP:
+                own = pl.ds(begin, groups)
+                return plt.load(ref[name].at[own] if rows is None else ref[name].at[rows, own], **how)
+            at = [begin + jnp.arange(groups)[:, None], jnp.arange(GROUP)[None]]
+            if rows is not None:
+                at = [rows.start + jnp.arange(rows.size)[:, None, None], *(x[None] for x in at)]
+            *outer, number, channel = jnp.broadcast_arrays(*at)
+            return plt.load(ref[name].at[*outer, number, channel], mask=number < D // GROUP, other=0.0, **how)
+
+        def tiles(begin: int) -> list[jax.Array]:  # each part of the matrix is read once by one program
+            return [read("weight", own, begin, eviction_policy="evict_first") for own in rows]
+
+        products = [jnp.zeros((blocks.outputs, groups), jnp.float32) for _ in rows]
+        squares = jnp.zeros((groups,), jnp.float32)
+        begins = list(range(0, D // GROUP, groups))
+        asked = [tiles(begin) for begin in begins[: blocks.ahead]]
+        for number, begin in enumerate(begins):
+            x = read("x", None, begin).astype(jnp.float32)
             if scale_D is not None:
-                squares, x = squares + x * x, x * ref["scale"][inputs].astype(jnp.float32)
-            for half, own in enumerate(rows):  # each part of the matrix is read once by one program
-                tile = plt.load(ref["weight"].at[own, inputs], eviction_policy="evict_first")
-                products[half] += tile.astype(jnp.float32) * x[None]
+                squares, x = squares + jnp.sum(x * x, axis=1), x * read("scale", None, begin).astype(jnp.float32)
+            for half, tile in enumerate(asked.pop(0)):
+                products[half] += jnp.sum(tile.astype(jnp.float32) * x[None], axis=2)
+            if number + blocks.ahead < len(begins):
+                asked.append(tiles(begins[number + blocks.ahead]))
         results = [jnp.sum(product, axis=1) for product in products]
         if scale_D is not None:
             inverse = lax.rsqrt(jnp.sum(squares) / D + eps)
             results = [result * inverse for result in results]
-        if bias_O is not None:
-            results = [result + ref["bias"][own].astype(jnp.float32) for result, own in zip(results, rows)]
+        if biases is not None:
+            results = [result + bias.astype(jnp.float32) for result, bias in zip(results, biases)]
         result = results[0]
         if gated:
             result = result * lax.logistic(result) * results[1]
-        if residual_1O is not None:
-            result += ref["residual"][rows[0]].astype(jnp.float32)
+        if residual is not None:
+            result += residual.astype(jnp.float32)
         out_ref[rows[0]] = result.astype(dtype)
 
     return pl.pallas_call(
