@@ -28,12 +28,11 @@ class Steps(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How programs go through a state."""
+    """How a program goes through a state."""
 
-    values: int  # of its columns at once; a power of two that divides a program's
+    values: int  # of a state's columns at once; a power of two that divides them
     warps: int
     ahead: int = 0  # blocks of columns that are asked for before the first is used, beside it
-    programs: int = 1  # of a state, each with as many columns; with several the output's norm is a kernel of its own
 
 
 def token_kernel(
@@ -55,48 +54,36 @@ def token_kernel(
     are of what was read, and nothing waits for the state after the token.
     """
     B, N, K, V = state_BNKV.shape
-    splits, width, is_whole = blocks.programs, V // blocks.programs, blocks.programs == 1
-    own_state = pl.BlockSpec((None, None, K, width), lambda row, head, part: (row, head, 0, part))
+    own_state = pl.BlockSpec((None, None, K, V), lambda row, head: (row, head, 0, 0))
 
     def heads(first: int) -> Any:
-        return pl.BlockSpec((None, K), lambda row, head, part: (row, first + head))
-
-    def columns(first: int) -> Any:
-        return pl.BlockSpec((None, width), lambda row, head, part: (row, (first + head) * splits + part))
+        return pl.BlockSpec((None, K), lambda row, head: (row, first + head))
 
     def column(first: int) -> Any:
-        return pl.BlockSpec((None, None), lambda row, head, part: (row, first + head))
+        return pl.BlockSpec((None, None), lambda row, head: (row, first + head))
 
-    own_entry, per_channel = pl.BlockSpec((None,), lambda row, head, part: (head,)), False
+    of_head, per_channel = pl.BlockSpec((None,), lambda row, head: (head,)), False
     given: dict[str, tuple[jax.Array, Any]] = {
         "q": (projections_BO, heads(places.q)), "k": (projections_BO, heads(places.k)),
-        "v": (projections_BO, columns(places.v)), "state": (state_BNKV, own_state),
+        "v": (projections_BO, heads(places.v)), "state": (state_BNKV, own_state),
+        "scale": (out_scale_V, pl.BlockSpec((V,), lambda row, head: (0,))),
     }  # fmt: skip
-    if is_whole:
-        given["scale"] = out_scale_V, pl.BlockSpec((V,), lambda row, head, part: (0,))
-        if places.gate is not None:
-            given["gate"] = projections_BO, columns(places.gate)
     if isinstance(gates, Steps):
         given |= {name: (projections_BO, column(first)) for name, first in (("a", gates.a), ("b", gates.b))}
-        given |= {"A_log": (gates.A_log_N, own_entry), "bias": (gates.bias_N, own_entry)}
+        given |= {"A_log": (gates.A_log_N, of_head), "bias": (gates.bias_N, of_head)}
     else:
         log_decay, beta_BN = gates
         per_channel = log_decay.ndim == 3
-        own_channels = pl.BlockSpec((None, None, K), lambda row, head, part: (row, head, 0))
+        own_channels = pl.BlockSpec((None, None, K), lambda row, head: (row, head, 0))
         given["decay"] = log_decay, own_channels if per_channel else column(0)
         if beta_BN is not None:
             given["beta"] = beta_BN, column(0)
-
-    def finished(out: jax.Array, inverse: jax.Array, scale: jax.Array, gate: jax.Array | None) -> jax.Array:
-        out = out * inverse * scale.astype(jnp.float32)
-        if gate is not None:
-            gate = gate.astype(jnp.float32)
-            out = out * gate * lax.logistic(gate)
-        return out.astype(dtype)
+    if places.gate is not None:
+        given["gate"] = projections_BO, heads(places.gate)
 
     def body(*refs: Any) -> None:
         ref, (out_ref, new_ref) = dict(zip(given, refs)), refs[-2:]
-        parts = [pl.ds(begin, blocks.values) for begin in range(0, width, blocks.values)]
+        parts = [pl.ds(begin, blocks.values) for begin in range(0, V, blocks.values)]
         asked = [ref["state"][:, part] for part in parts[: 1 + blocks.ahead]]
 
         def activated(x: jax.Array) -> jax.Array:
@@ -129,46 +116,21 @@ def token_kernel(
             squares += jnp.sum(outs[-1] * outs[-1])
         inverse = lax.rsqrt(squares / V + out_eps)
         for part, out in zip(parts, outs):
-            gate = ref["gate"][part] if "gate" in ref else None
-            out_ref[part] = finished(out, inverse, ref["scale"][part], gate) if is_whole else out
+            out = out * inverse * ref["scale"][part].astype(jnp.float32)
+            if places.gate is not None:
+                gate = ref["gate"][part].astype(jnp.float32)
+                out = out * gate * lax.logistic(gate)
+            out_ref[part] = out.astype(dtype)
 
     out, state = pl.pallas_call(
         body,
-        grid=(B, N, splits),
+        grid=(B, N),
         in_specs=[spec for _, spec in given.values()],
-        out_specs=[columns(0), own_state],
-        out_shape=[
-            jax.ShapeDtypeStruct((B, N * V), dtype if is_whole else jnp.float32),
-            jax.ShapeDtypeStruct(state_BNKV.shape, state_BNKV.dtype),
-        ],
+        out_specs=[pl.BlockSpec((None, V), lambda row, head: (row, head)), own_state],
+        out_shape=[jax.ShapeDtypeStruct((B, N * V), dtype), jax.ShapeDtypeStruct(state_BNKV.shape, state_BNKV.dtype)],
         input_output_aliases={list(given).index("state"): 1},
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=interpret,
         name="linear_attention_token",
     )(*(array for array, _ in given.values()))
-    if is_whole:
-        return out, state
-    of_head = pl.BlockSpec((None, V), lambda row, head: (row, head))
-    ends: dict[str, tuple[jax.Array, Any]] = {
-        "out": (out, of_head), "scale": (out_scale_V, pl.BlockSpec((V,), lambda row, head: (0,)))
-    }  # fmt: skip
-    if places.gate is not None:
-        first = places.gate
-        ends["gate"] = projections_BO, pl.BlockSpec((None, V), lambda row, head: (row, first + head))
-
-    def norm(*refs: Any) -> None:
-        ref, out_ref = dict(zip(ends, refs)), refs[-1]
-        out, gate = ref["out"][...], ref["gate"][...] if "gate" in ref else None
-        out_ref[...] = finished(out, lax.rsqrt(jnp.sum(out * out) / V + out_eps), ref["scale"][...], gate)
-
-    out = pl.pallas_call(
-        norm,
-        grid=(B, N),
-        in_specs=[spec for _, spec in ends.values()],
-        out_specs=of_head,
-        out_shape=jax.ShapeDtypeStruct((B, N * V), dtype),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        interpret=interpret,
-        name="linear_attention_token_norm",
-    )(*(array for array, _ in ends.values()))
     return out, state
