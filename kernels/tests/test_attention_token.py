@@ -98,7 +98,8 @@ def test_in_bfloat16_the_caches_are_rounded_once():
     [
         ({}, None),
         ({"k": (1, 2, 1024, 96)}, "6 queries of 96 channels"),
-        ({"k": (1, 2, 1000, 128)}, "1 x 1000 keys"),
+        ({"k": (1, 2, 1000, 128)}, "1 x 1000 keys; the kernels take multiples of 16"),
+        ({"k": (1, 2, 8208, 128)}, "1 x 8208 keys; the kernels take multiples of 64"),
         ({"k": (64, 2, 1024, 128)}, "64 x 1024 keys"),
         ({"heads": 34}, "17 queries of 128 channels"),
         ({"rotation": (1, 32)}, "64 of 128 channels are rotated"),
