@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxhybrid_kernels import float8_swiglu
+from jaxhybrid_kernels.float8_swiglu import SMALLEST
 
 FLOAT8 = jnp.float8_e4m3fn
 LARGEST = float(jnp.finfo(FLOAT8).max)
-SMALLEST = 1e-30  # that a largest number counts as, so that zeros can be divided by their scale
 
 
 class Scaled(NamedTuple):

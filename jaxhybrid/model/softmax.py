@@ -1,7 +1,7 @@
 """softmax(q k' / sqrt(K)) v over earlier tokens of the same document, in memory linear in the row.
 
 Only rows that are short make an array of tokens by tokens. On TPUs JAX's splash attention runs, on NVIDIA GPUs cuDNN
-or, on Hopper if asked for, kernels of our own, elsewhere and for 32 bits plain JAX. docs/attention.md has the figures,
+or, on Hopper, kernels of our own, elsewhere and for 32 bits plain JAX. docs/attention.md has the figures,
 and what was tried besides.
 """
 

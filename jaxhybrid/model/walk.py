@@ -65,8 +65,9 @@ def walk(
             each MLP, and the MLP's products but the last; blocks are cast to x's dtype once, and their gradients are
             of it. Where kinds share a scan, with `block` and `mlp`, `mix` must close over no array: its gradient is
             taken when the scan's own arrays are gone.
-        unroll: no scan: the program has each layer by itself, and takes as much longer to compile. Kinds are then known
-            and need no switch, and what a layer keeps is not copied into stacks. Not with a traced choice.
+        unroll: no scan: the program has each layer by itself, and takes longer to compile. Kinds are then known and
+            need no switch, and what a layer keeps is not copied into stacks. Blocks and mixers are cast to x's dtype
+            once, whatever is kept, and their gradients are of it. Not with a traced choice.
         sums: dtype in which devices add up the gradients of their shared weights.
         watch: gives a layer's result in place of `mix`, from what goes into its block and what comes out.
 
@@ -202,7 +203,8 @@ class _Blocks:
         return lambda context, x, block_params, rows: block(None, x, context, block_params, rows, None)[0]
 
     def in_compute_dtype(self, part: type[nnx.Module], stack: Params) -> Params:
-        """Before the scan: of mixers whose rows lie there several times, and of blocks that are read several times."""
+        """Before the layers: of mixers whose rows lie there several times, of blocks that are read several times, and
+        of all without a scan."""
         declared, stack = variables(part, self.config, jax.tree.leaves(stack)[0].shape[0]), near(stack)
         return cast(declared, mark(declared, stack), self.dtype)
 

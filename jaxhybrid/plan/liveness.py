@@ -5,6 +5,7 @@ until it is last used. All else counts as fused into what uses it: it holds what
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any
 
 from jax.extend.core import Literal
@@ -27,6 +28,7 @@ KEPT = {
     "dot_general", "pallas_call", "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "concatenate",
     "dynamic_update_slice", "ppermute", "cumsum", "argmax", "conv_general_dilated", GROUPED,
 }  # fmt: skip
+BUFFERS = count()  # their names
 WANTS_ARRAYS = {"pallas_call", "scan", "while", "cond"}  # their operands are not fused into them
 
 
@@ -84,9 +86,10 @@ def _flatten(jaxpr: Any, roots: dict[Any, frozenset[int]], steps: list[_Step]) -
         kept = list(equation.outvars)
         if name in WANTS_ARRAYS:  # what was fused so far is needed whole
             kept += [x for x in equation.invars if len(_roots(x, roots)) > 1]
-        roots |= {x: frozenset({id(x)}) for x in kept}
-        makes = [(id(x), float(local_bytes(x.aval))) for x in kept]
-        steps.append(_Step(reads | {id(x) for x in kept}, makes, _inside(equation)))
+        own = {x: next(BUFFERS) for x in kept}  # a function that is called twice makes others each time
+        roots |= {x: frozenset({buffer}) for x, buffer in own.items()}
+        makes = [(buffer, float(local_bytes(x.aval))) for x, buffer in own.items()]
+        steps.append(_Step(reads | set(own.values()), makes, _inside(equation)))
 
 
 def _inside(equation: Any) -> float:

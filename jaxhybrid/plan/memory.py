@@ -68,7 +68,7 @@ def advice(stage: str, settings: StageConfig, memory: Memory, mesh: Mapping[str,
             f"{stage}.moment_dtype=bfloat16, {stage}.offload=moments or {stage}.optimizer=adafactor make the optimizer "
             "smaller"
         )
-    if memory.teacher > memory.usable / 8 and stage != "score":
+    if memory.teacher > memory.usable / 8 and stage != "score" and not settings.unroll:
         ways.append(f"{stage}.offload=teacher keeps the teacher in the host's memory")
     if state + memory.teacher > memory.usable / 2 or not ways:
         ways.append("a larger slice, or mesh.tensor, leaves each device less of the weights")

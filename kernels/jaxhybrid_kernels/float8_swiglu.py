@@ -7,6 +7,7 @@ from jaxhybrid_kernels.gpu.float8_swiglu import float8_swiglu_kernel
 from jaxhybrid_kernels.numerics import gpu_capability, on_nvidia, split_axes
 
 OLDEST = 8.9  # compute capability that has float8
+MOST = 2**31  # numbers: Triton counts their bytes with 32 bits
 SMALLEST = 1e-30  # that a largest number counts as, so that zeros can be divided by their scale
 
 
@@ -30,10 +31,10 @@ def float8_swiglu(
 
     Raises ValueError if "triton" is asked for by name and cannot.
     """
-    axes = split_axes(gate_NF, up_NF)
-    if implementation == "triton" and axes:
-        raise ValueError(f"implementation='triton' runs on whole arrays: they are split over {axes}.")
-    if implementation == "triton" or (implementation is None and not axes and _has_float8()):
+    refusal = _refusal(gate_NF, up_NF)
+    if implementation == "triton" and refusal is not None:
+        raise ValueError(refusal)
+    if implementation == "triton" or (implementation is None and refusal is None and _has_float8()):
         arrays = gate_NF, up_NF, row_scale_N, gate_scale_F, up_scale_F
         values, scale = float8_swiglu_kernel(*arrays, SMALLEST, interpret=not on_nvidia())
         return values, scale
@@ -45,6 +46,15 @@ def float8_swiglu(
     float8 = jnp.float8_e4m3fn
     scale = jnp.maximum(jnp.max(jnp.abs(hidden), axis=-1), SMALLEST) / float(jnp.finfo(float8).max)
     return (hidden / scale[:, None]).astype(float8), scale
+
+
+def _refusal(gate_NF: jax.Array, up_NF: jax.Array) -> str | None:
+    """Why the kernel cannot take these arguments, naming the value in the way; None if it can."""
+    if axes := split_axes(gate_NF, up_NF):
+        return f"implementation='triton' runs on whole arrays: they are split over {axes}."
+    if gate_NF.size >= MOST:
+        return f"gate has shape {tuple(gate_NF.shape)}, implementation='triton' takes fewer than {MOST} numbers."
+    return None
 
 
 def _has_float8() -> bool:

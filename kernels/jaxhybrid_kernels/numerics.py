@@ -13,6 +13,7 @@ BLOCK = 16  # tokens of a sub-block: the unit of the triangular inverse and of t
 LEAST_BETA = 2.0**-40  # far below what float32 adds to anything else
 LOG2_E = math.log2(math.e)
 NOTHING = -1e30  # score of what is not seen; finite, so that differences are
+AMPERE = "8.0"
 HOPPER = "9.0"  # compute capability
 HOPPER_NAMES = re.compile(r"NVIDIA G?H(20|100|200|800)\b")
 
@@ -97,10 +98,10 @@ def attends_by_kernels() -> bool:
 
 
 def on_nvidia() -> bool:
-    """Whether code traced now will run on a GPU of NVIDIA's."""
+    """Whether code traced now will run on a GPU of NVIDIA's, from Ampere on: older ones have no Triton."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return target_platform() == "gpu" and "NVIDIA" in kind
+    return target_platform() == "gpu" and "NVIDIA" in kind and float(gpu_capability() or AMPERE) >= float(AMPERE)
 
 
 def gpu_capability() -> str:

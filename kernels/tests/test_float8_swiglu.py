@@ -66,6 +66,14 @@ def test_where_the_kernel_is_chosen(device, chosen):
     assert text.count("xla.gpu.triton") == chosen
 
 
+def test_refusal_names_the_size():
+    given = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(2**17, 2**14)] * 2 + [(2**17,), (2**14,), (2**14,)]
+    ]
+    with pytest.raises(ValueError, match=r"shape \(131072, 16384\)"):
+        jax.eval_shape(lambda *x: float8_swiglu(*x, implementation="triton"), *given)
+
+
 def test_refusal_names_the_axes():
     mesh = jax.make_mesh((2,), ("mlp",), axis_types=(jax.sharding.AxisType.Explicit,))
     gate, up, *scales = map(jnp.asarray, sums(4, 64))

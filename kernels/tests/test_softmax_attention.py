@@ -9,7 +9,7 @@ from jaxhybrid_kernels import numerics
 from jaxhybrid_kernels.gpu import softmax_attention as module
 from jaxhybrid_kernels.gpu.block_ranges import key_blocks_seen, query_blocks_seeing
 from jaxhybrid_kernels.gpu.softmax_attention import make_plan, softmax_attention, softmax_attention_refusal
-from jaxhybrid_kernels.numerics import attends_by_kernels, gpu_capability
+from jaxhybrid_kernels.numerics import attends_by_kernels, gpu_capability, on_nvidia
 
 BOUND = {"bfloat16": 8e-3, "float16": 1e-3}  # of the greatest value
 slow = pytest.mark.slow
@@ -199,11 +199,13 @@ def test_capability_of_a_gpu_that_is_not_here(kind, capability):
         assert gpu_capability() == capability
 
 
-def test_capability_of_a_gpu_that_is_here(monkeypatch):
-    device = type("Device", (), {"compute_capability": "8.9", "device_kind": "NVIDIA L4"})
+@pytest.mark.parametrize(("kind", "capability", "has_triton"), [("L4", "8.9", True), ("V100-SXM2", "7.0", False)])
+def test_capability_of_a_gpu_that_is_here(monkeypatch, kind, capability, has_triton):
+    device = type("Device", (), {"compute_capability": capability, "device_kind": f"NVIDIA {kind}"})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert gpu_capability() == "8.9"
+    assert gpu_capability() == capability
+    assert on_nvidia() == has_triton
 
 
 @pytest.mark.parametrize(("wanted", "taken"), [("0", False), ("1", True), (None, True)])

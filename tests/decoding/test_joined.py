@@ -14,9 +14,11 @@ from jaxhybrid.decoding import engine
 from jaxhybrid.decoding.engine import Engine, Request
 from jaxhybrid.model import attention, decode
 from jaxhybrid.model.config import FULL_ATTENTION as F
+from jaxhybrid.model.config import RopeConfig, SoftmaxConfig, WindowConfig
 from jaxhybrid.model.decode import Chunk, decode_token, embedded, initial_states, prefill_layer, unstack
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.mixers.gla import GLAConfig
+from jaxhybrid.model.mixers.window_attention import WindowAttentionConfig
 from jaxhybrid.weights.convert import convert
 from tests.conftest import make_teacher
 
@@ -94,6 +96,37 @@ def test_softmax_layers_by_kernels_write_the_same(monkeypatch):
     for name in "kv":
         own, theirs = (np.asarray(x[1][name][0, :, : 45 + 7]) for x in (states, plain))
         np.testing.assert_allclose(own, theirs, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "takes"),
+    [
+        ({}, True),
+        ({"qk_norm": True}, False),
+        ({"attention_cap": 30.0}, False),
+        ({"window": WindowConfig(4, (1,))}, False),
+        ({"softmax": SoftmaxConfig(rope=False)}, False),
+        ({"rope": RopeConfig(partial=0.5)}, False),
+    ],
+)
+def test_which_softmax_layers_the_kernels_take(changed, takes, monkeypatch):
+    monkeypatch.setattr(attention, "on_nvidia", lambda: True)
+    calls = []
+
+    def recorded(*given, **how):
+        calls.append(given)
+        return attention_token(*given, **how)
+
+    monkeypatch.setattr(attention, "attention_token", recorded)
+    model = hybrid(PLAIN, hidden_size=64, head_dim=64, num_heads=1, num_kv_heads=1, **changed)
+    own, states = unstack(model, jnp.float32), initial_states(model.config, 1, 32, jnp.float32)
+    jax.eval_shape(decode_token, own, jnp.asarray([3]), states, jnp.asarray([4], jnp.int32))
+    assert bool(calls) == takes
+
+
+def test_layers_with_a_ring_of_keys_stay_apart():
+    model = hybrid(WindowAttentionConfig(window=4, sinks=2))
+    assert [decode.may_join(model.config, kind) for kind in model.config.layer_types] == [False, True]
 
 
 def test_joined_weights_take_no_more_memory():

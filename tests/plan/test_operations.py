@@ -146,6 +146,10 @@ def test_memory_is_held_until_it_is_last_used():
 
     assert peak_bytes(traced(fused, (64, 64))) == big
 
+    turn = jax.jit(chain)  # the same function again makes other arrays, and holds what it is given
+
+    assert peak_bytes(traced(lambda x: turn(turn(turn(x))), (64, 64))) == 3 * big
+
 
 def test_memory_of_a_loop_is_what_it_stacks_and_one_turn():
     big = F32 * 64 * 64

@@ -58,6 +58,7 @@ class WindowAttention(Attention):
 
     Config: ClassVar[type[MixerConfig]] = WindowAttentionConfig
     title: ClassVar[str] = "softmax attention in a sliding window, arXiv 2309.17453"
+    joins = False  # `token` knows no ring
     state_heads: ClassVar[dict[str, int | None]] = {"k": 1, "v": 1, "count": None}
 
     def __init__(self, config: ModelConfig, rngs: Any):

@@ -34,9 +34,9 @@ SHORT, LONG = Blocks(keys=16, warps=2, programs=64), Blocks(keys=64, warps=4, pr
 LONG_CACHE = 2**12
 
 
-def blocks_of(keys: int) -> Blocks:
-    """How a cache of so many keys is divided."""
-    return SHORT if keys < LONG_CACHE else LONG
+def blocks_of(k_BGMK: jax.Array) -> Blocks:
+    """How a cache is divided. In float32 the larger blocks are too much for the shared memory of some GPUs."""
+    return SHORT if k_BGMK.shape[2] < LONG_CACHE or k_BGMK.dtype == jnp.float32 else LONG
 
 
 def attention_token_refusal(
@@ -53,7 +53,7 @@ def attention_token_refusal(
         return f"there are {heads // G} queries of {K} channels a key head; the kernels take {QUERIES} of 64 or 128."
     if 2 * rotation[0].shape[-1] != K:
         return f"{2 * rotation[0].shape[-1]} of {K} channels are rotated; the kernels rotate whole heads."
-    if M % (multiple := blocks_of(M).keys) or B * M > MOST_KEYS:
+    if M % (multiple := blocks_of(k_BGMK).keys) or B * M > MOST_KEYS:
         return f"the cache has {B} x {M} keys; the kernels take multiples of {multiple}, {MOST_KEYS} at most."
     return None
 
@@ -84,7 +84,7 @@ def attention_token(
 
     Returns out [B,heads*K] and the caches with the token. On a CPU the kernels are interpreted.
     """
-    interpret, blocks = not on_nvidia(), blocks or blocks_of(k_BGMK.shape[2])
+    interpret, blocks = not on_nvidia(), blocks or blocks_of(k_BGMK)
     out, top, total, k, v = _parts(
         projections_BO, places, rotation, k_BGMK, v_BGMK, index_B, heads, scale, blocks, interpret
     )
