@@ -1,10 +1,11 @@
-"""The Hopper kernels on a Hopper GPU, by `make test-gpu`: every gradient against the float64 token recurrence."""
+"""Kernels on a Hopper GPU, by `make test-gpu`: every gradient against the float64 token recurrence, and the Triton forms
+against XLA's."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxhybrid_kernels import linear_attention
+from jaxhybrid_kernels import float8_swiglu, kl_sums, linear_attention
 from jaxhybrid_kernels.gpu import linear_attention as gpu_linear_attention
 
 pytestmark = pytest.mark.gpu
@@ -119,3 +120,23 @@ def test_same_bits_every_time(suite, forward):
     for _ in range(10):
         again = suite.run(case, "pallas_gpu", jnp.bfloat16)
         assert all(bool(jnp.all(a == b)) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(first)))
+
+
+def test_sums_for_the_kl():
+    logits = [8 * jax.random.normal(key, (33, 5000)) for key in jax.random.split(jax.random.key(0))]
+    found, expected = (kl_sums(*logits, implementation=form) for form in ("triton", "xla"))
+    for name, a, b in zip(found._fields, found, expected):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4, err_msg=name)
+
+
+def test_swiglu_to_float8():
+    keys = jax.random.split(jax.random.key(0), 5)
+    gate, up = (jax.random.normal(key, (33, 4500), jnp.bfloat16) for key in keys[:2])
+    scales = [0.1 + jax.random.uniform(key, size) for key, size in zip(keys[2:], [(33,), (4500,), (4500,)])]
+    (found, scale), (expected, expected_scale) = (
+        float8_swiglu(gate, up, *scales, implementation=form) for form in ("triton", "xla")
+    )
+    np.testing.assert_allclose(scale, expected_scale, rtol=1e-5)
+    near = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    assert np.mean(near[0] == near[1]) > 0.99  # numbers between two of float8 may go the other way
+    np.testing.assert_allclose(*near, rtol=0.126, atol=2**-9)
