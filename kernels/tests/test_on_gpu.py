@@ -1,5 +1,7 @@
-"""Kernels on a Hopper GPU, by `make test-gpu`: every gradient against the float64 token recurrence, and the Triton forms
-against XLA's."""
+"""Kernels on a Hopper GPU, by `make test-gpu`: every gradient against the float64 token recurrence.
+
+Those in Triton's form against XLA's.
+"""
 
 import jax
 import jax.numpy as jnp
