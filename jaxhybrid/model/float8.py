@@ -5,10 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxhybrid_kernels import float8_swiglu
-from jaxhybrid_kernels.float8_swiglu import SMALLEST
-
-FLOAT8 = jnp.float8_e4m3fn
-LARGEST = float(jnp.finfo(FLOAT8).max)
+from jaxhybrid_kernels.numerics import FLOAT8, LARGEST_FLOAT8, SMALLEST_SCALED
 
 
 class Scaled(NamedTuple):
@@ -36,7 +33,7 @@ class Sums(NamedTuple):
 def scaled(x: jax.Array, axis: int) -> Scaled:
     """x rounded to float8, after the largest magnitude along `axis` was made the largest that float8 has."""
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
-    scale = jnp.maximum(largest, SMALLEST) / LARGEST
+    scale = jnp.maximum(largest, SMALLEST_SCALED) / LARGEST_FLOAT8
     return Scaled((x.astype(jnp.float32) / scale).astype(FLOAT8), scale)
 
 

@@ -4,11 +4,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxhybrid_kernels.gpu.float8_swiglu import float8_swiglu_kernel
-from jaxhybrid_kernels.numerics import gpu_capability, on_nvidia, split_axes
+from jaxhybrid_kernels.numerics import (
+    FLOAT8,
+    LARGEST_FLOAT8,
+    SMALLEST_SCALED,
+    gpu_capability,
+    on_nvidia,
+    split_axes,
+)
 
 OLDEST = 8.9  # compute capability that has float8
 MOST = 2**31  # numbers: Triton counts their bytes with 32 bits
-SMALLEST = 1e-30  # that a largest number counts as, so that zeros can be divided by their scale
 
 
 def float8_swiglu(
@@ -36,16 +42,15 @@ def float8_swiglu(
         raise ValueError(refusal)
     if implementation == "triton" or (implementation is None and refusal is None and _has_float8()):
         arrays = gate_NF, up_NF, row_scale_N, gate_scale_F, up_scale_F
-        values, scale = float8_swiglu_kernel(*arrays, SMALLEST, interpret=not on_nvidia())
+        values, scale = float8_swiglu_kernel(*arrays, interpret=not on_nvidia())
         return values, scale
     gate, up = (
         sums.astype(jnp.float32) * (row_scale_N[:, None] * columns)
         for sums, columns in ((gate_NF, gate_scale_F), (up_NF, up_scale_F))
     )
     hidden = jax.nn.silu(gate) * up
-    float8 = jnp.float8_e4m3fn
-    scale = jnp.maximum(jnp.max(jnp.abs(hidden), axis=-1), SMALLEST) / float(jnp.finfo(float8).max)
-    return (hidden / scale[:, None]).astype(float8), scale
+    scale = jnp.maximum(jnp.max(jnp.abs(hidden), axis=-1), SMALLEST_SCALED) / LARGEST_FLOAT8
+    return (hidden / scale[:, None]).astype(FLOAT8), scale
 
 
 def _refusal(gate_NF: jax.Array, up_NF: jax.Array) -> str | None:

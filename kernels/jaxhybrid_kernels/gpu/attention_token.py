@@ -2,7 +2,6 @@
 the rotation before them and the new key and value written in place, and what joins the parts.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxhybrid_kernels.gpu.decode_attention import QUERIES, WIDTHS, parts_of
 from jaxhybrid_kernels.gpu.layer_token import Places
 from jaxhybrid_kernels.numerics import LOG2_E, NOTHING, on_nvidia, split_axes
 
-QUERIES = 16  # rows of the smallest matrix product
-WIDTHS = (64, 128)
 MOST_KEYS = 2**15  # of all rows; with twice as many XLA is as fast
 
 
@@ -107,7 +105,7 @@ def _parts(
     sum [B,S,heads]; and the caches with the token."""
     (B, G, M, K), block = k.shape, blocks.keys
     R, half = heads // G, K // 2
-    splits = math.gcd(M // block, 1 << max(blocks.programs // (B * G) - 1, 0).bit_length())
+    splits = parts_of(M, block, B * G, blocks.programs)
     length, precision = M // splits, lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
 
     def body(x_ref: Any, cos_ref: Any, sin_ref: Any, index_ref: Any, k_ref: Any, v_ref: Any, *outs: Any) -> None:

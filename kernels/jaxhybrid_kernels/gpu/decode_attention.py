@@ -32,6 +32,11 @@ ON_HOPPER = Blocks(keys=128, warps=8, stages=3, programs=264)  # 192 KiB of shar
 ELSEWHERE = Blocks(keys=64, warps=4, stages=3, programs=528)
 
 
+def parts_of(keys: int, block: int, heads: int, programs: int) -> int:
+    """Of the cache of each head, whole blocks: a power of two, and of all heads about as many as `programs`."""
+    return math.gcd(keys // block, 1 << max(programs // heads - 1, 0).bit_length())
+
+
 def decode_attention_refusal(q_BGRK: jax.Array, k_BGMK: jax.Array) -> str | None:
     """Why the kernel cannot take these arguments, naming the value in the way; None if it can."""
     (B, _, R, K), M = q_BGRK.shape, k_BGMK.shape[2]
@@ -59,7 +64,7 @@ def decode_attention_kernel(
     if blocks is None:
         blocks = ON_HOPPER if gpu_capability() == HOPPER else ELSEWHERE
     (B, G, R, K), M, block = q.shape, k.shape[2], blocks.keys
-    splits = math.gcd(M // block, 1 << max(blocks.programs // (B * G) - 1, 0).bit_length())
+    splits = parts_of(M, block, B * G, blocks.programs)
     length = M // splits
     q = jnp.pad(q, ((0, 0), (0, 0), (0, QUERIES - R), (0, 0)))
 

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxhybrid_kernels.gpu.launch import unmarked
+from jaxhybrid_kernels.numerics import FLOAT8, LARGEST_FLOAT8, SMALLEST_SCALED
 
 BLOCK = 2048
 WARPS = 8
@@ -25,15 +26,13 @@ def float8_swiglu_kernel(
     row_scale_N: jax.Array,
     gate_scale_F: jax.Array,
     up_scale_F: jax.Array,
-    smallest: float,
     *,
     block: int = BLOCK,
     warps: int = WARPS,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """`float8_swiglu` of sums [N,F] and float32 scales: (values [N,F], scale [N])."""
-    (N, F), float8 = gate_NF.shape, jnp.float8_e4m3fn
-    largest_float8 = float(jnp.finfo(float8).max)
+    N, F = gate_NF.shape
 
     def body(gate_ref: Any, up_ref: Any, row_ref: Any, gate_scale_ref: Any, up_scale_ref: Any, *outs: Any) -> None:
         values_ref, scale_ref = outs
@@ -53,10 +52,10 @@ def float8_swiglu_kernel(
             gate, up = gate * (own_scale * read(gate_scale_ref, begin)), up * (own_scale * read(up_scale_ref, begin))
             hidden.append(gate * lax.logistic(gate) * up)
         largest = jnp.max(reduce(jnp.maximum, map(jnp.abs, hidden)))
-        scale = jnp.maximum(largest, smallest) / largest_float8
+        scale = jnp.maximum(largest, SMALLEST_SCALED) / LARGEST_FLOAT8
         scale_ref[row] = scale
         for begin, part in zip(begins, hidden):
-            whole = (part / scale).astype(float8)
+            whole = (part / scale).astype(FLOAT8)
             plt.store(values_ref.at[row, columns(begin)], whole, mask=begin + lane < F)
 
     varying = jax.typeof(gate_NF).manual_axis_type
@@ -64,7 +63,7 @@ def float8_swiglu_kernel(
         body,
         grid=(N,),
         out_shape=[
-            jax.ShapeDtypeStruct((N, F), float8, manual_axis_type=varying),
+            jax.ShapeDtypeStruct((N, F), FLOAT8, manual_axis_type=varying),
             jax.ShapeDtypeStruct((N,), jnp.float32, manual_axis_type=varying),
         ],
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
