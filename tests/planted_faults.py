@@ -207,8 +207,8 @@ FAULTS = [
     Fault(
         "align: loss by microbatch",
         "stages/align.py",
-        "micro, tokens, config",
-        "micro, count_tokens(micro), config",
+        "micro, tokens, *compute",
+        "micro, count_tokens(micro), *compute",
         f"{UPDATES}[gated_deltanet-align]",
     ),
     Fault(
