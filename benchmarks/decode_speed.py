@@ -5,8 +5,6 @@
     python benchmarks/decode_speed.py longest                        # the longest context that fits, by trying
     python benchmarks/decode_speed.py contexts --models teacher      # 1k to 256k tokens; one model a call: some minutes
     python benchmarks/decode_speed.py contexts --models 0.125 0.25 0.5
-    python benchmarks/decode_speed.py products                       # bandwidth of products with few rows, by layout
-    python benchmarks/decode_speed.py kernels                        # parts of a token's layer, by kernel and blocks
     python benchmarks/decode_speed.py transformers                   # `generate` of transformers on the exported folder
     python benchmarks/decode_speed.py plot --images docs/images      # of what the other parts wrote
 
@@ -26,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -36,15 +33,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # before JAX st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxhybrid_kernels import Places, Steps, linear_attention_token, row_product
-from jaxhybrid_kernels.gpu.attention_token import Blocks as TokenBlocks
-from jaxhybrid_kernels.gpu.attention_token import attention_token
-from jaxhybrid_kernels.gpu.decode_attention import Blocks as KeyBlocks
-from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel
-from jaxhybrid_kernels.gpu.layer_token import Blocks as StateBlocks
-from jaxhybrid_kernels.gpu.layer_token import token_kernel
-from jaxhybrid_kernels.gpu.row_product import Blocks, row_product_kernel
-from jaxhybrid_kernels.row_product import LONG_SUM
+from jaxhybrid_kernels import linear_attention_token, row_product
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 from output import Output
@@ -57,7 +46,6 @@ from jaxhybrid.model import decode
 from jaxhybrid.model.attention import written as with_token
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
 from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
-from jaxhybrid.model.rope import rotate
 from jaxhybrid.model.softmax import plain_decode_attention
 from jaxhybrid.model.transformer import Model, random_params
 from jaxhybrid.selection.methods import layer_types, select_layers
@@ -283,228 +271,6 @@ def contexts(options: argparse.Namespace, output: Output) -> None:
         del engine
 
 
-def products(options: argparse.Namespace, output: Output) -> None:
-    """x W of few rows x for matrices of the model, each of many read in turn: bytes a second, by how W lies."""
-    shape = options.shape
-    D, F, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
-    sizes = {
-        "q": (D, heads),
-        "q, k, v, gate as one": (D, 2 * heads + 2 * shape.num_kv_heads * shape.head_dim),
-        "up": (D, F),
-        "gate and up as one": (D, 2 * F),
-        "down": (F, D),
-        "head": (D, shape.vocab_size),
-    }
-    for name, (inputs, outputs) in sizes.items():
-        count = max(2, 2**28 // (2 * inputs * outputs))  # 256 MiB: more than a cache holds
-        for rows in [1, 64] if options.rows is None else [options.rows]:
-            for form, equation, lies in (
-                ("[D,F]", "bd,df->bf", (inputs, outputs)),
-                ("[F,D]", "bd,fd->bf", (outputs, inputs)),
-            ):
-                matrices = tuple(jnp.zeros(lies, jnp.bfloat16) for _ in range(count))
-
-                @jax.jit
-                def all_of_them(x: jax.Array, matrices: Any, equation: str = equation) -> jax.Array:
-                    def turn(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-                        for matrix in matrices:  # each waits for the one before
-                            y = jnp.einsum(equation, x, matrix, preferred_element_type=jnp.float32)
-                            x = x + (1e-3 * jnp.sum(y, -1, keepdims=True)).astype(x.dtype)
-                        return x, None
-
-                    return jax.lax.scan(turn, x, None, length=8)[0]
-
-                x, times = jnp.zeros((rows, inputs), jnp.bfloat16), []
-                for _ in range(4):
-                    began = time.perf_counter()
-                    all_of_them(x, matrices).block_until_ready()
-                    times.append((time.perf_counter() - began) / 8)
-                seconds = float(np.median(times[1:]))
-                row = {
-                    "matrix": name,
-                    "us": 1e6 * seconds / count,
-                    "of_bandwidth": nbytes(matrices) / seconds / options.bandwidth,
-                }
-                output.add("products", shape=options.shape_name, model=name, form=form, rows=rows, **row)
-
-
-# Division of products: (results, inputs, warps[, blocks ahead]) by how long the sum is.
-SHORT_SUMS = [
-    *(Blocks(results, inputs, 1) for results in (1, 2, 4, 8) for inputs in (256, 512)),
-    *(Blocks(results, 512, 2) for results in (1, 2, 4, 8)),
-    *(Blocks(*sizes) for sizes in ((4, 256, 1, 3), (4, 512, 1, 3), (8, 512, 4), (16, 512, 4), (8, 512, 4, 3))),
-]
-LONG_SUMS = [
-    *(Blocks(results, 256 * warps, warps) for results in (1, 2, 4) for warps in (1, 2, 4, 8)),
-    *(Blocks(results, 512 * warps, warps) for results in (1, 2, 4) for warps in (2, 4, 8)),
-    *(Blocks(*sizes) for sizes in ((8, 512, 2), (8, 1024, 4), (8, 2048, 8), (2, 1024, 4, 3), (2, 2048, 8, 3))),
-]
-# Of a state's columns: (values, warps[, blocks ahead]).
-COLUMNS = [
-    StateBlocks(*sizes)
-    for sizes in (
-        (128, 8), (128, 16), (64, 4), (64, 8), (64, 4, 1), (64, 8, 1), (32, 2), (32, 4), (32, 8), (32, 4, 1),
-        (32, 8, 1), (16, 2), (16, 4), (16, 4, 1), (16, 4, 2),
-    )
-]  # fmt: skip
-# Of a cache: (keys at once, warps, stages, programs).
-KEYS = [
-    KeyBlocks(*sizes)
-    for sizes in (
-        (64, 4, 3, 528), (64, 4, 4, 528), (64, 4, 2, 1056), (64, 4, 3, 1056), (64, 4, 3, 2112), (64, 4, 3, 4224),
-        (32, 4, 4, 528), (32, 4, 6, 1056), (32, 2, 4, 2112), (128, 4, 2, 528), (128, 8, 3, 264), (128, 8, 2, 1056),
-    )
-]  # fmt: skip
-# Of caches beside a layer's projections: (keys at once, warps, programs[, stages, warps that join]).
-TOKEN_KEYS = [
-    TokenBlocks(*sizes)
-    for sizes in (
-        (16, 1, 64), (16, 2, 64), (16, 1, 128), (16, 4, 128), (32, 1, 64), (32, 2, 64), (32, 4, 64), (32, 4, 64, 2, 1),
-        (32, 4, 64, 2, 8), (32, 2, 128), (32, 4, 32), (64, 4, 32), (64, 8, 32), (64, 4, 64), (64, 4, 128), (64, 4, 256),
-        (64, 4, 256, 3), (128, 8, 64), (128, 8, 128, 3),
-    )
-]  # fmt: skip
-
-
-def kernels(options: argparse.Namespace, output: Output) -> None:
-    """Parts of a token's layer, each of many like it in turn: bytes a second by XLA and by kernels, by their blocks."""
-    shape = options.shape
-    D, F, N, K = shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.head_dim
-    G = shape.num_kv_heads
-    # (its row of results, (written in place, given) -> new, written in place, given, bytes moved)
-    cases: list[tuple[dict[str, Any], Callable[[Any, Any], Any], Any, Any, int]] = []
-
-    def wanted(name: str) -> bool:
-        return options.models is None or any(name.startswith(begin) for begin in options.models)
-
-    for name, outputs, inputs, gated, normed in (
-        ("inputs, linear", 4 * N * K + 2 * N, D, False, True),
-        ("inputs, softmax", (N + 2 * G) * K, D, False, True),
-        ("output", D, N * K, False, False),
-        ("gate and up", 2 * F, D, True, True),
-        ("down", D, F, False, False),
-    ):
-        if not wanted(name):
-            continue
-        scale, each = jnp.ones(inputs, jnp.bfloat16), 2 * outputs * inputs
-        residual = None if normed else jnp.ones((1, outputs), jnp.bfloat16)
-        given = [
-            (jnp.ones((1, inputs), jnp.bfloat16), jnp.zeros((outputs, inputs), jnp.bfloat16))
-            for _ in range(max(2, 2**28 // each))
-        ]
-        norm = (scale, 1e-6) if normed else None
-        forms: dict[str, Callable[..., Any]] = {
-            "xla": partial(row_product, norm=norm, gated=gated, residual=residual, implementation="xla")
-        }
-        for blocks in SHORT_SUMS if inputs < LONG_SUM else LONG_SUMS:
-            if outputs // (2 if gated else 1) % blocks.outputs == 0:
-                forms[str(tuple(blocks))] = partial(
-                    row_product_kernel, bias_O=None, scale_D=scale if normed else None, eps=1e-6, residual_1O=residual,
-                    gated=gated, dtype=jnp.bfloat16, blocks=blocks, interpret=False,
-                )  # fmt: skip
-        for form, product in forms.items():
-            product = jax.jit(product)  # many calls are traced once
-            run = lambda _, given, product=product: [product(*pair) for pair in given]  # noqa: E731
-            cases.append(({"model": name, "form": form, "rows": 1}, run, [], given, each))
-    for rows, count in ((1, 160), (64, 3)) if wanted("state") else ():
-        gates, scale = Steps(4 * N * K, 4 * N * K + N, jnp.zeros(N), jnp.zeros(N)), jnp.ones(K)
-        projections = [jnp.ones((rows, 4 * N * K + 2 * N)) for _ in range(count)]
-        places = Places(0, N, 2 * N, 3 * N)
-        tokens: dict[str, Callable[..., Any]] = {
-            "xla": partial(
-                linear_attention_token, places=places, gates=gates, silu=True,
-                out_norm=(scale, 1e-6), norm_eps=1e-6, dtype=jnp.bfloat16, implementation="xla",
-            )
-        }  # fmt: skip
-        for columns in COLUMNS:
-            tokens[str(tuple(columns))] = partial(
-                token_kernel, places=places, gates=gates, silu=True, out_scale_V=scale, out_eps=1e-6,
-                norm_eps=1e-6, dtype=jnp.bfloat16, blocks=columns, interpret=False,
-            )  # fmt: skip
-        for form, token in tokens.items():
-            token, states = jax.jit(token), [jnp.zeros((rows, N, K, K)) for _ in range(count)]
-
-            def run(states: Any, given: Any, token: Any = token) -> Any:
-                return [token(y, state_BNKV=state)[1] for y, state in zip(given, states)]
-
-            cases.append(
-                ({"model": "state", "form": form, "rows": rows}, run, states, projections, 2 * states[0].nbytes)
-            )
-    for rows, context in ((1, 1024), (1, 65536), (64, 32768)) if wanted("attention") else ():
-        last = jnp.full(rows, context - 1, jnp.int32)
-        caches = [[jnp.zeros((rows, G, context, K), jnp.bfloat16) for _ in "kv"] for _ in range(2)]
-        pairs = [(jnp.ones((rows, N, K), jnp.bfloat16), *cache) for cache in caches]
-        grouped = [(q.reshape(rows, G, -1, K), k, v) for q, k, v in pairs]
-        forms = {"xla": partial(plain_decode_attention, last=last)}
-        for keys in KEYS:
-            forms[str(tuple(keys))] = partial(decode_attention_kernel, last=last, blocks=keys)
-        for form, attend in forms.items():
-            run = lambda _, given, attend=attend: [attend(*one) for one in given]  # noqa: E731
-            case = {"model": f"attention, {context}", "form": form, "rows": rows}
-            cases.append((case, run, [], pairs if form == "xla" else grouped, nbytes(caches[0])))
-
-    for context in (1024, 8192, 32768) if wanted("softmax token") else ():
-        index, places = jnp.full(1, context - 2, jnp.int32), Places(0, N, N + G)
-        rotation = jnp.ones((1, K // 2)), jnp.zeros((1, K // 2))
-        each = 2 * 2 * G * context * K
-        projections = [jnp.ones((1, (N + 2 * G) * K)) for _ in range(max(4, 2**27 // each))]
-
-        def by_xla(row: Any, *, k_BGMK: Any, v_BGMK: Any, index: Any = index, rotation: Any = rotation) -> Any:
-            q, k, v = jnp.split(row.astype(k_BGMK.dtype).reshape(1, 1, -1, K), (N, N + G), axis=2)
-            q, k = (rotate(x, *(table[:, None] for table in rotation)) for x in (q, k))
-            own = with_token({"k": k_BGMK, "v": v_BGMK}, {"k": k, "v": v}, index)
-            return plain_decode_attention(q[:, 0], own["k"], own["v"], index).reshape(1, -1), own["k"], own["v"]
-
-        parts: dict[str, Callable[..., Any]] = {"xla": by_xla}
-        for blocks in TOKEN_KEYS:
-            parts[str(tuple(blocks))] = partial(
-                attention_token, places=places, rotation=rotation, index_B=index, heads=N, scale=K**-0.5,
-                dtype=jnp.bfloat16, blocks=blocks,
-            )  # fmt: skip
-        for form, part in parts.items():
-            part = jax.jit(part)
-            # Results and caches; a result that nobody takes would not be computed.
-            layers = [
-                (jnp.zeros((1, N * K), jnp.bfloat16), *(jnp.zeros((1, G, context, K), jnp.bfloat16) for _ in "kv"))
-                for _ in projections
-            ]
-
-            def run(layers: Any, given: Any, part: Any = part) -> Any:
-                return [part(row, k_BGMK=k, v_BGMK=v) for row, (_, k, v) in zip(given, layers)]
-
-            case = {"model": f"softmax token, {context}", "form": form, "rows": 1}
-            cases.append((case, run, layers, projections, each))
-
-    def compiled(case: tuple[Any, ...]) -> Any:
-        try:
-            return jax.jit(case[1], donate_argnums=0).lower(case[2], case[3]).compile()
-        except jax.errors.JaxRuntimeError as error:  # more registers or shared memory than there is
-            return str(error)[:200]
-
-    with ThreadPoolExecutor(12) as pool:
-        programs = list(pool.map(compiled, cases))
-    rows_of: dict[str, list[dict[str, Any]]] = {}
-    for (case, _, written, given, moved), program in zip(cases, programs):
-        if isinstance(program, str):
-            print(f"{case}: {program}", flush=True)
-            continue
-        times = []
-        for _ in range(6):
-            began = time.perf_counter()
-            for _ in range(10):
-                found = program(written, given)
-                written = found if written else written
-            jax.block_until_ready(found)
-            times.append((time.perf_counter() - began) / 10 / len(given))
-        seconds = float(np.median(times[1:]))
-        row = {"us": 1e6 * seconds, "of_bandwidth": moved / seconds / options.bandwidth}
-        output.add("kernels", shape=options.shape_name, **case, **row)
-        rows_of.setdefault(f"{case['model']}, {case['rows']} rows", []).append({"form": case["form"], **row})
-    for name, rows in rows_of.items():
-        best = sorted(rows, key=lambda row: row["us"])[:6]
-        print(f"{name}: " + "; ".join(f"{row['form']} {row['us']:.1f} us" for row in best), flush=True)
-
-
 def compiled_for_one_token(forward: Callable[..., Any], compile_: Callable[..., Any]) -> Callable[..., Any]:
     """Prompts are read as before."""
     compiled = compile_(forward, dynamic=False)
@@ -622,7 +388,7 @@ KERNELS = {"row_product": sys.modules[row_product.__module__], "token": sys.modu
            "attention_token": sys.modules[with_token.__module__]}  # fmt: skip
 PARTS: dict[str, Callable[[argparse.Namespace, Output], None]] = {
     "floor": floor, "batch": batch, "longest": longest, "contexts": contexts,
-    "products": products, "kernels": kernels, "transformers": in_transformers, "plot": plot,
+    "transformers": in_transformers, "plot": plot,
 }  # fmt: skip
 
 
@@ -633,9 +399,7 @@ def main() -> None:
         "--shape", dest="shape_name", default="qwen2.5-1.5b-instruct",
         help=f"one of {', '.join(SHAPES)}, or a folder with a config.json",
     )  # fmt: skip
-    parser.add_argument(
-        "--models", nargs="+", help="teacher, or a share of softmax layers such as 0.25; `kernels`: parts that begin so"
-    )
+    parser.add_argument("--models", nargs="+", help="teacher, or a share of softmax layers such as 0.25")
     parser.add_argument("--rows", type=int, help="texts at once; by part 1 or 64")
     parser.add_argument("--context", type=int, help="tokens of a text at its end; by part 1024 or 32768")
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536, 262144])
