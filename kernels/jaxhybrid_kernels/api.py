@@ -52,7 +52,8 @@ def linear_attention(
     implementation: "reference", "recurrent", "xla", "pallas_tpu" (at most 256 channels; interpreted on a CPU),
                     "pallas_gpu" (Hopper, bfloat16, 64 or 128 channels, one query per state at most; interpreted on a
                     CPU), or None: "recurrent" for one token, else "pallas_tpu" on a TPU or
-                    "pallas_gpu" on a GPU if it takes the arguments, else "xla".
+                    "pallas_gpu" on a GPU if it takes the arguments, else "xla"; with JAXHYBRID_LINEAR_KERNELS=0 in the
+                    environment, read when a program is traced, no kernel.
     norm_eps:       None, or a positive Python number: then q and k are first divided by sqrt(sum of squares + norm_eps)
                     over K, as the delta rules want keys. "pallas_tpu" does it inside its delta-rule kernels.
 

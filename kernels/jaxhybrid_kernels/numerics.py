@@ -88,6 +88,11 @@ def target_platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
+def recurs_by_kernels() -> bool:
+    """Whether linear attention takes its own kernels where they serve: unless JAXHYBRID_LINEAR_KERNELS is 0."""
+    return os.environ.get("JAXHYBRID_LINEAR_KERNELS") != "0"
+
+
 def decodes_by_kernels() -> bool:
     """Whether decoding takes its own kernels where they serve: on GPUs of NVIDIA's, unless
     JAXHYBRID_DECODE_KERNELS is 0 (nowhere) or 1 (wherever they have a form)."""

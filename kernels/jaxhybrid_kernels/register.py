@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxhybrid_kernels.numerics import target_platform
+from jaxhybrid_kernels.numerics import recurs_by_kernels, target_platform
 
 
 class Implementation[Call](NamedTuple):
@@ -31,14 +31,15 @@ def check_implementation(register: Register, name: str | None) -> None:
 def choose[Call](register: Register[Call], name: str | None, call: Call, tokens: int) -> Implementation[Call]:
     """The one of that name, or by default the first for this platform and length that takes the arguments.
 
-    Raises ValueError if the one of that name refuses them.
+    With JAXHYBRID_LINEAR_KERNELS=0 no default is a kernel. Raises ValueError if the one of that name refuses them.
     """
     if name is not None:
         if (reason := register[name].refusal(call)) is not None:
             raise ValueError(reason)
         return register[name]
+    own = target_platform() if recurs_by_kernels() else None
     return next(
         entry
         for entry in register.values()
-        if entry.platform in (None, target_platform()) and tokens >= entry.fewest_tokens and entry.refusal(call) is None
+        if entry.platform in (None, own) and tokens >= entry.fewest_tokens and entry.refusal(call) is None
     )

@@ -36,11 +36,19 @@ def test_unavailable_implementation_is_refused(suite, name):
         ("tpu", 2, {"chunk_size": 32}, "xla"),
         ("tpu", 2, {"implementation": "reference"}, "reference"),
         ("cpu", 2, {"implementation": "pallas_tpu"}, "pallas_tpu"),
+        ("tpu", 2, {"switch": "0"}, "xla"),
+        ("tpu", 1, {"switch": "0"}, "recurrent"),
+        ("tpu", 2, {"switch": "0", "implementation": "pallas_tpu"}, "pallas_tpu"),
+        ("tpu", 2, {"switch": "1"}, "pallas_tpu"),
     ],
 )
 @pytest.mark.parametrize(("module", "operator", "arrays"), [(api, linear_attention, 3), (dplr_api, dplr_attention, 6)])
 def test_choice(monkeypatch, module, operator, arrays, platform, tokens, changes, chosen):
-    """Kernels by default where they are at home, for more than one token, unless they refuse; by name anywhere."""
+    """Kernels by default where they are at home, for more than one token, unless they refuse or are switched off; by
+    name anywhere."""
+    monkeypatch.delenv("JAXHYBRID_LINEAR_KERNELS", raising=False)
+    if (wanted := (changes := dict(changes)).pop("switch", None)) is not None:
+        monkeypatch.setenv("JAXHYBRID_LINEAR_KERNELS", wanted)
     monkeypatch.setattr(register, "target_platform", lambda: platform)
     for name, entry in module.REGISTER.items():
         monkeypatch.setitem(module.REGISTER, name, entry._replace(run=lambda call, name=name: name))
