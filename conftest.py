@@ -10,7 +10,10 @@ MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 30_000
 
 
-def pytest_runtest_teardown():
+def pytest_runtest_teardown(item, nextitem):
+    """Between modules only: within one, tests may share programs and count them."""
+    if nextitem is not None and nextitem.path == item.path:
+        return
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
