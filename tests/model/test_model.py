@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -92,13 +93,20 @@ def kept_gradients(model):
     return gradients(model, "none")
 
 
+QUICK = {("block", False), ("mlp", False)}
+QUICK_OF = dict.fromkeys(SETTINGS, QUICK)  # the rest is for long studies
+QUICK_OF["convolved"] = QUICK | {("dots", False), ("offload", False), ("mlp", True)}  # it has most in its layers
+
+
 @pytest.mark.parametrize(
-    ("policy", "unroll"),
+    ("model", "policy", "unroll"),
     [
-        ("block", False), ("mlp", False), ("dots", False), ("offload", False), ("mlp", True),
-        *(pytest.param(policy, True, marks=pytest.mark.slow) for policy in ("none", "block", "dots", "offload")),
+        pytest.param(name, *how, marks=() if how in QUICK_OF[name] else pytest.mark.slow)
+        for name in SETTINGS
+        for how in [("none", True), *product(("block", "mlp", "dots", "offload"), (False, True))]
     ],
-)  # fmt: skip
+    indirect=["model"],
+)
 def test_remat_gives_the_same_gradients(model, kept_gradients, policy, unroll):
     again = gradients(model, policy, unroll)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(kept_gradients), jax.tree.leaves(again), strict=True):
