@@ -1,0 +1,9 @@
+"""What stops an emulation."""
+
+
+class Refused(NotImplementedError):
+    """The program does something that is not modelled."""
+
+
+class Fault(RuntimeError):
+    """The program does something that no GPU would carry out, or waits for ever."""

@@ -1,0 +1,165 @@
+"""Carries a program out in all its thread blocks, in one schedule of warps of many.
+
+What is modelled: registers and branches of every thread; shared memory, that begins as NaN; barriers; copies with their
+bounds and swizzles; products by their layouts; that copies and products see what warps wrote only after a fence; and of
+the first block's shared memory what is in no order. What is not: when results of products reach registers, the order of
+lanes within a warp, that of global memory within a kernel and of kernels among one another, blocks that part ways
+(unequal numbers of steps), clusters, and time.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from errors import Fault
+from instructions import carried_by
+from memory import GLOBAL, UNWRITTEN, GlobalMemory, SharedMemory, shared_units
+from program import Instruction, Program
+from races import Detector, Race
+from warp import LANES, Blocks, Descriptor, Warp
+
+DESCRIPTORS = 1 << 40  # where a kernel's descriptors are
+LONGEST_TURN = 400  # instructions, where turns are random
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A warp goes on until it waits; with a seed for a random number of instructions, and any may be next."""
+
+    seed: int | None = None
+    reverse: bool = False  # the last warp first
+    late_copies: bool = False
+    fill: int = UNWRITTEN  # what shared memory begins with
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How an array is described to copies, without its address: see `Descriptor`."""
+
+    argument: int
+    itemsize: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
+
+    def at(self, address: int) -> Descriptor:
+        return Descriptor(address, self.itemsize, self.sizes, self.strides, self.box, self.swizzle)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the host starts a kernel."""
+
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    arguments: tuple[int | None, ...]  # by parameter the array's number, None for the descriptors
+    descriptors: dict[int, Placed]  # by their offsets in bytes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    results: list[np.ndarray]
+    races: Counter[Race]
+    outside: Counter[Instruction]  # elements that copies would have had out of bounds
+    damage: list[str]
+
+    @property
+    def faults(self) -> list[str]:
+        races = [f"{race.what}: {race.place} after {race.other}, {count} times" for race, count in self.races.items()]
+        return races + [f"{count} elements out of bounds: {at}" for at, count in self.outside.items()] + self.damage
+
+
+class Machine:
+    def __init__(self, program: Program, blocks: Blocks, schedule: Schedule):
+        self.program, self.blocks = program, blocks
+        self._carried = [carried_by(instruction) for instruction in program.instructions]
+        self._warps = [Warp(number, blocks) for number in range(blocks.warps)]
+        self._order = self._warps[::-1] if schedule.reverse else list(self._warps)
+        self._random = None if schedule.seed is None else np.random.default_rng(schedule.seed)
+
+    def run(self) -> None:
+        with np.errstate(all="ignore"):
+            while any(not warp.done for warp in self._warps):
+                if (warp := self._next()) is not None:
+                    self._turn(warp)
+                elif self.blocks.late:
+                    self.blocks.late.pop(0)()
+                else:
+                    raise Fault(f"deadlock: {self._waiting()}")
+        if self.blocks.late:
+            raise Fault(f"{len(self.blocks.late)} copies that nobody waited for")
+
+    def unfinished(self) -> list[str]:
+        barriers = self.blocks.arrival_barriers.items()
+        return [f"barrier at {address:#x} left unfinished" for address, barrier in barriers if not barrier.finished]
+
+    def _next(self) -> Warp | None:
+        if self._random is not None:
+            self._random.shuffle(self._order)  # type: ignore[arg-type]
+        return next((warp for warp in self._order if not warp.done and warp.ready()), None)
+
+    def _turn(self, warp: Warp) -> None:
+        steps = None if self._random is None else int(self._random.integers(1, LONGEST_TURN))
+        while not warp.done and warp.blocked is None and steps != 0:
+            self._step(warp)
+            steps = None if steps is None else steps - 1
+
+    def _step(self, warp: Warp) -> None:
+        """The path that is furthest behind, so that paths meet again."""
+        warp.at = min(warp.paths)
+        warp.threads = warp.paths.pop(warp.at)
+        instruction = self.program.instructions[warp.at]
+        active = warp.threads if warp.paths else None
+        if instruction.guard is not None:
+            active = warp.threads & (warp.read(instruction.guard, "pred") ^ instruction.negated)
+        paths = None
+        if active is None or active.any():
+            everyone = active is None or bool(active.all())
+            paths = self._carried[warp.at](warp, instruction, None if everyone else active)
+        for place, threads in ({warp.at + 1: warp.threads} if paths is None else paths).items():
+            warp.paths[place] = warp.paths[place] | threads if place in warp.paths else threads
+
+    def _waiting(self) -> str:
+        """At what they wait, each with its warps."""
+        places: dict[str, list[int]] = {}
+        for warp in self._warps:
+            if not warp.done:
+                places.setdefault(str(self.program.instructions[min(warp.paths) - 1]), []).append(warp.number)
+        return ", ".join(f"warps {numbers} at {place}" for place, numbers in places.items())
+
+
+def emulate(
+    program: Program,
+    launch: Launch,
+    operands: Sequence[np.ndarray],
+    results: Sequence[np.ndarray],
+    schedule: Schedule | None = None,
+    watching: bool = True,
+) -> Outcome:
+    """Of the results shapes and dtypes are used; watching: for races, which takes longer."""
+    schedule = schedule or Schedule()
+    memory = GlobalMemory(operands, results)
+    numbers, addresses = range(len(operands) + len(results)), memory.addresses
+    values = {number: GLOBAL + address for number, address in zip(numbers, addresses, strict=True)}
+    warps = launch.threads // LANES
+    detector = Detector(warps, shared_units(launch.shared_bytes), watching)
+    blocks = Blocks(
+        program=program,
+        grid=launch.grid,
+        warps=warps,
+        parameters={
+            name: DESCRIPTORS if argument is None else values[argument]
+            for name, argument in zip(program.parameters, launch.arguments, strict=True)
+        },
+        descriptors={DESCRIPTORS + at: placed.at(values[placed.argument]) for at, placed in launch.descriptors.items()},
+        memory=memory,
+        shared=SharedMemory(int(np.prod(launch.grid)), launch.shared_bytes, schedule.fill, detector),
+        detector=detector,
+        late=[] if schedule.late_copies else None,
+    )
+    machine = Machine(program, blocks, schedule)
+    machine.run()
+    return Outcome(memory.results(), detector.races, blocks.outside, memory.damage() + machine.unfinished())

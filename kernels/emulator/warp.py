@@ -1,0 +1,198 @@
+"""A warp in every thread block at once: its registers, its threads' places in the program, and what it waits for."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from barriers import ArrivalBarrier, WarpBarrier
+from errors import Fault, Refused
+from memory import GLOBAL, SHARED, SHARED_END, GlobalMemory, SharedMemory, units_of
+from program import KINDS, Address, Instruction, Program
+from races import UNIT, Detector
+
+LANES = 32
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """An array in global memory as a copy sees it, outermost axis first; strides in elements."""
+
+    address: int
+    itemsize: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
+
+
+@dataclass
+class Blocks:
+    """What the warps of a block have in common, of all blocks side by side."""
+
+    program: Program
+    grid: tuple[int, int, int]
+    warps: int
+    parameters: dict[str, int]  # their values; of those that are arrays of bytes, their addresses
+    descriptors: dict[int, Descriptor]  # by address
+    memory: GlobalMemory
+    shared: SharedMemory
+    detector: Detector
+    late: list[Callable[[], None]] | None = None  # copies not yet done, if they are to be late
+    warp_barriers: dict[int, WarpBarrier] = field(default_factory=dict)
+    arrival_barriers: dict[int, ArrivalBarrier] = field(default_factory=dict)
+    outside: Counter[Instruction] = field(default_factory=Counter)  # elements that copies read out of bounds
+    _constants: dict[tuple[str, np.dtype], np.ndarray] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(np.prod(self.grid)), LANES
+
+    def constant(self, text: str, dtype: np.dtype) -> np.ndarray:
+        """A number, an address or a place in the grid."""
+        if (text, dtype) not in self._constants:
+            self._constants[text, dtype] = self._constant(text, dtype)
+        return self._constants[text, dtype]
+
+    def _constant(self, text: str, dtype: np.dtype) -> np.ndarray:
+        if text.startswith("%ctaid."):
+            index = np.unravel_index(np.arange(self.shape[0]), self.grid[::-1])["zyx".index(text[-1])]
+            return np.repeat(index[:, None], LANES, 1).astype(dtype)
+        if text == self.program.dynamic:
+            return np.full(self.shape, SHARED, dtype)
+        if text in self.parameters:
+            return np.full(self.shape, self.parameters[text], dtype)
+        try:
+            bits = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
+        except ValueError:
+            raise Fault(f"{text} is read before it is written") from None
+        if dtype.kind == "b":
+            return np.full(self.shape, bool(bits))
+        unsigned = np.dtype(f"uint{8 * dtype.itemsize}")
+        return np.full(self.shape, bits % (1 << 8 * dtype.itemsize), unsigned).view(dtype)
+
+    def arrival_barrier(self, address: int, by: Instruction) -> ArrivalBarrier:
+        if address not in self.arrival_barriers:
+            raise Fault(f"{by}: no barrier was made at {address - SHARED:+}")
+        return self.arrival_barriers[address]
+
+
+class Groups[Member]:
+    """What was started, by the groups that a warp has committed."""
+
+    def __init__(self) -> None:
+        self.open: list[Member] = []
+        self.committed: list[list[Member]] = []
+
+    def commit(self) -> None:
+        self.committed.append(self.open)
+        self.open = []
+
+    def wait(self, most: int) -> list[Member]:
+        """All but as many groups, which are then over."""
+        over = self.committed[: max(len(self.committed) - most, 0)]
+        del self.committed[: len(over)]
+        return [member for group in over for member in group]
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.open) or any(self.committed)
+
+
+class Warp:
+    def __init__(self, number: int, blocks: Blocks):
+        self.number, self.blocks = number, blocks
+        self.everyone = np.ones(blocks.shape, bool)
+        self.paths = {0: self.everyone}  # where in the program which threads are
+        self.threads = self.everyone  # of the path that goes on
+        self.at = 0
+        self.blocked: Callable[[], bool] | None = None
+        self.stores: Groups[np.ndarray] = Groups()
+        self.products: Groups[np.ndarray] = Groups()
+        self._registers: dict[str, np.ndarray] = {"%tid.x": self._thread_index}
+
+    @cached_property
+    def _thread_index(self) -> np.ndarray:
+        index = np.arange(LANES, dtype=np.uint32) + np.uint32(LANES * self.number)
+        return np.repeat(index[None], self.blocks.shape[0], 0)
+
+    @property
+    def done(self) -> bool:
+        return not self.paths
+
+    def ready(self) -> bool:
+        if self.blocked is not None and self.blocked():
+            self.blocked = None
+        return self.blocked is None
+
+    def wait(self, over: Callable[[], bool]) -> None:
+        self.blocked = None if over() else over
+
+    def together(self, by: Instruction, active: np.ndarray | None) -> None:
+        """All threads of all blocks have to be here."""
+        if active is not None:
+            raise Refused(f"{by}: threads or blocks have parted here, which is not modelled")
+
+    def read(self, name: str, kind: str) -> np.ndarray:
+        """[blocks,32], of pairs [blocks,64]"""
+        dtype = KINDS[kind]
+        register = self._registers.get(name)
+        return self.blocks.constant(name, dtype) if register is None else register.view(dtype)
+
+    def write(self, name: str, values: np.ndarray, active: np.ndarray | None) -> None:
+        """Of the active threads (None: all)."""
+        bits = np.ascontiguousarray(values).view(self.blocks.program.width(name))
+        if active is not None and name in self._registers:
+            bits = np.where(active, bits, self._registers[name])
+        self._registers[name] = bits
+
+    def same(self, name: str, kind: str, by: Instruction, active: np.ndarray | None = None) -> int:
+        """A number that all active threads of all blocks have alike."""
+        values = self.read(name, kind)
+        values = values if active is None else values[active]
+        if (values != values.flat[0]).any():
+            raise Refused(f"{by}: {name} differs between threads or blocks, which is not modelled")
+        return int(values.flat[0])
+
+    def addresses(self, address: Address, active: np.ndarray | None = None) -> np.ndarray:
+        """[blocks,32]; of threads that are not active that of one that is."""
+        in_register = address.base.startswith("%")
+        bits = 8 * self.blocks.program.width(address.base).itemsize if in_register else 64
+        values = self.read(address.base, f"u{bits}").astype(np.int64) + address.offset
+        return values if active is None else np.where(active, values, values[active].flat[0])
+
+    def same_address(self, address: Address, by: Instruction, active: np.ndarray | None = None) -> int:
+        addresses = self.addresses(address, active)
+        if (addresses != addresses.flat[0]).any():
+            raise Refused(f"{by}: {address.base} differs between threads or blocks, which is not modelled")
+        return int(addresses.flat[0])
+
+    def load(self, by: Instruction, addresses: np.ndarray, size: int, active: np.ndarray | None) -> np.ndarray:
+        """[blocks,32,size in units]"""
+        units = self._aligned(by, addresses, size)
+        if self._in_shared(by, addresses):
+            return self.blocks.shared.load(self.number, units, self.everyone if active is None else active, by)
+        return self.blocks.memory.load(units - GLOBAL // UNIT, by)
+
+    def store(self, by: Instruction, addresses: np.ndarray, values: np.ndarray, active: np.ndarray | None) -> None:
+        """values [blocks,32,units]"""
+        units = self._aligned(by, addresses, values.shape[-1] * UNIT)
+        threads = self.everyone if active is None else active
+        if self._in_shared(by, addresses):
+            self.blocks.shared.store(self.number, units, values, threads, by)
+        else:
+            self.blocks.memory.store(units[threads] - GLOBAL // UNIT, values[threads], by)
+
+    def _aligned(self, by: Instruction, addresses: np.ndarray, size: int) -> np.ndarray:
+        if (addresses % size).any():
+            raise Fault(f"{by}: an address is no multiple of {size}")
+        return units_of(addresses, size)
+
+    def _in_shared(self, by: Instruction, addresses: np.ndarray) -> bool:
+        shared = addresses < SHARED_END
+        if shared.any() != shared.all():
+            raise Refused(f"{by}: some threads' addresses are of shared memory, others of global")
+        if ".shared" in by.name and not shared.all():
+            raise Fault(f"{by}: no address of shared memory")
+        return bool(shared.all())
