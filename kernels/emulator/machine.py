@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from errors import Fault
 from instructions import carried_by
+from launch import Launch
 from memory import GLOBAL, UNWRITTEN, GlobalMemory, SharedMemory, shared_units
 from program import Instruction, Program
-from races import Detector, Race
-from warp import LANES, Blocks, Descriptor, Warp
+from races import EMPTY, Detector, Race
+from warp import LANES, Blocks, Warp
 
 DESCRIPTORS = 1 << 40  # where a kernel's descriptors are
 LONGEST_TURN = 400  # instructions, where turns are random
@@ -34,32 +35,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """How an array is described to copies, without its address: see `Descriptor`."""
-
-    argument: int
-    itemsize: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    box: tuple[int, ...]
-    swizzle: int
-
-    def at(self, address: int) -> Descriptor:
-        return Descriptor(address, self.itemsize, self.sizes, self.strides, self.box, self.swizzle)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the host starts a kernel."""
-
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int
-    arguments: tuple[int | None, ...]  # by parameter the array's number, None for the descriptors
-    descriptors: dict[int, Placed]  # by their offsets in bytes
-
-
-@dataclass(frozen=True)
 class Outcome:
     results: list[np.ndarray]
     races: Counter[Race]
@@ -67,9 +42,24 @@ class Outcome:
     damage: list[str]
 
     @property
-    def faults(self) -> list[str]:
-        races = [f"{race.what}: {race.place} after {race.other}, {count} times" for race, count in self.races.items()]
-        return races + [f"{count} elements out of bounds: {at}" for at, count in self.outside.items()] + self.damage
+    def faults(self) -> Counter[str]:
+        """By what is said of them, how many."""
+        faults = Counter(self.damage)
+        for race, count in self.races.items():
+            if not _may_be_unread(race):
+                faults[f"{race.what}: {race.place}" + (f", before it {race.other}" if race.other else "")] += count
+        for instruction, count in self.outside.items():
+            faults[f"out of bounds: {instruction}"] += count
+        return faults
+
+    @property
+    def remarks(self) -> Counter[str]:
+        return Counter({f"{race.what}: {race.place}": n for race, n in self.races.items() if _may_be_unread(race)})
+
+
+def _may_be_unread(race: Race) -> bool:
+    """Rows of a product that nobody uses may be of anything; if they are used, the results are NaN."""
+    return race.what == EMPTY and race.place.name.startswith("wgmma")
 
 
 class Machine:

@@ -1,5 +1,6 @@
 """A kernel's PTX, parsed: instructions with their operands, registers, and the lines of source they come from."""
 
+import copy
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -110,6 +111,12 @@ class Program:
         statements = self._statements(entry[begin:], files)
         named = Counter(name for statement in statements for name in set(re.findall(r"%\w+", statement.text)))
         self.instructions = [self._instruction(statement, named) for statement in statements]
+
+    def with_instruction(self, place: int, instruction: Instruction) -> "Program":
+        """With another one at a place."""
+        other = copy.copy(self)
+        other.instructions = [*self.instructions[:place], instruction, *self.instructions[place + 1 :]]
+        return other
 
     def width(self, register: str) -> np.dtype:
         """Of a register's bits, as it was declared."""

@@ -9,6 +9,7 @@ from program import Instruction
 UNIT = 2  # bytes
 NEVER = 1 << 40  # a clock that no warp reaches
 NOBODY = -1
+EMPTY = "read of what nobody wrote"
 
 
 class Race(NamedTuple):
@@ -55,7 +56,7 @@ class Detector:
         self._in_order("read after write", warp, units, by)
         empty = self._writer[units] == NOBODY
         if by.used or lasting:
-            self._report("read of what nobody wrote", by, self._write_place[units], empty)
+            self._report(EMPTY, by, self._write_place[units], empty)
         if lasting:
             self._report("no fence before a read", by, self._write_place[units], ~self._visible[units])
         self._read_clocks[warp, units] = NEVER if lasting else self.clocks[warp, warp]

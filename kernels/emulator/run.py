@@ -1,0 +1,116 @@
+"""The Hopper kernels on a machine without a GPU: compiled for an H100, their PTX emulated.
+
+    python kernels/emulator/run.py                                   # every recurrence and form at 64 channels
+    python kernels/emulator/run.py --recurrence kimi_delta --widths 128,64 --forms spans --schedules 3
+    python kernels/emulator/run.py --faults                          # takes waits and barriers out: is each noticed?
+
+Each case is one of test_on_gpu.py's `test_recurrences_and_widths`: results and all gradients against the float64 token
+recurrence, and what machine.py knows of a kernel: races by lines of its source, copies out of bounds, writes outside of
+arrays, deadlocks. With more schedules every kernel must give the same bits in each. Ends with 1 if anything is wrong.
+
+Needs JAX's CUDA plugin (`jax[cuda13]`), which brings the assembler, numpy, pytest (for the suite's cases) and
+jaxhybrid_kernels, installed or on PYTHONPATH; no GPU.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cases import Emulated, Run
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recurrence", nargs="*", help="all by default")
+    parser.add_argument("--widths", nargs="*", default=["64,64"], metavar="K,V")
+    parser.add_argument("--forms", nargs="*", help="prepared, fused, spans; all by default")
+    parser.add_argument("--tokens", type=int, help="130 by default; in spans, as many chunks in each")
+    parser.add_argument("--schedules", type=int, default=1, help="of each kernel")
+    parser.add_argument("--faults", action="store_true", help="plant faults as well")
+    parser.add_argument("--most", type=int, default=4, help="planted faults of a kind and kernel")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="emulator-") as dump:
+        sys.exit(0 if run(args, Path(dump)) else 1)
+
+
+def run(args: argparse.Namespace, dump: Path) -> bool:
+    from gpu_resources import set_up
+
+    set_up(str(dump))
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from cases import load_suite, run_case
+    from compiler import Compiler
+    from errors import Fault, Refused
+
+    suite = load_suite()
+    compiler = Compiler(dump)
+    right = True
+    for recurrence in args.recurrence or suite.RECURRENCES:
+        for widths in args.widths:
+            for form in args.forms or suite.FORMS:
+                start = time.time()
+                K, V = (int(width) for width in widths.split(","))
+                try:
+                    case = run_case(suite, compiler, recurrence, (K, V), form, args.tokens or suite.TOKENS)
+                    wrong = list(found(case, suite.LEAST_COSINE, args))
+                    said = summary(case)
+                except (Fault, Refused) as stopped:
+                    wrong, said = [f"{type(stopped).__name__}: {stopped}"], "stopped"
+                verdict = "WRONG" if wrong else "right"
+                print(f"{recurrence} {widths} {form}: {verdict}, {said}, {time.time() - start:.0f} s", flush=True)
+                for fault in wrong:
+                    print(f"    {fault}", flush=True)
+                right = right and not wrong
+    return right
+
+
+def summary(case: "Run") -> str:
+    worst = min(case.cosines, key=lambda name: case.cosines[name])
+    remarks = sum(len(emulated.outcome.remarks) for emulated in case.kernels)
+    return f"1 - cosine at most {1 - case.cosines[worst]:.1e} ({worst}), {len(case.kernels)} kernels" + (
+        f", {remarks} products with rows that nobody wrote" if remarks else ""
+    )
+
+
+def found(case: "Run", least_cosine: float, args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong."""
+    for name, cosine in case.cosines.items():
+        if not cosine > least_cosine:
+            yield f"{name}: cosine {cosine:.5f}"
+    for emulated in case.kernels:
+        for fault, count in emulated.outcome.faults.items():
+            yield f"{emulated.kernel.name}: {fault}, {count} times"
+        yield from in_other_schedules(emulated, args.schedules - 1)
+        if args.faults:
+            yield from unnoticed(emulated, args.most)
+
+
+def in_other_schedules(emulated: "Emulated", count: int) -> Iterator[str]:
+    from cases import other_schedules
+
+    for schedule, outcome in other_schedules(emulated, count):
+        for number, (a, b) in enumerate(zip(outcome.results, emulated.outcome.results, strict=True)):
+            if a.tobytes() != b.tobytes():
+                yield f"{emulated.kernel.name}: other bits in result {number}, {schedule}"
+        for fault in outcome.faults.keys() - emulated.outcome.faults.keys():
+            yield f"{emulated.kernel.name}: {fault}, {schedule}"
+
+
+def unnoticed(emulated: "Emulated", most: int) -> Iterator[str]:
+    from faults import planted
+
+    for fault in planted(emulated.kernel, emulated.outcome, most):
+        if not fault.noticed:
+            yield f"{emulated.kernel.name} without {fault.place}: not noticed"
+
+
+if __name__ == "__main__":
+    main()
