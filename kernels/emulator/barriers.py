@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from errors import Fault
+from program import Instruction
 from races import Detector
 
 
@@ -31,11 +32,15 @@ class WarpBarrier:
 class ArrivalBarrier:
     """Of the first block; all blocks do the same."""
 
-    def __init__(self, count: int, detector: Detector):
+    def __init__(self, count: int, detector: Detector, maker: int, made: Instruction):
         self.count = self.pending = count
+        self._maker, self._made, self._made_clock = maker, made, int(detector.clocks[maker, maker])
         self.bytes = self.phase = 0
         self._detector = detector
         self._clock, self._next = (np.zeros(detector.engine + 1, np.int64) for _ in range(2))
+
+    def used(self, warp: int, by: Instruction) -> None:
+        self._detector.use_barrier(warp, self._maker, self._made_clock, by, self._made)
 
     @property
     def finished(self) -> bool:

@@ -1,6 +1,7 @@
 """Kernels compiled for an H100 that is not there, to PTX."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,10 @@ class Compiler:
     def compile(
         self, name: str, kernel: Callable[..., Any], operands: Sequence[jax.Array], results: Sequence[Any]
     ) -> Compiled:
-        for path in self._dump.iterdir():
-            path.unlink()
-        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(self._device)) for x in operands]
-        with jax.disable_jit(False), jax.sharding.use_abstract_mesh(self._mesh):
-            jax.jit(kernel).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+        # In a thread of its own JAX knows nothing of the gradient being made, whose place it would give to every
+        # instruction, nor that `jit` is disabled.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(self._compile, kernel, operands).result()
         return Compiled(
             name,
             Program(self._written(PTX)),
@@ -49,6 +49,14 @@ class Compiler:
             [np.asarray(operand) for operand in operands],
             [np.empty(result.shape, result.dtype) for result in results],
         )
+
+    def _compile(self, kernel: Callable[..., Any], operands: Sequence[jax.Array]) -> None:
+        for path in self._dump.iterdir():
+            path.unlink()
+        sharding = SingleDeviceSharding(self._device)
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in operands]
+        with jax.sharding.use_abstract_mesh(self._mesh):
+            jax.jit(kernel).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
 
     def _written(self, ending: str) -> str:
         found = [path for path in self._dump.iterdir() if path.name.endswith(ending)]

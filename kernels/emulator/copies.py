@@ -58,7 +58,7 @@ def load(warp: Warp, by: Instruction, active: np.ndarray | None) -> None:
     """Zeros from out of bounds."""
     blocks = warp.blocks
     box = Box(warp, by, active, by.address(1), by.address(0))
-    barrier = blocks.arrival_barrier(warp.same_address(by.address(2), by, active), by)
+    barrier = warp.arrival_barrier(by.address(2), by, active)
     values = np.where(box.inside, blocks.memory.load(box.array, by), np.uint16(0))
     clock = blocks.detector.clocks[warp.number].copy()
     clock[blocks.detector.engine] = blocks.detector.write_by_copy(warp.number, box.shared, by)

@@ -1,4 +1,8 @@
-"""Would a race be noticed? A kernel without one of its waits, fences or barriers."""
+"""Would a race be noticed? A kernel without its waits, fences or barriers.
+
+Without all of a kind a kernel is surely wrong. A single one may be redundant, as most barriers are: Mosaic puts several
+where one would do, and a wait may follow from another.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,30 +25,28 @@ KINDS = {
 
 class Planted(NamedTuple):
     kind: str
-    place: Instruction
-    noticed: str  # empty if it was not
+    place: Instruction | None  # None for all of the kind
+    noticed: bool
 
 
 def planted(kernel: Compiled, right: Outcome, most: int) -> Iterator[Planted]:
-    """As many of each kind at most, spread over the program."""
+    """All of a kind, then single ones, as many at most, spread over the program."""
     for kind, beginning in KINDS.items():
         sites = [i for i, one in enumerate(kernel.program.instructions) if one.name.startswith(beginning)]
-        chosen = sorted({sites[round(i)] for i in np.linspace(0, len(sites) - 1, min(most, len(sites)))})
-        for site in chosen:
-            yield Planted(kind, kernel.program.instructions[site], _noticed(kernel, right, site))
+        if sites:
+            yield Planted(kind, None, _noticed(kernel, right, sites))
+        for i in np.unique(np.linspace(0, len(sites) - 1, min(most, len(sites))).round().astype(int)):
+            yield Planted(kind, kernel.program.instructions[sites[i]], _noticed(kernel, right, [sites[i]]))
 
 
-def _noticed(kernel: Compiled, right: Outcome, site: int) -> str:
-    instruction = kernel.program.instructions[site]
-    without = kernel.program.with_instruction(site, _nothing(instruction))
+def _noticed(kernel: Compiled, right: Outcome, sites: list[int]) -> bool:
+    program = kernel.program.replaced({site: _nothing(kernel.program.instructions[site]) for site in sites})
     try:
-        outcome = emulate(without, kernel.launch, kernel.operands, kernel.results)
-    except Fault as fault:
-        return str(fault)
-    if new := outcome.faults.keys() - right.faults.keys():
-        return min(new)
+        outcome = emulate(program, kernel.launch, kernel.operands, kernel.results)
+    except Fault:
+        return True
     same = all(a.tobytes() == b.tobytes() for a, b in zip(outcome.results, right.results, strict=True))
-    return "" if same else "other results"
+    return not same or bool(outcome.faults.keys() - right.faults.keys())
 
 
 def _nothing(instruction: Instruction) -> Instruction:

@@ -259,7 +259,7 @@ def synchronize(warp: Warp, by: Instruction, active: Active) -> None:
 @known("mbarrier.init.shared.b64")
 def make_barrier(warp: Warp, by: Instruction, active: Active) -> None:
     address, count = warp.same_address(by.address(0), by, active), warp.same(by.register(1), "u32", by, active)
-    warp.blocks.arrival_barriers[address] = ArrivalBarrier(count, warp.blocks.detector)
+    warp.blocks.arrival_barriers[address] = ArrivalBarrier(count, warp.blocks.detector, warp.number, by)
 
 
 @known("mbarrier.arrive.release.cta.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64")
@@ -272,7 +272,7 @@ def arrive(warp: Warp, by: Instruction, active: Active) -> None:
     expecting = ".expect_tx" in by.name
     if not expecting and given != 1:
         raise Refused(f"{by}: {given} arrivals a thread")
-    barrier = warp.blocks.arrival_barrier(warp.same_address(by.address(1), by, active), by)
+    barrier = warp.arrival_barrier(by.address(1), by, active)
     barrier.arrive(warp.number, arrivals, arrivals * given if expecting else 0)
 
 
@@ -280,7 +280,7 @@ def arrive(warp: Warp, by: Instruction, active: Active) -> None:
 def wait(warp: Warp, by: Instruction, active: Active) -> None:
     """Until the phase is over: the loop around it is gone through once."""
     warp.together(by, active)
-    barrier = warp.blocks.arrival_barrier(warp.same_address(by.address(1), by), by)
+    barrier = warp.arrival_barrier(by.address(1), by)
     warp.wait(barrier.wait(warp.number, warp.same(by.register(2), "u32", by)))
     warp.write(by.register(0), warp.everyone, None)
 

@@ -112,10 +112,10 @@ class Program:
         named = Counter(name for statement in statements for name in set(re.findall(r"%\w+", statement.text)))
         self.instructions = [self._instruction(statement, named) for statement in statements]
 
-    def with_instruction(self, place: int, instruction: Instruction) -> "Program":
-        """With another one at a place."""
+    def replaced(self, instructions: dict[int, Instruction]) -> "Program":
+        """With others at some places."""
         other = copy.copy(self)
-        other.instructions = [*self.instructions[:place], instruction, *self.instructions[place + 1 :]]
+        other.instructions = [instructions.get(i, one) for i, one in enumerate(self.instructions)]
         return other
 
     def width(self, register: str) -> np.dtype:

@@ -82,6 +82,10 @@ class Detector:
             self._visible[units] = True
         return self._copies
 
+    def use_barrier(self, warp: int, maker: int, clock: int, by: Instruction, made: Instruction) -> None:
+        if self.watching and warp != maker and clock > self.clocks[warp, maker]:
+            self.races[Race("use of a barrier that may not be there yet", by, made)] += 1
+
     def fence(self, warp: int, units: np.ndarray) -> None:
         if self.watching:
             self._visible[units[self._writer[units] == warp]] = True

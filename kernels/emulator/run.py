@@ -2,7 +2,7 @@
 
     python kernels/emulator/run.py                                   # every recurrence and form at 64 channels
     python kernels/emulator/run.py --recurrence kimi_delta --widths 128,64 --forms spans --schedules 3
-    python kernels/emulator/run.py --faults                          # takes waits and barriers out: is each noticed?
+    python kernels/emulator/run.py --faults                          # takes waits and barriers out: is it noticed?
 
 Each case is one of test_on_gpu.py's `test_recurrences_and_widths`: results and all gradients against the float64 token
 recurrence, and what machine.py knows of a kernel: races by lines of its source, copies out of bounds, writes outside of
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="*", help="prepared, fused, spans; all by default")
     parser.add_argument("--tokens", type=int, help="130 by default; in spans, as many chunks in each")
     parser.add_argument("--schedules", type=int, default=1, help="of each kernel")
-    parser.add_argument("--faults", action="store_true", help="plant faults as well")
+    parser.add_argument("--faults", action="store_true", help="plant faults as well, see faults.py")
     parser.add_argument("--most", type=int, default=4, help="planted faults of a kind and kernel")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="emulator-") as dump:
@@ -105,11 +105,20 @@ def in_other_schedules(emulated: "Emulated", count: int) -> Iterator[str]:
 
 
 def unnoticed(emulated: "Emulated", most: int) -> Iterator[str]:
-    from faults import planted
+    """Where nothing is noticed of all of a kind; prints how many single ones are."""
+    from faults import KINDS, planted
 
-    for fault in planted(emulated.kernel, emulated.outcome, most):
-        if not fault.noticed:
-            yield f"{emulated.kernel.name} without {fault.place}: not noticed"
+    faults = list(planted(emulated.kernel, emulated.outcome, most))
+    counts = []
+    for kind in KINDS:
+        single = [fault for fault in faults if fault.kind == kind and fault.place is not None]
+        counts.append(f"{kind} {sum(fault.noticed for fault in single)} of {len(single)}")
+        for fault in faults:
+            if fault.kind == kind and fault.place is None and not fault.noticed:
+                yield f"{emulated.kernel.name}: not noticed that every {kind} is missing"
+    print(f"    {emulated.kernel.name}, single ones taken out and noticed: {', '.join(counts)}")
+    for place in sorted({str(fault.place) for fault in faults if fault.place is not None and not fault.noticed}):
+        print(f"        not noticed: {place}", flush=True)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,6 @@ class Blocks:
         unsigned = np.dtype(f"uint{8 * dtype.itemsize}")
         return np.full(self.shape, bits % (1 << 8 * dtype.itemsize), unsigned).view(dtype)
 
-    def arrival_barrier(self, address: int, by: Instruction) -> ArrivalBarrier:
-        if address not in self.arrival_barriers:
-            raise Fault(f"{by}: no barrier was made at {address - SHARED:+}")
-        return self.arrival_barriers[address]
-
 
 class Groups[Member]:
     """What was started, by the groups that a warp has committed."""
@@ -167,6 +162,14 @@ class Warp:
         if (addresses != addresses.flat[0]).any():
             raise Refused(f"{by}: {address.base} differs between threads or blocks, which is not modelled")
         return int(addresses.flat[0])
+
+    def arrival_barrier(self, address: Address, by: Instruction, active: np.ndarray | None = None) -> ArrivalBarrier:
+        at = self.same_address(address, by, active)
+        if at not in self.blocks.arrival_barriers:
+            raise Fault(f"{by}: no barrier was made at {at:#x}")
+        barrier = self.blocks.arrival_barriers[at]
+        barrier.used(self.number, by)
+        return barrier
 
     def load(self, by: Instruction, addresses: np.ndarray, size: int, active: np.ndarray | None) -> np.ndarray:
         """[blocks,32,size in units]"""
