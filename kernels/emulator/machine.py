@@ -53,12 +53,13 @@ class Outcome:
         return faults
 
     @property
-    def remarks(self) -> Counter[str]:
-        return Counter({f"{race.what}: {race.place}": n for race, n in self.races.items() if _may_be_unread(race)})
+    def remarks(self) -> set[str]:
+        """Places of products with rows that nobody wrote."""
+        return {race.place.place for race in self.races if _may_be_unread(race)}
 
 
 def _may_be_unread(race: Race) -> bool:
-    """Rows of a product that nobody uses may be of anything; if they are used, the results are NaN."""
+    """Rows of a product that nobody uses may be anything; if they are used, the results are NaN."""
     return race.what == EMPTY and race.place.name.startswith("wgmma")
 
 
@@ -88,7 +89,7 @@ class Machine:
 
     def _next(self) -> Warp | None:
         if self._random is not None:
-            self._random.shuffle(self._order)  # type: ignore[arg-type]
+            self._random.shuffle(self._order)
         return next((warp for warp in self._order if not warp.done and warp.ready()), None)
 
     def _turn(self, warp: Warp) -> None:

@@ -151,7 +151,7 @@ class Program:
             elif found["file"]:
                 place = f"{files.get(found['file'], '?')}:{found['line']}"
             elif found["statement"].startswith("."):
-                self._declaration(found["statement"], label)
+                self._declaration(found["statement"].strip(), label)
             else:
                 statements.append(Statement(scope, found["statement"].strip(), place))
 

@@ -13,6 +13,7 @@ jaxhybrid_kernels, installed or on PYTHONPATH; no GPU.
 """
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -20,6 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from cases import Emulated, Run
@@ -53,30 +56,28 @@ def run(args: argparse.Namespace, dump: Path) -> bool:
     suite = load_suite()
     compiler = Compiler(dump)
     right = True
-    for recurrence in args.recurrence or suite.RECURRENCES:
-        for widths in args.widths:
-            for form in args.forms or suite.FORMS:
-                start = time.time()
-                K, V = (int(width) for width in widths.split(","))
-                try:
-                    case = run_case(suite, compiler, recurrence, (K, V), form, args.tokens or suite.TOKENS)
-                    wrong = list(found(case, suite.LEAST_COSINE, args))
-                    said = summary(case)
-                except (Fault, Refused) as stopped:
-                    wrong, said = [f"{type(stopped).__name__}: {stopped}"], "stopped"
-                verdict = "WRONG" if wrong else "right"
-                print(f"{recurrence} {widths} {form}: {verdict}, {said}, {time.time() - start:.0f} s", flush=True)
-                for fault in wrong:
-                    print(f"    {fault}", flush=True)
-                right = right and not wrong
+    cases = itertools.product(args.recurrence or suite.RECURRENCES, args.widths, args.forms or suite.FORMS)
+    for recurrence, widths, form in cases:
+        start = time.time()
+        K, V = (int(width) for width in widths.split(","))
+        try:
+            case = run_case(suite, compiler, recurrence, (K, V), form, args.tokens or suite.TOKENS)
+            said, wrong = summary(case), list(found(case, suite.LEAST_COSINE, args))
+        except (Fault, Refused) as stopped:
+            said, wrong = "stopped", [f"{type(stopped).__name__}: {stopped}"]
+        verdict = "WRONG" if wrong else "right"
+        print("\n    ".join([f"{recurrence} {widths} {form}: {verdict}, {said}, {time.time() - start:.0f} s", *wrong]))
+        sys.stdout.flush()
+        right = right and not wrong
     return right
 
 
 def summary(case: "Run") -> str:
-    worst = min(case.cosines, key=lambda name: case.cosines[name])
-    remarks = sum(len(emulated.outcome.remarks) for emulated in case.kernels)
-    return f"1 - cosine at most {1 - case.cosines[worst]:.1e} ({worst}), {len(case.kernels)} kernels" + (
-        f", {remarks} products with rows that nobody wrote" if remarks else ""
+    names, cosines = list(case.cosines), list(case.cosines.values())
+    worst = int(np.argmin(cosines))  # NaN is the least
+    places = sorted(set().union(*(emulated.outcome.remarks for emulated in case.kernels)))
+    return f"1 - cosine at most {1 - cosines[worst]:.1e} ({names[worst]}), {len(case.kernels)} kernels" + (
+        f", products with rows that nobody wrote at {', '.join(places)}" if places else ""
     )
 
 
