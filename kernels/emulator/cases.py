@@ -84,6 +84,7 @@ def other_schedules(emulated: Emulated, count: int) -> Iterator[tuple[Schedule, 
     """Copies late, and shared memory that begins with numbers; warps from the last to the first, then at random."""
     kernel = emulated.kernel
     for seed in range(count):
-        chosen = {"reverse": True, "fill": 0x7F} if seed == 0 else {"seed": seed, "fill": 0}
-        schedule = Schedule(late_copies=True, **chosen)
+        schedule = Schedule(late_copies=True, fill=0, seed=seed)
+        if seed == 0:
+            schedule = Schedule(late_copies=True, fill=0x7F, reverse=True)
         yield schedule, emulate(kernel.program, kernel.launch, kernel.operands, kernel.results, schedule)

@@ -31,7 +31,7 @@ class Compiler:
         """`gpu_resources.set_up` has named the folder to Mosaic."""
         description = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
         self._dump = dump
-        self._device = topologies.get_topology_desc("h100", **description).devices[0]
+        self._device: Any = topologies.get_topology_desc("h100", **description).devices[0]
         described = AbstractDevice(device_kind=self._device.device_kind, num_cores=None, platform="cuda")
         self._mesh = AbstractMesh((), (), abstract_device=described)
 

@@ -6,11 +6,11 @@ shared memory takes what is there when it is issued; that it still reads then is
 
 import numpy as np
 from errors import Fault, Refused
-from memory import GLOBAL
+from launch import Descriptor
 from products import swizzle
 from program import Address, Instruction
 from races import UNIT
-from warp import Descriptor, Warp
+from warp import Warp
 
 ALIGNMENT, SWIZZLED_ALIGNMENT = 128, 1024
 
@@ -29,7 +29,7 @@ class Box:
         inside = ((places >= 0) & (places < np.array(descriptor.sizes)[:, None])).all(1)
         elements = (np.where(inside[:, None], places, 0) * np.array(descriptor.strides)[:, None]).sum(1)
         per_element = np.arange(descriptor.itemsize // UNIT)
-        start = descriptor.address - GLOBAL + elements * descriptor.itemsize
+        start = warp.blocks.memory.addresses[descriptor.argument] + elements * descriptor.itemsize
         self.array = (start[..., None] // UNIT + per_element).reshape(len(start), -1)
         self.inside = np.repeat(inside, len(per_element), 1)
         if not inside.all():

@@ -10,25 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from errors import Refused
-from warp import Descriptor
 
 BEGIN, END = "IR Dump Before GpuAssemblyToBinaryPass", "gpu.binary"
 ITEM_SIZES = {"f32": 4, "bf16": 2, "f16": 2, "i32": 4}
 
 
 @dataclass(frozen=True)
-class Placed:
-    """How an array is described to copies, without its address: see `Descriptor`."""
+class Descriptor:
+    """An array in global memory as a copy sees it, outermost axis first; strides in elements."""
 
-    argument: int
+    argument: int  # which of the kernel's arrays
     itemsize: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
     swizzle: int
-
-    def at(self, address: int) -> Descriptor:
-        return Descriptor(address, self.itemsize, self.sizes, self.strides, self.box, self.swizzle)
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Launch:
     threads: int
     shared_bytes: int
     arguments: tuple[int | None, ...]  # by parameter the array's number, None for the descriptors
-    descriptors: dict[int, Placed]  # by their offsets in bytes
+    descriptors: dict[int, Descriptor]  # by their offsets in bytes
 
 
 class Argument(NamedTuple):
@@ -75,7 +71,7 @@ def line(pattern: str) -> Callable[[Follow], Follow]:
 class Host:
     values: dict[str, Any] = field(default_factory=dict)
     stored: dict[str, dict[int, Any]] = field(default_factory=dict)  # by stack array and place
-    descriptors: dict[int, Placed] = field(default_factory=dict)
+    descriptors: dict[int, Descriptor] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
 
     def pointer(self, name: str) -> Pointer:
@@ -159,7 +155,7 @@ def same(host: Host, found: re.Match[str]) -> None:
 def descriptor(host: Host, found: re.Match[str]) -> None:
     at, base, _, rank, sizes, strides, swizzle, box = (name.strip() for name in found[1].split(","))
     array, axes = host.values[base], host.values[rank]
-    host.descriptors[host.pointer(at).offset] = Placed(
+    host.descriptors[host.pointer(at).offset] = Descriptor(
         argument=array.number,
         itemsize=ITEM_SIZES[array.element],
         sizes=host.numbers(sizes, axes),

@@ -15,7 +15,7 @@ import numpy as np
 from errors import Fault
 from instructions import carried_by
 from launch import Launch
-from memory import GLOBAL, UNWRITTEN, GlobalMemory, SharedMemory, shared_units
+from memory import UNWRITTEN, GlobalMemory, SharedMemory, shared_units
 from program import Instruction, Program
 from races import EMPTY, Detector, Race
 from warp import LANES, Blocks, Warp
@@ -133,8 +133,6 @@ def emulate(
     """Of the results shapes and dtypes are used; watching: for races, which takes longer."""
     schedule = schedule or Schedule()
     memory = GlobalMemory(operands, results)
-    numbers, addresses = range(len(operands) + len(results)), memory.addresses
-    values = {number: GLOBAL + address for number, address in zip(numbers, addresses, strict=True)}
     warps = launch.threads // LANES
     detector = Detector(warps, shared_units(launch.shared_bytes), watching)
     blocks = Blocks(
@@ -142,10 +140,10 @@ def emulate(
         grid=launch.grid,
         warps=warps,
         parameters={
-            name: DESCRIPTORS if argument is None else values[argument]
+            name: DESCRIPTORS if argument is None else memory.addresses[argument]
             for name, argument in zip(program.parameters, launch.arguments, strict=True)
         },
-        descriptors={DESCRIPTORS + at: placed.at(values[placed.argument]) for at, placed in launch.descriptors.items()},
+        descriptors={DESCRIPTORS + offset: descriptor for offset, descriptor in launch.descriptors.items()},
         memory=memory,
         shared=SharedMemory(int(np.prod(launch.grid)), launch.shared_bytes, schedule.fill, detector),
         detector=detector,

@@ -28,15 +28,17 @@ class GlobalMemory:
     """Operands and results, each followed by a page that belongs to nobody."""
 
     def __init__(self, operands: Sequence[np.ndarray], results: Sequence[np.ndarray]):
-        self.addresses, end = [], PAGE
+        starts, end = [], PAGE
         for array in [*operands, *results]:
-            self.addresses.append(end)
+            starts.append(end)
             end += -(-array.nbytes // PAGE) * PAGE + PAGE
+        self.addresses = [GLOBAL + start for start in starts]
         self._bytes = np.full(end, UNWRITTEN, np.uint8)
         self._units = self._bytes.view(np.uint16)
-        self._operands, self._results = operands, results
-        for address, array in zip(self.addresses, operands, strict=False):
-            self._bytes[address : address + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+        self._operands = list(zip(starts, operands, strict=False))
+        self._results = list(zip(starts[len(operands) :], results, strict=True))
+        for start, array in self._operands:
+            self._bytes[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
 
     def load(self, units: np.ndarray, by: Instruction) -> np.ndarray:
         return self._units[self._inside(units, by)]
@@ -45,28 +47,26 @@ class GlobalMemory:
         self._units[self._inside(units, by)] = values
 
     def results(self) -> list[np.ndarray]:
-        places = zip(self.addresses[len(self._operands) :], self._results, strict=True)
-        return [self._read(address, array) for address, array in places]
+        return [self._read(start, array) for start, array in self._results]
 
     def damage(self) -> list[str]:
         """What was written where nothing should be."""
         outside = np.ones(self._bytes.size, bool)
-        for address, array in zip(self.addresses, [*self._operands, *self._results], strict=True):
-            outside[address : address + array.nbytes] = False
+        for start, array in self._operands + self._results:
+            outside[start : start + array.nbytes] = False
         found = int((self._bytes[outside] != UNWRITTEN).sum())
         damage = [f"{found} bytes written outside of arrays"] if found else []
-        for number, (address, array) in enumerate(zip(self.addresses, self._operands, strict=False)):
-            if self._read(address, array).tobytes() != array.tobytes():
-                damage.append(f"operand {number} written")
-        return damage
+        written = [i for i, (start, x) in enumerate(self._operands) if self._read(start, x).tobytes() != x.tobytes()]
+        return damage + [f"operand {number} written" for number in written]
 
-    def _read(self, address: int, array: np.ndarray) -> np.ndarray:
-        return np.frombuffer(self._bytes[address : address + array.nbytes].tobytes(), array.dtype).reshape(array.shape)
+    def _read(self, start: int, array: np.ndarray) -> np.ndarray:
+        return np.frombuffer(self._bytes[start : start + array.nbytes].tobytes(), array.dtype).reshape(array.shape)
 
     def _inside(self, units: np.ndarray, by: Instruction) -> np.ndarray:
-        if (units < 0).any() or (units >= self._units.size).any():
+        places = units - GLOBAL // UNIT
+        if (places < 0).any() or (places >= self._units.size).any():
             raise Fault(f"{by}: global memory out of bounds")
-        return units
+        return places
 
 
 class SharedMemory:

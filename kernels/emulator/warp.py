@@ -8,23 +8,12 @@ from functools import cached_property
 import numpy as np
 from barriers import ArrivalBarrier, WarpBarrier
 from errors import Fault, Refused
-from memory import GLOBAL, SHARED, SHARED_END, GlobalMemory, SharedMemory, units_of
+from launch import Descriptor
+from memory import SHARED, SHARED_END, GlobalMemory, SharedMemory, units_of
 from program import KINDS, Address, Instruction, Program
 from races import UNIT, Detector
 
 LANES = 32
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """An array in global memory as a copy sees it, outermost axis first; strides in elements."""
-
-    address: int
-    itemsize: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    box: tuple[int, ...]
-    swizzle: int
 
 
 @dataclass
@@ -34,7 +23,7 @@ class Blocks:
     program: Program
     grid: tuple[int, int, int]
     warps: int
-    parameters: dict[str, int]  # their values; of those that are arrays of bytes, their addresses
+    parameters: dict[str, int]  # their values; the address of the descriptors
     descriptors: dict[int, Descriptor]  # by address
     memory: GlobalMemory
     shared: SharedMemory
@@ -66,7 +55,7 @@ class Blocks:
         try:
             bits = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
         except ValueError:
-            raise Fault(f"{text} is read before it is written") from None
+            raise Refused(f"an operand {text}") from None
         if dtype.kind == "b":
             return np.full(self.shape, bool(bits))
         unsigned = np.dtype(f"uint{8 * dtype.itemsize}")
@@ -132,8 +121,11 @@ class Warp:
     def read(self, name: str, kind: str) -> np.ndarray:
         """[blocks,32], of pairs [blocks,64]"""
         dtype = KINDS[kind]
-        register = self._registers.get(name)
-        return self.blocks.constant(name, dtype) if register is None else register.view(dtype)
+        if name in self._registers:
+            return self._registers[name].view(dtype)
+        if name.startswith("%") and not name.startswith("%ctaid."):
+            raise Fault(f"{self.blocks.program.instructions[self.at]}: {name} is read before it is written")
+        return self.blocks.constant(name, dtype)
 
     def write(self, name: str, values: np.ndarray, active: np.ndarray | None) -> None:
         """Of the active threads (None: all)."""
@@ -176,7 +168,7 @@ class Warp:
         units = self._aligned(by, addresses, size)
         if self._in_shared(by, addresses):
             return self.blocks.shared.load(self.number, units, self.everyone if active is None else active, by)
-        return self.blocks.memory.load(units - GLOBAL // UNIT, by)
+        return self.blocks.memory.load(units, by)
 
     def store(self, by: Instruction, addresses: np.ndarray, values: np.ndarray, active: np.ndarray | None) -> None:
         """values [blocks,32,units]"""
@@ -185,7 +177,7 @@ class Warp:
         if self._in_shared(by, addresses):
             self.blocks.shared.store(self.number, units, values, threads, by)
         else:
-            self.blocks.memory.store(units[threads] - GLOBAL // UNIT, values[threads], by)
+            self.blocks.memory.store(units[threads], values[threads], by)
 
     def _aligned(self, by: Instruction, addresses: np.ndarray, size: int) -> np.ndarray:
         if (addresses % size).any():
