@@ -75,6 +75,8 @@ elementwise(each("sub", INTEGERS) + each("sub sub.rn", FLOATS), operator.sub)
 elementwise(each("mul.lo", INTEGERS) + each("mul mul.rn", FLOATS), operator.mul)
 elementwise(each("mad.lo", INTEGERS), lambda a, b, c: a * b + c)
 elementwise(each("fma.rn", FLOATS), lambda a, b, c: a * b + c, wide=True)
+elementwise(each("min", INTEGERS), np.minimum)
+elementwise(each("max", INTEGERS), np.maximum)
 elementwise(each("neg", FLOATS) + each("neg", ["s32", "s64"]), operator.neg)
 elementwise(each("and", [*BITS, "pred"]), operator.and_)
 elementwise(each("or", [*BITS, "pred"]), operator.or_)
@@ -153,8 +155,7 @@ def compare(warp: Warp, by: Instruction, active: Active) -> None:
 @known(
     *each("cvt.f32", ["f16", "bf16"]),
     *each("cvt.rn.f16 cvt.rn.bf16", ["f32"]),
-    *each("cvt.u64 cvt.s64", ["u32", "s32"]),
-    *each("cvt.u32", ["u64"]),
+    *(name for kind in INTEGERS for name in each(f"cvt.{kind}", INTEGERS)),
 )
 def convert(warp: Warp, by: Instruction, active: Active) -> None:
     to = by.name.split(".")[-2]

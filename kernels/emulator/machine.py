@@ -47,9 +47,10 @@ class Outcome:
         faults = Counter(self.damage)
         for race, count in self.races.items():
             if not _may_be_unread(race):
-                faults[f"{race.what}: {race.place}" + (f", before it {race.other}" if race.other else "")] += count
+                before = f", before it {race.other.brief}" if race.other else ""
+                faults[f"{race.what}: {race.place.brief}{before}"] += count
         for instruction, count in self.outside.items():
-            faults[f"out of bounds: {instruction}"] += count
+            faults[f"out of bounds: {instruction.brief}"] += count
         return faults
 
     @property

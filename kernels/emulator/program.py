@@ -67,6 +67,10 @@ class Instruction:
     def __str__(self) -> str:
         return f"{self.place} {self.name}"
 
+    @property
+    def brief(self) -> str:
+        return f"{self.place} {'.'.join(self.name.split('.')[:3])}"
+
     def register(self, position: int) -> str:
         operand = self.operands[position]
         if not isinstance(operand, str):
