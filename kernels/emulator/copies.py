@@ -5,7 +5,7 @@ shared memory takes what is there when it is issued; that it still reads then is
 """
 
 import numpy as np
-from errors import Fault, Refused
+from errors import Fault, Parted, Refused
 from launch import Descriptor
 from products import swizzle
 from program import Address, Instruction
@@ -20,7 +20,7 @@ class Box:
 
     def __init__(self, warp: Warp, by: Instruction, active: np.ndarray | None, array: Address, shared: Address):
         if active is None or (active.sum(1) != 1).any() or (active != active[0]).any():
-            raise Refused(f"{by}: a copy by other than one thread, the same of every block")
+            raise Parted(f"{by}: a copy by other than one thread, the same of every block")
         descriptor = _descriptor(warp, by, active, array)
         lane = int(active[0].argmax())
         coordinates = np.stack([warp.read(name, "s32")[:, lane] for name in reversed(array.coordinates)], 1)

@@ -11,7 +11,7 @@ import copies
 import numpy as np
 import products
 from barriers import ArrivalBarrier, WarpBarrier
-from errors import Fault, Refused
+from errors import Fault, Parted, Refused
 from program import KINDS, Instruction
 from warp import LANES, Warp
 
@@ -268,7 +268,7 @@ def arrive(warp: Warp, by: Instruction, active: Active) -> None:
     """Each active thread; `expect_tx` has it expect so many bytes more."""
     threads = warp.everyone if active is None else active
     if (threads != threads[0]).any():
-        raise Refused(f"{by}: blocks differ in what they do, which is not modelled")
+        raise Parted(f"{by}: blocks differ in which threads arrive")
     arrivals, given = int(threads[0].sum()), warp.same(by.register(2), "u32", by, active)
     expecting = ".expect_tx" in by.name
     if not expecting and given != 1:

@@ -1,10 +1,12 @@
 """Carries a program out in all its thread blocks, in one schedule of warps of many.
 
-What is modelled: registers and branches of every thread; shared memory, that begins as NaN; barriers; copies with their
-bounds and swizzles; products by their layouts; that copies and products see what warps wrote only after a fence; and of
-the first block's shared memory what is in no order. What is not: when results of products reach registers, the order of
-lanes within a warp, that of global memory within a kernel and of kernels among one another, blocks that part ways
-(unequal numbers of steps), clusters, and time.
+What is modelled: registers and branches of every thread; shared memory, which begins as NaN; barriers; copies with
+their bounds and swizzles; products by their layouts; that copies and products see what warps wrote only after a fence;
+and which accesses to shared memory are in no order, in the first block of those side by side. Blocks that part ways,
+as those with unequal numbers of steps do, are emulated one by one, which takes about as long for each as for all.
+
+What is not: when results of products reach registers, the order of lanes within a warp, that of accesses to global
+memory within a kernel and of kernels among one another, clusters, and time.
 """
 
 from collections import Counter
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from errors import Fault
+from errors import Fault, Parted
 from instructions import carried_by
 from launch import Launch
 from memory import UNWRITTEN, GlobalMemory, SharedMemory, shared_units
@@ -129,27 +131,50 @@ def emulate(
     operands: Sequence[np.ndarray],
     results: Sequence[np.ndarray],
     schedule: Schedule | None = None,
-    watching: bool = True,
 ) -> Outcome:
-    """Of the results shapes and dtypes are used; watching: for races, which takes longer."""
-    schedule = schedule or Schedule()
+    """Of the results shapes and dtypes are used."""
+    given = program, launch, operands, results, schedule or Schedule()
+    numbers = np.arange(np.prod(launch.grid))
+    try:
+        return _emulate(*given, [numbers])
+    except Parted:
+        return _emulate(*given, np.split(numbers, len(numbers)))
+
+
+def _emulate(
+    program: Program,
+    launch: Launch,
+    operands: Sequence[np.ndarray],
+    results: Sequence[np.ndarray],
+    schedule: Schedule,
+    parts: Sequence[np.ndarray],
+) -> Outcome:
+    """Parts of the grid one after the other, the blocks of each side by side."""
     memory = GlobalMemory(operands, results)
+    outcome = Outcome([], Counter(), Counter(), [])
     warps = launch.threads // LANES
-    detector = Detector(warps, shared_units(launch.shared_bytes), watching)
-    blocks = Blocks(
-        program=program,
-        grid=launch.grid,
-        warps=warps,
-        parameters={
-            name: DESCRIPTORS if argument is None else memory.addresses[argument]
-            for name, argument in zip(program.parameters, launch.arguments, strict=True)
-        },
-        descriptors={DESCRIPTORS + offset: descriptor for offset, descriptor in launch.descriptors.items()},
-        memory=memory,
-        shared=SharedMemory(int(np.prod(launch.grid)), launch.shared_bytes, schedule.fill, detector),
-        detector=detector,
-        late=[] if schedule.late_copies else None,
-    )
-    machine = Machine(program, blocks, schedule)
-    machine.run()
-    return Outcome(memory.results(), detector.races, blocks.outside, memory.damage() + machine.unfinished())
+    for numbers in parts:
+        detector = Detector(warps, shared_units(launch.shared_bytes))
+        blocks = Blocks(
+            program=program,
+            grid=launch.grid,
+            numbers=numbers,
+            warps=warps,
+            parameters={
+                name: DESCRIPTORS if argument is None else memory.addresses[argument]
+                for name, argument in zip(program.parameters, launch.arguments, strict=True)
+            },
+            descriptors={DESCRIPTORS + offset: descriptor for offset, descriptor in launch.descriptors.items()},
+            memory=memory,
+            shared=SharedMemory(len(numbers), launch.shared_bytes, schedule.fill, detector),
+            detector=detector,
+            late=[] if schedule.late_copies else None,
+        )
+        machine = Machine(program, blocks, schedule)
+        machine.run()
+        outcome.races.update(detector.races)
+        outcome.outside.update(blocks.outside)
+        outcome.damage.extend(machine.unfinished())
+    outcome.damage.extend(memory.damage())
+    outcome.results.extend(memory.results())
+    return outcome

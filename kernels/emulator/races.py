@@ -19,7 +19,7 @@ class Race(NamedTuple):
 
 
 class Detector:
-    """Of the first block's shared memory; of each unit it knows the last write, and each warp's last read.
+    """Of one block's shared memory; of each unit it knows the last write, and each warp's last read.
 
     Warps and the copy engine have a clock each, and know of one another's what barriers told them. An access is in
     order if the warp knows of the one before. A read by a copy or a product lasts until the warp has waited for it,
@@ -27,9 +27,8 @@ class Detector:
     one after a barrier would do.
     """
 
-    def __init__(self, warps: int, units: int, watching: bool = True):
+    def __init__(self, warps: int, units: int):
         self.engine = warps
-        self.watching = watching
         self.clocks = np.zeros((warps, warps + 1), np.int64)
         np.fill_diagonal(self.clocks, 1)
         self.races: Counter[Race] = Counter()
@@ -51,8 +50,6 @@ class Detector:
 
     def read(self, warp: int, units: np.ndarray, by: Instruction, lasting: bool = False) -> None:
         """Lasting: by a copy or a product, which see only what a fence has shown them."""
-        if not self.watching:
-            return
         self._in_order("read after write", warp, units, by)
         empty = self._writer[units] == NOBODY
         if by.used or lasting:
@@ -63,32 +60,28 @@ class Detector:
         self._read_places[warp, units] = self._number(by)
 
     def finish_read(self, warp: int, units: np.ndarray) -> None:
-        if self.watching:
-            clocks = self._read_clocks[warp, units]
-            self._read_clocks[warp, units] = np.where(clocks == NEVER, self.clocks[warp, warp], clocks)
+        clocks = self._read_clocks[warp, units]
+        self._read_clocks[warp, units] = np.where(clocks == NEVER, self.clocks[warp, warp], clocks)
 
     def write(self, warp: int, units: np.ndarray, by: Instruction) -> None:
-        if self.watching:
-            self._before_write(warp, units, by)
-            self._writer[units], self._write_clock[units] = warp, self.clocks[warp, warp]
-            self._visible[units] = False
+        self._before_write(warp, units, by)
+        self._writer[units], self._write_clock[units] = warp, self.clocks[warp, warp]
+        self._visible[units] = False
 
     def write_by_copy(self, warp: int, units: np.ndarray, by: Instruction) -> int:
         """The copy engine's clock when it will be done."""
         self._copies += 1
-        if self.watching:
-            self._before_write(warp, units, by)
-            self._writer[units], self._write_clock[units] = self.engine, self._copies
-            self._visible[units] = True
+        self._before_write(warp, units, by)
+        self._writer[units], self._write_clock[units] = self.engine, self._copies
+        self._visible[units] = True
         return self._copies
 
     def use_barrier(self, warp: int, maker: int, clock: int, by: Instruction, made: Instruction) -> None:
-        if self.watching and warp != maker and clock > self.clocks[warp, maker]:
+        if warp != maker and clock > self.clocks[warp, maker]:
             self.races[Race("use of a barrier that may not be there yet", by, made)] += 1
 
     def fence(self, warp: int, units: np.ndarray) -> None:
-        if self.watching:
-            self._visible[units[self._writer[units] == warp]] = True
+        self._visible[units[self._writer[units] == warp]] = True
 
     def _before_write(self, warp: int, units: np.ndarray, by: Instruction) -> None:
         self._in_order("write after write", warp, units, by)

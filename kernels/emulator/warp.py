@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 from barriers import ArrivalBarrier, WarpBarrier
-from errors import Fault, Refused
+from errors import Fault, Parted, Refused
 from launch import Descriptor
 from memory import SHARED, SHARED_END, GlobalMemory, SharedMemory, units_of
 from program import KINDS, Address, Instruction, Program
@@ -18,10 +18,11 @@ LANES = 32
 
 @dataclass
 class Blocks:
-    """What the warps of a block have in common, of all blocks side by side."""
+    """What the warps of a block have in common, of all blocks that are emulated side by side."""
 
     program: Program
     grid: tuple[int, int, int]
+    numbers: np.ndarray  # of the blocks in the grid
     warps: int
     parameters: dict[str, int]  # their values; the address of the descriptors
     descriptors: dict[int, Descriptor]  # by address
@@ -36,7 +37,7 @@ class Blocks:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return int(np.prod(self.grid)), LANES
+        return len(self.numbers), LANES
 
     def constant(self, text: str, dtype: np.dtype) -> np.ndarray:
         """A number, an address or a place in the grid."""
@@ -46,7 +47,7 @@ class Blocks:
 
     def _constant(self, text: str, dtype: np.dtype) -> np.ndarray:
         if text.startswith("%ctaid."):
-            index = np.unravel_index(np.arange(self.shape[0]), self.grid[::-1])["zyx".index(text[-1])]
+            index = np.unravel_index(self.numbers, self.grid[::-1])["zyx".index(text[-1])]
             return np.repeat(index[:, None], LANES, 1).astype(dtype)
         if text == self.program.dynamic:
             return np.full(self.shape, SHARED, dtype)
@@ -116,7 +117,7 @@ class Warp:
     def together(self, by: Instruction, active: np.ndarray | None) -> None:
         """All threads of all blocks have to be here."""
         if active is not None:
-            raise Refused(f"{by}: threads or blocks have parted here, which is not modelled")
+            raise Parted(f"{by}: threads have parted here")
 
     def read(self, name: str, kind: str) -> np.ndarray:
         """[blocks,32], of pairs [blocks,64]"""
@@ -139,7 +140,7 @@ class Warp:
         values = self.read(name, kind)
         values = values if active is None else values[active]
         if (values != values.flat[0]).any():
-            raise Refused(f"{by}: {name} differs between threads or blocks, which is not modelled")
+            raise Parted(f"{by}: {name} differs between threads")
         return int(values.flat[0])
 
     def addresses(self, address: Address, active: np.ndarray | None = None) -> np.ndarray:
@@ -152,7 +153,7 @@ class Warp:
     def same_address(self, address: Address, by: Instruction, active: np.ndarray | None = None) -> int:
         addresses = self.addresses(address, active)
         if (addresses != addresses.flat[0]).any():
-            raise Refused(f"{by}: {address.base} differs between threads or blocks, which is not modelled")
+            raise Parted(f"{by}: {address.base} differs between threads")
         return int(addresses.flat[0])
 
     def arrival_barrier(self, address: Address, by: Instruction, active: np.ndarray | None = None) -> ArrivalBarrier:

@@ -57,6 +57,17 @@ OTHER_WARPS_NUMBER = """
     ld.shared.b32 %r8, [%r6];
 """
 
+AS_MANY_STEPS_AS_BLOCKS_BEFORE = """
+    mov.b32 %r8, 0;
+$loop:
+    bar.sync 0;
+    setp.eq.u32 %p2, %r8, %r2;
+    @%p2 bra $done;
+    add.s32 %r8, %r8, 1;
+    bra.uni $loop;
+$done:
+"""
+
 WAIT = """
     @%p1 mbarrier.init.shared.b64 [memory], 1;
     bar.sync 0;
@@ -103,6 +114,12 @@ def test_race(emulator):
     assert f"read after write: {read}, before it kernel.py:10 st.shared.b32" in faults
     numbers, faults = emulator(OTHER_WARPS_NUMBER.replace("BARRIER", "bar.sync 0;"))
     np.testing.assert_array_equal(numbers, np.stack([np.arange(THREADS) ^ 32] * 2))
+    assert not faults
+
+
+def test_blocks_with_unequal_steps(emulator):
+    numbers, faults = emulator(AS_MANY_STEPS_AS_BLOCKS_BEFORE)
+    np.testing.assert_array_equal(numbers, [[0] * THREADS, [1] * THREADS])
     assert not faults
 
 
