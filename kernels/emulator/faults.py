@@ -1,6 +1,7 @@
 """Would a race be noticed? A kernel without its waits, fences or barriers.
 
-Without all of a kind a kernel is surely wrong. A single one may be redundant, as most barriers are: Mosaic puts several
+Without all of a kind a kernel is wrong, except that one without copies to global memory (a summary of spans) may do
+without fences and has no copies to wait for. A single one may be redundant, as most barriers are: Mosaic puts several
 where one would do, and a wait may follow from another.
 """
 
@@ -21,6 +22,8 @@ KINDS = {
     "wait": "mbarrier.try_wait",
     "wait for copies": "cp.async.bulk.wait_group",
 }
+FOR_COPIES = ("fence", "wait for copies")
+TO_GLOBAL = ".bulk_group"  # ends a copy's name
 
 
 class Planted(NamedTuple):
@@ -30,10 +33,11 @@ class Planted(NamedTuple):
 
 
 def planted(kernel: Compiled, right: Outcome, most: int) -> Iterator[Planted]:
-    """All of a kind, then single ones, as many at most, spread over the program."""
+    """All of a kind where that is wrong, then single ones, as many at most, spread over the program."""
+    copies = any(one.name.endswith(TO_GLOBAL) for one in kernel.program.instructions)
     for kind, beginning in KINDS.items():
         sites = [i for i, one in enumerate(kernel.program.instructions) if one.name.startswith(beginning)]
-        if sites:
+        if sites and (copies or kind not in FOR_COPIES):
             yield Planted(kind, None, _noticed(kernel, right, sites))
         for i in np.unique(np.linspace(0, len(sites) - 1, min(most, len(sites))).round().astype(int)):
             yield Planted(kind, kernel.program.instructions[sites[i]], _noticed(kernel, right, [sites[i]]))

@@ -11,9 +11,10 @@ import copies
 import numpy as np
 import products
 from barriers import ArrivalBarrier, WarpBarrier
+from blocks import LANES
 from errors import Fault, Parted, Refused
 from program import KINDS, Instruction
-from warp import LANES, Warp
+from warp import Warp
 
 Active = np.ndarray | None  # the threads that carry an instruction out, None for all
 Paths = dict[int, np.ndarray]  # where which threads go on; None for the next instruction

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from blocks import LANES, Blocks
 from errors import Fault, Parted
 from instructions import carried_by
 from launch import Launch
 from memory import UNWRITTEN, GlobalMemory, SharedMemory, shared_units
 from program import Instruction, Program
 from races import EMPTY, Detector, Race
-from warp import LANES, Blocks, Warp
+from warp import Warp
 
 DESCRIPTORS = 1 << 40  # where a kernel's descriptors are
 LONGEST_TURN = 400  # instructions, where turns are random

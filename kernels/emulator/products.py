@@ -7,12 +7,14 @@ where shared memory is written too early, not where a result is read too early.
 import re
 
 import numpy as np
+from blocks import LANES
 from errors import Refused
 from program import KINDS, Instruction
 from races import UNIT
-from warp import LANES, Warp
+from warp import Warp
 
 ROWS, DEPTH = 64, 16  # of a product's left operand
+TILE_ROWS, ROW_BYTES = 8, 128  # of a matrix in shared memory, in tiles of a row's width
 WARPS = 4  # of a warpgroup, each with a quarter of the rows
 SWIZZLED_128 = 1  # the layout in bits 62 and 63 of a matrix descriptor
 PRODUCT = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2")
@@ -68,9 +70,10 @@ def _matrix(
         raise Refused(f"{by}: a matrix in another layout than swizzled by 128 bytes")
     row, column = np.arange(rows)[:, None], np.arange(DEPTH)
     if transposed:
-        offsets = row % 64 * 2 + row // 64 * leading + column % 8 * 128 + column // 8 * stride
+        in_tile = row * UNIT % ROW_BYTES + column % TILE_ROWS * ROW_BYTES
+        offsets = in_tile + row * UNIT // ROW_BYTES * leading + column // TILE_ROWS * stride
     else:
-        offsets = row % 8 * 128 + row // 8 * stride + column * 2
+        offsets = row % TILE_ROWS * ROW_BYTES + column * UNIT + row // TILE_ROWS * stride
     units = swizzle(start + offsets)[own] // UNIT
     warp.products.open.append(units)
     bits = warp.blocks.shared.read_asynchronously(warp.number, units, by)

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--recurrence", nargs="*", help="all by default")
     parser.add_argument("--widths", nargs="*", default=["64,64"], metavar="K,V")
     parser.add_argument("--forms", nargs="*", help="prepared, fused, spans; all by default")
-    parser.add_argument("--tokens", type=int, help="130 by default; in spans, as many chunks in each")
+    parser.add_argument("--tokens", type=int, help="130 by default")
     parser.add_argument("--schedules", type=int, default=1, help="of each kernel")
     parser.add_argument("--faults", action="store_true", help="plant faults as well, see faults.py")
     parser.add_argument("--most", type=int, default=4, help="planted faults of a kind and kernel")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, dump: Path) -> bool:
         K, V = (int(width) for width in widths.split(","))
         try:
             case = run_case(suite, compiler, recurrence, (K, V), form, args.tokens or suite.TOKENS)
-            said, wrong = summary(case), list(found(case, suite.LEAST_COSINE, args))
+            said, wrong = summary(case), list(what_is_wrong(case, suite.LEAST_COSINE, args))
         except (Fault, Refused) as stopped:
             said, wrong = "stopped", [f"{type(stopped).__name__}: {stopped}"]
         verdict = "WRONG" if wrong else "right"
@@ -81,8 +81,7 @@ def summary(case: "Run") -> str:
     )
 
 
-def found(case: "Run", least_cosine: float, args: argparse.Namespace) -> Iterator[str]:
-    """What is wrong."""
+def what_is_wrong(case: "Run", least_cosine: float, args: argparse.Namespace) -> Iterator[str]:
     for name, cosine in case.cosines.items():
         if not cosine > least_cosine:
             yield f"{name}: cosine {cosine:.5f}"

@@ -1,66 +1,14 @@
 """A warp in every thread block at once: its registers, its threads' places in the program, and what it waits for."""
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
-from barriers import ArrivalBarrier, WarpBarrier
+from barriers import ArrivalBarrier
+from blocks import LANES, Blocks
 from errors import Fault, Parted, Refused
-from launch import Descriptor
-from memory import SHARED, SHARED_END, GlobalMemory, SharedMemory, units_of
-from program import KINDS, Address, Instruction, Program
-from races import UNIT, Detector
-
-LANES = 32
-
-
-@dataclass
-class Blocks:
-    """What the warps of a block have in common, of all blocks that are emulated side by side."""
-
-    program: Program
-    grid: tuple[int, int, int]
-    numbers: np.ndarray  # of the blocks in the grid
-    warps: int
-    parameters: dict[str, int]  # their values; the address of the descriptors
-    descriptors: dict[int, Descriptor]  # by address
-    memory: GlobalMemory
-    shared: SharedMemory
-    detector: Detector
-    late: list[Callable[[], None]] | None = None  # copies not yet done, if they are to be late
-    warp_barriers: dict[int, WarpBarrier] = field(default_factory=dict)
-    arrival_barriers: dict[int, ArrivalBarrier] = field(default_factory=dict)
-    outside: Counter[Instruction] = field(default_factory=Counter)  # elements that copies read out of bounds
-    _constants: dict[tuple[str, np.dtype], np.ndarray] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.numbers), LANES
-
-    def constant(self, text: str, dtype: np.dtype) -> np.ndarray:
-        """A number, an address or a place in the grid."""
-        if (text, dtype) not in self._constants:
-            self._constants[text, dtype] = self._constant(text, dtype)
-        return self._constants[text, dtype]
-
-    def _constant(self, text: str, dtype: np.dtype) -> np.ndarray:
-        if text.startswith("%ctaid."):
-            index = np.unravel_index(self.numbers, self.grid[::-1])["zyx".index(text[-1])]
-            return np.repeat(index[:, None], LANES, 1).astype(dtype)
-        if text == self.program.dynamic:
-            return np.full(self.shape, SHARED, dtype)
-        if text in self.parameters:
-            return np.full(self.shape, self.parameters[text], dtype)
-        try:
-            bits = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
-        except ValueError:
-            raise Refused(f"an operand {text}") from None
-        if dtype.kind == "b":
-            return np.full(self.shape, bool(bits))
-        unsigned = np.dtype(f"uint{8 * dtype.itemsize}")
-        return np.full(self.shape, bits % (1 << 8 * dtype.itemsize), unsigned).view(dtype)
+from memory import SHARED_END, units_of
+from program import KINDS, Address, Instruction
+from races import UNIT
 
 
 class Groups[Member]:
@@ -95,12 +43,8 @@ class Warp:
         self.blocked: Callable[[], bool] | None = None
         self.stores: Groups[np.ndarray] = Groups()
         self.products: Groups[np.ndarray] = Groups()
-        self._registers: dict[str, np.ndarray] = {"%tid.x": self._thread_index}
-
-    @cached_property
-    def _thread_index(self) -> np.ndarray:
-        index = np.arange(LANES, dtype=np.uint32) + np.uint32(LANES * self.number)
-        return np.repeat(index[None], self.blocks.shape[0], 0)
+        index = LANES * number + np.arange(LANES, dtype=np.uint32)
+        self._registers = {"%tid.x": np.repeat(index[None], blocks.shape[0], 0)}
 
     @property
     def done(self) -> bool:
