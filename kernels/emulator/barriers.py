@@ -47,11 +47,11 @@ class ArrivalBarrier:
         """Whether nothing more is to come in this phase."""
         return self.bytes == 0 and self.pending == self.count
 
-    def arrive(self, warp: int, arrivals: int, expected_bytes: int = 0) -> None:
+    def arrive(self, warp: int, by: Instruction, arrivals: int, expected_bytes: int) -> None:
         self.bytes += expected_bytes
         self.pending -= arrivals
         if self.pending < 0:
-            raise Fault("more arrivals at a barrier than it was made for")
+            raise Fault(f"{by}: more arrivals than the barrier was made for")
         self._hear(self._detector.clocks[warp])
         self._detector.tick(warp)
         self._complete()

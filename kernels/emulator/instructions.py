@@ -275,7 +275,7 @@ def arrive(warp: Warp, by: Instruction, active: Active) -> None:
     if not expecting and given != 1:
         raise Refused(f"{by}: {given} arrivals a thread")
     barrier = warp.arrival_barrier(by.address(1), by, active)
-    barrier.arrive(warp.number, arrivals, arrivals * given if expecting else 0)
+    barrier.arrive(warp.number, by, arrivals, arrivals * given if expecting else 0)
 
 
 @known("mbarrier.try_wait.parity.shared.b64")
