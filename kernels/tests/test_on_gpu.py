@@ -16,16 +16,12 @@ SMALL = {"B": 2, "Hq": 2, "Hk": 2, "N": 2, "K": 64, "V": 64}
 
 
 @pytest.fixture(params=["prepared", "fused", "spans"])
-def forward(request, monkeypatch):
-    """Sizes for one form: with matrices prepared for few thread blocks, or made on the way for many, or in spans."""
-    if request.param == "prepared":
-        return {}
-    if request.param == "fused":
-        monkeypatch.setattr(gpu_linear_attention, "FILLED", 0)
-        return {"B": 3}  # no other test has this size, so that none finds its program compiled
-    monkeypatch.setattr(gpu_linear_attention, "FEWEST_SPANS", 2)
-    monkeypatch.setattr(gpu_linear_attention, "SHORTEST_SPAN", 1)
-    return {"B": 5}
+def forward(request, suite, monkeypatch):
+    """Sizes for one form."""
+    constants, sizes = suite.forms[request.param]
+    for name, value in constants.items():
+        monkeypatch.setattr(gpu_linear_attention, name, value)
+    return sizes
 
 
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (64, 128), (128, 64)])

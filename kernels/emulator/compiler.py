@@ -1,0 +1,65 @@
+"""Kernels compiled for an H100 that is not there, to PTX."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from gpu_resources import H100
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from launch import Launch, read_launch
+from program import Program
+
+PTX, PASSES = ".ptx", ".mlir-passes.log"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    program: Program
+    launch: Launch
+    operands: list[np.ndarray]
+    results: list[np.ndarray]  # shapes and dtypes
+
+
+class Compiler:
+    def __init__(self, dump: Path):
+        """`gpu_resources.set_up` has named the folder to Mosaic."""
+        description = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
+        self._dump = dump
+        self._device: Any = topologies.get_topology_desc("h100", **description).devices[0]
+        described = AbstractDevice(device_kind=self._device.device_kind, num_cores=None, platform="cuda")
+        self._mesh = AbstractMesh((), (), abstract_device=described)
+
+    def compile(
+        self, name: str, kernel: Callable[..., Any], operands: Sequence[jax.Array], results: Sequence[Any]
+    ) -> Compiled:
+        # In a thread of its own JAX knows nothing of the gradient being made, whose place it would give to every
+        # instruction, nor that `jit` is disabled.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(self._compile, kernel, operands).result()
+        return Compiled(
+            name,
+            Program(self._written(PTX)),
+            read_launch(self._written(PASSES)),
+            [np.asarray(operand) for operand in operands],
+            [np.empty(result.shape, result.dtype) for result in results],
+        )
+
+    def _compile(self, kernel: Callable[..., Any], operands: Sequence[jax.Array]) -> None:
+        for path in self._dump.iterdir():
+            path.unlink()
+        sharding = SingleDeviceSharding(self._device)
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in operands]
+        with jax.sharding.use_abstract_mesh(self._mesh):
+            jax.jit(kernel).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+
+    def _written(self, ending: str) -> str:
+        found = [path for path in self._dump.iterdir() if path.name.endswith(ending)]
+        if len(found) != 1:
+            raise ValueError(f"Mosaic wrote {len(found)} files *{ending}, one was expected")
+        return found[0].read_text()
