@@ -5,7 +5,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 UV_FETCH := $(filter .uv/bin/uv,$(UV))
 
-.PHONY: demo test soak test-kernels test-slow test-versions test-faults test-gpu test-vllm lint bench bench-kernels setup tpu-compiler environments
+.PHONY: demo test soak test-kernels test-slow test-versions test-faults test-gpu test-emulated test-vllm lint bench bench-kernels setup tpu-compiler environments
 
 demo: ## the main job on a real pretrained model: SmolLM2-135M becomes a hybrid, in minutes, on a CPU
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra demo"
@@ -42,6 +42,10 @@ test-faults: ## would the tests notice? Plants faults in a copy, one after the o
 test-gpu: ## what only a Hopper GPU can run: its kernels and its attention
 	@$(MAKE) --no-print-directory setup EXTRAS="--extra cuda13 --extra torch"
 	JAX_PLATFORMS=cuda,cpu $(RUN) pytest -m gpu kernels/tests tests/model tests/decoding $(ARGS)
+
+test-emulated: ## the Hopper kernels, compiled for a GPU that is not there, their PTX emulated: values and races
+	@$(MAKE) --no-print-directory setup EXTRAS="--extra cuda13 --extra torch"
+	$(RUN) python kernels/emulator/run.py $(ARGS)
 
 test-vllm: ## the plugin for vLLM, in an environment of its own: small exports served on the CPU, against JAX
 	@$(MAKE) --no-print-directory setup .venv/vllm/requirements.txt EXTRAS="--extra torch"
