@@ -9,7 +9,8 @@ recurrence, and what machine.py knows of a kernel: races by lines of its source,
 arrays, deadlocks. With more schedules every kernel must give the same bits in each. Ends with 1 if anything is wrong.
 
 Needs JAX's CUDA plugin (`jax[cuda13]`), which brings the assembler, numpy, pytest (for the suite's cases) and
-jaxhybrid_kernels, installed or on PYTHONPATH; no GPU.
+jaxhybrid_kernels, installed or on PYTHONPATH; no GPU. Where there is no nvdisasm, Mosaic says so for every
+kernel, which is no matter.
 """
 
 import argparse
