@@ -29,9 +29,8 @@ from jaxhybrid_kernels.gpu.layer_token import token_kernel
 from jaxhybrid_kernels.gpu.row_product import Blocks, row_product_kernel
 from jaxhybrid_kernels.row_product import LONG_SUM
 from output import Output
-from shapes import SHAPES, shape_of
+from shapes import SHAPES, asked_shape
 
-from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.model.attention import written as with_token
 from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.rope import rotate
@@ -228,8 +227,9 @@ PARTS = {
 
 
 def measure(shape: ModelConfig, options: argparse.Namespace, output: Output) -> None:
-    makers = dict.fromkeys(PARTS[name] for name in options.parts)
-    cases = [case for maker in makers for case in maker(shape) if case.part.startswith(tuple(options.parts))]
+    parts = options.parts or list(PARTS)
+    makers = dict.fromkeys(PARTS[name] for name in parts)
+    cases = [case for maker in makers for case in maker(shape) if case.part.startswith(tuple(parts))]
     with ThreadPoolExecutor(12) as pool:
         programs = list(pool.map(compiled, cases))
     found: dict[str, list[tuple[float, str]]] = {}
@@ -248,7 +248,7 @@ def measure(shape: ModelConfig, options: argparse.Namespace, output: Output) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", choices=PARTS, default=list(PARTS),
+        "parts", nargs="*", metavar="PART", choices=[[], *PARTS],  # [] is none of them
         help=f"some of {', '.join(map(repr, PARTS))}",
     )  # fmt: skip
     parser.add_argument(
@@ -257,10 +257,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second: what an H200 reaches")
     parser.add_argument("--output", type=Path, default=Path("decode_parts.json"))
     options = parser.parse_args()
-    try:
-        shape = shape_of(options.shape)
-    except JaxHybridError as error:
-        parser.error(f"--shape {options.shape}: {error} There are {', '.join(SHAPES)}.")
+    shape = asked_shape(parser, options.shape)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.shape}", flush=True)
     measure(shape, options, Output(options.output, ("part", "shape", "form", "rows")))
 

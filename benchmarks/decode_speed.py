@@ -37,11 +37,10 @@ from jaxhybrid_kernels import linear_attention_token, row_product
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 from output import Output
-from shapes import SHAPES, shape_of
+from shapes import SHAPES, asked_shape
 
 from jaxhybrid.decoding import engine as programs
 from jaxhybrid.decoding.engine import Engine, Request
-from jaxhybrid.errors import JaxHybridError
 from jaxhybrid.model import decode
 from jaxhybrid.model.attention import written as with_token
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig
@@ -416,10 +415,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("decode_speed.json"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    try:
-        options.shape = shape_of(options.shape_name)
-    except JaxHybridError as error:
-        parser.error(f"--shape {options.shape_name}: {error} There are {', '.join(SHAPES)}.")
+    options.shape = asked_shape(parser, options.shape_name)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.shape_name}", flush=True)
     for name in options.without:
         KERNELS[name].on_nvidia = lambda: False  # type: ignore[attr-defined]
