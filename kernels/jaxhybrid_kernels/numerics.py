@@ -13,11 +13,10 @@ BLOCK = 16  # tokens of a sub-block: the unit of the triangular inverse and of t
 LEAST_BETA = 2.0**-40  # far below what float32 adds to anything else
 LOG2_E = math.log2(math.e)
 NOTHING = -1e30  # score of what is not seen; finite, so that differences are
-AMPERE = "8.0"
 FLOAT8 = jnp.float8_e4m3fn
 LARGEST_FLOAT8 = float(jnp.finfo(FLOAT8).max)
 SMALLEST_SCALED = 1e-30  # that the largest of numbers scaled to float8 counts as, so that zeros can be divided, too
-HOPPER = "9.0"  # compute capability
+AMPERE, HOPPER = "8.0", "9.0"  # compute capabilities
 HOPPER_NAMES = re.compile(r"NVIDIA G?H(20|100|200|800)\b")
 
 

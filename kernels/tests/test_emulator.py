@@ -1,6 +1,5 @@
 """The emulator of Hopper kernels on PTX of a few lines."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +81,11 @@ WAIT = """
 @pytest.fixture(scope="module")
 def emulator():
     """Runs a body in two blocks of two warps: (results [blocks,threads], faults)."""
-    folder = str(Path(__file__).parents[1] / "emulator")
-    sys.path.insert(0, folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "emulator"))
         from launch import Launch
         from machine import Schedule, emulate
         from program import Program
-    finally:
-        sys.path.remove(folder)
     launch = Launch(grid=(2, 1, 1), threads=THREADS, shared_bytes=1024, arguments=(0,), descriptors={})
 
     def run(body, **schedule):

@@ -1,6 +1,5 @@
 """How often branches of a compiled TPU program are taken, from a listing in the compiler's form."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,12 +41,9 @@ LISTING = """
 
 @pytest.fixture(scope="module")
 def count_branches():
-    folder = str(Path(__file__).parents[1] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
         from tpu_branches import count_branches
-    finally:
-        sys.path.remove(folder)
     return count_branches
 
 
