@@ -17,6 +17,7 @@ export PYTHONUNBUFFERED=1 JAX_COMPILATION_CACHE_DIR=$KEEP/compiled JAX_PERSISTEN
 part() { # NAME SECONDS COMMAND...
     local name=$1 seconds=$2 began
     shift 2
+    KNOWN+=" $name"
     [[ -z $WANTED || " $WANTED " == *" $name "* ]] || return
     [ -e "$KEEP/$name.done" ] && return
     echo "=== $name"
@@ -36,7 +37,7 @@ compare() {
 step() { part "$1" "$2" python benchmarks/step_speed.py --implementations pallas_gpu --chunk 2048 --steps 6 "${@:3}"; }
 decode() { part "$1" "$2" python benchmarks/decode_speed.py "${@:3}" --output "$KEEP/decode.json"; }
 
-WANTED=$* FAILED=
+WANTED=$* KNOWN= FAILED=
 QWEN="--shape qwen2.5-1.5b-instruct"
 FAST="distill.remat=mlp distill.unroll=true distill.float8_teacher=true"
 
@@ -59,5 +60,8 @@ part kimi-delta 90 python kernels/benchmarks/gpu_compare.py --recurrence kimi_de
 
 [ -n "$TEXT" ] && part students 400 python benchmarks/float8_teacher.py configs/smollm2-135m.yaml --text "$TEXT" \
     --tokens 65536 --rows 16 --align 160 --distill 200
+for name in $WANTED; do
+    [[ "$KNOWN " == *" $name "* ]] || { echo "$name is no part; there are$KNOWN"; exit 2; }
+done
 cat "$KEEP/summary.txt"
 [ -z "$FAILED" ] || { echo "not done:$FAILED"; exit 1; }
