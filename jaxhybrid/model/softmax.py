@@ -13,11 +13,18 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import PartitionSpec as P
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel, decode_attention_refusal
-from jaxhybrid_kernels.gpu.softmax_attention import make_plan, softmax_attention, softmax_attention_refusal
+from jaxhybrid_kernels.gpu.softmax_attention import (
+    LOGSUMEXP,
+    OUTPUT,
+    make_plan,
+    softmax_attention,
+    softmax_attention_refusal,
+)
 from jaxhybrid_kernels.numerics import attends_by_kernels, decodes_by_kernels, on_nvidia, target_platform
 
 from jaxhybrid.model.layers import capped, exact_dtype, segment_starts
@@ -585,7 +592,7 @@ def _splash_forward(q: Any, k: Any, v: Any, segments: Any, by_key: Any, by_query
         )  # fmt: skip
         return out, logsumexp
 
-    out, logsumexp = _row_by_row(row, q, k, v, segments, by_key)
+    out, logsumexp = map(checkpoint_name, _row_by_row(row, q, k, v, segments, by_key), (OUTPUT, LOGSUMEXP))
     return out, (q, k, v, segments, by_key, by_query, out, logsumexp)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType
 
 from jaxhybrid.errors import TopologyError, WeightsError
@@ -112,6 +113,23 @@ def test_remat_gives_the_same_gradients(model, kept_gradients, policy, unroll):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(kept_gradients), jax.tree.leaves(again), strict=True):
         bound = 1e-4 * np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(("policy", "kernels"), [("block", 4), ("mlp", 3)])
+def test_mlp_does_not_run_softmax_attention_again(policy, kernels):
+    """As lowered for a Hopper GPU: one kernel forward, two for the gradients, and the one forward once more."""
+    teacher = make_teacher(head_dim=64)
+    tokens = make_batch(teacher.config.vocab_size)
+
+    def loss(params):
+        out = hidden_states(Model(params, teacher.config), *tokens.values(), dtype=jnp.bfloat16, remat=policy)
+        return jnp.sum(out.astype(jnp.float32))
+
+    hopper = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda")
+    unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=hopper)):
+        lowered = export.export(jax.jit(jax.grad(loss)), platforms=["cuda"], disabled_checks=unchecked)(teacher.params)
+    assert lowered.mlir_module().count("mosaic_gpu_v2") == kernels
 
 
 def test_bfloat16_is_near_float32(model, batch):
