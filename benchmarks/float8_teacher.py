@@ -20,72 +20,23 @@ held-out text. More `--seeds` tell how far apart students are whose text comes i
 
 import argparse
 import math
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shapes import quarter
-from study_rows import StudyRows, batches_of
+from students import ConfigText, FileText, Students, last_quarter, say
 
-from jaxhybrid.data import open_text
 from jaxhybrid.losses import next_token_targets
-from jaxhybrid.model.blueprint import Params
 from jaxhybrid.model.head import Head, in_chunks, own_columns
 from jaxhybrid.model.transformer import Model, outputs
-from jaxhybrid.selection.methods import layer_types
 from jaxhybrid.settings.read import load_config
-from jaxhybrid.settings.run import RunConfig
-from jaxhybrid.settings.stages import StageConfig
-from jaxhybrid.stages.align import linear_mixers
 from jaxhybrid.stages.batch import Batch, token_mask
-from jaxhybrid.stages.programs import stage_step
-from jaxhybrid.train.optimizer import make_optimizer, start
-from jaxhybrid.weights.convert import convert, with_softmax_layers
 from jaxhybrid.weights.huggingface import load_teacher
 
-BEGAN = time.perf_counter()
 TOKENS_AT_ONCE = 256  # whose logits are held, of both models
-
-
-def say(text: str) -> None:
-    print(f"[{time.perf_counter() - BEGAN:6.0f} s] {text}", flush=True)
-
-
-class ConfigText:
-    """That of a run."""
-
-    def __init__(self, config: RunConfig, teacher: Model):
-        self.text = open_text(config.data, teacher.folder, teacher.config.vocab_size)
-
-    def heldout(self, options: argparse.Namespace) -> Iterable[dict[str, np.ndarray]]:
-        return self.text.heldout_batches(options.length, options.rows, options.tokens)
-
-    def training(self, stage: StageConfig, seed: int) -> Iterator[dict[str, np.ndarray]]:
-        return self.text.training_batches(stage, seed)
-
-
-class FileText:
-    """What study_rows.py wrote."""
-
-    def __init__(self, path: Path):
-        self.study = StudyRows(path)
-
-    def heldout(self, options: argparse.Namespace) -> Iterable[dict[str, np.ndarray]]:
-        rows = self.study.text("heldout")
-        count = -(-options.tokens // rows["tokens"].shape[1])
-        return batches_of({name: array[:count] for name, array in rows.items()}, options.rows)
-
-    def training(self, stage: StageConfig, seed: int) -> Iterator[dict[str, np.ndarray]]:
-        rows, rng = self.study.text("train"), np.random.default_rng(seed)
-        while True:
-            yield from batches_of(rows, stage.batch_size, rng.permutation(len(rows["tokens"])))
 
 
 def in_float8(model: Model) -> Model:
@@ -143,70 +94,27 @@ def forms_table(teacher: Model, batches: list[Batch]) -> str:
     return "\n".join(lines)
 
 
-class Students:
-    """Made of one teacher and distilled from both forms of it."""
-
-    def __init__(self, config: RunConfig, teacher: Model, text: ConfigText | FileText):
-        self.config, self.text, self.dtype = config, text, jnp.dtype(config.dtype)
-        self.frozen = jax.jit(lambda model: model.cast(self.dtype))(teacher)
-        kind, depth = config.mixer.kind, teacher.config.num_layers
-        make = partial(convert, layer_types=(kind,) * depth, mixer=config.mixer.to_model())
-        self.linear = jax.jit(make)(teacher, rng=jax.random.key(config.seed))
-        self.types = layer_types(depth, quarter(depth), kind)
-        self.teacher = teacher
-
-    def batches(self, stage: str, seed: int, steps: int) -> Iterator[Batch]:
-        rows = self.text.training(getattr(self.config, stage), seed)
-        return map(jax.device_put, islice(rows, steps))
-
-    def trained(self, stage: str, student: Model, steps: int, seed: int, float8: bool = False) -> tuple[Params, float]:
-        """What a stage leaves after so many steps, and the loss of its last quarter."""
-        settings = getattr(self.config, stage)
-        changes: dict[str, Any] = {"tokens": steps * settings.tokens_per_step, "gradient_accumulation": 1}
-        changes["warmup_steps"] = min(settings.warmup_steps, steps // 4)
-        if stage == "distill":
-            changes["float8_teacher"] = float8
-        config = self.config.model_copy(update={stage: settings.model_copy(update=changes)})
-        params = linear_mixers(student.params) if stage == "align" else student.params
-        optimizer = make_optimizer(getattr(config, stage), params)
-        step = stage_step(stage, config, student.config, optimizer)
-        state = jax.jit(partial(start, optimizer=optimizer))(params)
-        losses = []
-        for batch in self.batches(stage, seed, steps):
-            state, metrics = step(state, self.frozen, batch)
-            losses.append(metrics["loss"])
-        return state.params, float(np.mean(losses[-max(steps // 4, 1) :]))
-
-    def aligned(self, steps: int) -> Model:
-        """The hybrid that is distilled, in float32."""
-        linear = self.linear
-        if steps:
-            mixers, loss = self.trained("align", linear, steps, self.config.seed)
-            say(f"aligned for {steps} steps: loss {loss:.4f}")
-            linear = replace(linear, params={**linear.params, "mixers": mixers})
-        return with_softmax_layers(linear, self.teacher, self.types)
-
-    def table(self, batches: list[Batch], options: argparse.Namespace) -> str:
-        student = self.aligned(options.align)
-        expect, measure = jax.jit(exact_outputs), jax.jit(compared, static_argnames="dtype")
-        expected = [expect(self.teacher, batch) for batch in batches]
-        lines = [
-            "| taught by | seed | loss while taught | KL from the teacher as it is | perplexity |",
-            "|---" * 5 + "|",
-        ]
-        for seed in options.seeds:
-            for name, float8 in (("the teacher as it is", False), ("MLPs in float8", True)):
-                params, loss = self.trained("distill", student, options.distill, seed, float8)
-                model = replace(student, params=params)
-                sums = np.zeros(5)
-                for given, batch in zip(expected, batches):
-                    sums += np.asarray(measure(given, model, batch, dtype=self.dtype), np.float64)
-                kl, _, tokens, surprise, predicted = sums
-                lines.append(
-                    f"| {name} | {seed} | {loss:.5f} | {kl / tokens:.5f} | {math.exp(surprise / predicted):.3f} |"
-                )
-                say(lines[-1])
-        return "\n".join(lines)
+def students_table(students: Students, batches: list[Batch], options: argparse.Namespace) -> str:
+    """Of students distilled from both forms of their teacher."""
+    student = students.aligned(options.align)
+    expect, measure = jax.jit(exact_outputs), jax.jit(compared, static_argnames="dtype")
+    expected = [expect(students.teacher, batch) for batch in batches]
+    lines = [
+        "| taught by | seed | loss while taught | KL from the teacher as it is | perplexity |",
+        "|---" * 5 + "|",
+    ]
+    for seed in options.seeds:
+        for name, float8 in (("the teacher as it is", False), ("MLPs in float8", True)):
+            params, losses = students.trained("distill", student, options.distill, seed, float8_teacher=float8)
+            model = replace(student, params=params)
+            sums = np.zeros(5)
+            for given, batch in zip(expected, batches):
+                sums += np.asarray(measure(given, model, batch, dtype=students.dtype), np.float64)
+            kl, _, tokens, surprise, predicted = sums
+            loss, perplexity = last_quarter(losses), math.exp(surprise / predicted)
+            lines.append(f"| {name} | {seed} | {loss:.5f} | {kl / tokens:.5f} | {perplexity:.3f} |")
+            say(lines[-1])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -229,7 +137,7 @@ def main() -> None:
     say(f"{config.teacher}, {tokens:,} held-out tokens, {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(forms_table(teacher, batches), flush=True)
     if options.distill:
-        print(Students(config, teacher, text).table(batches, options))
+        print(students_table(Students(config, teacher, text), batches, options))
 
 
 if __name__ == "__main__":
