@@ -7,7 +7,8 @@
 #   KEEP=/tmp/hopper TEXT=rows.npz bash benchmarks/hopper.sh
 #
 # A part is ended at its limit of seconds, and says what it had printed. TEXT, by benchmarks/study_rows.py, lets `students`
-# distil from teachers in float8; without it that part is left out. Logs, rows and what is done are in KEEP.
+# distil from teachers in float8, and `curves` by each form of the step; without it both are left out. Logs, rows and what
+# is done are in KEEP.
 set -u
 cd "$(dirname "$0")/.."
 KEEP=${KEEP:-runs/hopper} TEXT=${TEXT:-}
@@ -60,6 +61,8 @@ part kimi-delta 90 python kernels/benchmarks/gpu_compare.py --recurrence kimi_de
 
 [ -n "$TEXT" ] && part students 400 python benchmarks/float8_teacher.py configs/smollm2-135m.yaml --text "$TEXT" \
     --tokens 65536 --rows 16 --align 160 --distill 200
+[ -n "$TEXT" ] && part curves 400 python benchmarks/kl_curves.py configs/smollm2-135m.yaml --text "$TEXT" \
+    --align 160 --steps 200 --output "$KEEP/kl_curves.json"
 for name in $WANTED; do
     [[ "$KNOWN " == *" $name "* ]] || { echo "$name is no part; there are$KNOWN"; exit 2; }
 done
