@@ -12,10 +12,10 @@ one in float32, by token: KL(float32, other) in nats, how often both find the sa
 perplexity. Numbers are rounded to float8 alike everywhere, but GPUs add up products with fewer bits, so a table is of
 its device.
 
-With `--distill` a student with every fourth layer softmax is aligned once, for `--align` steps of the config's
-alignment, and distilled from there, on the same batches, from each teacher: as it is, and with
-distill.float8_teacher. The second table has each student's KL from the teacher as it is, in the config's dtype, on the
-held-out text. More `--seeds` tell how far apart students are whose text comes in another order. One device.
+With `--distill` a student with every fourth layer softmax is aligned for `--align` steps of the config's alignment, and
+distilled from there, on the same batches, from each teacher: as it is, with distill.float8_teacher, and with
+align.float8_teacher, too. The second table has each student's KL from the teacher as it is, in the config's dtype, on
+the held-out text. More `--seeds` tell how far apart students are whose text comes in another order. One device.
 """
 
 import argparse
@@ -96,7 +96,8 @@ def forms_table(teacher: Model, batches: list[Batch]) -> str:
 
 def students_table(students: Students, batches: list[Batch], options: argparse.Namespace) -> str:
     """Of students distilled from both forms of their teacher."""
-    student = students.aligned(options.align)
+    aligned = {float8: students.aligned(options.align, float8_teacher=float8) for float8 in (False, True)}
+    forms = (("the teacher as it is", False, False), ("MLPs in float8", False, True), ("alignment, too", True, True))
     expect, measure = jax.jit(exact_outputs), jax.jit(compared, static_argnames="dtype")
     expected = [expect(students.teacher, batch) for batch in batches]
     lines = [
@@ -104,7 +105,8 @@ def students_table(students: Students, batches: list[Batch], options: argparse.N
         "|---" * 5 + "|",
     ]
     for seed in options.seeds:
-        for name, float8 in (("the teacher as it is", False), ("MLPs in float8", True)):
+        for name, aligns_in_float8, float8 in forms:
+            student = aligned[aligns_in_float8]
             params, losses = students.trained("distill", student, options.distill, seed, float8_teacher=float8)
             model = replace(student, params=params)
             sums = np.zeros(5)

@@ -49,7 +49,8 @@ compare attention 240 -n 6 tests/model/test_attention_on_gpu.py
 step distill 180 --stages distill $QWEN --rows 8 --length 4096 --remat mlp --unroll --float8-teacher
 step distill-block 120 --stages distill $QWEN --rows 8 --length 4096 --remat block
 step distill-3b 200 --stages distill --shape qwen2.5-3b-instruct --rows 4 --length 4096 --remat mlp --unroll --float8-teacher
-step align 120 --stages align $QWEN --rows 96 --length 512 --unroll
+step align 120 --stages align $QWEN --rows 8 --length 4096
+step align-float8 120 --stages align $QWEN --rows 8 --length 4096 --float8-teacher
 part one-document 180 python benchmarks/scaling.py context --gpus 1 --length 32768 --steps 4 --set $FAST \
     --output "$KEEP/scaling.json"
 

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens whose logits are held at once")
     parser.add_argument("--unroll", action="store_true", help="each layer by itself in place of a loop; not score")
-    parser.add_argument("--float8-teacher", action="store_true", help="as distill.float8_teacher")
+    parser.add_argument("--float8-teacher", action="store_true", help="as align.float8_teacher and distill's")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--longest", type=int, default=40, help="kernels to list")
     parser.add_argument("--program", type=Path, metavar="FILE", help="where to leave the compiled program's text")

@@ -88,7 +88,7 @@ class Steps:
             given |= {"chunk_tokens": chunk, "remat": remat}
         if stage != "score":
             given["unroll"] = unroll
-        if stage == "distill":
+        if stage in ("align", "distill"):
             given["float8_teacher"] = float8_teacher
         state = jax.jit(lambda frozen: start(trained(frozen), optimizer))(self.frozen)
         return jax.jit(partial(UPDATES[stage], **given), donate_argnums=0), state
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens whose logits are held at once")
     parser.add_argument("--unroll", action="store_true", help="each layer by itself in place of a loop; not score")
-    parser.add_argument("--float8-teacher", action="store_true", help="as distill.float8_teacher")
+    parser.add_argument("--float8-teacher", action="store_true", help="as align.float8_teacher and distill's")
     parser.add_argument("--steps", type=int, default=10)
     for axis in ("fsdp", "tensor", "context"):
         parser.add_argument(f"--{axis}", type=int, default=-1 if axis == "fsdp" else 1)

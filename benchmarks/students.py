@@ -106,11 +106,11 @@ class Students:
             losses.append(metrics["loss"])
         return state.params, np.array(jax.device_get(losses))
 
-    def aligned(self, steps: int) -> Model:
-        """The hybrid that is distilled, in float32."""
+    def aligned(self, steps: int, **changes: Any) -> Model:
+        """The hybrid that is distilled, in float32; changes as in `trained`."""
         linear = self.linear
         if steps:
-            mixers, losses = self.trained("align", linear, steps, self.config.seed)
+            mixers, losses = self.trained("align", linear, steps, self.config.seed, **changes)
             say(f"aligned for {steps} steps: loss {last_quarter(losses):.4f}")
             linear = replace(linear, params={**linear.params, "mixers": mixers})
         return with_softmax_layers(linear, self.teacher, self.types)

@@ -447,14 +447,15 @@ def test_what_the_teacher_rules_out(load, overrides, message):
     assert message in str(error.value)
 
 
-def test_a_teacher_in_float8_has_no_experts(load):
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_teacher_in_float8_has_no_experts(load, stage):
     experts = dataclasses.replace(LLAMA, experts=ExpertsConfig(count=4, active=2, width=16, normalise=True))
-    asked = load("distill.float8_teacher=true")
+    asked = load(f"{stage}.float8_teacher=true")
     validate_against(asked, LLAMA)
     validate_against(load(), experts)
-    with pytest.raises(ConfigError, match=r"distill\.float8_teacher: .* mixtures of experts"):
+    with pytest.raises(ConfigError, match=rf"{stage}\.float8_teacher: .* mixtures of experts"):
         validate_against(asked, experts)
-    assert differences(load(), asked) == ["distill.float8_teacher: false -> true"]
+    assert differences(load(), asked) == [f"{stage}.float8_teacher: false -> true"]
 
 
 def test_settings_of_kept_layers_are_of_the_hybrid(load):

@@ -10,7 +10,7 @@ Parameters of all blocks are stacked on a leading layer axis; each kind of mixer
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -85,6 +85,10 @@ class Model:
     def cast(self, dtype: Any) -> "Model":
         """In the compute dtype; what is declared `Exact` stays."""
         return Model(cast(self.declared, self.params, dtype), self.config, self.folder)
+
+    def in_float8(self) -> "Model":
+        """Its MLPs multiply in float8: of a frozen model. Raises ConfigError where they are mixtures of experts."""
+        return replace(self, config=replace(self.config, float8_mlp=True))
 
 
 class Ends(nnx.Module):

@@ -232,11 +232,12 @@ def validate_against(config: RunConfig, model: ModelConfig) -> None:
             f"softmax.length_scale {config.softmax.length_scale:g} is for layers that see all earlier tokens; some of "
             f"this teacher's see {model.window.size} at most. Leave it out."
         )
-    if config.distill.float8_teacher and model.experts is not None:
-        raise ConfigError(
-            "distill.float8_teacher: this teacher's MLPs are mixtures of experts, which have no form in float8 here. "
-            "Leave it out."
-        )
+    for stage, settings in (("align", config.align), ("distill", config.distill)):
+        if settings.float8_teacher and model.experts is not None:
+            raise ConfigError(
+                f"{stage}.float8_teacher: this teacher's MLPs are mixtures of experts, which have no form in float8 "
+                "here. Leave it out."
+            )
     if config.select.layers:
         check_layers(config.select.layers, depth)
     # Fine-tuning may go beyond the teacher's context; the stages that read the teacher's output may not.

@@ -138,6 +138,9 @@ class AlignConfig(StageConfig):
     schedule: Schedule = about("cosine", "course of the learning rate after warmup")
     final_learning_rate: Annotated[float, Field(ge=0)] = about(1e-5, "learning rate at the end of linear and cosine")
     remat: RematPolicy = free("block", "without effect: alignment keeps no other layer's activations")
+    float8_teacher: bool = about(
+        False, "the teacher's MLPs multiply in float8, as with distill.float8_teacher: layers learn from its states"
+    )
 
 
 class GroupedStageConfig(StageConfig):

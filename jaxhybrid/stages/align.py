@@ -47,12 +47,21 @@ def align_step(
     dtype: Any = jnp.bfloat16,
     unroll: bool = False,
     sums: Any = jnp.float32,
+    float8_teacher: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One update of the linear mixers. `state.params` is the student's `mixers` tree without its softmax part.
 
     `config` is the student's. Metrics: `loss`, mean over layers and tokens of ||teacher - student||_2 / sqrt(D);
     `layer_loss` [linear layers] in order; `gradient_norm`; `batch_tokens`.
+
+    Args:
+        float8_teacher: the teacher's MLPs multiply in float8, which changes what later layers see and give.
+
+    Raises:
+        ConfigError: `float8_teacher`, and the teacher's MLPs are mixtures of experts.
     """
+    if float8_teacher:
+        teacher = teacher.in_float8()
     given = {"config": config, "dtype": dtype, "unroll": unroll, "sums": sums}
     losses, gradients = alignment_gradients(state.params, teacher, batch, **given)
     state, norm = update(state, gradients, optimizer)

@@ -1,6 +1,5 @@
 """Stage 2: the whole student learns the teacher's next-token distribution, by KL over the full vocabulary."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ def distill_step(
         ConfigError: `float8_teacher`, and the teacher's MLPs are mixtures of experts.
     """
     if float8_teacher:
-        teacher = replace(teacher, config=replace(teacher.config, float8_mlp=True))
+        teacher = teacher.in_float8()
     tokens = count_tokens(batch)
 
     def gradients(micro: Batch) -> tuple[jax.Array, Params]:

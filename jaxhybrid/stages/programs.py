@@ -15,7 +15,7 @@ from jaxhybrid.model.config import ModelConfig
 from jaxhybrid.model.partition import HOST_MEMORY, AnyMesh, in_memory
 from jaxhybrid.model.transformer import Model, abstract_params
 from jaxhybrid.settings.run import RunConfig
-from jaxhybrid.settings.stages import DistillConfig, KlStageConfig, StageConfig
+from jaxhybrid.settings.stages import AlignConfig, DistillConfig, KlStageConfig, StageConfig
 from jaxhybrid.stages.align import align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.finetune import finetune_step
@@ -38,7 +38,7 @@ def stage_step(stage: str, config: RunConfig, student: ModelConfig, optimizer: o
         given["unroll"] = settings.unroll
     if isinstance(settings, KlStageConfig):
         given["chunk_tokens"] = settings.kl_chunk
-    if isinstance(settings, DistillConfig):
+    if isinstance(settings, AlignConfig | DistillConfig):
         given["float8_teacher"] = settings.float8_teacher
     return jax.jit(partial(STEPS[stage], config=student, optimizer=optimizer, **given), donate_argnums=0)
 

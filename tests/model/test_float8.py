@@ -1,4 +1,4 @@
-"""MLPs that multiply in float8 against the same in NumPy, and the distillation that asks its teacher for them."""
+"""MLPs that multiply in float8 against the same in NumPy, and the stages that ask their teacher for them."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,12 +15,15 @@ from jaxhybrid.model.blueprint import bind, initialize, variables
 from jaxhybrid.model.config import ExpertsConfig
 from jaxhybrid.model.float8 import product, scaled
 from jaxhybrid.model.layers import MLP
+from jaxhybrid.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from jaxhybrid.model.partition import make_mesh, on_shards, param_shardings, param_specs
 from jaxhybrid.model.transformer import forward, hidden_states
 from jaxhybrid.settings.read import parse_config
+from jaxhybrid.stages.align import align_loss, align_step, linear_mixers
 from jaxhybrid.stages.distill import distill_step
 from jaxhybrid.stages.programs import stage_step
 from jaxhybrid.train.optimizer import make_optimizer, start
+from jaxhybrid.weights.convert import convert
 from tests.conftest import make_batch, make_teacher
 from tests.tiny import training
 
@@ -160,23 +163,46 @@ def test_distillation_from_it_is_to_what_it_says():
         kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
         return jnp.mean(kl, where=batch["segment_ids"] != 0)
 
-    in_float8 = replace(teacher, config=replace(teacher.config, float8_mlp=True))
+    in_float8 = teacher.in_float8()
     loss, expected, exact = float(jax.jit(asked)(*given)[1]["loss"]), float(dense(in_float8)), float(dense(teacher))
     assert abs(expected / exact - 1) > 0.01
     assert loss == pytest.approx(expected, rel=1e-3)
 
+    assert_in_the_teacher_alone("distill", teacher.config, optimizer, given)
+
+
+def assert_in_the_teacher_alone(stage, config, optimizer, given):
+    """As the setting asks for it: in the teacher's one loop, and nothing of the student's."""
+
     def counted(asked):
-        run = {"name": "run", "teacher": "t", "data": {"train": "pydoc"}, "distill": {"float8_teacher": asked}}
-        return float8_products(stage_step("distill", parse_config(run), teacher.config, optimizer).trace(*given).jaxpr)
+        run = {"name": "run", "teacher": "t", "data": {"train": "pydoc"}, stage: {"float8_teacher": asked}}
+        return float8_products(stage_step(stage, parse_config(run), config, optimizer).trace(*given).jaxpr)
 
     plain, changed = counted(False), counted(True)
     assert plain[0] == 0
-    assert (changed - plain).tolist() == [3, -3]  # in the teacher's one loop, and nothing of the student's
+    assert (changed - plain).tolist() == [3, -3]
+
+
+def test_alignment_from_it_is_to_what_it_says():
+    teacher, batch = make_teacher(num_layers=2), make_batch(61)
+    mixer = GatedDeltaNetConfig()
+    student = jax.jit(convert, static_argnums=(1, 2))(teacher, (mixer.kind,) * 2, mixer, jax.random.key(1))
+    mixers = linear_mixers(student.params)
+    optimizer = make_optimizer(training(10), mixers)
+    given = start(mixers, optimizer), teacher, batch
+    own = {"config": student.config, "dtype": jnp.float32}
+    step = jax.jit(partial(align_step, **own, optimizer=optimizer, float8_teacher=True))
+    losses = jax.jit(partial(align_loss, **own))
+    found, expected = step(*given)[1]["layer_loss"], losses(mixers, teacher.in_float8(), batch)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    change = np.abs(expected / losses(mixers, teacher, batch) - 1)
+    assert change[0] < 1e-6 < 1e-3 < change[1]  # no MLP is before the first layer
+    assert_in_the_teacher_alone("align", student.config, optimizer, given)
 
 
 def test_a_teacher_in_float8_on_a_mesh_is_as_near_as_on_one_device():
     teacher, batch = make_teacher(), make_batch(61)
-    in_float8 = replace(teacher, config=replace(teacher.config, float8_mlp=True))
+    in_float8 = teacher.in_float8()
     states = jax.jit(lambda model, batch: hidden_states(model, batch["tokens"], batch["segment_ids"]))
     exact, one = states(teacher, batch), states(in_float8, batch)
     mesh = make_mesh(1, 2, 2, 2)

@@ -145,13 +145,16 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         q_block[...] = d_query.astype(jnp.bfloat16)
         k_block[...] = d_key.astype(jnp.bfloat16)
         split(moved, queries, keys)
+        # Not in registers: there the assembler remakes constants between products that are under way, some too late.
+        after, earlier = x_block, x_turned_block
+        for block, holds in ((after, column >= row), (earlier, column < row)):
+            block[...] = jnp.where(holds, 1.0, 0.0).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_block, d_q.at[b, tokens, head, part])
         plgpu.copy_smem_to_gmem(k_block, d_k.at[b, tokens, head, part])
-        after, earlier = (jnp.where(x, 1.0, 0.0).astype(jnp.bfloat16) for x in (column >= row, column < row))
         terms = [(after, queries), (after, keys), (earlier, before_high), (earlier, before_low)]
         d_decays[b, tokens, head, part] = multiply_sum(*terms, interpret=interpret)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)

@@ -91,7 +91,7 @@ def channel_prepare_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             pair[...] = solved
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(pair, matrices.at[b, head, c, 1])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)

@@ -148,7 +148,7 @@ def gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         sums[b, c, head, LEAVING] = _total(leaving)
         for i in range(V // BLOCK):
             sums[b, c, head, CARRIED + i] = _total([dots[i] for dots in dots_by_row]) * rows(own.at[CARRY])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     gradient = jax.ShapeDtypeStruct((plan.B, n * CHUNK, plan.N, K), jnp.bfloat16)
     return kernel(

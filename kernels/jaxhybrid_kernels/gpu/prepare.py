@@ -97,7 +97,7 @@ def prepare_kernel(plan: Plan) -> Callable[..., jax.Array]:
         plgpu.copy_smem_to_gmem(pair, out.at[b, head, c, 0])
         if inverse is not None:
             plgpu.copy_smem_to_gmem(inverse, out.at[b, head, c, 1])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     run = kernel(
         body,

@@ -180,7 +180,7 @@ def recurrence_kernel(
             else:
                 first = unmarked(plgpu.load(start.at[b, head, span, own], layout=plgpu.Layout.WGMMA, optimized=False))
             last[b, head, span, own] = lax.fori_loop(0, count, chunk_step, first)
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     scratch = {
         **{name: _operand(stages, slot) for name, slot in slots.items()},

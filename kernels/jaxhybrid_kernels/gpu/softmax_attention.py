@@ -59,8 +59,8 @@ def softmax_attention(
         starts: [B,Q] int32: the first key that each query sees, at most its own; it never falls along a row.
         first: int32, at most M - Q.
 
-    Inside `jax.shard_map` all of them vary along the same manual axes. Where `jax.checkpoint` keeps the names OUTPUT and
-    LOGSUMEXP, it does not run the forward kernel again. Returns [B,Q,Hq,D] in q's dtype.
+    Inside `jax.shard_map` all of them vary along the same manual axes. Where `jax.checkpoint` keeps the names OUTPUT
+    and LOGSUMEXP, it does not run the forward kernel again. Returns [B,Q,Hq,D] in q's dtype.
     """
     Q, after_q, after_k = q.shape[1], plan.Q - q.shape[1], plan.M - k.shape[1]
     if after_q:  # they see what the last query sees, and more

@@ -78,7 +78,7 @@ def forward_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
             query[...] = (o * along_rows(1 / l, D)).astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(query, out.at[own.b, own.tokens, own.head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         run_beside_loader(stream, consume)
 

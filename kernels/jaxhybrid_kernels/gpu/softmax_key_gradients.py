@@ -99,7 +99,7 @@ def key_gradients_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(keys, d_k.at[own])
         plgpu.copy_smem_to_gmem(values, d_v.at[own])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     gradient = jax.ShapeDtypeStruct((plan.B, plan.M, plan.Hk, D), plan.dtype)
     held = shared(ROWS, D, dtype=plan.dtype)

@@ -58,7 +58,7 @@ def query_gradient_kernel(plan: AttentionPlan) -> Callable[..., list[jax.Array]]
             query[...] = (total * D**-0.5).astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(query, d_q.at[own.b, own.tokens, own.head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         run_beside_loader(stream, consume)
 
