@@ -62,8 +62,8 @@ part kimi-delta 90 python kernels/benchmarks/gpu_compare.py --recurrence kimi_de
 
 [ -n "$TEXT" ] && part students 400 python benchmarks/float8_teacher.py configs/smollm2-135m.yaml --text "$TEXT" \
     --tokens 65536 --rows 16 --align 160 --distill 200
-[ -n "$TEXT" ] && part curves 400 python benchmarks/kl_curves.py configs/smollm2-135m.yaml --text "$TEXT" \
-    --align 160 --steps 200 --output "$KEEP/kl_curves.json"
+[ -n "$TEXT" ] && part curves 500 python benchmarks/kl_curves.py configs/smollm2-135m.yaml --text "$TEXT" \
+    distill.batch_size=32 --align 160 --steps 200 --output "$KEEP/kl_curves.json"
 for name in $WANTED; do
     [[ "$KNOWN " == *" $name "* ]] || { echo "$name is no part; there are$KNOWN"; exit 2; }
 done

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from gpus import visible_gpus
 from stage_steps import CONFIG, ROOT, StageStep
 
 from jaxhybrid.measure import peak_memory_bytes
@@ -51,13 +52,6 @@ def measure(stage: str, planned: Planned, documents: list[int] | None, steps: in
         return {"seconds": float(np.median(seconds[2:])), "bytes": peak_memory_bytes(), "loss": measured.take()}
 
 
-def visible_gpus() -> int:
-    """How many there are, without JAX: the devices are the children's, and this process must not take them."""
-    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return len(named.split(","))
-    return len(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout.splitlines())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(CONFIG), help="any other is taken as it is, with --set")
@@ -73,7 +67,7 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(given.measure, planned, given.documents, given.steps)))
         return
-    topology = Topology.parse(f"{given.chip}:{visible_gpus()}")
+    topology = Topology.parse(f"{given.chip}:{len(visible_gpus())}")
     with tempfile.TemporaryDirectory() as folder:
         figures = Steps(topology, Path(folder), jobs=4).figures(planned, given.stages)
     rows = []

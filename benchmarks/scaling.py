@@ -34,6 +34,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from gpus import visible_gpus
 from output import Output
 from shapes import SHAPES
 
@@ -60,8 +61,7 @@ def gpus_here() -> int:
     """Without taking any: they are the children's. CPUs where there is no GPU."""
     if not on_gpus():
         return int(os.environ.get("JAX_NUM_CPU_DEVICES", 1))
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    return len(listed.splitlines())
+    return len(visible_gpus())
 
 
 def device_name() -> str:
@@ -79,7 +79,8 @@ def environment(gpus: Sequence[int], flags: str = "") -> dict[str, str]:
     """Of a process that sees these GPUs alone, or as many CPUs."""
     own = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     if on_gpus():
-        own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        visible = visible_gpus()
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] for gpu in gpus)
         own["XLA_PYTHON_CLIENT_MEM_FRACTION"] = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     else:
         own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(len(gpus))}
