@@ -11,7 +11,6 @@ first two. What a stage of a run holds beside its step (scoring's teacher) is in
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
