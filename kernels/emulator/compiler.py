@@ -20,6 +20,7 @@ PTX, PASSES = ".ptx", ".mlir-passes.log"
 @dataclass(frozen=True)
 class Compiled:
     name: str
+    ptx: str
     program: Program
     launch: Launch
     operands: list[np.ndarray]
@@ -42,9 +43,11 @@ class Compiler:
         # instruction, nor that `jit` is disabled.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(self._compile, kernel, operands).result()
+        ptx = self._written(PTX)
         return Compiled(
             name,
-            Program(self._written(PTX)),
+            ptx,
+            Program(ptx),
             read_launch(self._written(PASSES)),
             [np.asarray(operand) for operand in operands],
             [np.empty(result.shape, result.dtype) for result in results],

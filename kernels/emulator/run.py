@@ -3,6 +3,7 @@
     python kernels/emulator/run.py                                   # every recurrence and form at 64 channels
     python kernels/emulator/run.py --recurrence kimi_delta --widths 128,64 --forms spans --schedules 3
     python kernels/emulator/run.py --faults                          # takes waits and barriers out: is it noticed?
+    python kernels/emulator/run.py --assemblers .../bin/ptxas        # do these leave products' registers alone?
 
 Each case is one of test_on_gpu.py's `test_recurrences_and_widths`: results and all gradients against the float64 token
 recurrence, and what machine.py knows of a kernel: races by lines of its source, copies out of bounds, writes outside of
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="*", help="prepared, fused, spans; all by default")
     parser.add_argument("--tokens", type=int, help="130 by default")
     parser.add_argument("--schedules", type=int, default=1, help="of each kernel")
+    parser.add_argument("--assemblers", nargs="*", type=Path, default=[], help="of any CUDA; needs nvdisasm")
     parser.add_argument("--faults", action="store_true", help="plant faults as well, see faults.py")
     parser.add_argument("--most", type=int, default=4, help="planted faults of a kind and kernel")
     args = parser.parse_args()
@@ -90,6 +92,7 @@ def what_is_wrong(case: "Run", least_cosine: float, args: argparse.Namespace) ->
         for fault, count in emulated.outcome.faults.items():
             yield f"{emulated.kernel.name}: {fault}, {count} times"
         yield from in_other_schedules(emulated, args.schedules - 1)
+        yield from as_assembled(emulated, args.assemblers)
         if args.faults:
             yield from unnoticed(emulated, args.most)
 
@@ -103,6 +106,15 @@ def in_other_schedules(emulated: "Emulated", count: int) -> Iterator[str]:
                 yield f"{emulated.kernel.name}: other bits in result {number}, {schedule}"
         for fault in outcome.faults.keys() - emulated.outcome.faults.keys():
             yield f"{emulated.kernel.name}: {fault}, {schedule}"
+
+
+def as_assembled(emulated: "Emulated", assemblers: list[Path]) -> Iterator[str]:
+    from assembled import Assembler, touched
+
+    for ptxas in assemblers:
+        assembler = Assembler.of(ptxas)
+        for fault in touched(assembler.instructions(emulated.kernel.ptx)):
+            yield f"{emulated.kernel.name}, ptxas {assembler.version()}: {fault}"
 
 
 def unnoticed(emulated: "Emulated", most: int) -> Iterator[str]:

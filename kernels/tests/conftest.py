@@ -193,7 +193,7 @@ def suite():
 # What `make test` runs of this folder: the operator's edges, and the recurrence that models use, by every
 # implementation. All of it is `make test-kernels`.
 QUICK = re.compile(
-    r"test_(interface|decode|debug|short_convolution|tpu_branches|emulator)\.py"
+    r"test_(interface|decode|debug|short_convolution|tpu_branches|emulator|assembled)\.py"
     r"|::test_(results_and_gradients|packed_equals_separate)\[gated_deltanet"
 )
 

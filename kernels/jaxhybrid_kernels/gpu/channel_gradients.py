@@ -145,7 +145,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         q_block[...] = d_query.astype(jnp.bfloat16)
         k_block[...] = d_key.astype(jnp.bfloat16)
         split(moved, queries, keys)
-        # Not in registers: there the assembler remakes constants between products that are under way, some too late.
+        # Not in registers: there ptxas before CUDA 13.3 moves constants behind the product that reads them.
         after, earlier = x_block, x_turned_block
         for block, holds in ((after, column >= row), (earlier, column < row)):
             block[...] = jnp.where(holds, 1.0, 0.0).astype(jnp.bfloat16)
