@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxhybrid_kernels import linear_attention_token, row_product
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from output import Output
 from shapes import SHAPES, asked_shape
 
@@ -374,6 +374,7 @@ def plot(options: argparse.Namespace, output: Output) -> None:
             places = sorted({row["context"] for row in rows})
             axes.set_xticks(places, [f"{place / 1024:g}k" for place in places], minor=False)
             axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # a narrow range may hold no power of ten
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.legend()
