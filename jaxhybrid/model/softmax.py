@@ -18,13 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import PartitionSpec as P
 from jaxhybrid_kernels.gpu.decode_attention import decode_attention_kernel, decode_attention_refusal
-from jaxhybrid_kernels.gpu.softmax_attention import (
-    LOGSUMEXP,
-    OUTPUT,
-    make_plan,
-    softmax_attention,
-    softmax_attention_refusal,
-)
+from jaxhybrid_kernels.gpu.softmax_attention import KEPT, make_plan, softmax_attention, softmax_attention_refusal
 from jaxhybrid_kernels.numerics import attends_by_kernels, decodes_by_kernels, on_nvidia, target_platform
 
 from jaxhybrid.model.layers import capped, exact_dtype, segment_starts
@@ -592,7 +586,8 @@ def _splash_forward(q: Any, k: Any, v: Any, segments: Any, by_key: Any, by_query
         )  # fmt: skip
         return out, logsumexp
 
-    out, logsumexp = map(checkpoint_name, _row_by_row(row, q, k, v, segments, by_key), (OUTPUT, LOGSUMEXP))
+    q, k, v = map(checkpoint_name, (q, k, v), KEPT[:3])
+    out, logsumexp = map(checkpoint_name, _row_by_row(row, q, k, v, segments, by_key), KEPT[3:])
     return out, (q, k, v, segments, by_key, by_query, out, logsumexp)
 
 

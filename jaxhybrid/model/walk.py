@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxhybrid_kernels.gpu.softmax_attention import LOGSUMEXP, OUTPUT
+from jaxhybrid_kernels.gpu.softmax_attention import KEPT
 
 from jaxhybrid.model.blueprint import Params, bind, cast, variables
 from jaxhybrid.model.config import FULL_ATTENTION, ModelConfig, Remat, layers_of_kind
@@ -28,7 +28,7 @@ from jaxhybrid.model.partition import gather, lying_as, mark, near
 BLOCK_INPUT = "block_input"
 POLICIES = {
     "block": None,
-    "mlp": jax.checkpoint_policies.save_only_these_names(MLP_INPUT, MLP_PRODUCT, OUTPUT, LOGSUMEXP),
+    "mlp": jax.checkpoint_policies.save_only_these_names(MLP_INPUT, MLP_PRODUCT, *KEPT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT],
@@ -64,9 +64,9 @@ def walk(
         remat: what is kept for the backward pass. `none`: everything. `block`: x between the blocks. `dots`: results of
             matrix products, too. `offload`: x between the blocks, in the host's memory. `mlp`: x before each mixer and
             each MLP, the MLP's products but the last, and, where mixers of several kinds do not share a scan, what
-            softmax attention's kernels give; blocks are cast to x's dtype once, and their gradients are of it. Where
-            kinds share a scan, with `block` and `mlp`, `mix` must close over no array: its gradient is taken when the
-            scan's own arrays are gone.
+            softmax attention's kernels take and give; blocks are cast to x's dtype once, and their gradients are of it.
+            Where kinds share a scan, with `block` and `mlp`, `mix` must close over no array: its gradient is taken when
+            the scan's own arrays are gone.
         unroll: no scan: the program has each layer by itself, and takes longer to compile. Kinds are then known and
             need no switch, and what a layer keeps is not copied into stacks. Blocks and mixers are cast to x's dtype
             once, whatever is kept, and their gradients are of it. Not with a traced choice.

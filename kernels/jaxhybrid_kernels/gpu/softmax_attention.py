@@ -20,7 +20,8 @@ from jaxhybrid_kernels.numerics import hopper_refusal, target_platform
 
 WIDTHS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
-OUTPUT, LOGSUMEXP = "attention_output", "attention_logsumexp"  # names of what the gradient needs beside q, k and v
+# Names of what the gradient needs: q, k, v, the output, and the logarithm of each query's sum.
+KEPT = tuple(f"attention_{name}" for name in ("queries", "keys", "values", "output", "logsumexp"))
 WHOLE = 128  # queries and keys are padded to a multiple of this: it holds any block
 # On an H200, see kernels/NOTES.md.
 FORWARD = Blocks(columns=128, stages=2)
@@ -59,8 +60,8 @@ def softmax_attention(
         starts: [B,Q] int32: the first key that each query sees, at most its own; it never falls along a row.
         first: int32, at most M - Q.
 
-    Inside `jax.shard_map` all of them vary along the same manual axes. Where `jax.checkpoint` keeps the names OUTPUT
-    and LOGSUMEXP, it does not run the forward kernel again. Returns [B,Q,Hq,D] in q's dtype.
+    Inside `jax.shard_map` all of them vary along the same manual axes. Where `jax.checkpoint` keeps the names KEPT, it
+    runs neither the forward kernel again nor what made q, k and v. Returns [B,Q,Hq,D] in q's dtype.
     """
     Q, after_q, after_k = q.shape[1], plan.Q - q.shape[1], plan.M - k.shape[1]
     if after_q:  # they see what the last query sees, and more
@@ -80,8 +81,9 @@ def _attention(q: Any, k: Any, v: Any, starts: Any, first: Any, plan: AttentionP
 
 
 def _forward(q: Any, k: Any, v: Any, starts: Any, first: Any, plan: AttentionPlan) -> Any:
+    q, k, v = map(checkpoint_name, (q, k, v), KEPT[:3])
     seen = key_blocks_seen(starts, first, plan.M, plan.rows, plan.forward.columns)
-    out, logsumexp = map(checkpoint_name, forward_kernel(plan)(q, k, v, starts, seen), (OUTPUT, LOGSUMEXP))
+    out, logsumexp = map(checkpoint_name, forward_kernel(plan)(q, k, v, starts, seen), KEPT[3:])
     return out, (q, k, v, starts, first, out, logsumexp)
 
 
