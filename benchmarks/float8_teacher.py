@@ -39,10 +39,6 @@ from jaxhybrid.weights.huggingface import load_teacher
 TOKENS_AT_ONCE = 256  # whose logits are held, of both models
 
 
-def in_float8(model: Model) -> Model:
-    return replace(model, config=replace(model.config, float8_mlp=True))
-
-
 def compared(expected: tuple[jax.Array, Head], model: Model, batch: Batch, dtype: Any) -> jax.Array:
     """Sums over a batch: KL(expected, model), tokens with the same most likely successor, tokens, cross entropy,
     predicted tokens."""
@@ -74,9 +70,9 @@ def exact_outputs(teacher: Model, batch: Batch) -> tuple[jax.Array, Head]:
 def forms_table(teacher: Model, batches: list[Batch]) -> str:
     """Of every form of the teacher's forward pass."""
     forms = {
-        "float32, MLPs in float8": (in_float8(teacher), jnp.float32),
+        "float32, MLPs in float8": (teacher.in_float8(), jnp.float32),
         "bfloat16": (teacher, jnp.bfloat16),
-        "bfloat16, MLPs in float8": (in_float8(teacher), jnp.bfloat16),
+        "bfloat16, MLPs in float8": (teacher.in_float8(), jnp.bfloat16),
     }
     expect, measure = jax.jit(exact_outputs), jax.jit(compared, static_argnames="dtype")
     sums = {"float32": np.zeros(5)} | {name: np.zeros(5) for name in forms}
@@ -96,8 +92,12 @@ def forms_table(teacher: Model, batches: list[Batch]) -> str:
 
 def students_table(students: Students, batches: list[Batch], options: argparse.Namespace) -> str:
     """Of students distilled from both forms of their teacher."""
-    aligned = {float8: students.aligned(options.align, float8_teacher=float8) for float8 in (False, True)}
-    forms = (("the teacher as it is", False, False), ("MLPs in float8", False, True), ("alignment, too", True, True))
+    forms = [("the teacher as it is", False, False), ("MLPs in float8", False, True)]
+    if options.align:
+        forms.append(("alignment, too", True, True))
+    aligned = {
+        float8: students.aligned(options.align, float8_teacher=float8) for float8 in {aligns for _, aligns, _ in forms}
+    }
     expect, measure = jax.jit(exact_outputs), jax.jit(compared, static_argnames="dtype")
     expected = [expect(students.teacher, batch) for batch in batches]
     lines = [

@@ -1,6 +1,6 @@
 #!/bin/bash
 # What docs/steps.md, docs/attention.md, docs/generate.md and kernels/README.md say of one Hopper GPU, compared and timed
-# again: about half an hour on an H200, tests of the kernels first.
+# again: about half an hour on an H200, tests of the kernels first; a quarter of an hour more with TEXT.
 #
 #   bash benchmarks/hopper.sh                    # all parts; those that are done in KEEP are left out
 #   bash benchmarks/hopper.sh distill decode     # these
@@ -63,7 +63,8 @@ part kimi-delta 120 python kernels/benchmarks/gpu_compare.py --recurrence kimi_d
 [ -n "$TEXT" ] && part students 400 python benchmarks/float8_teacher.py configs/smollm2-135m.yaml --text "$TEXT" \
     --tokens 65536 --rows 16 --align 160 --distill 200
 [ -n "$TEXT" ] && part curves 500 python benchmarks/kl_curves.py configs/smollm2-135m.yaml --text "$TEXT" \
-    distill.batch_size=32 --align 160 --steps 200 --output "$KEEP/kl_curves.json"
+    distill.batch_size=32 distill.learning_rate=2e-6 distill.mixer_learning_rate=3e-5 --align 160 --steps 200 \
+    --output "$KEEP/kl_curves.json"
 for name in $WANTED; do
     [[ "$KNOWN " == *" $name "* ]] || { echo "$name is no part; there are$KNOWN"; exit 2; }
 done

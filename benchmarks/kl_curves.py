@@ -15,8 +15,8 @@ from there, on the same batches, by each form of the step:
     unrolled      `mlp`, with each layer compiled by itself
     float8        `unrolled`, with the teacher's MLPs in float8: its KL is to that teacher
 
-A form changes more than rounding does where it is further from `before` than `other order` is, which takes a batch of
-more than two rows. The kernels are those for Hopper; elsewhere `kernels` is `before` once more. The table has the loss
+A form that changes more than rounding is much further from `before` than `other order` is, which takes a batch of more
+than two rows. The kernels are those for Hopper; elsewhere `kernels` is `before` once more. The table has the loss
 of the distill stage, which is the KL, as the mean of the 10 steps that end at a step (at step 1 of that one), and how
 far a form's losses are from those of `before` in the same steps. --output (JSON) has all losses, and is whole after
 each form. One device.

@@ -80,6 +80,8 @@ def environment(gpus: Sequence[int], flags: str = "") -> dict[str, str]:
     own = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     if on_gpus():
         visible = visible_gpus()
+        if max(gpus) >= len(visible):
+            raise SystemExit(f"{max(gpus) + 1} GPUs are asked for, and {len(visible)} are visible.")
         own["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] for gpu in gpus)
         own["XLA_PYTHON_CLIENT_MEM_FRACTION"] = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     else:

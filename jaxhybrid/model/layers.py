@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxhybrid_kernels.numerics import target_platform
 
 from jaxhybrid.model import float8
 from jaxhybrid.model.blueprint import Initializer, normal, ones, weight, zeros
@@ -20,6 +21,7 @@ from jaxhybrid.model.partition import (
     exchanged,
     joined,
     total,
+    varying_alike,
 )
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -98,7 +100,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
         """x W + b; summed in `dtype` where that is given."""
-        return self._complete(jnp.einsum(self.equation, x, self.kernel[...], preferred_element_type=dtype))
+        kernel = self.kernel[...]
+        if dtype == jnp.float32 and x.dtype == kernel.dtype == jnp.bfloat16 and self.equation == "...a,ab->...b":
+            return self._complete(_wide_product(*varying_alike(x, kernel)))
+        return self._complete(jnp.einsum(self.equation, x, kernel, preferred_element_type=dtype))
 
     def in_float8(self, x: float8.Scaled, dtype: Any) -> jax.Array:
         """x W + b in `dtype` for a kernel of two axes, with W rounded to float8 as x was."""
@@ -107,7 +112,38 @@ class Linear(nnx.Module):
     def _complete(self, y: jax.Array) -> jax.Array:
         if self.is_partial:  # a device has its own heads, or its share of the MLP
             y = total(y, "tensor")
-        return y if self.bias is None else y + self.bias[...]
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        if bias.ndim == 1 or target_platform() != "gpu":
+            return y + bias
+        # A vector, as cuBLAS takes it: of any other XLA makes an array of y's size and adds that.
+        return (y.reshape(*y.shape[: y.ndim - bias.ndim], -1) + bias.reshape(-1)).reshape(y.shape)
+
+
+@jax.custom_vjp
+def _wide_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [...,A] by kernel [A,B], both bfloat16, summed in float32 and left so.
+
+    Its gradient would be products in float32, for which XLA widens all of x. Two bfloat16 parts of the gradient of the
+    result have 16 bits together, more than float32 products have on GPUs and TPUs by default.
+    """
+    return jnp.einsum("...a,ab->...b", x, kernel, preferred_element_type=jnp.float32)
+
+
+def _wide_product_backward(saved: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    high = d_y.astype(x.dtype)
+    halves = jnp.concatenate([high, (d_y - high.astype(d_y.dtype)).astype(x.dtype)], axis=-1)
+    d_kernel = jax.lax.dot(
+        x.reshape(-1, x.shape[-1]).T, halves.reshape(-1, halves.shape[-1]), preferred_element_type=d_y.dtype
+    )
+    d_x = jnp.einsum("...b,ab->...a", halves, jnp.concatenate([kernel, kernel], axis=1))
+    of_high, of_low = jnp.split(d_kernel, 2, axis=1)
+    return d_x, (of_high + of_low).astype(kernel.dtype)
+
+
+_wide_product.defvjp(lambda x, kernel: (_wide_product(x, kernel), (x, kernel)), _wide_product_backward)
 
 
 class RMSNorm(nnx.Module):

@@ -346,6 +346,17 @@ def differing(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.pcast(x, axes, to="varying") if axes and _in_shards() else x
 
 
+def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays, all varying along every manual mesh axis along which any of them does."""
+    axes = frozenset[Any]().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    return [varying_along(x, axes) for x in arrays]
+
+
+def varying_along(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
 def joined(x: jax.Array, axis: int, *axes: str) -> jax.Array:
     """The shards of all devices along mesh axes, joined on an array axis."""
     return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if _in_shards() else x

@@ -22,6 +22,7 @@ from jaxhybrid_kernels.gpu.softmax_attention import KEPT, make_plan, softmax_att
 from jaxhybrid_kernels.numerics import attends_by_kernels, decodes_by_kernels, on_nvidia, target_platform
 
 from jaxhybrid.model.layers import capped, exact_dtype, segment_starts
+from jaxhybrid.model.partition import varying_alike, varying_along
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row with every key masked stays finite
 QUERY_BLOCK = 1024  # queries of a block of the plain form, at most
@@ -91,7 +92,7 @@ def causal_attention(
         return _cudnn_causal(q, k, v)
     B, Q = q.shape[:2]
     starts, documents, first = document_starts(key_segment_ids, k, Q, first_query)
-    q, k, v, starts, documents, first = _varying_alike(q, k, v, starts, documents, first)
+    q, k, v, starts, documents, first = varying_alike(q, k, v, starts, documents, first)
     sinks = 0 if window is None else window.sinks
     if platform == "tpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 64 == 0 and not sinks:
         return splash_attention(q, k, v, documents, starts, first, window, cap)
@@ -201,17 +202,6 @@ class Seen:
 
     def by_query(self, change: Callable[[jax.Array], jax.Array]) -> "Seen":
         return Seen(change(self.starts), change(self.documents), self.sinks)
-
-
-def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """The arrays, all varying along every manual mesh axis along which any of them does."""
-    axes = frozenset[Any]().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-    return [_varying_along(x, axes) for x in arrays]
-
-
-def _varying_along(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
-    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 # --- Plain JAX, and cuDNN ---------------------------------------------------------------------------------------------
@@ -513,7 +503,7 @@ def splash_attention(
     by_key, by_query = (
         MaskInfo(_nearest(pairs, axis), None, pairs.astype(jnp.int32)[:, None], None, places) for axis in (2, 1)
     )
-    operands = _varying_alike(
+    operands = varying_alike(
         *(
             jnp.moveaxis(_pad_tokens(x, 0, n), 1, 2)
             for x, n in ((q * q.shape[-1] ** -0.5, after_q), (k, after_k), (v, after_k))
@@ -623,4 +613,4 @@ def _row_by_row(run: Callable[[Any], Any], *batched: Any) -> Any:
     if not axes:
         return jax.lax.map(run, batched)
     unchecked = jax.shard_map(lambda *x: jax.lax.map(run, x), in_specs=P(), out_specs=P(), check_vma=False)
-    return jax.tree.map(lambda x: _varying_along(x, axes), unchecked(*batched))
+    return jax.tree.map(lambda x: varying_along(x, axes), unchecked(*batched))

@@ -139,7 +139,10 @@ class AlignConfig(StageConfig):
     final_learning_rate: Annotated[float, Field(ge=0)] = about(1e-5, "learning rate at the end of linear and cosine")
     remat: RematPolicy = free("block", "without effect: alignment keeps no other layer's activations")
     float8_teacher: bool = about(
-        False, "the teacher's MLPs multiply in float8, as with distill.float8_teacher: layers learn from its states"
+        False,
+        "the teacher's MLPs multiply in float8, as with distill.float8_teacher: on an H200 a step of the 1.5B shape is "
+        "15 % faster (docs/steps.md); mixers learn from the rounded teacher, held-out losses are to the teacher as it "
+        "is; not for mixtures of experts",
     )
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from errors import Refused
 
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(?P<name>[\w.]+)\s*(?P<operands>[^;]*);")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?\w+\s+)?(?P<name>[\w.]+)\s*(?P<operands>[^;]*);")
+PREDICATE = re.compile(r"!?U?P(?:\d|T)$")
 OPERAND = re.compile(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*|(?:\[[^\]]*\][^,\[]*)+")
 REGISTER = re.compile(r"\bR(\d+)(\.64)?(?!\w)")
 SIZE = re.compile(r"64x(\d+)x\d+")
@@ -27,7 +28,7 @@ NEWEST_PTX = re.compile(r"Unsupported \.version [\d.]+; current version is '([\d
 WRITE_NOTHING = (
     "ST", "RED", "BAR", "BRA", "BRX", "EXIT", "UTMA", "SYNCS", "FENCE", "MEMBAR", "WARPGROUP", "WARPSYNC", "R2UR",
     "R2P", "ISETP", "FSETP", "HSETP2", "PLOP3", "DEPBAR", "CCTL", "ERRBAR", "BSSY", "BSYNC", "NOP", "USETMAXREG",
-    "VOTEU", "UBLKCP",
+    "VOTEU", "UBLKCP", "RET", "CALL",
 )  # fmt: skip
 LEFT_REGISTERS = 4  # of a product: 16 by 16 numbers of 16 bits in a warp
 
@@ -45,22 +46,14 @@ class Product(NamedTuple):
 class Assembler:
     ptxas: Path
     nvdisasm: Path
+    version: str
 
     @classmethod
     def of(cls, ptxas: Path) -> "Assembler":
-        if found := shutil.which("nvdisasm"):
-            return cls(ptxas, Path(found))
-        triton = find_spec("triton")
-        if triton is not None and triton.origin is not None:
-            beside = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
-            if beside.exists():
-                return cls(ptxas, beside)
-        raise Refused("there is no nvdisasm: put CUDA's, or that of nvidia-cuda-nvdisasm, on PATH, or install triton")
-
-    def version(self) -> str:
-        said = _run(self.ptxas, "--version")
-        found = re.search(r"release ([\d.]+)", said)
-        return found[1] if found else said
+        """Raises Refused where there is no such program, or no nvdisasm."""
+        said = _run(ptxas, "--version")
+        release = re.search(r"release ([\d.]+)", said)
+        return cls(ptxas, _disassembler(), release[1] if release else said)
 
     def instructions(self, ptx: str) -> list[str]:
         with tempfile.TemporaryDirectory(prefix="assembled-") as folder:
@@ -77,8 +70,22 @@ class Assembler:
             return [line for line in _run(self.nvdisasm, "-c", str(program)).splitlines() if INSTRUCTION.search(line)]
 
 
+def _disassembler() -> Path:
+    if found := shutil.which("nvdisasm"):
+        return Path(found)
+    triton = find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        beside = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
+        if beside.exists():
+            return beside
+    raise Refused("there is no nvdisasm: put CUDA's, or that of nvidia-cuda-nvdisasm, on PATH, or install triton")
+
+
 def _run(*command: str | Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise Refused(f"{command[0]}: {error.strerror}") from error
     if done.returncode:
         raise Refused(f"{command[0]}: {done.stderr.strip()[:400]}")
     return done.stdout
@@ -90,12 +97,12 @@ def touched(instructions: list[str]) -> Iterator[str]:
     under_way: list[Product] = []
     group = 0
     for place, line in enumerate(instructions):
-        name, operands = _parsed(line)
-        if name.startswith("WARPGROUP.DEPBAR"):
+        guard, name, operands = _parsed(line)
+        if name.startswith("WARPGROUP.DEPBAR") and not guard:
             still = int(operands[1], 16)  # groups that may go on
             under_way = [product for product in under_way if product.group >= group - still]
             continue
-        if name.startswith("HGMMA"):
+        if "GMMA" in name:
             own = _product(place, name, operands, group)
             for other in under_way:
                 if own.sums & other.left or (own.sums & other.sums and own.sums != other.sums):
@@ -114,17 +121,18 @@ def touched(instructions: list[str]) -> Iterator[str]:
                     yield f"sums of a product that is under way: {_brief(line)}"
 
 
-def _parsed(line: str) -> tuple[str, list[str]]:
+def _parsed(line: str) -> tuple[str | None, str, list[str]]:
+    """(the predicate under which it is carried out, name, operands)."""
     found = INSTRUCTION.search(line)
     if found is None:
         raise Refused(f"no instruction: {line}")
-    return found["name"], [operand.strip() for operand in OPERAND.findall(found["operands"])]
+    return found["guard"], found["name"], [operand.strip() for operand in OPERAND.findall(found["operands"])]
 
 
 def _product(place: int, name: str, operands: list[str], group: int) -> Product:
     size = SIZE.search(name)
-    if size is None:
-        raise Refused(f"a product of unknown size: {name}")
+    if size is None or not name.startswith("HGMMA") or ".F32" not in name:
+        raise Refused(f"a product of a kind that is not known here: {name}")
     sums, left = REGISTER.match(operands[0]), REGISTER.match(operands[1])
     of_sums = range(int(sums[1]), int(sums[1]) + int(size[1]) // 2) if sums else ()
     of_left = range(int(left[1]), int(left[1]) + LEFT_REGISTERS) if left else ()
@@ -134,6 +142,8 @@ def _product(place: int, name: str, operands: list[str], group: int) -> Product:
 def _registers(name: str, operands: list[str]) -> tuple[set[int], set[int]]:
     """(written, read) by an instruction other than a product."""
     written: set[int] = set()
+    while operands and PREDICATE.match(operands[0]):  # that it writes besides
+        operands = operands[1:]
     if operands and not name.startswith(WRITE_NOTHING) and (first := REGISTER.match(operands[0])):
         wide = 4 if ".128" in name or name.startswith("LDSM") else 2 if ".64" in name or ".WIDE" in name else 1
         written = set(range(int(first[1]), int(first[1]) + wide))

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from assembled import Assembler
     from cases import Emulated, Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -52,10 +53,12 @@ def run(args: argparse.Namespace, dump: Path) -> bool:
 
     set_up(str(dump))
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from assembled import Assembler
     from cases import load_suite, run_case
     from compiler import Compiler
     from errors import Fault, Refused
 
+    args.assemblers = [Assembler.of(ptxas) for ptxas in args.assemblers]
     suite = load_suite()
     compiler = Compiler(dump)
     right = True
@@ -108,13 +111,12 @@ def in_other_schedules(emulated: "Emulated", count: int) -> Iterator[str]:
             yield f"{emulated.kernel.name}: {fault}, {schedule}"
 
 
-def as_assembled(emulated: "Emulated", assemblers: list[Path]) -> Iterator[str]:
-    from assembled import Assembler, touched
+def as_assembled(emulated: "Emulated", assemblers: list["Assembler"]) -> Iterator[str]:
+    from assembled import touched
 
-    for ptxas in assemblers:
-        assembler = Assembler.of(ptxas)
+    for assembler in assemblers:
         for fault in touched(assembler.instructions(emulated.kernel.ptx)):
-            yield f"{emulated.kernel.name}, ptxas {assembler.version()}: {fault}"
+            yield f"{emulated.kernel.name}, ptxas {assembler.version}: {fault}"
 
 
 def unnoticed(emulated: "Emulated", most: int) -> Iterator[str]:

@@ -29,6 +29,12 @@ MIDDLE
         ("IMAD.MOV.U32 R60, RZ, RZ, 0x3f803f80", []),
         ("@!P0 IMAD.MOV.U32 R58, RZ, RZ, 0x3f803f80", ["a left operand, 1 instructions late"]),
         ("LDL.LU.64 R58, [R1+0x118]", ["a left operand"]),
+        ("SHFL.BFLY PT, R58, R3, 0x1, 0x1f", ["a left operand"]),
+        ("LOP3.LUT P0, R57, R5, R3, RZ, 0xc0, !PT", ["a left operand"]),
+        ("FADD.FTZ R2, -R24.reuse, |R3|", ["sums of a product that is under way"]),
+        ("@P0 WARPGROUP.DEPBAR.LE gsb0, 0x0", []),
+        ("RET.REL.NODEC R58, 0x0", []),
+        ("R2UR UR10, R14", []),
         ("IMAD.WIDE.U32 R54, R9, 0x6000, R6", ["sums of a product that is under way"]),
         ("IADD3 R2, P0, R24, R3, RZ", ["sums of a product that is under way"]),
         ("ST.E.64 desc[UR60][R4.64], R30", ["sums of a product that is under way"]),
@@ -44,6 +50,14 @@ def test_registers_of_a_product_under_way(touched, middle, told):
     assert len(faults) == len(told)
     for fault, expected in zip(faults, told):
         assert expected in fault
+
+
+@pytest.mark.parametrize("name", ["QGMMA.64x64x32.F32.E4M3.E4M3", "HGMMA.64x64x16.F16", "HGMMA.SP.F32"])
+def test_products_of_other_kinds_are_refused(touched, name):
+    from errors import Refused
+
+    with pytest.raises(Refused, match="not known here"):
+        list(touched([f"/*0010*/ {name} R24, gdesc[UR4], RZ, !UPT, gsb0 ;"]))
 
 
 def test_products_of_earlier_groups_are_done_with_after_a_wait(touched):

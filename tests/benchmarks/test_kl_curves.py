@@ -1,6 +1,8 @@
 """How benchmarks/kl_curves.py compares the losses of forms, and the order it gives the rows of a batch."""
 
+import argparse
 import importlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +58,27 @@ def test_kernels_are_as_they_were_afterwards(kl_curves, monkeypatch, found):
     with kl_curves.attention_kernels(True):
         assert kl_curves.os.environ[kl_curves.SWITCH] == "1"
     assert kl_curves.os.environ.get(kl_curves.SWITCH) == found
+
+
+def test_forms_reach_the_stage_and_the_kernels(kl_curves, monkeypatch):
+    monkeypatch.setenv(kl_curves.SWITCH, "1")
+    asked = {}
+
+    class Students:
+        text = "rows"
+
+        def trained(self, stage, student, steps, seed, **changes):
+            asked[student] = (os.environ[kl_curves.SWITCH], self.text == "rows", *changes.values())
+            return None, np.zeros(steps)
+
+    for name, form in kl_curves.FORMS.items():
+        kl_curves.losses_of(form, Students(), name, argparse.Namespace(steps=3, seed=0))
+    assert asked == {  # kernels, the rows' own order, remat, unroll, float8_teacher
+        "before": ("0", True, "block", False, False),
+        "other order": ("0", False, "block", False, False),
+        "kernels": ("1", True, "block", False, False),
+        "mlp": ("1", True, "mlp", False, False),
+        "unrolled": ("1", True, "mlp", True, False),
+        "float8": ("1", True, "mlp", True, True),
+    }
+    assert os.environ[kl_curves.SWITCH] == "1"

@@ -1,15 +1,18 @@
 """Softmax attention in each of its forms against the formula in float64: values and each gradient."""
 
 import json
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxhybrid_kernels.gpu.softmax_attention import KEPT
 
 from jaxhybrid.model import softmax
 from jaxhybrid.model.layers import segment_starts
+from jaxhybrid.model.walk import POLICIES
 from tests.tpu import needs_libtpu, printed_with_compiler
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 1.5e-2}  # of the greatest value
@@ -111,6 +114,14 @@ def test_form_of_gpus(monkeypatch, kind, row, middle):
     on_gpu(monkeypatch, row, middle)
     ids = jnp.ones((2, 101), jnp.int32) if kind == "one" else documents(kind, 101)
     check(lambda q, k, v: softmax.causal_attention(q, k, v, ids), *inputs(101, 6, 2, 8, "bfloat16"), ids)
+
+
+@pytest.mark.parametrize(("policy", "names"), [("mlp", KEPT), ("block", ())])
+def test_what_is_kept_of_splash_attention(capsys, policy, names):
+    q, k, v, _ = inputs(128, 2, 1, 64, "bfloat16")
+    run = jax.checkpoint(lambda *qkv: jnp.sum(splash(*qkv, None)), policy=POLICIES[policy])
+    jax.ad_checkpoint.print_saved_residuals(run, q, k, v)
+    assert sorted(re.findall(r"named '(\w+)'", capsys.readouterr().out)) == sorted(names)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def softmax_attention(
         first: int32, at most M - Q.
 
     Inside `jax.shard_map` all of them vary along the same manual axes. Where `jax.checkpoint` keeps the names KEPT, it
-    runs neither the forward kernel again nor what made q, k and v. Returns [B,Q,Hq,D] in q's dtype.
+    does not run the forward kernel again, and of what made q, k and v only what its own gradient needs (norms of heads
+    need what they were given). Returns [B,Q,Hq,D] in q's dtype.
     """
     Q, after_q, after_k = q.shape[1], plan.Q - q.shape[1], plan.M - k.shape[1]
     if after_q:  # they see what the last query sees, and more
