@@ -63,8 +63,8 @@ class StageConfig(Section):
     )
     unroll: bool = free(
         False,
-        "compile each layer by itself in place of a loop over all: faster steps on GPUs, up to 2.4 times as long to "
-        "compile (docs/steps.md); weights are cast to the compute dtype once a step",
+        "compile each layer by itself in place of a loop over all: faster distillation on GPUs, slower alignment, up to "
+        "2.4 times as long to compile (docs/steps.md); weights are cast to the compute dtype once a step",
     )
     checkpoint_every: Count = free(500, "steps between checkpoints")
     keep_checkpoints: Count = free(2, "newest checkpoints that stay; one more is being written")
