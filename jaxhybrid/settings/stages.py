@@ -63,7 +63,7 @@ class StageConfig(Section):
     )
     unroll: bool = free(
         False,
-        "compile each layer by itself in place of a loop over all: faster distillation on GPUs, slower alignment, up to "
+        "compile each layer by itself and not in a loop over all: on GPUs faster distillation, slower alignment; up to "
         "2.4 times as long to compile (docs/steps.md); weights are cast to the compute dtype once a step",
     )
     checkpoint_every: Count = free(500, "steps between checkpoints")
