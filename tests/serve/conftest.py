@@ -122,7 +122,7 @@ def gate(monkeypatch):
     step = Engine.step
 
     def gated(self, steps=None):
-        assert is_open.wait(60)
+        assert is_open.wait(240)
         return step(self, steps)
 
     monkeypatch.setattr(Engine, "step", gated)
@@ -130,7 +130,7 @@ def gate(monkeypatch):
     is_open.set()
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):  # a program may have to be compiled first, beside others
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
