@@ -150,8 +150,9 @@ class TestGoneClients:
         connections = [connect(served).thing for _ in range(4)]
         for number, connection in enumerate(connections):
             connection.sendall(head(len(STREAM)) + STREAM)
+            wait_until(lambda: gate.holds)
             wait_until(lambda number=number: served.metric("jaxhybrid_waiting", model="student") == number)
-            wait_until(lambda: served.metric("jaxhybrid_running", model="student") == 1)
+            assert served.metric("jaxhybrid_running", model="student") == 1
         for connection in connections:
             connection.close()
         wait_until(lambda: served.metric("jaxhybrid_waiting", model="student") == 0)
