@@ -38,6 +38,11 @@ def set_up(dump: str) -> None:
     os.environ["MOSAIC_GPU_DUMP_TO"] = dump
     for what in ("PTX", "PTXAS", "RESOURCES", "SASS"):
         os.environ[f"MOSAIC_GPU_DUMP_{what}"] = "1"
+    find_assembler()
+
+
+def find_assembler() -> None:
+    """That of nvidia-cuda-nvcc, before JAX compiles the first program."""
     for folder in site.getsitepackages():
         cuda = Path(folder) / "nvidia/cu13"
         if (cuda / "bin").exists():
