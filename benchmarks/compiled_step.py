@@ -47,7 +47,7 @@ from jaxhybrid.weights.convert import convert
 
 WHILE = re.compile(r' while\(.*body=%?([\w.-]+).*"known_trip_count":\{"n":"(\d+)"')
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
-NO_KERNELS = FREE | {"while", "conditional", "call", "copy-start", "copy-done", "async-start", "async-done"}
+NO_KERNELS = FREE | {"while", "conditional", "call", "copy-start", "async-start"}
 
 
 class Alike(NamedTuple):
@@ -112,7 +112,7 @@ def kernels(text: str, bandwidth: float, rate: float) -> dict[Alike, tuple[float
         if name.startswith(("fused", "dynamic", "wrapped", "region")) and name not in counts:
             continue  # parts of kernels
         for own, one in inside.items():
-            if one.operation in NO_KERNELS:
+            if one.operation in NO_KERNELS or one.operation.endswith("-done"):
                 continue
             moved, done = program.bytes_of(own), program.operations_of(own)
             alike = Alike(
