@@ -29,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels/benchmarks"))
 import jax
 import jax.numpy as jnp
 from compiled import FREE, Program
-from gpu_resources import H100, find_assembler
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from gpu_resources import absent_h100, find_assembler
+from jax.sharding import SingleDeviceSharding
 from profile_by_scope import SCOPES
 from shapes import SHAPES, quarter, shape_of
 
@@ -75,15 +74,13 @@ def compiled_text(options: argparse.Namespace) -> str:
     if options.stage == "distill":
         given |= {"remat": options.remat, "chunk_tokens": options.chunk}
     step = partial({"align": align_step, "distill": distill_step}[options.stage], **given)
-    described = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
-    device: Any = topologies.get_topology_desc("h100", **described).devices[0]
+    device, mesh = absent_h100()
     here = SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
         (state, frozen, {"tokens": rows, "segment_ids": rows}),
     )
-    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+    with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=0).trace(*arguments).lower(lowering_platforms=("cuda",))
         return lowered.compile().as_text()
 

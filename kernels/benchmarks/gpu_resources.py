@@ -51,6 +51,22 @@ def find_assembler() -> None:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={cuda}"
 
 
+def absent_h100() -> tuple[Any, Any]:
+    """(the device, an abstract mesh in which programs are traced for it) to compile for."""
+    from jax.experimental import topologies
+
+    description = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
+    device = topologies.get_topology_desc("h100", **description).devices[0]
+    return device, mesh_of(device.device_kind)
+
+
+def mesh_of(kind: str) -> Any:
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    described = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
+    return AbstractMesh((), (), abstract_device=described)
+
+
 def read_dump(folder: Path) -> str | None:
     """One line on the newest kernel in the folder, None if it has none; empties it."""
     texts = {path.suffix: path.read_text(errors="replace") for path in folder.iterdir()}
@@ -108,17 +124,14 @@ def attention_parts(show: Callable[..., Any], B: int, T: int, H: int, G: int, wi
 def report(recurrence: str, shape: list[int], dump: Path) -> None:
     import jax
     from gpu_parts import parts
-    from jax.experimental import topologies
-    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+    from jax.sharding import SingleDeviceSharding
 
     if jax.default_backend() == "gpu":
         device = jax.devices()[0]
+        mesh = mesh_of(device.device_kind)
     else:
-        description = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
-        device = topologies.get_topology_desc("h100", **description).devices[0]
+        device, mesh = absent_h100()
     print(f"{device.device_kind}, jax {jax.__version__}, {recurrence}, {','.join(map(str, shape))}")
-    described = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="cuda")
-    mesh = AbstractMesh((), (), abstract_device=described)
 
     def show(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         placed = jax.tree.map(

@@ -65,9 +65,7 @@ def test_biases_of_heads_are_vectors_on_gpus():
     params = {"kernel": kernel, "bias": bias}
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
     run = jax.jit(partial(product, config))
-    np.testing.assert_allclose(
-        run(params, x), jnp.einsum("bta,ahk->bthk", x, params["kernel"]) + params["bias"], atol=1e-5
-    )
+    np.testing.assert_allclose(run(params, x), jnp.einsum("bta,ahk->bthk", x, kernel) + bias, atol=1e-5)
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
         text = export.export(jax.jit(partial(product, config)), platforms=["cuda"])(params, x).mlir_module()

@@ -127,7 +127,7 @@ def gate(monkeypatch):
 
     def gated(self, steps=None):
         own.holds = not own.is_set()
-        assert own.wait(240)
+        assert own.wait(60)
         own.holds = False
         return step(self, steps)
 
@@ -136,7 +136,7 @@ def gate(monkeypatch):
     own.set()
 
 
-def wait_until(condition, seconds=120):  # a program may have to be compiled first, beside others
+def wait_until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
