@@ -1,6 +1,6 @@
 """Causal softmax attention: the mixer of the teacher and of the layers a hybrid keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -80,7 +80,13 @@ class Attention(nnx.Module):
         return attention_token_refusal(projections_BO, rotation, state["k"], heads) is None
 
     def token(
-        self, projections_BO: jax.Array, firsts: dict[str, int], x_BTD: jax.Array, context: TokenContext, state: Params
+        self,
+        projections_BO: jax.Array,
+        firsts: dict[str, int],
+        x_BTD: jax.Array,
+        context: TokenContext,
+        state: Params,
+        then: Sequence[jax.Array] = (),
     ) -> tuple[jax.Array, Params]:
         """`__call__` of one token up to o_proj [B,1,H*K], by kernels of its own; as linear mixers have it."""
         assert context.cache_index is not None
@@ -89,7 +95,7 @@ class Attention(nnx.Module):
         out, k, v = attention_token(
             projections_BO, places, (context.cos[:, 0], context.sin[:, 0]), state["k"], state["v"], context.cache_index,
             heads=self.o_proj.kernel.shape[0], scale=K**-0.5 * (1 if self.scale is None else self.scale),
-            dtype=x_BTD.dtype,
+            dtype=x_BTD.dtype, then=then,
         )  # fmt: skip
         return out[:, None], {"k": k, "v": v}
 

@@ -77,8 +77,9 @@ def joined_layer(
         return row_product(x, layer[name]["weight"], layer[name].get("bias"), norm=scale, **given)
 
     with jax.named_scope(kind):
-        results = product("inputs", x_BTD, "input_norm", dtype=exact_dtype(x_BTD.dtype))
-        out, state = _mixed(config, kind, layer["mixer"], results, x_BTD, context, state)
+        exact, weights = exact_dtype(x_BTD.dtype), [layer[name]["weight"] for name in ("output", "gate_up")]
+        results = product("inputs", x_BTD, "input_norm", dtype=exact, then=list(state.values()))
+        out, state = _mixed(config, kind, layer["mixer"], results, x_BTD, context, state, weights)
         x_BTD = product("output", out, residual=x_BTD)
     with jax.named_scope("mlp"):
         hidden = product("gate_up", x_BTD, "post_norm", gated=True)
@@ -98,8 +99,12 @@ def _mixed(
     x_BTD: jax.Array,
     context: TokenContext,
     state: Params,
+    then: list[jax.Array],
 ) -> tuple[jax.Array, Params]:
-    """What a mixer makes of its projections' results, before its last one: [B,T,H*K], and its state."""
+    """What a mixer makes of its projections' results, before its last one: [B,T,H*K], and its state.
+
+    then: the weights that are read next.
+    """
     mixer: Any = bind(MIXERS[kind], config, absent(MIXERS[kind], config) | params)
     firsts, first = {}, 0
     takes_token = context.segment_ids is None and mixer.takes_token(results_BTO[:, 0], context, state)
@@ -108,7 +113,7 @@ def _mixed(
         setattr(mixer, name, Given(results_BTO[..., first:last].reshape(*x_BTD.shape[:-1], *shape)))
         firsts[name], first = first, last
     if takes_token:
-        return mixer.token(results_BTO[:, 0], firsts, x_BTD, context, state)
+        return mixer.token(results_BTO[:, 0], firsts, x_BTD, context, state, then)
     mixer.o_proj = Heads()
     return mixer(x_BTD, context, state)
 

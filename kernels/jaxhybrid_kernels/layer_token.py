@@ -1,5 +1,6 @@
 """One token of a linear-attention layer between its projections: activation, recurrence, output norm and gate."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.gpu.layer_token import Blocks, Places, Steps, token_kernel
+from jaxhybrid_kernels.gpu.read_on import ReadOn
 from jaxhybrid_kernels.numerics import on_nvidia, split_axes
 from jaxhybrid_kernels.recurrent import linear_attention_step
 
@@ -14,6 +16,7 @@ WIDTHS = (64, 128)  # of a head
 # How a program goes through a state, by whether all have multiprocessors of their own. As measured on an H200 with 12
 # states of 128 channels: whole states 6.8 us against 7.4, and of 64 rows 52.4 against 40.0.
 FEW, MANY = Blocks(values=128, warps=8), Blocks(values=64, warps=4, ahead=1)
+READ_ON = 12 * 2**20  # bytes, where they are few; a kernel that finds more on its way takes longer than it saves
 MANY_STATES = 133  # one more than an H100 or H200 has multiprocessors
 
 
@@ -27,6 +30,7 @@ def linear_attention_token(
     silu: bool = False,
     norm_eps: float | None = None,
     dtype: Any,
+    then: Sequence[jax.Array] = (),
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`linear_attention_step` of a layer's projections, and what follows up to its last projection.
@@ -42,6 +46,8 @@ def linear_attention_token(
     silu:           of q, k and v.
     norm_eps:       as in `linear_attention`.
     dtype:          of q, k, v, g and of what is returned.
+    then:           what the next kernels read first: on Hopper and later "triton" has some of it in the cache by then,
+                    where states are few.
     implementation: "triton" (64 or 128 channels, on NVIDIA GPUs; interpreted on a CPU): one kernel, which writes the
                     state in place where it is donated; "xla", or None: "triton" where it serves.
 
@@ -52,10 +58,10 @@ def linear_attention_token(
         raise ValueError(refusal)
     scale, eps = out_norm
     if implementation == "triton" or (implementation is None and refusal is None and on_nvidia()):
+        blocks = blocks_of(*state_BNKV.shape)
         return token_kernel(
-            projections_BO, places, gates, state_BNKV, scale, eps, silu, norm_eps, dtype,
-            blocks_of(*state_BNKV.shape),
-            interpret=not on_nvidia(),
+            projections_BO, places, gates, state_BNKV, scale, eps, silu, norm_eps, dtype, blocks,
+            interpret=not on_nvidia(), read_on=ReadOn(then, READ_ON if blocks.warps == FEW.warps else 0),
         )  # fmt: skip
     B, N, K, _ = state_BNKV.shape
 

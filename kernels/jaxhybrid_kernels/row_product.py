@@ -1,17 +1,20 @@
 """The product of a few rows with a matrix as decoding wants it: norm before, gate, bias and residual after."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhybrid_kernels.gpu.read_on import ReadOn
 from jaxhybrid_kernels.gpu.row_product import GROUP, Blocks, row_product_kernel
 from jaxhybrid_kernels.numerics import on_nvidia, split_axes
 
 SHORT, LONG = Blocks(outputs=4, inputs=512, warps=1), Blocks(outputs=2, inputs=2048, warps=8)
 LONG_SUM = 4096  # inputs from which several warps share a sum
+READ_ON = 2**20  # bytes: the kernel itself leaves no bandwidth, its end does
 
 
 def row_product(
@@ -23,6 +26,7 @@ def row_product(
     residual: jax.Array | None = None,
     gated: bool = False,
     dtype: Any = None,
+    then: Sequence[jax.Array] = (),
     implementation: str | None = None,
 ) -> jax.Array:
     """x [...,D] by a matrix that has a row for each result: [...,O], summed in float32 (float64 if x is). Not
@@ -32,6 +36,7 @@ def row_product(
     residual:       [...,O], added to the result.
     gated:          the first half of the results are gates of the second: silu(a) b, [...,O/2].
     dtype:          of the result; x's by default.
+    then:           what the next kernel reads first: on Hopper and later "triton" has some of it in the cache by then.
     implementation: "triton" (one row in float32 or bfloat16, on NVIDIA GPUs; interpreted on a CPU), "xla", or None:
                     "triton" where it serves.
 
@@ -47,8 +52,9 @@ def row_product(
         scale, eps = (None, 0.0) if norm is None else norm
         row, added = x.reshape(1, -1), None if residual is None else residual.reshape(1, -1)
         y = row_product_kernel(
-            row, weight_OD, bias_O, scale, eps, added, gated, dtype, blocks, interpret=not on_nvidia()
-        )
+            row, weight_OD, bias_O, scale, eps, added, gated, dtype, blocks,
+            interpret=not on_nvidia(), read_on=ReadOn(then, READ_ON),
+        )  # fmt: skip
         return y.reshape(*x.shape[:-1], -1)
     if norm is not None:
         exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,6 +1,7 @@
 """What linear mixers made from softmax attention share: projections, options, the recurrence, the output gate."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -145,17 +146,23 @@ class LinearMixer(nnx.Module):
         raise NotImplementedError
 
     def token(
-        self, projections_BO: jax.Array, firsts: dict[str, int], x_BTD: jax.Array, context: TokenContext, state: Params
+        self,
+        projections_BO: jax.Array,
+        firsts: dict[str, int],
+        x_BTD: jax.Array,
+        context: TokenContext,
+        state: Params,
+        then: Sequence[jax.Array] = (),
     ) -> tuple[jax.Array, Params]:
         """`__call__` of one token up to o_proj [B,1,H*K], by the operator that does it all at once: see `takes_token`.
 
-        The results of each projection begin at its column of `firsts`.
+        The results of each projection begin at its column of `firsts`. `then` are the weights that are read next.
         """
         names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj") if name in firsts]
         places = Places(*(firsts[name] // state["memory"].shape[-1] for name in names))
         out, memory = linear_attention_token(
             projections_BO, places, self.token_gates(firsts, x_BTD), state["memory"], dtype=x_BTD.dtype, silu=self.silu,
-            norm_eps=self.norm_eps, out_norm=(self.o_norm.scale[...], self.o_norm.eps),
+            norm_eps=self.norm_eps, out_norm=(self.o_norm.scale[...], self.o_norm.eps), then=then,
         )  # fmt: skip
         return out[:, None], {"memory": memory}
 

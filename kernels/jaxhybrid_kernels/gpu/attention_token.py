@@ -2,6 +2,7 @@
 the rotation before them and the new key and value written in place, and what joins the parts.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental.pallas import triton as plt
 
 from jaxhybrid_kernels.gpu.decode_attention import QUERIES, WIDTHS, parts_of
 from jaxhybrid_kernels.gpu.layer_token import Places
+from jaxhybrid_kernels.gpu.read_on import ReadOn, programs, run_or_read
 from jaxhybrid_kernels.numerics import LOG2_E, NOTHING, on_nvidia, split_axes
 
 MOST_KEYS = 2**15  # of all rows; with twice as many XLA is as fast
@@ -30,6 +32,7 @@ class Blocks(NamedTuple):
 # On an H200: 15 us at 1024 keys where XLA takes 22, and 18 at 8192, 28 at 32,768 where it takes 18 and 35.
 SHORT, LONG = Blocks(keys=16, warps=2, programs=64), Blocks(keys=64, warps=4, programs=128)
 LONG_CACHE = 2**12
+READ_ON = 12 * 2**20  # bytes, beside short caches
 
 
 def blocks_of(k_BGMK: jax.Array) -> Blocks:
@@ -67,6 +70,7 @@ def attention_token(
     heads: int,
     scale: float,
     dtype: Any,
+    then: Sequence[jax.Array] = (),
     blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of one token of each row, from the results of its projections to what its last projection takes.
@@ -78,13 +82,15 @@ def attention_token(
     index:          [B]: the place of each row's token, which sees it and what is before it. Beyond M none is written.
     scale:          of the queries.
     dtype:          of the result.
+    then:           as `linear_attention_token` has it.
     blocks:         None: as `blocks_of` has them.
 
     Returns out [B,heads*K] and the caches with the token. On a CPU the kernels are interpreted.
     """
     interpret, blocks = not on_nvidia(), blocks or blocks_of(k_BGMK)
+    read_on = ReadOn(then, READ_ON if blocks.keys < LONG.keys else 0)
     out, top, total, k, v = _parts(
-        projections_BO, places, rotation, k_BGMK, v_BGMK, index_B, heads, scale, blocks, interpret
+        projections_BO, places, rotation, k_BGMK, v_BGMK, index_B, heads, scale, blocks, read_on, interpret
     )
     return _joined(out, top, total, dtype, blocks.joining_warps, interpret), k, v
 
@@ -99,6 +105,7 @@ def _parts(
     heads: int,
     scale: float,
     blocks: Blocks,
+    read_on: ReadOn,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """Of each part S of the caches: values out [B,S,heads,K] by weights 2^(score - top), their greatest score and their
@@ -108,9 +115,18 @@ def _parts(
     splits = parts_of(M, block, B * G, blocks.programs)
     length, precision = M // splits, lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
 
-    def body(x_ref: Any, cos_ref: Any, sin_ref: Any, index_ref: Any, k_ref: Any, v_ref: Any, *outs: Any) -> None:
-        out_ref, top_ref, sum_ref, new_k_ref, new_v_ref = outs
-        head, begin, index = pl.program_id(1), pl.program_id(2) * length, index_ref[()]
+    pieces = read_on.pieces(blocks.warps)
+    more = pl.cdiv(programs(pieces), B * G)  # of each row and head of keys
+
+    def body(*refs: Any) -> None:
+        row, head, split = (pl.program_id(axis) for axis in range(3))
+        others, own = refs[6:-5], (*refs[:6], *refs[-5:])
+        number = (row * G + head) * more + split - splits
+        run_or_read(lambda: part_of(head, split, *own), split < splits, pieces, number, others, refs[-5])
+
+    def part_of(head: Any, split: Any, *refs: Any) -> None:
+        x_ref, cos_ref, sin_ref, index_ref, k_ref, v_ref, out_ref, top_ref, sum_ref, new_k_ref, new_v_ref = refs
+        begin, index = split * length, index_ref[()]
         channel, row = jnp.arange(K), jnp.arange(QUERIES)
         pair, partner = channel % half, (channel + half) % K
         cos, sin = cos_ref.at[pair], sin_ref.at[pair]
@@ -163,8 +179,11 @@ def _parts(
     sums = pl.BlockSpec((None, None, heads), lambda row, head, split: (row, split, 0))
     return pl.pallas_call(
         body,
-        grid=(B, G, splits),
-        in_specs=[of_row(projections.shape[1]), of_row(half), of_row(half), of_row(), part, part],
+        grid=(B, G, splits + more),
+        in_specs=[
+            of_row(projections.shape[1]), of_row(half), of_row(half), of_row(), part, part,
+            *[pl.no_block_spec] * len(pieces),
+        ],
         out_specs=[
             pl.BlockSpec((None, None, heads, K), lambda row, head, split: (row, split, 0, 0)), sums, sums, cache, cache
         ],
@@ -176,7 +195,7 @@ def _parts(
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="attention_token",
-    )(projections, *rotation, index, k, v)  # fmt: skip
+    )(projections, *rotation, index, k, v, *(each.array for each in pieces))  # fmt: skip
 
 
 def _joined(

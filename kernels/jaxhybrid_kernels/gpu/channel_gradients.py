@@ -9,7 +9,9 @@ Y + Y' does for both. The states add scale exp(G) (dO S') to the queries' gradie
 and exp(G_end - G) (U dS') as a writer to the keys'.
 The gradient of G is, by channel, token times gradient where it reads and minus that where it writes. It is summed up
 from the rounded q f and k f themselves, so that what passes between two tokens cancels where it should. log_decay has
-the sum of G's gradients from its token on, and of what writes to the exit state before it, and carry <S, dS>.
+the sum of G's gradients from its token on, and of what writes to the exit state before it, and carry <S, dS>. Before a
+token is in all of them, minus from it on: so one product with a triangle of ones is for all that counts from a token
+on, and one with nothing but ones for the rest.
 """
 
 from collections.abc import Callable
@@ -47,11 +49,12 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
     n, K, V, N, delta, interpret = plan.n, plan.K, plan.V, plan.N, plan.delta, plan.interpret
     halves, wide = K // BLOCK, range(V // BLOCK)
     given = 3 if delta else 2  # with a value's width: d_out, u, d_v
-    extra = 8 - 4 * len(wide)  # values of one block leave fewer tiles than are needed once they are done with
+    # Values of one block leave fewer tiles than are needed once they are done with.
+    extra = max(0, 7 + given - (given + 2) * len(wide))
     tiles_needed = (given + 2) * len(wide) + extra
 
-    def body(q, k, u, d_v, d_out, states, d_states, log_decays, carry, *refs):
-        d_q, d_k, d_decays, updates, tiles, q_block, k_block, factor_block, totals, loaded = refs
+    def body(q, k, u, d_v, d_out, states, d_states, log_decays, carry, triangle, *refs):
+        d_q, d_k, d_decays, updates, tiles, q_block, k_block, factor_block, totals, loaded, triangle_loaded = refs
         b, c, place = lax.axis_index("batch"), lax.axis_index("chunk"), lax.axis_index("part")
         head, half = lax.div(place, jnp.int32(halves)), lax.rem(place, jnp.int32(halves))
         tokens, part = pl.ds(c * CHUNK, CHUNK), pl.ds(half * BLOCK, BLOCK)
@@ -84,14 +87,15 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             return [block.transpose((1, 0)) for block in blocks]
 
         plgpu.barrier_wait(loaded)
-        moved = sum((load(state[i]) * load(d_state[i]) for i in wide[1:]), load(state[0]) * load(d_state[0]))
-        moved = moved * along_columns(columns(carry.at[b, head, c, part]))
+        carried = sum((load(state[i]) * load(d_state[i]) for i in wide[1:]), load(state[0]) * load(d_state[0]))
+        carried = carried * along_columns(columns(carry.at[b, head, c, part]))
         d_key = product(us, d_state) * factor(leaving=True).astype(jnp.float32)
-        before_high, before_low, *free = free
-        split(moved + load(k_block) * d_key, before_high, before_low)
+        whole_high, whole_low, *free = free
+        written = load(k_block) * d_key
+        split(carried + written, whole_high, whole_low)
         entry = factor().astype(jnp.float32)
         d_query = product(d_outs, state) * entry * plan.scale
-        moved = moved + load(q_block) * d_query
+        moved = load(q_block) * d_query - written
         if delta:
             predicted = product(d_vs, state) * entry
             moved = moved - load(k_block) * predicted
@@ -113,7 +117,9 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             y_blocks, free = free[:1], free[1:]
             y_blocks[0][...] = y
         queries, keys, *free = free
-        kept = keep_decay(decay, (free[0], free[1]), interpret=interpret)
+        kept, onward = keep_decay(decay, (free[0], free[1]), interpret=interpret), free[2]
+        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(triangle, onward, triangle_loaded)
 
         def level(index, sums):
             d_query, d_key, moved = sums
@@ -146,13 +152,13 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         k_block[...] = d_key.astype(jnp.bfloat16)
         split(moved, queries, keys)
         # Not in registers: there ptxas before CUDA 13.3 moves constants behind the product that reads them.
-        after, earlier = x_block, x_turned_block
-        for block, holds in ((after, column >= row), (earlier, column < row)):
-            block[...] = jnp.where(holds, 1.0, 0.0).astype(jnp.bfloat16)
+        ones = x_block
+        ones[...] = jnp.where(column >= 0, 1.0, 0.0).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_block, d_q.at[b, tokens, head, part])
         plgpu.copy_smem_to_gmem(k_block, d_k.at[b, tokens, head, part])
-        terms = [(after, queries), (after, keys), (earlier, before_high), (earlier, before_low)]
+        plgpu.barrier_wait(triangle_loaded)
+        terms = [(onward, queries), (onward, keys), (ones, whole_high), (ones, whole_low)]
         d_decays[b, tokens, head, part] = multiply_sum(*terms, interpret=interpret)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -160,7 +166,7 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     tokens = (plan.B, n * CHUNK, N, K)
-    return kernel(
+    run = kernel(
         body,
         plan,
         [
@@ -174,10 +180,12 @@ def channel_gradients_kernel(plan: Plan) -> Callable[..., list[jax.Array]]:
             *[shared(CHUNK, BLOCK)] * 3,
             plgpu.SMEM((WARPS, BLOCK), jnp.float32),
             plgpu.Barrier(num_arrivals=given * len(wide) + 4),
+            plgpu.Barrier(num_arrivals=1),
         ],
         grid=(plan.B, n, N * halves),
         grid_names=("batch", "chunk", "part"),
     )
+    return lambda *operands: run(*operands, jnp.triu(jnp.ones((64, 64), jnp.bfloat16)))
 
 
 def split(x: jax.Array, high: Any, low: Any) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxhybrid_kernels.gpu.launch import unmarked
-from jaxhybrid_kernels.numerics import FLOAT8, LARGEST_FLOAT8, SMALLEST_SCALED
+from jaxhybrid_kernels.numerics import FLOAT8, LARGEST_FLOAT8, LOG2_E, SMALLEST_SCALED
 
 BLOCK = 2048
 WARPS = 8
@@ -47,16 +46,17 @@ def float8_swiglu_kernel(
             return unmarked(part).astype(jnp.float32)
 
         sums = [(read(gate_ref, begin, row), read(up_ref, begin, row)) for begin in begins]
-        hidden = []
+        # The row's scale is left out of the hidden numbers: it is in both of their factors, and in their own scale.
+        exponent, hidden = -LOG2_E * own_scale, []
         for begin, (gate, up) in zip(begins, sums):
-            gate, up = gate * (own_scale * read(gate_scale_ref, begin)), up * (own_scale * read(up_scale_ref, begin))
-            hidden.append(gate * lax.logistic(gate) * up)
+            gate, up = gate * read(gate_scale_ref, begin), up * read(up_scale_ref, begin)
+            hidden.append(gate * up * _share(gate * exponent, interpret))
         largest = jnp.max(reduce(jnp.maximum, map(jnp.abs, hidden)))
-        scale = jnp.maximum(largest, SMALLEST_SCALED) / LARGEST_FLOAT8
+        scale = jnp.maximum(own_scale * (own_scale * largest), SMALLEST_SCALED) / LARGEST_FLOAT8
         scale_ref[row] = scale
+        inverse = own_scale * (own_scale / scale)
         for begin, part in zip(begins, hidden):
-            whole = (part / scale).astype(FLOAT8)
-            plt.store(values_ref.at[row, columns(begin)], whole, mask=begin + lane < F)
+            plt.store(values_ref.at[row, columns(begin)], (part * inverse).astype(FLOAT8), mask=begin + lane < F)
 
     varying = jax.typeof(gate_NF).manual_axis_type
     return pl.pallas_call(
@@ -70,3 +70,17 @@ def float8_swiglu_kernel(
         interpret=interpret,
         name="float8_swiglu",
     )(gate_NF, up_NF, row_scale_N, gate_scale_F, up_scale_F)
+
+
+def _share(x: jax.Array, interpret: bool) -> jax.Array:
+    """1 / (1 + 2^x) of float32, without the care for numbers below 2^-126 that takes as long as the rest."""
+    if interpret:
+        return 1 / (1 + jnp.exp2(x))
+    (share,) = plt.elementwise_inline_asm(
+        "{ .reg .f32 a; ex2.approx.ftz.f32 a, $1; add.f32 a, a, 0f3F800000; rcp.approx.ftz.f32 $0, a; }",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return share

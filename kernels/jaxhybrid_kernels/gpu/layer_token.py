@@ -8,6 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxhybrid_kernels.gpu.read_on import NO_MORE, ReadOn, programs, run_or_read
+
 
 class Places(NamedTuple):
     """Where the heads of queries, keys, values and gates begin in a row of projections, counted in heads."""
@@ -47,6 +49,7 @@ def token_kernel(
     dtype: Any,
     blocks: Blocks,
     interpret: bool,
+    read_on: ReadOn = NO_MORE,
 ) -> tuple[jax.Array, jax.Array]:
     """`linear_attention_token`, where every state has its own query and K = V.
 
@@ -81,7 +84,15 @@ def token_kernel(
     if places.gate is not None:
         given["gate"] = projections_BO, heads(places.gate)
 
+    pieces = read_on.pieces(blocks.warps)
+    more = pl.cdiv(programs(pieces), B)  # of each row
+
     def body(*refs: Any) -> None:
+        row, head = pl.program_id(0), pl.program_id(1)
+        number = row * more + head - N
+        run_or_read(lambda: token(*refs), head < N, pieces, number, refs[len(given) :], refs[-2])
+
+    def token(*refs: Any) -> None:
         ref, (out_ref, new_ref) = dict(zip(given, refs)), refs[-2:]
         parts = [pl.ds(begin, blocks.values) for begin in range(0, V, blocks.values)]
         asked = [ref["state"][:, part] for part in parts[: 1 + blocks.ahead]]
@@ -124,13 +135,13 @@ def token_kernel(
 
     out, state = pl.pallas_call(
         body,
-        grid=(B, N),
-        in_specs=[spec for _, spec in given.values()],
+        grid=(B, N + more),
+        in_specs=[*(spec for _, spec in given.values()), *[pl.no_block_spec] * len(pieces)],
         out_specs=[pl.BlockSpec((None, V), lambda row, head: (row, head)), own_state],
         out_shape=[jax.ShapeDtypeStruct((B, N * V), dtype), jax.ShapeDtypeStruct(state_BNKV.shape, state_BNKV.dtype)],
         input_output_aliases={list(given).index("state"): 1},
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=interpret,
         name="linear_attention_token",
-    )(*(array for array, _ in given.values()))
+    )(*(array for array, _ in given.values()), *(each.array for each in pieces))
     return out, state

@@ -12,6 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from jaxhybrid_kernels.gpu.read_on import NO_MORE, ReadOn, programs, run_or_read
+
 GROUP = 8  # inputs side by side that a thread has: 16 bytes of bfloat16
 
 
@@ -36,6 +38,7 @@ def row_product_kernel(
     dtype: Any,
     blocks: Blocks,
     interpret: bool,
+    read_on: ReadOn = NO_MORE,
 ) -> jax.Array:
     """`row_product` of one row; norm, sums and what follows in float32."""
     halves, D = 2 if gated else 1, weight_OD.shape[1]
@@ -46,10 +49,15 @@ def row_product_kernel(
         "residual": None if residual_1O is None else residual_1O[0],
     }  # fmt: skip
     given = {name: array for name, array in arrays.items() if array is not None}
+    own, pieces = outputs // blocks.outputs, read_on.pieces(blocks.warps)
 
     def body(*refs: Any) -> None:
+        program, run = pl.program_id(0), lambda: results_of(program, *refs)
+        run_or_read(run, program < own, pieces, program - own, refs[len(given) :], refs[-1])
+
+    def results_of(program: Any, *refs: Any) -> None:
         ref, out_ref = dict(zip(given, refs)), refs[-1]
-        first = pl.program_id(0) * blocks.outputs
+        first = program * blocks.outputs
         rows = [pl.ds(half * outputs + first, blocks.outputs) for half in range(halves)]
         # What the end needs is asked for first.
         biases = None if bias_O is None else [ref["bias"][own] for own in rows]
@@ -96,9 +104,9 @@ def row_product_kernel(
 
     return pl.pallas_call(
         body,
-        grid=(outputs // blocks.outputs,),
+        grid=(own + programs(pieces),),
         out_shape=jax.ShapeDtypeStruct((outputs,), dtype),
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=interpret,
         name="row_product",
-    )(*given.values())[None]
+    )(*given.values(), *(each.array for each in pieces))[None]
