@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxhybrid_kernels import linear_attention_token, row_product
+from jaxhybrid_kernels.gpu import attention_token
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from output import Output
@@ -413,6 +414,10 @@ def main() -> None:
     parser.add_argument(
         "--without", nargs="+", default=[], choices=KERNELS, help="kernels in whose place XLA's programs run"
     )
+    parser.add_argument(
+        "--read-on", type=float, nargs=2, metavar=("PRODUCTS", "BETWEEN"),
+        help="MiB that an input product and a kernel between two products read of what comes next",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("decode_speed.json"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
@@ -420,6 +425,10 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.shape_name}", flush=True)
     for name in options.without:
         KERNELS[name].on_nvidia = lambda: False  # type: ignore[attr-defined]
+    if options.read_on is not None:
+        of_products, between = (int(2**20 * size) for size in options.read_on)
+        KERNELS["row_product"].READ_ON = of_products  # type: ignore[attr-defined]
+        KERNELS["token"].READ_ON = attention_token.READ_ON = between  # type: ignore[attr-defined]
     for part in options.parts:
         print(f"--- {part}", flush=True)
         PARTS[part](options, Output(options.output, ROW))

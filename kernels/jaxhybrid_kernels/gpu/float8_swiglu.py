@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plt
 from jaxhybrid_kernels.gpu.launch import unmarked
 from jaxhybrid_kernels.numerics import FLOAT8, LARGEST_FLOAT8, LOG2_E, SMALLEST_SCALED
 
-BLOCK = 2048
+BLOCK = 1024
 WARPS = 8
 
 

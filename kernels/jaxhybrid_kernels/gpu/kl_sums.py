@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plt
 from jaxhybrid_kernels.gpu.launch import unmarked
 from jaxhybrid_kernels.numerics import NOTHING
 
-BLOCK = 2048
+BLOCK = 1024
 AT_ONCE = 4
 WARPS = 8
 
