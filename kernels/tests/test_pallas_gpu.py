@@ -179,7 +179,7 @@ def test_lowers_for_cuda(K, V, blocks, delta):
     lower(channel_gradients_kernel(plan), q, q, v, v, v, states, states, decays, carry)
 
 
-@pytest.mark.parametrize("form", ["prepared", "fused", "spans"])
+@pytest.mark.parametrize("form", ["prepared", "fused", "spans", "by channel"])
 @pytest.mark.parametrize("states", [False, True])
 def test_lowers_inside_shard_map_under_checkpoint(form, states):
     """With manual axes checked, which the interpreter cannot do; both directions, with and without initial and final
@@ -187,7 +187,10 @@ def test_lowers_inside_shard_map_under_checkpoint(form, states):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     sizes = {"B": 1, "T": 192, "n": 3, "Hq": 1, "Hk": 1, "N": 2, "K": 64, "V": 64}
     forms = {"fused": form == "fused", "spans": 3 if form == "spans" else 1}
-    plan = Plan(**sizes, **forms, scale=1.0, delta=True, started=states, blocks=1, interpret=False)
+    per_channel = form == "by channel"
+    plan = Plan(
+        **sizes, **forms, scale=1.0, delta=True, per_channel=per_channel, started=states, blocks=1, interpret=False
+    )
 
     def local(q, k, v, log_decay, beta, state=None):
         inputs = Inputs(q, k, v, log_decay, beta, None)
@@ -207,7 +210,8 @@ def test_lowers_inside_shard_map_under_checkpoint(form, states):
     narrow, state = array(2, 192, 2, dtype=float32), array(2, 2, 64, 64, dtype=float32)
     q, v = array(2, 192, 1, 64), array(2, 192, 2, 64)
     with jax.set_mesh(mesh):
-        arguments = (q, q, v, narrow, narrow, *([state] if states else []))
+        decays = array(2, 192, 2, 64, dtype=float32) if per_channel else narrow
+        arguments = (q, q, v, decays, narrow, *([state] if states else []))
         lower(jax.grad(loss, argnums=tuple(range(len(arguments)))), *arguments)
 
 
