@@ -427,8 +427,13 @@ def main() -> None:
         KERNELS[name].on_nvidia = lambda: False  # type: ignore[attr-defined]
     if options.read_on is not None:
         of_products, between = (int(2**20 * size) for size in options.read_on)
-        KERNELS["row_product"].READ_ON = of_products  # type: ignore[attr-defined]
-        KERNELS["token"].READ_ON = attention_token.READ_ON = between  # type: ignore[attr-defined]
+        for module, names, limit in (
+            (KERNELS["row_product"], ("SHORT", "LONG"), of_products),
+            (KERNELS["token"], ("FEW",), between),
+            (attention_token, ("SHORT",), between),
+        ):
+            for name in names:
+                setattr(module, name, getattr(module, name)._replace(read_on=limit))
     for part in options.parts:
         print(f"--- {part}", flush=True)
         PARTS[part](options, Output(options.output, ROW))

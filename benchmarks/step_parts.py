@@ -141,7 +141,7 @@ def main() -> None:
     print(f"SwiGLU to float8, at least {1e3 * 5 * N * F / BYTES:.2f} ms")
     forms = {"XLA": partial(float8_swiglu, implementation="xla")} | {
         f"kernel, {block}, {warps} warps": partial(float8_swiglu_kernel, block=block, warps=warps)
-        for block, warps in ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))
+        for block, warps in ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16))
     }
     for name, form in forms.items():
         print(f"  {name:24} {milliseconds(form, *sums, *scales):8.2f} ms", flush=True)

@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         context: TokenContext,
         state: Params,
-        then: Sequence[jax.Array] = (),
+        then: Sequence[jax.Array],
     ) -> tuple[jax.Array, Params]:
         """`__call__` of one token up to o_proj [B,1,H*K], by kernels of its own; as linear mixers have it."""
         assert context.cache_index is not None

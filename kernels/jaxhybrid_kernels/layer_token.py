@@ -8,15 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhybrid_kernels.gpu.layer_token import Blocks, Places, Steps, token_kernel
-from jaxhybrid_kernels.gpu.read_on import ReadOn
+from jaxhybrid_kernels.gpu.read_on import BETWEEN_PRODUCTS
 from jaxhybrid_kernels.numerics import on_nvidia, split_axes
 from jaxhybrid_kernels.recurrent import linear_attention_step
 
 WIDTHS = (64, 128)  # of a head
 # How a program goes through a state, by whether all have multiprocessors of their own. As measured on an H200 with 12
 # states of 128 channels: whole states 6.8 us against 7.4, and of 64 rows 52.4 against 40.0.
-FEW, MANY = Blocks(values=128, warps=8), Blocks(values=64, warps=4, ahead=1)
-READ_ON = 12 * 2**20  # bytes, where they are few; a kernel that finds more on its way takes longer than it saves
+FEW, MANY = Blocks(values=128, warps=8, read_on=BETWEEN_PRODUCTS), Blocks(values=64, warps=4, ahead=1)
 MANY_STATES = 133  # one more than an H100 or H200 has multiprocessors
 
 
@@ -58,10 +57,11 @@ def linear_attention_token(
         raise ValueError(refusal)
     scale, eps = out_norm
     if implementation == "triton" or (implementation is None and refusal is None and on_nvidia()):
-        blocks = blocks_of(*state_BNKV.shape)
         return token_kernel(
-            projections_BO, places, gates, state_BNKV, scale, eps, silu, norm_eps, dtype, blocks,
-            interpret=not on_nvidia(), read_on=ReadOn(then, READ_ON if blocks.warps == FEW.warps else 0),
+            projections_BO, places, gates, state_BNKV, scale, eps, silu, norm_eps, dtype,
+            blocks_of(*state_BNKV.shape),
+            interpret=not on_nvidia(),
+            then=then,
         )  # fmt: skip
     B, N, K, _ = state_BNKV.shape
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhybrid_kernels.gpu.read_on import ReadOn
+from jaxhybrid_kernels.gpu.read_on import BESIDE_PRODUCT
 from jaxhybrid_kernels.gpu.row_product import GROUP, Blocks, row_product_kernel
 from jaxhybrid_kernels.numerics import on_nvidia, split_axes
 
-SHORT, LONG = Blocks(outputs=4, inputs=512, warps=1), Blocks(outputs=2, inputs=2048, warps=8)
+SHORT = Blocks(outputs=4, inputs=512, warps=1, read_on=BESIDE_PRODUCT)
+LONG = Blocks(outputs=2, inputs=2048, warps=8, read_on=BESIDE_PRODUCT)
 LONG_SUM = 4096  # inputs from which several warps share a sum
-READ_ON = 2**20  # bytes: the kernel itself leaves no bandwidth, its end does
 
 
 def row_product(
@@ -53,7 +53,7 @@ def row_product(
         row, added = x.reshape(1, -1), None if residual is None else residual.reshape(1, -1)
         y = row_product_kernel(
             row, weight_OD, bias_O, scale, eps, added, gated, dtype, blocks,
-            interpret=not on_nvidia(), read_on=ReadOn(then, READ_ON),
+            interpret=not on_nvidia(), then=then,
         )  # fmt: skip
         return y.reshape(*x.shape[:-1], -1)
     if norm is not None:

@@ -9,8 +9,9 @@ from jax._src.pallas.triton import lowering
 from jax.sharding import AbstractDevice, AbstractMesh
 from jaxhybrid_kernels import Places, linear_attention_token, row_product
 from jaxhybrid_kernels.gpu import attention_token as attention
-from jaxhybrid_kernels.gpu import read_on
-from jaxhybrid_kernels.gpu.read_on import PIECE, ReadOn, programs
+from jaxhybrid_kernels.gpu import layer_token, read_on
+from jaxhybrid_kernels.gpu import row_product as product_kernel
+from jaxhybrid_kernels.gpu.read_on import PIECE, pieces_of, programs
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda"))
 B, N, G, K = 2, 3, 2, 64
@@ -48,9 +49,9 @@ def test_results_stay(operator, monkeypatch):
     """Interpreted, every element."""
     expected = operator(implementation="triton")
     taken = []
-    pieces = ReadOn.pieces
     monkeypatch.setattr(read_on, "gpu_capability", lambda: "9.0")
-    monkeypatch.setattr(ReadOn, "pieces", lambda self, warps: taken.append(pieces(self, warps)) or taken[-1])
+    for module in (attention, layer_token, product_kernel):
+        monkeypatch.setattr(module, "pieces_of", lambda *given: taken.append(pieces_of(*given)) or taken[-1])
     results = operator(implementation="triton", then=THEN)
     assert sum(map(programs, taken)) >= 2
     for result, wanted in zip(results, expected, strict=True):
@@ -64,7 +65,7 @@ def test_results_stay(operator, monkeypatch):
 def test_pieces_are_whole_and_in_order(limit, warps, counts):
     """24,576 and 180,000 bytes; what is left of an array after its last whole piece is not read."""
     with jax.sharding.use_abstract_mesh(H100):
-        found = ReadOn(THEN, limit).pieces(warps)
+        found = pieces_of(THEN, limit, warps)
     assert [each.number for each in found] == counts
     for each in found:
         assert each.number * each.elements <= each.array.size
@@ -72,9 +73,9 @@ def test_pieces_are_whole_and_in_order(limit, warps, counts):
 
 
 def test_small_caches_are_left_alone(monkeypatch):
-    assert ReadOn(THEN, 100 * PIECE).pieces(1) == []  # a CPU
+    assert pieces_of(THEN, 100 * PIECE, 1) == []  # a CPU
     monkeypatch.setattr(read_on, "gpu_capability", lambda: "8.6")
-    assert ReadOn(THEN, 100 * PIECE).pieces(1) == []
+    assert pieces_of(THEN, 100 * PIECE, 1) == []
 
 
 @pytest.mark.parametrize("operator", [products, linear, softmax])

@@ -152,7 +152,7 @@ class LinearMixer(nnx.Module):
         x_BTD: jax.Array,
         context: TokenContext,
         state: Params,
-        then: Sequence[jax.Array] = (),
+        then: Sequence[jax.Array],
     ) -> tuple[jax.Array, Params]:
         """`__call__` of one token up to o_proj [B,1,H*K], by the operator that does it all at once: see `takes_token`.
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plt
 
 from jaxhybrid_kernels.gpu.decode_attention import QUERIES, WIDTHS, parts_of
 from jaxhybrid_kernels.gpu.layer_token import Places
-from jaxhybrid_kernels.gpu.read_on import ReadOn, programs, run_or_read
+from jaxhybrid_kernels.gpu.read_on import BETWEEN_PRODUCTS, Pieces, pieces_of, programs, run_or_read
 from jaxhybrid_kernels.numerics import LOG2_E, NOTHING, on_nvidia, split_axes
 
 MOST_KEYS = 2**15  # of all rows; with twice as many XLA is as fast
@@ -27,12 +27,13 @@ class Blocks(NamedTuple):
     programs: int  # about as many, at least one for each head of keys
     stages: int = 2  # blocks of keys in shared memory, where a program has several
     joining_warps: int = 4
+    read_on: int = 0  # bytes of what comes next
 
 
 # On an H200: 15 us at 1024 keys where XLA takes 22, and 18 at 8192, 28 at 32,768 where it takes 18 and 35.
-SHORT, LONG = Blocks(keys=16, warps=2, programs=64), Blocks(keys=64, warps=4, programs=128)
+SHORT = Blocks(keys=16, warps=2, programs=64, read_on=BETWEEN_PRODUCTS)
+LONG = Blocks(keys=64, warps=4, programs=128)
 LONG_CACHE = 2**12
-READ_ON = 12 * 2**20  # bytes, beside short caches
 
 
 def blocks_of(k_BGMK: jax.Array) -> Blocks:
@@ -88,9 +89,9 @@ def attention_token(
     Returns out [B,heads*K] and the caches with the token. On a CPU the kernels are interpreted.
     """
     interpret, blocks = not on_nvidia(), blocks or blocks_of(k_BGMK)
-    read_on = ReadOn(then, READ_ON if blocks.keys < LONG.keys else 0)
+    pieces = pieces_of(then, blocks.read_on, blocks.warps)
     out, top, total, k, v = _parts(
-        projections_BO, places, rotation, k_BGMK, v_BGMK, index_B, heads, scale, blocks, read_on, interpret
+        projections_BO, places, rotation, k_BGMK, v_BGMK, index_B, heads, scale, blocks, pieces, interpret
     )
     return _joined(out, top, total, dtype, blocks.joining_warps, interpret), k, v
 
@@ -105,7 +106,7 @@ def _parts(
     heads: int,
     scale: float,
     blocks: Blocks,
-    read_on: ReadOn,
+    pieces: list[Pieces],
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """Of each part S of the caches: values out [B,S,heads,K] by weights 2^(score - top), their greatest score and their
@@ -115,7 +116,6 @@ def _parts(
     splits = parts_of(M, block, B * G, blocks.programs)
     length, precision = M // splits, lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
 
-    pieces = read_on.pieces(blocks.warps)
     more = pl.cdiv(programs(pieces), B * G)  # of each row and head of keys
 
     def body(*refs: Any) -> None:

@@ -1,5 +1,6 @@
 """One token of a linear-attention layer in one kernel (Triton): a program reads a state once and writes it in place."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxhybrid_kernels.gpu.read_on import NO_MORE, ReadOn, programs, run_or_read
+from jaxhybrid_kernels.gpu.read_on import pieces_of, programs, run_or_read
 
 
 class Places(NamedTuple):
@@ -35,6 +36,7 @@ class Blocks(NamedTuple):
     values: int  # of a state's columns at once; a power of two that divides them
     warps: int
     ahead: int = 0  # blocks of columns that are asked for before the first is used, beside it
+    read_on: int = 0  # bytes of what comes next
 
 
 def token_kernel(
@@ -49,7 +51,7 @@ def token_kernel(
     dtype: Any,
     blocks: Blocks,
     interpret: bool,
-    read_on: ReadOn = NO_MORE,
+    then: Sequence[jax.Array] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """`linear_attention_token`, where every state has its own query and K = V.
 
@@ -84,7 +86,7 @@ def token_kernel(
     if places.gate is not None:
         given["gate"] = projections_BO, heads(places.gate)
 
-    pieces = read_on.pieces(blocks.warps)
+    pieces = pieces_of(then, blocks.read_on, blocks.warps)
     more = pl.cdiv(programs(pieces), B)  # of each row
 
     def body(*refs: Any) -> None:

@@ -16,24 +16,9 @@ from jaxhybrid_kernels.numerics import gpu_capability
 
 OLDEST = 9.0  # compute capability; of what came before some have a cache of a few megabytes
 PIECE = 2**13  # bytes that a warp asks for
-
-
-class ReadOn(NamedTuple):
-    """The first `limit` bytes of arrays, which are needed in this order."""
-
-    arrays: Sequence[jax.Array] = ()
-    limit: int = 0
-
-    def pieces(self, warps: int) -> list["Pieces"]:
-        """For programs of so many warps, and where the cache is large enough."""
-        found, left = [], self.limit if float(gpu_capability() or 0) >= OLDEST else 0
-        for array in self.arrays:
-            size = warps * PIECE
-            count = min(array.nbytes, left) // size
-            if count:
-                found.append(Pieces(array.reshape(-1), count, size // array.dtype.itemsize))
-                left -= count * size
-        return found
+# Bytes in all. Beside a product, whose end alone leaves bandwidth, and beside what is between two products, where more
+# takes longer than it saves.
+BESIDE_PRODUCT, BETWEEN_PRODUCTS = 2**20, 12 * 2**20
 
 
 class Pieces(NamedTuple):
@@ -42,6 +27,19 @@ class Pieces(NamedTuple):
     array: jax.Array  # flat
     number: int
     elements: int
+
+
+def pieces_of(arrays: Sequence[jax.Array], limit: int, warps: int) -> list[Pieces]:
+    """Of the first `limit` bytes of arrays, which are needed in this order, for programs of so many warps; none where
+    the cache may be small."""
+    found, size = [], warps * PIECE
+    left = limit if float(gpu_capability() or 0) >= OLDEST else 0
+    for array in arrays:
+        number = min(array.nbytes, left) // size
+        if number:
+            found.append(Pieces(array.reshape(-1), number, size // array.dtype.itemsize))
+            left -= number * size
+    return found
 
 
 def programs(pieces: Sequence[Pieces]) -> int:
@@ -71,6 +69,3 @@ def run_or_read(
             plt.store(out_ref.at[*nowhere], read.astype(out_ref.dtype), mask=never)
 
         first += each.number
-
-
-NO_MORE = ReadOn()

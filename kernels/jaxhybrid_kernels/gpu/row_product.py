@@ -4,6 +4,7 @@ Every program reads the row, and makes a few results from their own rows of the 
 are under way at once; there is next to nothing to compute.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxhybrid_kernels.gpu.read_on import NO_MORE, ReadOn, programs, run_or_read
+from jaxhybrid_kernels.gpu.read_on import pieces_of, programs, run_or_read
 
 GROUP = 8  # inputs side by side that a thread has: 16 bytes of bfloat16
 
@@ -25,6 +26,7 @@ class Blocks(NamedTuple):
     inputs: int
     warps: int
     ahead: int = 1  # blocks of the matrix that are asked for before the first is used
+    read_on: int = 0  # bytes of what comes next
 
 
 def row_product_kernel(
@@ -38,7 +40,7 @@ def row_product_kernel(
     dtype: Any,
     blocks: Blocks,
     interpret: bool,
-    read_on: ReadOn = NO_MORE,
+    then: Sequence[jax.Array] = (),
 ) -> jax.Array:
     """`row_product` of one row; norm, sums and what follows in float32."""
     halves, D = 2 if gated else 1, weight_OD.shape[1]
@@ -49,11 +51,11 @@ def row_product_kernel(
         "residual": None if residual_1O is None else residual_1O[0],
     }  # fmt: skip
     given = {name: array for name, array in arrays.items() if array is not None}
-    own, pieces = outputs // blocks.outputs, read_on.pieces(blocks.warps)
+    own_programs, pieces = outputs // blocks.outputs, pieces_of(then, blocks.read_on, blocks.warps)
 
     def body(*refs: Any) -> None:
         program, run = pl.program_id(0), lambda: results_of(program, *refs)
-        run_or_read(run, program < own, pieces, program - own, refs[len(given) :], refs[-1])
+        run_or_read(run, program < own_programs, pieces, program - own_programs, refs[len(given) :], refs[-1])
 
     def results_of(program: Any, *refs: Any) -> None:
         ref, out_ref = dict(zip(given, refs)), refs[-1]
@@ -104,7 +106,7 @@ def row_product_kernel(
 
     return pl.pallas_call(
         body,
-        grid=(own + programs(pieces),),
+        grid=(own_programs + programs(pieces),),
         out_shape=jax.ShapeDtypeStruct((outputs,), dtype),
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=1),
         interpret=interpret,
